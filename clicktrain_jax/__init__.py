@@ -1,0 +1,36 @@
+"""ClickTrain in JAX: train a convolutional net once, and get it accurate, small and fast.
+
+Pure functions on parameter trees (Flax linen ``params``, ``nnx.State``, any tree of arrays), and one optax
+transformation that composes them.
+"""
+
+from clicktrain_jax import importance, patterns
+from clicktrain_jax.accounting import Report, report
+from clicktrain_jax.masks import Masks, apply_masks, select_masks
+from clicktrain_jax.phases import Phase, PhaseSchedule
+from clicktrain_jax.plan import Plan, make_plan
+from clicktrain_jax.regularization import add_group_lasso, group_lasso
+from clicktrain_jax.transform import ClickTrainState, PhaseUpdates, clicktrain, masks_of, phase_updates
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClickTrainState",
+    "Masks",
+    "Phase",
+    "PhaseSchedule",
+    "PhaseUpdates",
+    "Plan",
+    "Report",
+    "add_group_lasso",
+    "apply_masks",
+    "clicktrain",
+    "group_lasso",
+    "importance",
+    "make_plan",
+    "masks_of",
+    "patterns",
+    "phase_updates",
+    "report",
+    "select_masks",
+]

@@ -1,0 +1,126 @@
+"""Nets by name. They know nothing of pruning: the convolution they use is handed to them.
+
+    model = build("vgg13", num_classes=10, width=0.5)
+    variables = model.init(key, images, train=False)
+    prunable_convs(model, default_image_shape("vgg13"))  # ("Conv_1/kernel", ..., "Conv_9/kernel")
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from clicktrain_jax.models.resnet import ResNet
+from clicktrain_jax.models.sizes import (
+    ConvLayer,
+    ModuleDef,
+    abstract_variables,
+    conv_layers,
+    output_sizes,
+    parameter_count,
+    prunable_convs,
+    scaled_width,
+)
+from clicktrain_jax.models.small import SmallCNN
+from clicktrain_jax.models.vgg import VGG, VGG11_STAGES, VGG13_STAGES, VGG16_STAGES
+
+__all__ = [
+    "VGG",
+    "ConvLayer",
+    "ModuleDef",
+    "ResNet",
+    "SmallCNN",
+    "abstract_variables",
+    "build",
+    "conv_layers",
+    "default_image_shape",
+    "names",
+    "output_sizes",
+    "parameter_count",
+    "prunable_convs",
+    "scaled_width",
+]
+
+_SMALL_IMAGE = (32, 32, 3)
+
+
+class _Net(NamedTuple):
+    module: type[nn.Module]
+    settings: Mapping[str, Any]
+    image_shape: tuple[int, int, int]
+
+
+_NETS: dict[str, _Net] = {
+    "vgg11": _Net(VGG, {"convs_per_stage": VGG11_STAGES}, _SMALL_IMAGE),
+    "vgg13": _Net(VGG, {"convs_per_stage": VGG13_STAGES}, _SMALL_IMAGE),
+    "vgg16": _Net(VGG, {"convs_per_stage": VGG16_STAGES}, _SMALL_IMAGE),
+    "resnet18": _Net(ResNet, {"blocks_per_stage": (2, 2, 2, 2)}, _SMALL_IMAGE),
+    # The "ResNet-32" of the ClickTrain experiments.
+    "resnet32_wide": _Net(ResNet, {"blocks_per_stage": (3, 4, 5, 3)}, _SMALL_IMAGE),
+    # The ResNet-32 of He et al., section 4.2.
+    "resnet32": _Net(
+        ResNet,
+        {"blocks_per_stage": (5, 5, 5), "stage_widths": (16, 32, 64), "shortcut": "pad"},
+        _SMALL_IMAGE,
+    ),
+    "resnet50_cifar": _Net(
+        ResNet, {"blocks_per_stage": (3, 4, 6, 3), "kind": "bottleneck"}, _SMALL_IMAGE
+    ),
+    "resnet50": _Net(
+        ResNet,
+        {"blocks_per_stage": (3, 4, 6, 3), "kind": "bottleneck", "stem": "imagenet"},
+        (224, 224, 3),
+    ),
+    "small": _Net(SmallCNN, {}, (8, 8, 1)),
+}
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names that `build` knows."""
+    return tuple(_NETS)
+
+
+def _net(name: str) -> _Net:
+    if name not in _NETS:
+        close = difflib.get_close_matches(str(name), _NETS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise ValueError(f"unknown net {name!r}{hint} Known nets: {', '.join(_NETS)}")
+    return _NETS[name]
+
+
+def build(
+    name: str,
+    *,
+    num_classes: int,
+    width: float = 1.0,
+    dtype: Any = jnp.float32,
+    conv: ModuleDef = nn.Conv,
+) -> nn.Module:
+    """Makes a net, called as ``model.apply(variables, x, train=...)``.
+
+    Args:
+        name: one of `names()`.
+        num_classes: number of logits.
+        width: multiplies every width; each becomes a multiple of 8, at least 8.
+        dtype: what the layers compute in; parameters, BatchNorm statistics and logits are float32.
+        conv: the convolution, called as `nn.Conv` is; parameter paths do not depend on it.
+
+    Raises:
+        ValueError: if the name is unknown, or `num_classes` or `width` is not positive.
+    """
+    net = _net(name)
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes!r}")
+    scaled_width(1, width)  # refuses a bad width here rather than at the first call
+    return net.module(num_classes=num_classes, width=width, dtype=dtype, conv=conv, **net.settings)
+
+
+def default_image_shape(name: str) -> tuple[int, int, int]:
+    """Returns the ``(height, width, channels)`` that the net of that name is meant for.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    return _net(name).image_shape

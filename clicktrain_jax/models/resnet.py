@@ -1,0 +1,201 @@
+"""Residual nets, for 32x32 images and for ImageNet.
+
+One module covers the nets of He et al. (arXiv 1512.03385) and those of the ClickTrain experiments;
+`clicktrain_jax.models.build` knows which settings make which net. "ResNet-32" names two nets: the
+usual one of widths 16, 32, 64, and the experiments' wide one of widths 64 to 512.
+
+Padding is explicit and symmetric, kh // 2 on each side, as in PyTorch: with stride 2 "SAME" would
+shift the image. Weights start as PyTorch's defaults do, uniform within 1 / sqrt(fan in).
+
+Parameter paths: the stem is ``Conv_0``; blocks count through the whole net, ``Block_3/Conv_0``; the
+1x1 convolution of a shortcut is ``Block_3/shortcut``, and no other convolution's path has the word.
+"""
+
+import math
+from functools import partial
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from clicktrain_jax.models.sizes import ModuleDef, check_images, scaled_width
+
+_BOTTLENECK_EXPANSION = 4
+
+# Uniform within sqrt(3 * scale / fan_in) = 1 / sqrt(fan_in).
+_fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _convolve(
+    conv: ModuleDef, x: jax.Array, features: int, size: int, strides: int, dtype: Any, name: str
+) -> jax.Array:
+    """Applies a size x size convolution without bias, padded by size // 2 on every side."""
+    pad = (size // 2, size // 2)
+    return conv(
+        features,
+        (size, size),
+        strides=(strides, strides),
+        padding=(pad, pad),
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=_fan_in_uniform,
+        name=name,
+    )(x)
+
+
+def _batch_norm(train: bool, dtype: Any) -> ModuleDef:
+    return partial(
+        nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype
+    )
+
+
+def _padded_shortcut(x: jax.Array, features: int, strides: int) -> jax.Array:
+    """Option A of He et al.: every strides-th pixel, new channels of zeros on both sides."""
+    x = x[:, ::strides, ::strides, :]
+    new = features - x.shape[-1]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
+
+
+class ResidualBlock(nn.Module):
+    """A residual block: two 3x3 convolutions (basic), or 1x1, 3x3, 1x1 (bottleneck).
+
+    Attributes:
+        features: width of the inner convolutions; a bottleneck puts out four times as many.
+        strides: stride of the first 3x3 convolution and of the shortcut.
+        kind: ``"basic"`` or ``"bottleneck"``.
+        shortcut: what joins input and output where their shapes differ: ``"projection"``, a 1x1
+            convolution with BatchNorm, or ``"pad"``, without parameters.
+        dtype: what the layers compute in.
+        conv: the convolution, called as `nn.Conv` is.
+    """
+
+    features: int
+    strides: int = 1
+    kind: Literal["basic", "bottleneck"] = "basic"
+    shortcut: Literal["projection", "pad"] = "projection"
+    dtype: Any = jnp.float32
+    conv: ModuleDef = nn.Conv
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps (batch, height, width, cin) to (batch, height / strides, width / strides, cout)."""
+        norm = _batch_norm(train, self.dtype)
+        inner, strides = self.features, self.strides
+        if self.kind == "basic":
+            layers = ((inner, 3, strides), (inner, 3, 1))  # (features, size, strides)
+        else:
+            layers = ((inner, 1, 1), (inner, 3, strides), (inner * _BOTTLENECK_EXPANSION, 1, 1))
+
+        y = x
+        for index, (features, size, step) in enumerate(layers):
+            y = _convolve(self.conv, y, features, size, step, self.dtype, f"Conv_{index}")
+            y = norm(name=f"BatchNorm_{index}")(y)
+            if index < len(layers) - 1:
+                y = nn.relu(y)
+
+        features = layers[-1][0]
+        if strides != 1 or x.shape[-1] != features:
+            if self.shortcut == "pad":
+                x = _padded_shortcut(x, features, strides)
+            else:
+                x = _convolve(self.conv, x, features, 1, strides, self.dtype, "shortcut")
+                x = norm(name="shortcut_BatchNorm")(x)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """A residual net.
+
+    Attributes:
+        num_classes: number of logits.
+        blocks_per_stage: number of blocks in each stage; all but the first stage halve the image.
+        stage_widths: inner width of the blocks of each stage; the stem has that of the first.
+        kind: ``"basic"`` or ``"bottleneck"`` blocks.
+        shortcut: ``"projection"`` or ``"pad"``, see `ResidualBlock`.
+        stem: ``"small"``, a 3x3 convolution, or ``"imagenet"``, a 7x7 one of stride 2 and a 3x3 max
+            pool of stride 2.
+        width: multiplies every width of `stage_widths` (`scaled_width`); a bottleneck's output
+            stays four times its inner width.
+        dtype: what the layers compute in; parameters, BatchNorm statistics and logits are float32.
+        conv: the convolution, called as `nn.Conv` is.
+    """
+
+    num_classes: int
+    blocks_per_stage: tuple[int, ...] = (2, 2, 2, 2)
+    stage_widths: tuple[int, ...] = (64, 128, 256, 512)
+    kind: Literal["basic", "bottleneck"] = "basic"
+    shortcut: Literal["projection", "pad"] = "projection"
+    stem: Literal["small", "imagenet"] = "small"
+    width: float = 1.0
+    dtype: Any = jnp.float32
+    conv: ModuleDef = nn.Conv
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps images to logits.
+
+        Args:
+            x: normalised images, floating point, (batch, height, width, channels). Any size
+                runs: the last pool averages whatever map is left (4x4 of 32x32 with four stages).
+            train: whether BatchNorm uses the batch and updates ``batch_stats``.
+
+        Returns:
+            float32 logits, (batch, num_classes).
+
+        Raises:
+            ValueError: if `x` is not a batch of floating-point images, or if a setting of the net
+                is not one of those listed above.
+        """
+        check_images(x)
+        self._check_settings()
+        widths = [scaled_width(features, self.width) for features in self.stage_widths]
+
+        size, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
+        x = _convolve(self.conv, x, widths[0], size, strides, self.dtype, "Conv_0")
+        x = nn.relu(_batch_norm(train, self.dtype)(name="BatchNorm_0")(x))
+        if self.stem == "imagenet":
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+        index = 0
+        for stage, (count, features) in enumerate(zip(self.blocks_per_stage, widths, strict=True)):
+            for block in range(count):
+                x = ResidualBlock(
+                    features,
+                    strides=2 if stage > 0 and block == 0 else 1,
+                    kind=self.kind,
+                    shortcut=self.shortcut,
+                    dtype=self.dtype,
+                    conv=self.conv,
+                    name=f"Block_{index}",
+                )(x, train=train)
+                index += 1
+
+        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        bound = 1 / math.sqrt(x.shape[-1])
+        # The last layer costs next to nothing, so its logits are not rounded to a short dtype.
+        return nn.Dense(
+            self.num_classes,
+            dtype=jnp.float32,
+            kernel_init=_fan_in_uniform,
+            bias_init=lambda key, shape, dtype: jax.random.uniform(
+                key, shape, dtype, minval=-bound, maxval=bound
+            ),
+            name="Dense_0",
+        )(x)
+
+    def _check_settings(self) -> None:
+        """Raises ValueError where a setting is unknown or stages and widths do not pair up."""
+        known = {
+            "kind": ("basic", "bottleneck"),
+            "shortcut": ("projection", "pad"),
+            "stem": ("small", "imagenet"),
+        }
+        for field, values in known.items():
+            if getattr(self, field) not in values:
+                raise ValueError(f"{field} must be one of {values}, got {getattr(self, field)!r}")
+        if len(self.blocks_per_stage) != len(self.stage_widths):
+            raise ValueError(
+                "blocks_per_stage and stage_widths must be of one length, got "
+                f"{self.blocks_per_stage} and {self.stage_widths}"
+            )

@@ -1,0 +1,84 @@
+"""A small net for small images, such as the 8x8 digits that come with scikit-learn.
+
+It is the net of the project's quick runs and tests: 1.2 million multiply-adds an 8x8 image, few
+enough to train in seconds on two CPU cores, and 129,312 convolution weights on grey images, more
+than digits need, so that seven eighths of them can go. The first convolution, which stays dense,
+has 0.2% of the weights and so does not limit the compression. This project's own design.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from clicktrain_jax.models.sizes import ModuleDef, check_images, scaled_width
+
+_WIDTHS = (32, 64, 64, 128)
+_POOL_AFTER = (0, 2)  # indices of the convolutions after which the image is halved
+_SMALLEST_IMAGE = 4  # two halvings must leave a pixel
+
+_conv_init = nn.initializers.he_normal()
+
+
+class SmallCNN(nn.Module):
+    """Four 3x3 convolutions with BatchNorm, a global average and one linear layer.
+
+    On 8x8 images the convolutions put out maps of 8x8, 4x4, 4x4 and 2x2. Parameter paths:
+    ``Conv_0`` ... ``Conv_3``, ``BatchNorm_0`` ... ``BatchNorm_3``, ``Dense_0``.
+
+    Attributes:
+        num_classes: number of logits.
+        width: multiplies every width (`scaled_width`).
+        dtype: what the layers compute in; parameters, BatchNorm statistics and logits are float32.
+        conv: the convolution, called as `nn.Conv` is.
+    """
+
+    num_classes: int
+    width: float = 1.0
+    dtype: Any = jnp.float32
+    conv: ModuleDef = nn.Conv
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps images to logits.
+
+        Args:
+            x: normalised images, floating point, (batch, height, width, channels), 4x4 or larger.
+            train: whether BatchNorm uses the batch and updates ``batch_stats``.
+
+        Returns:
+            float32 logits, (batch, num_classes).
+
+        Raises:
+            ValueError: if `x` is not a batch of floating-point images of at least 4x4.
+        """
+        check_images(x)
+        if min(x.shape[1:3]) < _SMALLEST_IMAGE:
+            raise ValueError(
+                f"this net takes images of {_SMALLEST_IMAGE}x{_SMALLEST_IMAGE} or larger, "
+                f"got {x.shape[1]}x{x.shape[2]}"
+            )
+        for index, features in enumerate(_WIDTHS):
+            x = self.conv(
+                scaled_width(features, self.width),
+                (3, 3),
+                strides=(1, 1),
+                padding=((1, 1), (1, 1)),
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=_conv_init,
+                name=f"Conv_{index}",
+            )(x)
+            x = nn.BatchNorm(
+                use_running_average=not train,
+                momentum=0.9,
+                epsilon=1e-5,
+                dtype=self.dtype,
+                name=f"BatchNorm_{index}",
+            )(x)
+            x = nn.relu(x)
+            if index in _POOL_AFTER:
+                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        return nn.Dense(self.num_classes, dtype=jnp.float32, name="Dense_0")(x)

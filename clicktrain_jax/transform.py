@@ -1,0 +1,284 @@
+"""ClickTrain as an optax transformation, and the same pieces one phase at a time.
+
+`clicktrain` wraps any optax optimizer and goes through all phases inside a user's own loop. A loop that
+knows its phase uses `phase_updates` instead and carries no conditional; both are made of the same functions.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clicktrain_jax import importance as importance_lib
+from clicktrain_jax.encoding import EncodedLayer, decode_masks, empty_masks, encode, fill_masks
+from clicktrain_jax.masks import Masks, apply_masks, check_pattern_sizes, combine, select_layers
+from clicktrain_jax.patterns import check_set, fixed_set
+from clicktrain_jax.phases import Phase, PhaseSchedule
+from clicktrain_jax.plan import Plan
+from clicktrain_jax.regularization import add_group_lasso
+from clicktrain_jax.trees import Tree, map_named, named_leaves, path_keys
+
+
+class ClickTrainState(NamedTuple):
+    """The state of `clicktrain`: arrays only, any checkpoint of the optimizer state carries it.
+
+    Attributes:
+        count: int32, updates done.
+        masks: tree like the parameters, an `EncodedLayer` at each planned leaf (a byte and a bit a kernel).
+        scores_finite: bool, False once a selection met a score that was not finite.
+        inner_state: the wrapped optimizer's state.
+    """
+
+    count: jax.Array
+    masks: Tree
+    scores_finite: jax.Array
+    inner_state: Any
+
+
+class PhaseUpdates(NamedTuple):
+    """Updates for a loop that knows its phase. Each is jittable.
+
+    Attributes:
+        dense: ``(grads, inner_state, params) -> (updates, inner_state)``: the inner optimizer's own update. It
+            serves the selecting update too.
+        select: ``(grads, params) -> (encoded layers by name, scores_finite)``, from the selecting update's gradient.
+        regularize: ``(grads, inner_state, params, masks) -> (updates, inner_state)`` with the group lasso.
+        prune: the same signature; once, at prune_step.
+        pruned: the same signature, from then on.
+    """
+
+    dense: Callable[..., Any]
+    select: Callable[..., Any]
+    regularize: Callable[..., Any]
+    prune: Callable[..., Any]
+    pruned: Callable[..., Any]
+
+
+def phase_updates(
+    inner: optax.GradientTransformation,
+    plan: Plan,
+    *,
+    coeff: float,
+    patterns: Any = None,
+    importance: str | importance_lib.Criterion = "taylor",
+) -> PhaseUpdates:
+    """The updates of each phase as separate functions, without any conditional.
+
+    Args:
+        inner: any optax optimizer.
+        plan: from `clicktrain_jax.make_plan`.
+        coeff: weight of the group lasso in the loss, >= 0.
+        patterns: bool (P, kh, kw); by default the published set of 4.
+        importance: "taylor", "magnitude", or a function ``(params, grads) -> scores``.
+
+    Returns:
+        `PhaseUpdates`. ``masks`` of its functions are `clicktrain_jax.masks.Masks` of booleans;
+        `clicktrain_jax.encoding` turns what ``select`` returns into them.
+
+    Raises:
+        ValueError: a negative coefficient, an unknown criterion, patterns that do not fit the plan.
+    """
+    patterns = _checked_patterns(plan, patterns)
+    criterion = importance_lib.criterion(importance)
+    if not coeff >= 0:
+        raise ValueError(f"coeff={coeff!r}: expected a number >= 0, the weight of the group lasso in the loss")
+
+    def select(grads: Tree, params: Tree) -> tuple[dict[str, EncodedLayer], jax.Array]:
+        # The barrier keeps the compiler from fusing the squares into the sums over taps with multiply-adds, whose
+        # other rounding could flip a near-tie.
+        scores = jax.lax.optimization_barrier(criterion(params, grads))
+        by_name = dict(named_leaves(scores))
+        finite = jnp.all(jnp.stack([jnp.isfinite(by_name[layer.name]).all() for layer in plan.layers]))
+        choices = select_layers(scores, plan, patterns)
+        return {name: encode(choice, patterns) for name, choice in choices.items()}, finite
+
+    def regularize(grads: Tree, state: Any, params: Tree, masks: Masks, **extra: Any) -> tuple[Tree, Any]:
+        return inner.update(add_group_lasso(grads, params, masks, coeff), state, params, **extra)
+
+    def prune(grads: Tree, state: Any, params: Tree, masks: Masks, **extra: Any) -> tuple[Tree, Any]:
+        updates, state = inner.update(grads, state, params, **extra)
+        return enforce(updates, state, params, masks)
+
+    def pruned(grads: Tree, state: Any, params: Tree, masks: Masks, **extra: Any) -> tuple[Tree, Any]:
+        return prune(apply_masks(grads, masks), state, params, masks, **extra)
+
+    return PhaseUpdates(inner.update, select, regularize, prune, pruned)
+
+
+def clicktrain(
+    inner: optax.GradientTransformation,
+    plan: Plan,
+    *,
+    select_step: int,
+    prune_step: int,
+    coeff: float,
+    patterns: Any = None,
+    importance: str | importance_lib.Criterion = "taylor",
+) -> optax.GradientTransformationExtraArgs:
+    """Pruning during training, around any optax optimizer.
+
+    Put it last in a chain: whatever comes after it could move weights that it holds at zero. The loop around
+    it changes in no line; ``params`` must be passed to ``update`` (optax's own loops and ``nnx.Optimizer`` do).
+
+    Args:
+        inner: the optimizer, weight decay and schedules included.
+        plan: from `clicktrain_jax.make_plan`.
+        select_step: the update (from 0) whose gradient decides the masks.
+        prune_step: the update after which every masked weight is exactly zero, to the end.
+        coeff: weight of the group lasso in the loss between the two.
+        patterns: bool (P, kh, kw); by default the published set of 4 4-of-9 patterns.
+        importance: "taylor", "magnitude", or a function ``(params, grads) -> scores``.
+
+    Returns:
+        A transformation whose state is a `ClickTrainState`; `masks_of` reads the masks from it.
+
+    Raises:
+        ValueError: at once for select_step >= prune_step, a negative coefficient, patterns that do not fit;
+            in ``init`` for parameters of another tree; in ``update`` when ``params`` is missing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, clicktrain_jax as ct
+        >>> params = {"Conv_0": {"kernel": jnp.ones((3, 3, 8, 16))}}
+        >>> plan = ct.make_plan(params, {"Conv_0/kernel": 0.5})
+        >>> tx = ct.clicktrain(optax.sgd(0.1), plan, select_step=1, prune_step=2, coeff=1e-4)
+        >>> state = tx.init(params)
+        >>> for _ in range(3):
+        ...     grads = jax.tree.map(jnp.ones_like, params)
+        ...     updates, state = tx.update(grads, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> int((params["Conv_0"]["kernel"] != 0).sum())  # half of 128 kernels, 4 taps each
+        256
+
+    Source: ClickTrain, arXiv 2011.10170; step semantics of the authors' code, see `clicktrain_jax.phases`.
+    """
+    schedule = PhaseSchedule(select_step, prune_step)
+    inner = optax.with_extra_args_support(inner)
+    patterns = _checked_patterns(plan, patterns)
+    updates_of = phase_updates(inner, plan, coeff=coeff, patterns=patterns, importance=importance)
+
+    def init(params: Tree) -> ClickTrainState:
+        plan.check_tree(params)
+        masks = empty_masks(params, plan, len(patterns))
+        return ClickTrainState(jnp.zeros([], jnp.int32), masks, jnp.ones([], bool), inner.init(params))
+
+    def update(
+        grads: Tree, state: ClickTrainState, params: Tree | None = None, **extra: Any
+    ) -> tuple[Tree, ClickTrainState]:
+        if params is None:
+            raise ValueError("clicktrain needs the parameters: call update(grads, state, params)")
+        phase = schedule.phase_index(state.count)
+
+        def choose() -> tuple[Tree, jax.Array]:
+            layers, finite = updates_of.select(grads, params)
+            chosen = fill_masks(state.masks, layers)
+            # Scores that are not finite choose nothing: all is kept, and `masks_of` says why.
+            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), chosen, state.masks), finite
+
+        masks, finite = jax.lax.cond(phase == Phase.SELECT, choose, lambda: (state.masks, state.scores_finite))
+        # Masks are decoded inside the branches, so that phases without them pay nothing.
+        grads = jax.lax.switch(
+            (phase == Phase.REGULARIZE) + 2 * (phase == Phase.PRUNED),
+            [
+                lambda: grads,
+                lambda: add_group_lasso(grads, params, decode_masks(masks), coeff),
+                lambda: apply_masks(grads, decode_masks(masks)),
+            ],
+        )
+        updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
+        updates = _at_least_param_precision(updates, params, plan)
+        updates, inner_state = jax.lax.cond(
+            phase >= Phase.PRUNE,
+            lambda: enforce(updates, inner_state, params, decode_masks(masks)),
+            lambda: (updates, inner_state),
+        )
+        return updates, ClickTrainState(optax.safe_increment(state.count), masks, finite, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def masks_of(opt_state: Any) -> Masks:
+    """The masks inside an optimizer state.
+
+    Args:
+        opt_state: any state that holds one of `clicktrain`: chained, wrapped, of an ``nnx.Optimizer``, restored
+            from a checkpoint (also without a template, when NamedTuples have become dictionaries).
+
+    Returns:
+        `Masks` with the parameters' containers (nested dictionaries for an ``nnx.State``); all True before the
+        selection.
+
+    Raises:
+        ValueError: no such state, or several; or the scores at the selection were not finite.
+    """
+    fields = set(ClickTrainState._fields)
+
+    def is_state(node: Any) -> bool:
+        return isinstance(node, ClickTrainState) or (isinstance(node, dict) and set(node) == fields)
+
+    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
+    if len(found) != 1:
+        raise ValueError(f"expected an optimizer state with one clicktrain(...) inside, found {len(found)}")
+    state = found[0] if isinstance(found[0], dict) else found[0]._asdict()
+    finite = jax.tree.leaves(state["scores_finite"])[0]
+    if not isinstance(finite, jax.core.Tracer) and not finite:
+        raise ValueError(
+            "the scores at the selection were not finite (NaN or infinite loss or gradient), so nothing was "
+            "selected: go back to an earlier checkpoint and lower the learning rate or check the data"
+        )
+    return decode_masks(state["masks"])
+
+
+def enforce(updates: Tree, inner_state: Any, params: Tree, masks: Masks) -> tuple[Tree, Any]:
+    """Make an update leave every masked weight, and all the optimizer remembers of it, at exactly zero.
+
+    Args:
+        updates: tree like ``params``, as an optax update returns it.
+        inner_state: an optax state; arrays in it that mirror a parameter (the same path at its end, the same
+            shape: momentum, second moments, averages) are masked.
+        params: the parameters the updates will be added to.
+        masks: `Masks` of that tree.
+
+    Returns:
+        ``(updates, inner_state)``.
+    """
+    keep = combine(masks)
+
+    def hold(_: str, update: Any, weight: Any, mask: Any) -> Any:
+        # w + (-w) is exactly zero.
+        return update if mask is None or update is None else jnp.where(mask, update, -weight)
+
+    updates = map_named(hold, updates, params, keep, what="masks")
+    return updates, _mask_mirrors(inner_state, dict(named_leaves(keep)))
+
+
+def _mask_mirrors(inner_state: Any, keep: dict[str, Any]) -> Any:
+    def mask(path: tuple, leaf: Any) -> Any:
+        keys = path_keys(path)
+        suffixes = ("/".join(keys[start:]) for start in range(len(keys) + 1))
+        name = next((suffix for suffix in suffixes if suffix in keep), None)
+        held = keep.get(name) if name is not None else None
+        if held is None or jnp.shape(leaf) != held.shape or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        return jnp.where(held, leaf, jnp.zeros((), leaf.dtype))
+
+    return jax.tree_util.tree_map_with_path(mask, inner_state)
+
+
+def _at_least_param_precision(updates: Tree, params: Tree, plan: Plan) -> Tree:
+    """Cast the planned leaves' updates up to their weight's dtype, so that -w is exact in them."""
+    planned = plan.by_name()
+
+    def cast(name: str, update: Any, weight: Any) -> Any:
+        if name not in planned:
+            return update
+        return update.astype(jnp.promote_types(update.dtype, weight.dtype))
+
+    return map_named(cast, updates, params, what="updates")
+
+
+def _checked_patterns(plan: Plan, patterns: Any) -> jax.Array:
+    patterns = jnp.asarray(check_set(fixed_set(4) if patterns is None else patterns))
+    check_pattern_sizes(plan, patterns)
+    return patterns

@@ -1,0 +1,90 @@
+"""Paths and leaves of parameter trees, whatever container holds them.
+
+Linen parameters, ``nnx.State`` and plain dictionaries are all trees of arrays to jax. The rest of the
+package speaks of a leaf by its *name*: the "/"-joined keys on the way to it, ``"Conv_1/kernel"``.
+
+A tree may hold ``None`` where nothing applies (a mask tree does). Every function here counts ``None``
+as a leaf, so that a mask tree and its parameter tree flatten to lists of the same length.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+Tree = Any
+KERNEL_AXES = ("kh", "kw", "cin", "cout")
+
+
+def is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def key_name(key: Any) -> str:
+    """The text of one key of a jax key path."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def path_keys(key_path: tuple) -> tuple[str, ...]:
+    """Key texts of a jax key path, without the "value" key that an nnx variable adds at the end."""
+    keys = tuple(key_name(key) for key in key_path)
+    if key_path and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and keys[-1] == "value":
+        keys = keys[:-1]
+    return keys
+
+
+def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
+    """``[(name, leaf)]`` in jax's flattening order; ``None`` counts as a leaf."""
+    with_paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)[0]
+    return [("/".join(path_keys(path)), leaf) for path, leaf in with_paths]
+
+
+def map_named(function: Callable[..., Any], tree: Tree, *rest: Tree, what: str = "tree") -> Tree:
+    """Map ``function(name, leaf, *leaves_of_rest)`` over ``tree``, keeping its containers.
+
+    Args:
+        function: called once a leaf, ``None`` leaves included.
+        tree: decides the structure of the result.
+        *rest: trees with the same leaf names.
+        what: how an error calls the trees of ``rest``.
+
+    Raises:
+        ValueError: the leaf names of a tree in ``rest`` differ; the first difference is named.
+    """
+    leaves = named_leaves(tree)
+    structure = jax.tree.structure(tree, is_leaf=is_none)
+    others = []
+    for other in rest:
+        other_leaves = named_leaves(other)
+        check_same_names([name for name, _ in leaves], [name for name, _ in other_leaves], what)
+        others.append(dict(other_leaves))
+    return structure.unflatten([function(name, leaf, *(other[name] for other in others)) for name, leaf in leaves])
+
+
+def check_same_names(expected: list[str], got: list[str], what: str) -> None:
+    """Raise a ValueError that names the first leaf in which two trees differ. Order does not count."""
+    missing = sorted(set(expected) - set(got))
+    extra = sorted(set(got) - set(expected))
+    if not missing and not extra and len(expected) == len(got):
+        return
+    detail = f"missing {missing[0]!r}" if missing else f"unexpected {extra[0]!r}" if extra else "repeated names"
+    raise ValueError(
+        f"{what} belongs to another tree: {len(got)} leaves against {len(expected)} expected ({detail}). "
+        "Use the parameter tree that the plan and the masks were made for."
+    )
+
+
+def is_kernel_shape(shape: tuple[int, ...]) -> bool:
+    """True for a two-dimensional convolution's kernel, axes (kh, kw, cin, cout)."""
+    return len(shape) == len(KERNEL_AXES)
+
+
+def has_nan(array: Any) -> bool:
+    """True when a concrete array holds a NaN; a traced array cannot be looked at and gives False."""
+    if array is None or isinstance(array, jax.core.Tracer):
+        return False
+    return bool(np.isnan(np.asarray(array, dtype=np.float32)).any())

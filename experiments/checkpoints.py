@@ -1,0 +1,95 @@
+"""Checkpoints at epoch ends: orbax files, with a digest of their content beside them.
+
+A checkpoint that cannot be read, or whose content is not what was written, is set aside and the one before
+it is used; the caller is told.
+"""
+
+import hashlib
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+    """The checkpoints of one run; a checkpoint's number is the count of epochs done.
+
+    Args:
+        path: their folder, made when the first is saved.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = Path(path).resolve()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
+        self._manager = ocp.CheckpointManager(self.path, options=options)
+
+    def save(self, epochs_done: int, tree: Any) -> None:
+        """Write one; it is complete on disk, or not there, whenever the process dies."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_named_arrays(tree)), digest=ocp.args.JsonSave({"sha256": digest(tree)})
+        )
+        self._manager.save(epochs_done, args=args)
+
+    def restore_newest(self, template: Any) -> tuple[int, Any] | None:
+        """``(epochs done, tree)`` of the newest good checkpoint; None when there is none.
+
+        Args:
+            template: a tree of the same structure, shapes and dtypes.
+
+        Warns:
+            UserWarning: a checkpoint was broken; it is renamed to "NUMBER.broken" and the one before is tried.
+        """
+        for number in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return number, self._restore(number, template)
+            except Exception as error:  # noqa: BLE001: whatever a damaged file makes orbax raise
+                self._set_aside(number)
+                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                warnings.warn(
+                    f"checkpoint {number} in {self.path} is broken ({reason}); falling back to the one before it",
+                    stacklevel=2,
+                )
+        return None
+
+    def _restore(self, number: int, template: Any) -> Any:
+        arrays = _named_arrays(template)
+        abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), digest=ocp.args.JsonRestore())
+        restored = self._manager.restore(number, args=args)
+        structure = jax.tree.structure(template)
+        tree = structure.unflatten([restored.state[name] for name in arrays])
+        if digest(tree) != restored.digest["sha256"]:
+            raise ValueError("its content differs from what was written")
+        return tree
+
+    def _set_aside(self, number: int) -> None:
+        folder = self.path / str(number)
+        aside = self.path / f"{number}.broken"
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Release what orbax holds."""
+        self._manager.close()
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of all arrays: equal digests mean equal bits."""
+    sha = hashlib.sha256()
+    for name, array in _named_arrays(tree).items():
+        array = np.ascontiguousarray(jax.device_get(array))
+        sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()
+
+
+def _named_arrays(tree: Any) -> dict[str, Any]:
+    """Arrays by their position and path: plain names, whatever containers the tree has."""
+    with_paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {f"{index:04d}{jax.tree_util.keystr(path)}": leaf for index, (path, leaf) in enumerate(with_paths)}

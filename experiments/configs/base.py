@@ -1,0 +1,185 @@
+"""What a training run is: frozen dataclasses, validated when made.
+
+Durations are in epochs here (the field names say so) and become optimizer updates once, in
+`experiments.step`.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+from experiments.data import DataConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneConfig:
+    """How ClickTrain prunes a run.
+
+    Attributes:
+        fractions: share of kernels to remove in each prunable convolution, in network order (first
+            convolution and shortcuts left out), or a single number for all of them; each in [0, 1).
+        coeff: weight of the group lasso in the loss.
+        select_epoch: masks are chosen at this epoch's first update.
+        prune_epoch: masked weights are zero from this epoch's first update on.
+        num_patterns: size of the published pattern set: 4, 8 or 12.
+        importance: criterion of the selection.
+        tile: (filters, channels) that share one pattern and one removal; None for all.
+    """
+
+    fractions: tuple[float, ...]
+    coeff: float
+    select_epoch: int
+    prune_epoch: int
+    num_patterns: Literal[4, 8, 12] = 4
+    importance: Literal["taylor", "magnitude"] = "taylor"
+    tile: tuple[int | None, int | None] = (1, 1)
+
+    def __post_init__(self) -> None:
+        if not self.fractions:
+            raise ValueError("prune.fractions is empty: give one fraction, or one for each prunable convolution")
+        if not 0 <= self.select_epoch < self.prune_epoch:
+            raise ValueError(
+                f"prune.select_epoch={self.select_epoch}, prune.prune_epoch={self.prune_epoch}: "
+                "expected 0 <= select_epoch < prune_epoch"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How the host runs it; changes neither the data nor the mathematics.
+
+    Attributes:
+        epoch_program: "scan": an epoch is one compiled loop on the device. "steps": the host calls one compiled
+            update after the other. "auto": scan, but steps on a CPU, where XLA runs convolutions inside a compiled
+            loop some 60 times slower (jax issue 12868; `python -m experiments bench loop` shows it).
+        checkpoint_every_epochs: save after every so many epochs, and after the last; a resumed run repeats the
+            epochs since.
+        keep_checkpoints: how many of the newest epochs' checkpoints stay on disk.
+        eval_every_epochs: evaluate after every so many epochs, and after the last.
+        progress: show a progress bar.
+        tensorboard: write TensorBoard events too (needs tensorboardX).
+    """
+
+    epoch_program: Literal["auto", "scan", "steps"] = "auto"
+    checkpoint_every_epochs: int = 1
+    keep_checkpoints: int = 2
+    eval_every_epochs: int = 1
+    progress: bool = True
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("checkpoint_every_epochs", "keep_checkpoints", "eval_every_epochs"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"loop.{field}={getattr(self, field)}: expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        name: the recipe's name.
+        net: one of `clicktrain_jax.models.names()`.
+        width: multiplies every width of the net.
+        data: which images.
+        epochs: length of the run.
+        batch_size: images an update.
+        partial_batch: keep an epoch's last, smaller batch (391 updates a CIFAR epoch at 128) or drop it (390).
+        learning_rate: at the start.
+        lr_schedule: "step": times lr_gamma at each milestone. "cosine": to zero over the run, after a linear
+            warm-up of one tenth of it.
+        lr_milestones: epochs, for "step".
+        lr_gamma: factor at a milestone.
+        momentum: of SGD, not Nesterov.
+        weight_decay: on every parameter, BatchNorm's too.
+        crop_padding: pixels of zero padding for random crops; 0 for no crops.
+        flip: random horizontal flips.
+        mixup_alpha: of mixup's Beta distribution; 0 for no mixup.
+        mixup_epoch: mixup is on from this epoch, in pruned and in dense runs alike; None for never.
+        precision: what the net computes in; parameters, optimizer and losses stay float32.
+        seed: decides initialisation, order of images, augmentation, dropout and mixup.
+        prune: None trains dense.
+        loop: how the host runs it.
+        expected: what the run is expected to reach, and where that figure comes from.
+        cost: what the run costs, and on what hardware.
+    """
+
+    name: str
+    net: str
+    epochs: int
+    data: DataConfig = DataConfig()
+    width: float = 1.0
+    batch_size: int = 128
+    partial_batch: Literal["keep", "drop"] = "keep"
+    learning_rate: float = 0.1
+    lr_schedule: Literal["step", "cosine"] = "step"
+    lr_milestones: tuple[int, ...] = ()
+    lr_gamma: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    crop_padding: int = 4
+    flip: bool = True
+    mixup_alpha: float = 0.3
+    mixup_epoch: int | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    prune: PruneConfig | None = None
+    loop: LoopConfig = LoopConfig()
+    expected: str = "not measured"
+    cost: str = "not measured"
+
+    def __post_init__(self) -> None:
+        for field in ("epochs", "batch_size"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)}: expected at least 1")
+        for field in ("learning_rate", "width"):
+            value = getattr(self, field)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{field}={value}: expected a positive number")
+        for field in ("mixup_alpha", "weight_decay", "crop_padding", "momentum"):
+            if not getattr(self, field) >= 0:
+                raise ValueError(f"{field}={getattr(self, field)}: expected 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: expected 0 to 2**32 - 1")
+        if self.prune is not None and self.prune.prune_epoch >= self.epochs:
+            raise ValueError(
+                f"prune.prune_epoch={self.prune.prune_epoch} is not before epochs={self.epochs}: nothing would be "
+                "pruned; lengthen the run or prune earlier"
+            )
+
+    def learning_rate_of(self, epoch: int) -> float:
+        """The step schedule's value in an epoch."""
+        return self.learning_rate * self.lr_gamma ** sum(epoch >= milestone for milestone in self.lr_milestones)
+
+
+def to_dict(config: TrainConfig) -> dict:
+    """Plain data, as it is written to config.json (tuples become lists there)."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(data: dict) -> TrainConfig:
+    """The inverse of `to_dict`.
+
+    Raises:
+        ValueError: fields that do not exist in this version, or are missing.
+    """
+
+    def build(cls: type, values: dict) -> object:
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown config field {unknown[0]!r} for {cls.__name__}; known: {sorted(known)}")
+        parts = {"data": DataConfig, "loop": LoopConfig, "prune": PruneConfig}
+        fields = {}
+        for key, value in values.items():
+            if cls is TrainConfig and key in parts and value is not None:
+                value = build(parts[key], value)
+            elif isinstance(value, list):
+                value = tuple(value)
+            fields[key] = value
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"{cls.__name__}: {error}") from error
+
+    return build(TrainConfig, data)

@@ -1,0 +1,18 @@
+"""Data sets as plain arrays (``load``), the packed archive, and augmentation inside the step."""
+
+from experiments.data.augment import augment, mixup, normalise
+from experiments.data.dataset import DataConfig, Dataset, DatasetMissing
+from experiments.data.loading import load
+from experiments.data.packed import load_packed, pack
+
+__all__ = [
+    "DataConfig",
+    "Dataset",
+    "DatasetMissing",
+    "augment",
+    "load",
+    "load_packed",
+    "mixup",
+    "normalise",
+    "pack",
+]

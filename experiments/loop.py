@@ -1,0 +1,262 @@
+"""The host side of a run: epochs, evaluation, records, checkpoints, resuming and stopping."""
+
+import contextlib
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import clicktrain_jax as ct
+from clicktrain_jax import models
+from clicktrain_jax.encoding import decode_masks
+from experiments.checkpoints import Checkpoints, digest
+from experiments.configs.base import TrainConfig
+from experiments.data import Dataset, load
+from experiments.records import RunFolder
+from experiments.step import Trainer, TrainState
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; what was done up to the last whole epoch is on disk."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.signal_number = signal_number
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+def train(
+    config: TrainConfig, workdir: Path, *, dataset: Dataset | None = None, trainer: Trainer | None = None
+) -> dict[str, Any]:
+    """Train one run to its end, from wherever its folder stands.
+
+    Args:
+        config: the run; its seed counts, also when ``trainer`` was made with another.
+        workdir: its folder. One of the same config is resumed from its last whole epoch; a finished one is
+            returned as it is.
+        dataset: what `experiments.data.load` returns for the config; loaded when None.
+        trainer: compiled programs to share between seeds; made when None.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        ValueError: bad config, missing data, a folder of another run.
+        Interrupted: SIGINT or SIGTERM came.
+        NonFiniteLoss: training diverged.
+    """
+    if dataset is None:
+        dataset = trainer.dataset if trainer is not None else load(config.data)
+    folder = RunFolder(workdir, config, dataset.fingerprint)
+    finished = folder.summary()
+    if finished is not None:
+        return finished
+    trainer = trainer or Trainer(config, dataset)
+    state, masks = trainer.init(config.seed)
+    checkpoints = Checkpoints(folder.checkpoints, config.loop.keep_checkpoints)
+    restored = checkpoints.restore_newest((state, masks))
+    start_epoch = 0
+    if restored is not None:
+        start_epoch, (state, masks) = restored
+    lines = folder.keep_epochs(start_epoch)
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpoints.close)
+        bar = stack.enter_context(_progress(config, start_epoch, trainer.steps_per_epoch))
+        events = _event_log(config, folder.path)
+        stop = stack.enter_context(_signals())
+        for epoch in range(start_epoch, config.epochs):
+            state, masks, line = _epoch(trainer, state, masks, epoch, config, bar, stop)
+            if not math.isfinite(line["train_loss"]):
+                raise NonFiniteLoss(
+                    f"{config.name}: the loss is not finite in epoch {epoch} (update {line['first_bad_step']} of "
+                    f"it); the checkpoint after {epoch} whole epochs is kept in {folder.checkpoints}. Lower "
+                    "learning_rate, or look at the data"
+                )
+            folder.append_metrics(line)
+            lines.append(line)
+            if _due(epoch, config.loop.checkpoint_every_epochs, config):
+                checkpoints.save(epoch + 1, (state, masks))
+            events(line)
+            bar.set_postfix(loss=f"{line['train_loss']:.3f}", top1=f"{100 * line.get('eval_top1', math.nan):.2f}")
+    summary = summarise(trainer, config, state, masks, lines)
+    folder.write_summary(summary)
+    return summary
+
+
+def _due(epoch: int, every: int, config: TrainConfig) -> bool:
+    return (epoch + 1) % every == 0 or epoch + 1 == config.epochs
+
+
+def _epoch(
+    trainer: Trainer, state: TrainState, masks: Any, epoch: int, config: TrainConfig, bar: Any, stop: Any
+) -> tuple[TrainState, Any, dict[str, Any]]:
+    compiled_before, start = trainer.compile_seconds, time.perf_counter()
+    done = 0
+
+    def on_step(count: int) -> None:
+        nonlocal done
+        bar.update(count - done)
+        done = count
+        stop.check()
+
+    state, masks, metrics = trainer.run_epoch(state, masks, epoch, config.seed, on_step)
+    compiled = trainer.compile_seconds - compiled_before
+    line: dict[str, Any] = {
+        "epoch": epoch,
+        "phases": [phase.name.lower() for phase, _, _ in trainer.segments(epoch)],
+        "train_loss": float(metrics[:, 0].mean()),
+        "train_top1": float(metrics[:, 1].mean()),
+        "train_seconds": time.perf_counter() - start - compiled,
+    }
+    if not np.isfinite(metrics[:, 0]).all():
+        line |= {"train_loss": math.nan, "first_bad_step": int(np.flatnonzero(~np.isfinite(metrics[:, 0]))[0])}
+        return state, masks, line
+    if _due(epoch, config.loop.eval_every_epochs, config):
+        compiled_before, start = trainer.compile_seconds, time.perf_counter()
+        line["eval_loss"], line["eval_top1"] = trainer.evaluate(state)
+        eval_compiled = trainer.compile_seconds - compiled_before
+        line["eval_seconds"] = time.perf_counter() - start - eval_compiled
+        compiled += eval_compiled
+    line["compile_seconds"] = compiled
+    return state, masks, line
+
+
+def summarise(
+    trainer: Trainer, config: TrainConfig, state: TrainState, encoded: Any, lines: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The facts of a finished run. Accuracies are fractions, times are seconds."""
+    masks = ct.Masks(*(jax.tree.map(lambda _: None, state.params) for _ in range(2)))
+    if encoded is not None:
+        masks = decode_masks(encoded)
+    sizes = models.output_sizes(trainer.model, trainer.image_shape)
+    report = ct.report(state.params, masks, output_sizes=sizes)
+    evaluated = [line for line in lines if "eval_top1" in line]
+    prune_epoch = config.prune.prune_epoch if config.prune else 0
+    train_seconds = sum(line["train_seconds"] for line in lines)
+    compile_seconds = sum(line["compile_seconds"] for line in lines)
+    dataset = trainer.dataset
+    return {
+        "name": config.name,
+        "net": config.net,
+        "width": config.width,
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "dataset": dataset.name,
+        "encoding": dataset.encoding,
+        "eval_split": dataset.eval_split,
+        "train_examples": len(dataset.train_labels),
+        "eval_examples": len(dataset.eval_labels),
+        "method": "dense" if config.prune is None else "clicktrain",
+        "final_top1": evaluated[-1]["eval_top1"],
+        "best_top1": max(line["eval_top1"] for line in evaluated),
+        "best_pruned_top1": max(line["eval_top1"] for line in evaluated if line["epoch"] >= prune_epoch),
+        "final_loss": evaluated[-1]["eval_loss"],
+        "conv_compression": report.conv_compression,
+        "conv_compression_without_shortcuts": report.compression_without("shortcut"),
+        "model_compression": report.model_compression,
+        "conv_weights": report.conv_weights,
+        "conv_retained": report.conv_retained,
+        "multiply_adds": report.multiply_adds,
+        "retained_multiply_adds": report.retained_multiply_adds,
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "retained": layer.retained,
+                "kernels_removed": layer.kernels_removed,
+                "pattern_counts": _pattern_counts(encoded, layer.name),
+            }
+            for layer in report.convs
+        ],
+        "train_seconds": train_seconds,
+        "compile_seconds": compile_seconds,
+        "train_and_compile_seconds": train_seconds + compile_seconds,
+        "eval_seconds": sum(line.get("eval_seconds", 0.0) for line in lines),
+        "params_sha256": digest(state.params),
+        "masks_sha256": None if encoded is None else digest(encoded),
+    }
+
+
+def _pattern_counts(encoded: Any, name: str) -> dict[str, int] | None:
+    """How many of a layer's kept kernels use each pattern, by the pattern's text."""
+    node = encoded
+    for key in name.split("/") if encoded is not None else ():
+        node = node[key]
+    if node is None or node.pattern_ids is None:
+        return None
+    kept = np.asarray(decode_masks(node).kernel)[0, 0]
+    ids = np.asarray(node.pattern_ids)[kept]
+    texts = [ct.patterns.to_text(pattern) for pattern in np.asarray(node.patterns)]
+    return dict(zip(texts, np.bincount(ids, minlength=len(texts)).tolist()))
+
+
+def _progress(config: TrainConfig, start_epoch: int, steps_per_epoch: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(
+        total=config.epochs * steps_per_epoch,
+        initial=start_epoch * steps_per_epoch,
+        desc=f"{config.name} seed {config.seed}",
+        unit="step",
+        mininterval=1.0,
+        disable=not config.loop.progress or not sys.stderr.isatty(),
+    )
+
+
+def _event_log(config: TrainConfig, path: Path) -> Any:
+    if not config.loop.tensorboard:
+        return lambda line: None
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ValueError("loop.tensorboard needs the package tensorboardX: pip install tensorboardX") from error
+    writer = SummaryWriter(str(path / "events"))
+
+    def write(line: dict[str, Any]) -> None:
+        for key, value in line.items():
+            if isinstance(value, float):
+                writer.add_scalar(key, value, line["epoch"])
+        writer.flush()
+
+    return write
+
+
+class _Stop:
+    signal_number: int | None = None
+
+    def check(self) -> None:
+        if self.signal_number is not None:
+            raise Interrupted(self.signal_number)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_Stop]:
+    """Turn SIGINT and SIGTERM into a stop between two updates; a second one acts as usual."""
+    stop = _Stop()
+    previous = {}
+
+    def handle(number: int, _: Any) -> None:
+        stop.signal_number = number
+        signal.signal(number, previous[number])
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.getsignal(number)
+            signal.signal(number, handle)
+    except ValueError:  # not the main thread: signals are not ours to take
+        pass
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            with contextlib.suppress(ValueError):
+                signal.signal(number, handler)

@@ -1,0 +1,186 @@
+"""The run folder: what was asked for, with what, what happened, and how it ended.
+
+    config.json     the whole config
+    setting.json    versions, device, data fingerprint, date
+    metrics.jsonl   a line an epoch
+    summary.json    final and best accuracy, compression, seconds; written at the end
+    checkpoints/    see `experiments.checkpoints`
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.configs.base import TrainConfig, from_dict, to_dict
+
+# Fields that a resumed run may change: they decide neither data nor mathematics.
+_FREE_FIELDS = ("loop.progress", "loop.tensorboard", "loop.keep_checkpoints", "loop.checkpoint_every_epochs", "data.dir", "data.cache_dir",
+                "expected", "cost")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
+
+
+def setting() -> dict[str, Any]:
+    """Versions and hardware of this process."""
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "cpu": {"model": _cpu_model(), "cores": len(os.sched_getaffinity(0))},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "commit": _commit(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+class RunFolder:
+    """One run's files.
+
+    Args:
+        path: the folder; made when missing.
+        config: the run's config.
+        data_fingerprint: of the data set as loaded.
+
+    Raises:
+        ValueError: the folder belongs to another config or data set, or holds something else; nothing is
+            overwritten then.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig, data_fingerprint: str) -> None:
+        self.path = Path(path)
+        stored = self.path / "config.json"
+        if stored.exists():
+            _check_same(read_json(stored), _plain(config), self.path)
+            earlier = read_json(self.path / "setting.json").get("data_fingerprint", data_fingerprint)
+            if earlier != data_fingerprint:
+                raise ValueError(
+                    f"{self.path} was trained on other images (fingerprint {earlier}, now {data_fingerprint}); "
+                    "use the same data or another --workdir"
+                )
+            return
+        if self.path.exists() and any(self.path.iterdir()):
+            raise ValueError(f"{self.path} is not empty and holds no run: choose another --workdir")
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "setting.json", {**setting(), "data_fingerprint": data_fingerprint})
+        write_json(stored, _plain(config))
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run, else None."""
+        path = self.path / "summary.json"
+        return read_json(path) if path.exists() else None
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Mark the run as finished."""
+        write_json(self.path / "summary.json", summary)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
+        return read_metrics(self.path)
+
+    def keep_epochs(self, count: int) -> list[dict[str, Any]]:
+        """Drop the lines of epochs that the checkpoint does not hold; returns the lines kept."""
+        lines = [line for line in self.metrics() if line["epoch"] < count]
+        _replace(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        return lines
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add an epoch's line, on disk before this returns."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The config of a run folder.
+
+    Raises:
+        ValueError: it is no run folder, or its config does not fit this version.
+    """
+    stored = Path(path) / "config.json"
+    if not stored.exists():
+        raise ValueError(f"{path} is no run folder: it has no config.json")
+    return from_dict(read_json(stored))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The epochs of a run folder."""
+    file = Path(path) / "metrics.jsonl"
+    lines = []
+    for text in file.read_text().splitlines() if file.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; a broken one is a ValueError that names it."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file in one piece."""
+    _replace(Path(path), json.dumps(data, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(to_dict(config)))
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _check_same(stored: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
+    old, new = _flat(stored), _flat(asked)
+    for field in sorted(old.keys() | new.keys()):
+        if field not in _FREE_FIELDS and old.get(field) != new.get(field):
+            raise ValueError(
+                f"{path} belongs to another config: {field} is {old.get(field)!r} there and {new.get(field)!r} "
+                "here; choose another --workdir, or ask for the same run to resume it"
+            )

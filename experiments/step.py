@@ -1,0 +1,313 @@
+"""The device side of a run: one update, one evaluation, as compiled programs for each phase.
+
+The whole training set lies on the device as uint8; an update gathers its batch, augments, normalises and
+mixes it up, so the host sends one index a step and fetches one array of metrics an epoch.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import clicktrain_jax as ct
+from clicktrain_jax import models
+from clicktrain_jax.encoding import decode_masks, empty_masks, fill_masks
+from clicktrain_jax.phases import Phase
+from experiments.configs.base import TrainConfig
+from experiments.data import Dataset, augment, mixup, normalise
+
+# Streams of random numbers, each folded into the run's key.
+_INIT, _ORDER, _STEP = range(3)
+EVAL_BATCH = 500
+
+
+class TrainState(NamedTuple):
+    """What an update changes. ``step`` is an int32 scalar, the number of updates done."""
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+class Images(NamedTuple):
+    """A set on the device: uint8 (N, H, W, C), int32 (N,)."""
+
+    images: jax.Array
+    labels: jax.Array
+
+
+class Trainer:
+    """Model, optimizer and compiled programs of one config; serves any number of seeds.
+
+    Attributes:
+        steps_per_epoch: updates an epoch.
+        schedule: phases in updates; None for a dense run.
+        compile_seconds: host seconds spent in tracing and compiling so far.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
+        self.config = config
+        self.dataset = dataset
+        image_shape = tuple(dataset.train_images.shape[1:])
+        self.image_shape = image_shape
+        dtype = jnp.dtype(config.precision)
+        self.model = models.build(config.net, num_classes=dataset.num_classes, width=config.width, dtype=dtype)
+        self.abstract_params = models.abstract_variables(self.model, image_shape)["params"]
+        self.train_data = Images(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels))
+        self.eval_data = Images(jnp.asarray(dataset.eval_images), jnp.asarray(dataset.eval_labels))
+
+        count = len(dataset.train_images)
+        full, self.tail = divmod(count, config.batch_size)
+        if config.partial_batch == "drop":
+            self.tail = 0
+        self.steps_per_epoch = full + bool(self.tail)
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"batch_size={config.batch_size} is larger than the {count} training images and partial_batch is "
+                "'drop': nothing would be trained; lower the batch size"
+            )
+        self.optimizer = make_optimizer(config, self.steps_per_epoch)
+        self.plan, self.schedule, self.updates = None, None, None
+        if config.prune is not None:
+            self._set_up_pruning()
+        program = config.loop.epoch_program
+        self.scan = jax.default_backend() != "cpu" if program == "auto" else program == "scan"
+        self.compile_seconds = 0.0
+        self._programs: dict[Any, Callable[..., Any]] = {}
+
+    def _set_up_pruning(self) -> None:
+        prune = self.config.prune
+        rules = prune_rules(prune.fractions, models.prunable_convs(self.model, self.image_shape), self.config.net)
+        self.plan = ct.make_plan(self.abstract_params, rules, tile=prune.tile)
+        self.patterns = ct.patterns.fixed_set(prune.num_patterns)
+        self.schedule = ct.PhaseSchedule(
+            prune.select_epoch * self.steps_per_epoch, prune.prune_epoch * self.steps_per_epoch
+        )
+        self.updates = ct.phase_updates(
+            self.optimizer, self.plan, coeff=prune.coeff, patterns=self.patterns, importance=prune.importance
+        )
+
+    def init(self, seed: int) -> tuple[TrainState, Any]:
+        """A fresh ``(state, encoded masks)``; the masks are None for a dense run."""
+        key = jax.random.fold_in(jax.random.key(seed), _INIT)
+        images = jnp.zeros((1, *self.image_shape), jnp.float32)
+
+        @jax.jit
+        def make(key: jax.Array) -> TrainState:
+            variables = self.model.init(key, images, train=False)
+            params = variables["params"]
+            return TrainState(
+                jnp.zeros([], jnp.int32), params, variables.get("batch_stats", {}), self.optimizer.init(params)
+            )
+
+        state = make(key)
+        masks = None if self.plan is None else empty_masks(state.params, self.plan, len(self.patterns))
+        return state, masks
+
+    def segments(self, epoch: int) -> list[tuple[Phase, int, int]]:
+        """The phases of an epoch: ``(phase, first, end)`` in updates counted from the epoch's start."""
+        start = epoch * self.steps_per_epoch
+        if self.schedule is None:
+            return [(Phase.DENSE, 0, self.steps_per_epoch)]
+        stop = start + self.steps_per_epoch
+        return [(phase, first - start, end - start) for phase, first, end in self.schedule.segments(start, stop)]
+
+    def run_epoch(
+        self, state: TrainState, encoded: Any, epoch: int, seed: int, on_step: Callable[[int], None] = lambda _: None
+    ) -> tuple[TrainState, Any, np.ndarray]:
+        """Train one epoch. ``state`` is donated: its buffers are gone afterwards.
+
+        Args:
+            state: at the epoch's start.
+            encoded: encoded masks, or None.
+            epoch: from 0.
+            seed: the run's.
+            on_step: called on the host with the number of updates dispatched, between updates ("steps") or
+                between segments ("scan"); may raise to stop.
+
+        Returns:
+            ``(state, encoded masks, metrics)``, metrics float32 (steps, 2): loss without group lasso, top-1.
+
+        Raises:
+            ValueError: the scores at the selection were not finite.
+        """
+        key = jax.random.key(seed)
+        order = _order(jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch), len(self.train_data.labels))
+        metrics = jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
+        mix = self.config.mixup_epoch is not None and epoch >= self.config.mixup_epoch and self.config.mixup_alpha > 0
+        masks = None
+        for phase, first, end in self.segments(epoch):
+            if phase >= Phase.REGULARIZE and masks is None:
+                masks = _decode(encoded)
+            for begin, stop, batch in self._by_batch_size(first, end):
+                looped = self.scan and stop - begin > 1
+                if looped:
+                    args = (state, metrics, self.train_data, order, np.int32(begin), np.int32(stop), key, masks)
+                    state, metrics, chosen = self._program(phase, mix, batch, True, args)(*args)
+                    on_step(stop)
+                    continue
+                for index in range(begin, stop):
+                    args = (state, metrics, self.train_data, order, np.int32(index), key, masks)
+                    state, metrics, chosen = self._program(phase, mix, batch, False, args)(*args)
+                    on_step(index + 1)
+                if phase == Phase.SELECT:
+                    layers, finite = chosen
+                    if not finite:
+                        raise ValueError(f"epoch {epoch}: the scores at the selection are not finite")
+                    encoded = fill_masks(encoded, layers)
+        return state, encoded, np.asarray(metrics)
+
+    def evaluate(self, state: TrainState) -> tuple[float, float]:
+        """``(mean loss, top-1)`` on the evaluation set, in float32 sums."""
+        count = len(self.eval_data.labels)
+        totals = []
+        for begin in range(0, count, EVAL_BATCH):
+            end = min(begin + EVAL_BATCH, count)
+            args = (state.params, state.batch_stats, self.eval_data, np.int32(begin))
+            build = functools.partial(self._eval_batch, end - begin)
+            totals.append(self._compiled(("eval", end - begin), build, args, ())(*args))
+        loss, correct = np.sum([np.asarray(total) for total in totals], axis=0, dtype=np.float64)
+        return loss / count, correct / count
+
+    def _by_batch_size(self, first: int, end: int) -> list[tuple[int, int, int]]:
+        """Split updates [first, end) of an epoch by batch size: the last one may be smaller."""
+        full = self.steps_per_epoch - bool(self.tail)
+        parts = [(first, min(end, full), self.config.batch_size), (max(first, full), end, self.tail)]
+        return [(begin, stop, batch) for begin, stop, batch in parts if begin < stop]
+
+    def _program(self, phase: Phase, mix: bool, batch: int, looped: bool, args: tuple) -> Callable[..., Any]:
+        def build() -> Callable[..., Any]:
+            body = self.update_step(phase, mix, batch)
+            return _looped(body) if looped else body
+
+        return self._compiled((phase, mix, batch, looped), build, args, (0, 1))
+
+    def _compiled(self, key: Any, build: Callable[[], Callable[..., Any]], args: tuple, donate: tuple[int, ...]) -> Callable[..., Any]:
+        """The compiled program of a key; compiling is timed apart from running."""
+        if key not in self._programs:
+            start = time.perf_counter()
+            self._programs[key] = jax.jit(build(), donate_argnums=donate).lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - start
+        return self._programs[key]
+
+    def update_step(self, phase: Phase, mix: bool, batch: int) -> Callable[..., Any]:
+        """One update as a pure function.
+
+        ``(state, metrics, data, order, index, key, masks) -> (state, metrics, chosen)``; ``index`` counts updates
+        in the epoch and the batch is ``order[index * batch_size:][:batch]``; ``chosen`` is None except for
+        SELECT. In the dense phase the optimizer's update is called as it is: no mask, no conditional.
+        """
+        config, dataset, updates = self.config, self.dataset, self.updates
+
+        def loss_of(params: Any, batch_stats: Any, images: Any, labels: tuple, key: jax.Array) -> Any:
+            logits, new = self.model.apply(
+                {"params": params, "batch_stats": batch_stats},
+                images,
+                train=True,
+                rngs={"dropout": key},
+                mutable=["batch_stats"],
+            )
+            first, second, lam = labels
+            losses = optax.softmax_cross_entropy_with_integer_labels
+            loss = losses(logits, first).mean()
+            guess = logits.argmax(-1)
+            top1 = (guess == first).mean()
+            if mix:
+                loss = lam * loss + (1 - lam) * losses(logits, second).mean()
+                top1 = lam * top1 + (1 - lam) * (guess == second).mean()
+            return loss, (new["batch_stats"], top1)
+
+        def step(
+            state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, masks: Any
+        ) -> tuple[TrainState, Any, Any]:
+            step_key = jax.random.fold_in(jax.random.fold_in(key, _STEP), state.step)
+            augment_key, mixup_key, dropout_key = jax.random.split(step_key, 3)
+            chosen_images = jax.lax.dynamic_slice(order, (index * config.batch_size,), (batch,))
+            images = augment(augment_key, data.images[chosen_images], pad=config.crop_padding, flip=config.flip)
+            images = normalise(images, dataset.mean, dataset.std)
+            labels = (data.labels[chosen_images], None, None)
+            if mix:
+                images, labels = mixup(mixup_key, images, labels[0], config.mixup_alpha)
+            (loss, (batch_stats, top1)), grads = jax.value_and_grad(loss_of, has_aux=True)(
+                state.params, state.batch_stats, images, labels, dropout_key
+            )
+            arguments = (grads, state.opt_state, state.params)
+            chosen = updates.select(grads, state.params) if phase == Phase.SELECT else None
+            if phase <= Phase.SELECT:
+                change, opt_state = self.optimizer.update(*arguments)
+            else:
+                by_phase = {
+                    Phase.REGULARIZE: updates.regularize, Phase.PRUNE: updates.prune, Phase.PRUNED: updates.pruned,
+                }
+                change, opt_state = by_phase[phase](*arguments, masks)
+            params = optax.apply_updates(state.params, change)
+            metrics = metrics.at[index].set(jnp.stack([loss, top1]).astype(jnp.float32))
+            return TrainState(state.step + 1, params, batch_stats, opt_state), metrics, chosen
+
+        return step
+
+    def _eval_batch(self, batch: int) -> Callable[..., Any]:
+        def evaluate(params: Any, batch_stats: Any, data: Images, begin: Any) -> jax.Array:
+            images = jax.lax.dynamic_slice_in_dim(data.images, begin, batch)
+            labels = jax.lax.dynamic_slice_in_dim(data.labels, begin, batch)
+            images = normalise(images, self.dataset.mean, self.dataset.std)
+            logits = self.model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return jnp.stack([losses.sum(), (logits.argmax(-1) == labels).sum().astype(jnp.float32)])
+
+        return evaluate
+
+
+def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
+    """SGD with momentum, weight decay on every parameter and the config's schedule."""
+    total = config.epochs * steps_per_epoch
+    if config.lr_schedule == "cosine":
+        warmup = max(1, total // 10)
+        rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(total, warmup + 1))
+    else:
+        drops = {milestone * steps_per_epoch: config.lr_gamma for milestone in config.lr_milestones}
+        rate = optax.piecewise_constant_schedule(config.learning_rate, drops)
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=config.momentum or None)
+    )
+
+
+def prune_rules(fractions: tuple[float, ...], paths: tuple[str, ...], net: str) -> dict[str, float]:
+    """Rules of `ct.make_plan` from fractions in network order.
+
+    Raises:
+        ValueError: neither one fraction nor one for each prunable convolution.
+    """
+    if len(fractions) not in (1, len(paths)):
+        raise ValueError(
+            f"prune.fractions has {len(fractions)} values; {net} has {len(paths)} prunable convolutions: "
+            "give one for each, in network order, or a single one for all"
+        )
+    values = fractions * len(paths) if len(fractions) == 1 else fractions
+    return dict(zip(paths, values))
+
+
+_decode = jax.jit(decode_masks)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _order(key: jax.Array, count: int) -> jax.Array:
+    return jax.random.permutation(key, count)
+
+
+def _looped(body: Callable[..., Any]) -> Callable[..., Any]:
+    """``body`` over updates [first, end), one compiled loop; its bounds are traced, so one program serves all."""
+
+    def run(state: Any, metrics: Any, data: Any, order: Any, first: Any, end: Any, key: Any, masks: Any) -> Any:
+        def once(index: Any, carry: Any) -> Any:
+            return body(*carry, data, order, index, key, masks)[:2]
+
+        return *jax.lax.fori_loop(first, end, once, (state, metrics)), None
+
+    return run

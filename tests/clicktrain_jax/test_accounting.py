@@ -1,0 +1,107 @@
+"""Counts on a tree small enough to count by hand."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import clicktrain_jax as ct
+
+SIZES = {"conv1": (3, 3, 1, 4), "conv2": (3, 3, 4, 2), "conv3": (1, 1, 2, 3), "shortcut": (1, 1, 4, 3)}
+
+
+@pytest.fixture(scope="module")
+def tree():
+    params = {name: {"kernel": jnp.ones(shape)} for name, shape in SIZES.items()}
+    params["norm"] = {"scale": jnp.ones(3), "bias": jnp.zeros(3)}
+    params["dense"] = {"kernel": jnp.ones((3, 5))}
+    return params
+
+
+@pytest.fixture(scope="module")
+def masks(tree):
+    """conv2 keeps 5 of 8 kernels, 4 taps each; conv3 keeps 3 of 6; all else is dense."""
+    nothing = jax.tree.map(lambda _: None, tree)
+    corner = ct.patterns.fixed_set(4)[3][:, :, None, None]
+    kept2 = np.array([[1, 0], [1, 0], [1, 0], [1, 1]], bool)
+    kept3 = np.array([[1, 0, 1], [0, 1, 0]], bool)
+    return ct.Masks(
+        pattern=nothing | {"conv2": {"kernel": jnp.broadcast_to(corner, SIZES["conv2"])}},
+        kernel=nothing
+        | {
+            "conv2": {"kernel": jnp.broadcast_to(kept2, SIZES["conv2"])},
+            "conv3": {"kernel": jnp.broadcast_to(kept3, SIZES["conv3"])},
+        },
+    )
+
+
+def test_counts(tree, masks):
+    report = ct.report(tree, masks)
+    layers = {layer.name: layer for layer in report.layers}
+    assert {name: (layer.weights, layer.retained) for name, layer in layers.items()} == {
+        "conv1/kernel": (36, 36),
+        "conv2/kernel": (72, 20),
+        "conv3/kernel": (6, 3),
+        "shortcut/kernel": (12, 12),
+        "norm/scale": (3, 3),
+        "norm/bias": (3, 3),
+        "dense/kernel": (15, 15),
+    }
+    assert [name for name, layer in layers.items() if layer.pruned] == ["conv2/kernel", "conv3/kernel"]
+    assert layers["conv2/kernel"].kernels_removed == layers["conv3/kernel"].kernels_removed == 3
+    assert layers["conv1/kernel"].kernels_removed == 0
+    assert layers["conv2/kernel"].compression == 72 / 20
+    assert (report.conv_weights, report.conv_retained) == (126, 71)
+    assert (report.model_weights, report.model_retained) == (147, 92)
+    assert report.conv_compression == 126 / 71
+    assert report.model_compression == 147 / 92
+    assert report.pruned_layers_compression == 78 / 23
+    assert report.compression_without("shortcut") == 114 / 59
+    assert report.compression_without("no such layer") == report.conv_compression
+
+
+def test_multiply_adds(tree, masks):
+    sizes = {"conv1/kernel": (8, 8), "conv2/kernel": (4, 8), "conv3/kernel": (4, 4), "dense/kernel": (1, 1)}
+    report = ct.report(tree, masks, output_sizes=sizes)
+    by_name = {layer.name: (layer.multiply_adds, layer.retained_multiply_adds) for layer in report.layers}
+    assert by_name["conv1/kernel"] == (64 * 36, 64 * 36)
+    assert by_name["conv2/kernel"] == (32 * 72, 32 * 20)
+    assert by_name["conv3/kernel"] == (16 * 6, 16 * 3)
+    assert by_name["dense/kernel"] == (15, 15)
+    assert by_name["shortcut/kernel"] == by_name["norm/scale"] == (None, None)
+    assert report.multiply_adds == 64 * 36 + 32 * 72 + 16 * 6 + 15
+    assert report.retained_multiply_adds == 64 * 36 + 32 * 20 + 16 * 3 + 15
+    assert sizes == {"conv1/kernel": (8, 8), "conv2/kernel": (4, 8), "conv3/kernel": (4, 4), "dense/kernel": (1, 1)}
+
+
+def test_without_sizes_there_are_no_multiply_adds(tree, masks):
+    report = ct.report(tree, masks)
+    assert all(layer.multiply_adds is layer.retained_multiply_adds is None for layer in report.layers)
+    assert report.multiply_adds == report.retained_multiply_adds == 0
+
+
+def test_shapes_are_enough(tree, masks):
+    assert ct.report(jax.eval_shape(lambda: tree), masks) == ct.report(tree, masks)
+
+
+def test_counts_come_from_masks_not_from_zeros(tree, masks):
+    zeros = jax.tree.map(jnp.zeros_like, tree)
+    assert ct.report(zeros, masks) == ct.report(tree, masks)
+
+
+def test_plain_data(tree, masks):
+    report = ct.report(tree, masks)
+    assert all(type(value) is int for layer in report.layers for value in layer.shape)
+    assert dataclasses.asdict(report)["layers"][0]["name"] == "conv1/kernel"
+    text = report.to_text().splitlines()
+    assert "conv2/kernel" in text[2] and "3x3x4x2" in text[2] and text[2].endswith("3.60x")
+    assert text[-1].startswith("whole model") and text[-1].endswith("1.60x")
+    assert not any("norm" in line for line in text)
+
+
+def test_nothing_retained(tree, masks):
+    none_kept = masks._replace(kernel=jax.tree.map(jnp.zeros_like, masks.kernel))
+    assert ct.report(tree, none_kept).pruned_layers_compression == math.inf

@@ -1,0 +1,70 @@
+"""The phase schedule, all three ways to read it, against the table in method.md."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clicktrain_jax import Phase, PhaseSchedule
+
+SCHEDULES = [(0, 1), (0, 3), (2, 3), (2, 4), (2, 7)]
+STOP = 10
+
+
+def expected_phase(step, select_step, prune_step):
+    if step < select_step:
+        return Phase.DENSE
+    if step == select_step:
+        return Phase.SELECT
+    if step < prune_step:
+        return Phase.REGULARIZE
+    return Phase.PRUNE if step == prune_step else Phase.PRUNED
+
+
+@pytest.mark.parametrize("steps", SCHEDULES)
+def test_host_and_device_agree(steps):
+    schedule = PhaseSchedule(*steps)
+    expected = [expected_phase(step, *steps) for step in range(STOP)]
+    assert [schedule.phase(step) for step in range(STOP)] == expected
+    assert [int(schedule.phase_index(step)) for step in range(STOP)] == expected
+    traced = jax.jit(schedule.phase_index)(jnp.arange(STOP))
+    assert traced.dtype == jnp.int32
+    np.testing.assert_array_equal(traced, expected)
+
+
+@pytest.mark.parametrize("steps", SCHEDULES)
+def test_segments_cover_every_range(steps):
+    schedule = PhaseSchedule(*steps)
+    for start in range(STOP):
+        for stop in range(start, STOP):
+            runs = list(schedule.segments(start, stop))
+            flat = [(phase, step) for phase, first, end in runs for step in range(first, end)]
+            assert flat == [(expected_phase(step, *steps), step) for step in range(start, stop)]
+            assert all(first < end for _, first, end in runs)
+            phases = [phase for phase, _, _ in runs]
+            assert len(set(phases)) == len(phases)
+
+
+def test_no_regularized_update_when_the_prune_follows_at_once():
+    phases = [PhaseSchedule(3, 4).phase(step) for step in range(6)]
+    assert phases == [Phase.DENSE] * 3 + [Phase.SELECT, Phase.PRUNE, Phase.PRUNED]
+
+
+def test_steps_may_be_numpy_integers():
+    assert PhaseSchedule(np.int64(1), np.int32(2)).phase(np.int64(2)) is Phase.PRUNE
+
+
+@pytest.mark.parametrize(
+    ("select_step", "prune_step", "message"),
+    [
+        (3, 3, "select_step=3 is not before prune_step=3"),
+        (4, 3, "select_step=4 is not before prune_step=3"),
+        (-1, 3, "select_step=-1: expected 0 or more"),
+        (1.0, 3, "select_step=1.0: expected an integer"),
+        (0, True, "prune_step=True: expected an integer"),
+        (0, None, "prune_step=None: expected an integer"),
+    ],
+)
+def test_bad_steps(select_step, prune_step, message):
+    with pytest.raises(ValueError, match=message):
+        PhaseSchedule(select_step, prune_step)

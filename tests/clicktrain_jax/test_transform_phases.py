@@ -1,0 +1,161 @@
+"""What each phase does to the gradient and to the update, and the same from `phase_updates`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import clicktrain_jax as ct
+from clicktrain_jax.encoding import decode_masks, empty_masks, fill_masks
+
+
+def recorder():
+    """Plain gradient descent whose state is the gradient it was handed, flat: no mirror of the weights."""
+
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda grad: -0.1 * grad, updates), jax.tree.map(jnp.ravel, updates)
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.ravel, params), update)
+
+
+@pytest.fixture(scope="module")
+def recorded(toy):
+    return toy.run(ct.clicktrain(recorder(), toy.plan(), **toy.SCHEDULE))
+
+
+def handed(history, step):
+    """The gradient that the inner optimizer got in update ``step``, in the shapes of the weights."""
+    flat = history.states[step + 1].inner_state
+    return jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), flat, history.grads[step])
+
+
+def assert_equal(got, expected):
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def assert_close(got, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+
+
+def test_selection_uses_that_updates_weights_and_gradient(recorded, toy, oracle):
+    expected = toy.expected_keep(oracle, recorded.params[toy.SELECT], recorded.grads[toy.SELECT])
+    assert_equal(toy.keep_of(recorded.states[toy.SELECT + 1]), expected)
+
+
+def test_dense_and_selecting_updates_are_ordinary(recorded, toy):
+    plain = toy.run(recorder(), steps=toy.SELECT + 1)
+    # Rounding only: without the conditional in between, the compiler joins w - 0.1 g to one multiply-add.
+    assert_close(recorded.params[: toy.SELECT + 2], plain.params)
+    for step in range(toy.SELECT + 1):
+        assert_equal(handed(recorded, step), recorded.grads[step])
+
+
+def test_regularized_gradient_has_the_lasso_added(recorded, toy):
+    masks = ct.masks_of(recorded.states[toy.SELECT + 1])
+    for step in range(toy.SELECT + 1, toy.PRUNE):
+        tree, raw = recorded.params[step], recorded.grads[step]
+        total = jax.grad(lambda p, s=step: toy.loss(p, s) + toy.SCHEDULE["coeff"] * sum(ct.group_lasso(p, masks)))(tree)
+        assert_close(handed(recorded, step), total)
+        assert np.any(handed(recorded, step)["Conv_1"]["kernel"] != raw["Conv_1"]["kernel"])
+        for layer in ("Conv_0", "Dense_0"):
+            assert_equal(handed(recorded, step)[layer], raw[layer])
+
+
+def test_pruning_updates_gradient_is_whole_and_without_lasso(recorded, toy):
+    assert_equal(handed(recorded, toy.PRUNE), recorded.grads[toy.PRUNE])
+    keep = toy.keep_of(recorded.states[-1])["Conv_1"]
+    assert np.asarray(handed(recorded, toy.PRUNE)["Conv_1"]["kernel"])[~keep].all()
+
+
+def test_later_gradients_are_masked(recorded, toy):
+    for step in range(toy.PRUNE + 1, toy.STOP):
+        for layer, keep in toy.keep_of(recorded.states[-1]).items():
+            raw = np.asarray(recorded.grads[step][layer]["kernel"])
+            assert raw[~keep].all()
+            np.testing.assert_array_equal(handed(recorded, step)[layer]["kernel"], np.where(keep, raw, 0))
+
+
+def test_updates_are_counted(recorded, toy):
+    assert [int(state.count) for state in recorded.states] == list(range(toy.STOP + 1))
+    assert all(state.count.dtype == jnp.int32 for state in recorded.states)
+
+
+def run_by_phase(toy, inner, compile):
+    """`toy.run` for a loop that knows its phase; yields masks, weights and inner state after each update."""
+    plan = toy.plan()
+    updates_of = ct.phase_updates(inner, plan, coeff=toy.SCHEDULE["coeff"])
+    schedule = ct.PhaseSchedule(toy.SELECT, toy.PRUNE)
+
+    def train_step(update):
+        def step(tree, state, grads, *masks):
+            updates, state = update(grads, state, tree, *masks)
+            return optax.apply_updates(tree, updates), state
+
+        return compile(step)
+
+    ordinary, masked = train_step(updates_of.dense), train_step(updates_of.pruned)
+    unmasked = {
+        ct.Phase.REGULARIZE: train_step(updates_of.regularize),
+        ct.Phase.PRUNE: train_step(updates_of.prune),
+    }
+    tree, state, masks = toy.params(), inner.init(toy.params()), None
+    for step in range(toy.STOP):
+        phase, grads = schedule.phase(step), jax.grad(toy.loss)(tree, jnp.float32(step))
+        if phase is ct.Phase.SELECT:
+            layers, finite = compile(updates_of.select)(grads, tree)
+            assert finite
+            masks = decode_masks(fill_masks(empty_masks(tree, plan, 4), layers))
+        if phase <= ct.Phase.SELECT:
+            tree, state = ordinary(tree, state, grads)
+        else:
+            tree, state = unmasked.get(phase, masked)(tree, state, grads, masks)
+        yield masks, tree, state
+
+
+INNERS = {"momentum": optax.sgd(0.1, momentum=0.9), "adamw": optax.adamw(1e-2, weight_decay=0.1)}
+
+
+@pytest.mark.parametrize("inner", INNERS.values(), ids=INNERS)
+def test_compiled_phase_updates_are_the_transformation(toy, inner):
+    """The same masks and zeros, weights within rounding: the compiler fuses the two programs differently."""
+    expected = toy.run(ct.clicktrain(inner, toy.plan(), **toy.SCHEDULE))
+    for step, (masks, tree, state) in enumerate(run_by_phase(toy, inner, jax.jit)):
+        assert_close(tree, expected.params[step + 1])
+        assert_close(jax.tree.leaves(state), jax.tree.leaves(expected.states[step + 1].inner_state))
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a == 0, b == 0), tree, expected.params[step + 1])
+        if masks is not None:
+            assert_equal(masks, ct.masks_of(expected.states[step + 1]))
+
+
+def test_phase_updates_are_the_transformation_bit_for_bit(toy):
+    """Operation by operation, without a compiler's freedom, they are the same arithmetic."""
+    inner = INNERS["momentum"]
+    tx = ct.clicktrain(inner, toy.plan(), **toy.SCHEDULE)
+    with jax.disable_jit():
+        tree, state = toy.params(), tx.init(toy.params())
+        by_phase = run_by_phase(toy, inner, lambda function: function)
+        for step, (_, other_tree, other_state) in enumerate(by_phase):
+            updates, state = tx.update(jax.grad(toy.loss)(tree, jnp.float32(step)), state, tree)
+            tree = optax.apply_updates(tree, updates)
+            assert_equal(other_tree, tree)
+            assert_equal(other_state, state.inner_state)
+
+
+def test_dense_phase_is_the_inner_optimizer_itself(toy):
+    inner = optax.adam(1e-2)
+    assert ct.phase_updates(inner, toy.plan(), coeff=0.1).dense is inner.update
+
+
+def test_magnitude_and_own_criteria(toy, oracle):
+    def own(params, grads):
+        return jax.tree.map(lambda w, g: jnp.square(w), params, grads)
+
+    results = []
+    for importance in ("magnitude", own, ct.importance.magnitude):
+        tx = ct.clicktrain(recorder(), toy.plan(), select_step=0, prune_step=1, coeff=0.0, importance=importance)
+        results.append(toy.keep_of(toy.run(tx, steps=1).states[-1]))
+    # Scores w^2 are those of a gradient equal to the weight.
+    square = toy.expected_keep(oracle, *[jax.tree.map(lambda w: jnp.sqrt(jnp.abs(w)), toy.params())] * 2)
+    for keep in results:
+        assert_equal(keep, square)
