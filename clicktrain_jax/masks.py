@@ -218,5 +218,5 @@ def check_shape(name: str, weight: Any, mask: Any) -> None:
     """Raise a ValueError when a mask does not have its weight's shape."""
     if jnp.shape(weight) != jnp.shape(mask):
         raise ValueError(
-            f"masks belong to another tree: {name!r} has shape {jnp.shape(weight)}, its mask {jnp.shape(mask)}"
+            f"masks: belongs to another tree, {name!r} has shape {jnp.shape(weight)}, its mask {jnp.shape(mask)}"
         )

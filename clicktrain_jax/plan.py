@@ -6,6 +6,7 @@ so it can be closed over by a jitted step.
 
 import dataclasses
 import math
+import numbers
 import re
 from collections.abc import Mapping
 
@@ -136,9 +137,7 @@ def make_plan(
             )
         _check_groups(name, shape, fraction, group_rules)
         filters, channels = tile
-        layers.append(
-            LayerPlan(name, shape, float(fraction), (filters or shape[3], channels or shape[2]))
-        )
+        layers.append(LayerPlan(name, shape, float(fraction), (filters or shape[3], channels or shape[2])))
     names = [name for name, _ in leaves]
     unused = [rule for rule in rules if rule not in used]
     if unused:
@@ -161,7 +160,8 @@ def _compile_rules(rules: Mapping[str, float | None]) -> dict[str, re.Pattern[st
     if not isinstance(rules, Mapping) or not rules:
         raise ValueError(f"rules={rules!r}: expected a non-empty mapping {{path regex: fraction or None}}")
     for text, fraction in rules.items():
-        number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
+        # numpy's scalars too.
+        number = isinstance(fraction, numbers.Real) and not isinstance(fraction, bool)
         # Written so that NaN fails too.
         if fraction is not None and not (number and 0 <= fraction < 1):
             raise ValueError(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from clicktrain_jax.masks import Masks, check_shape
-from clicktrain_jax.trees import Tree, map_named, named_leaves
+from clicktrain_jax.trees import Tree, map_named
 
 EPSILON = 1e-8
 TAP_AXES = (0, 1)
@@ -72,17 +72,17 @@ def add_group_lasso(grads: Tree, params: Tree, masks: Masks, coeff: float | jax.
         coeff: weight of the group lasso in the loss.
 
     Returns:
-        A tree like ``grads``, each leaf in its own dtype; the sum is formed in float32.
+        A tree like ``grads``, each leaf in its own dtype; the sum is formed in float32 or wider.
 
     Raises:
         ValueError: trees or shapes that do not belong together.
     """
-    weights = dict(named_leaves(params))
 
-    def add(name: str, grad: Any, pattern: Any, kernel: Any) -> Any:
-        weight = weights.get(name)
-        if grad is None or weight is None or (pattern is None and kernel is None):
+    def add(name: str, grad: Any, weight: Any, pattern: Any, kernel: Any) -> Any:
+        if pattern is None and kernel is None:
             return grad
+        if grad is None or weight is None:
+            raise ValueError(f"{name!r} is pruned, but its {'gradient' if grad is None else 'weight'} is None")
         weight = jnp.asarray(weight, jnp.float32)
         push = jnp.zeros_like(weight)
         for mask in (pattern, kernel):
@@ -90,6 +90,7 @@ def add_group_lasso(grads: Tree, params: Tree, masks: Masks, coeff: float | jax.
                 check_shape(name, weight, mask)
                 marked = _marked(weight, mask)
                 push += marked / _norms(marked)
-        return (grad.astype(jnp.float32) + coeff * push).astype(grad.dtype)
+        wide = jnp.promote_types(grad.dtype, jnp.float32)
+        return (grad.astype(wide) + coeff * push).astype(grad.dtype)
 
-    return map_named(add, grads, masks.pattern, masks.kernel, what="masks")
+    return map_named(add, grads, params, masks.pattern, masks.kernel, what="params or masks")

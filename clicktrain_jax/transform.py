@@ -4,6 +4,8 @@
 knows its phase uses `phase_updates` instead and carries no conditional; both are made of the same functions.
 """
 
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -82,8 +84,8 @@ def phase_updates(
     """
     patterns = _checked_patterns(plan, patterns)
     criterion = importance_lib.criterion(importance)
-    if not coeff >= 0:
-        raise ValueError(f"coeff={coeff!r}: expected a number >= 0, the weight of the group lasso in the loss")
+    if not isinstance(coeff, jax.Array) and not (isinstance(coeff, numbers.Real) and 0 <= coeff < math.inf):
+        raise ValueError(f"coeff={coeff!r}: expected a finite number >= 0, the weight of the group lasso in the loss")
 
     def select(grads: Tree, params: Tree) -> tuple[dict[str, EncodedLayer], jax.Array]:
         # The barrier keeps the compiler from fusing the squares into the sums over taps with multiply-adds, whose
@@ -92,7 +94,8 @@ def phase_updates(
         by_name = dict(named_leaves(scores))
         finite = jnp.all(jnp.stack([jnp.isfinite(by_name[layer.name]).all() for layer in plan.layers]))
         choices = select_layers(scores, plan, patterns)
-        return {name: encode(choice, patterns) for name, choice in choices.items()}, finite
+        # A copy of the set for each layer: a buffer that stands in a state twice cannot be donated.
+        return {name: encode(choice, jnp.copy(patterns)) for name, choice in choices.items()}, finite
 
     def regularize(grads: Tree, state: Any, params: Tree, masks: Masks, **extra: Any) -> tuple[Tree, Any]:
         return inner.update(add_group_lasso(grads, params, masks, coeff), state, params, **extra)
@@ -179,7 +182,7 @@ def clicktrain(
         masks, finite = jax.lax.cond(phase == Phase.SELECT, choose, lambda: (state.masks, state.scores_finite))
         # Masks are decoded inside the branches, so that phases without them pay nothing.
         grads = jax.lax.switch(
-            (phase == Phase.REGULARIZE) + 2 * (phase == Phase.PRUNED),
+            jnp.int32(phase == Phase.REGULARIZE) + 2 * jnp.int32(phase == Phase.PRUNED),
             [
                 lambda: grads,
                 lambda: add_group_lasso(grads, params, decode_masks(masks), coeff),
@@ -222,6 +225,8 @@ def masks_of(opt_state: Any) -> Masks:
         raise ValueError(f"expected an optimizer state with one clicktrain(...) inside, found {len(found)}")
     state = found[0] if isinstance(found[0], dict) else found[0]._asdict()
     finite = jax.tree.leaves(state["scores_finite"])[0]
+    if isinstance(finite, jax.ShapeDtypeStruct):
+        raise ValueError("an abstract optimizer state holds no masks: pass one of arrays")
     if not isinstance(finite, jax.core.Tracer) and not finite:
         raise ValueError(
             "the scores at the selection were not finite (NaN or infinite loss or gradient), so nothing was "
@@ -254,11 +259,19 @@ def enforce(updates: Tree, inner_state: Any, params: Tree, masks: Masks) -> tupl
 
 
 def _mask_mirrors(inner_state: Any, keep: dict[str, Any]) -> Any:
+    paths = {path_keys(path) for path, _ in jax.tree_util.tree_flatten_with_path(inner_state)[0]}
+    names = {tuple(name.split("/")) if name else () for name in keep}
+
+    def name_of(keys: tuple[str, ...]) -> str | None:
+        """The parameter whose path ends these keys. A module may be called like a field of the state: of several
+        candidates the one below which most parameters are found is a copy of the parameter tree."""
+        splits = [(keys[:start], keys[start:]) for start in range(len(keys) + 1) if keys[start:] in names]
+        if not splits:
+            return None
+        return "/".join(max(splits, key=lambda split: sum((*split[0], *name) in paths for name in names))[1])
+
     def mask(path: tuple, leaf: Any) -> Any:
-        keys = path_keys(path)
-        suffixes = ("/".join(keys[start:]) for start in range(len(keys) + 1))
-        name = next((suffix for suffix in suffixes if suffix in keep), None)
-        held = keep.get(name) if name is not None else None
+        held = keep.get(name_of(path_keys(path)))
         if held is None or jnp.shape(leaf) != held.shape or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf
         return jnp.where(held, leaf, jnp.zeros((), leaf.dtype))
@@ -273,6 +286,8 @@ def _at_least_param_precision(updates: Tree, params: Tree, plan: Plan) -> Tree:
     def cast(name: str, update: Any, weight: Any) -> Any:
         if name not in planned:
             return update
+        if update is None:
+            raise ValueError(f"{name!r} is pruned, but its gradient is None")
         return update.astype(jnp.promote_types(update.dtype, weight.dtype))
 
     return map_named(cast, updates, params, what="updates")

@@ -7,6 +7,7 @@ A tree may hold ``None`` where nothing applies (a mask tree does). Every functio
 as a leaf, so that a mask tree and its parameter tree flatten to lists of the same length.
 """
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -38,9 +39,17 @@ def path_keys(key_path: tuple) -> tuple[str, ...]:
 
 
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
-    """``[(name, leaf)]`` in jax's flattening order; ``None`` counts as a leaf."""
+    """``[(name, leaf)]`` in jax's flattening order; ``None`` counts as a leaf.
+
+    Raises:
+        ValueError: two leaves have one name (``{"a": {"b": x}, "a/b": y}``).
+    """
     with_paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)[0]
-    return [("/".join(path_keys(path)), leaf) for path, leaf in with_paths]
+    leaves = [("/".join(path_keys(path)), leaf) for path, leaf in with_paths]
+    counts = collections.Counter(name for name, _ in leaves)
+    if len(counts) < len(leaves):
+        raise ValueError(f"two leaves are both called {counts.most_common(1)[0][0]!r}: names must tell leaves apart")
+    return leaves
 
 
 def map_named(function: Callable[..., Any], tree: Tree, *rest: Tree, what: str = "tree") -> Tree:
@@ -69,11 +78,11 @@ def check_same_names(expected: list[str], got: list[str], what: str) -> None:
     """Raise a ValueError that names the first leaf in which two trees differ. Order does not count."""
     missing = sorted(set(expected) - set(got))
     extra = sorted(set(got) - set(expected))
-    if not missing and not extra and len(expected) == len(got):
+    if not missing and not extra:
         return
-    detail = f"missing {missing[0]!r}" if missing else f"unexpected {extra[0]!r}" if extra else "repeated names"
+    detail = f"missing {missing[0]!r}" if missing else f"unexpected {extra[0]!r}"
     raise ValueError(
-        f"{what} belongs to another tree: {len(got)} leaves against {len(expected)} expected ({detail}). "
+        f"{what}: belongs to another tree, {len(got)} leaves against {len(expected)} expected ({detail}). "
         "Use the parameter tree that the plan and the masks were made for."
     )
 

@@ -21,8 +21,8 @@ import jax
 from experiments.configs.base import TrainConfig, from_dict, to_dict
 
 # Fields that a resumed run may change: they decide neither data nor mathematics.
-_FREE_FIELDS = ("loop.progress", "loop.tensorboard", "loop.keep_checkpoints", "loop.checkpoint_every_epochs", "data.dir", "data.cache_dir",
-                "expected", "cost")
+_FREE_FIELDS = ("loop.progress", "loop.tensorboard", "loop.keep_checkpoints", "loop.checkpoint_every_epochs",
+                "data.dir", "data.cache_dir", "expected")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 
 

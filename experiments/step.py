@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +58,18 @@ class Trainer:
         image_shape = tuple(dataset.train_images.shape[1:])
         self.image_shape = image_shape
         dtype = jnp.dtype(config.precision)
-        self.model = models.build(config.net, num_classes=dataset.num_classes, width=config.width, dtype=dtype)
+        on_cpu = jax.default_backend() == "cpu"
+        convolution, program = config.loop.convolution, config.loop.epoch_program
+        patches = on_cpu if convolution == "auto" else convolution == "patches"
+        self.scan = not on_cpu if program == "auto" else program == "scan"
+        self.model = models.build(
+            config.net,
+            num_classes=dataset.num_classes,
+            width=config.width,
+            dtype=dtype,
+            conv=models.PatchConv if patches else nn.Conv,
+            dropout=config.dropout,
+        )
         self.abstract_params = models.abstract_variables(self.model, image_shape)["params"]
         self.train_data = Images(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels))
         self.eval_data = Images(jnp.asarray(dataset.eval_images), jnp.asarray(dataset.eval_labels))
@@ -76,8 +88,6 @@ class Trainer:
         self.plan, self.schedule, self.updates = None, None, None
         if config.prune is not None:
             self._set_up_pruning()
-        program = config.loop.epoch_program
-        self.scan = jax.default_backend() != "cpu" if program == "auto" else program == "scan"
         self.compile_seconds = 0.0
         self._programs: dict[Any, Callable[..., Any]] = {}
 

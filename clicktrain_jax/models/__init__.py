@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
+from clicktrain_jax.models.conv import PatchConv
 from clicktrain_jax.models.resnet import ResNet
 from clicktrain_jax.models.sizes import (
     ConvLayer,
@@ -30,6 +31,7 @@ __all__ = [
     "VGG",
     "ConvLayer",
     "ModuleDef",
+    "PatchConv",
     "ResNet",
     "SmallCNN",
     "abstract_variables",
@@ -97,6 +99,7 @@ def build(
     width: float = 1.0,
     dtype: Any = jnp.float32,
     conv: ModuleDef = nn.Conv,
+    dropout: float | None = None,
 ) -> nn.Module:
     """Makes a net, called as ``model.apply(variables, x, train=...)``.
 
@@ -106,15 +109,24 @@ def build(
         width: multiplies every width; each becomes a multiple of 8, at least 8.
         dtype: what the layers compute in; parameters, BatchNorm statistics and logits are float32.
         conv: the convolution, called as `nn.Conv` is; parameter paths do not depend on it.
+        dropout: rate in [0, 1) of a net that has dropout (the VGGs); None for its own.
 
     Raises:
-        ValueError: if the name is unknown, or `num_classes` or `width` is not positive.
+        ValueError: if the name is unknown, `num_classes` or `width` is not positive, or `dropout` is
+            given for a net without dropout or is outside [0, 1).
     """
     net = _net(name)
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes!r}")
     scaled_width(1, width)  # refuses a bad width here rather than at the first call
-    return net.module(num_classes=num_classes, width=width, dtype=dtype, conv=conv, **net.settings)
+    settings = dict(net.settings)
+    if dropout is not None:
+        if not hasattr(net.module, "dropout"):
+            raise ValueError(f"dropout={dropout!r}: {name} has no dropout; leave it None")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout!r}: expected a rate in [0, 1)")
+        settings["dropout"] = dropout
+    return net.module(num_classes=num_classes, width=width, dtype=dtype, conv=conv, **settings)
 
 
 def default_image_shape(name: str) -> tuple[int, int, int]:

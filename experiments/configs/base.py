@@ -50,8 +50,10 @@ class LoopConfig:
 
     Attributes:
         epoch_program: "scan": an epoch is one compiled loop on the device. "steps": the host calls one compiled
-            update after the other. "auto": scan, but steps on a CPU, where XLA runs convolutions inside a compiled
-            loop some 60 times slower (jax issue 12868; `python -m experiments bench loop` shows it).
+            update after the other. "auto": scan, but steps on a CPU, where an epoch can take minutes: the progress
+            bar moves and Ctrl-C is heeded between updates, at no measurable cost.
+        convolution: "xla": `flax.linen.Conv`. "patches": `clicktrain_jax.models.PatchConv`, several times faster in
+            training on a CPU. "auto": patches on a CPU, else xla.
         checkpoint_every_epochs: save after every so many epochs, and after the last; a resumed run repeats the
             epochs since.
         keep_checkpoints: how many of the newest epochs' checkpoints stay on disk.
@@ -61,6 +63,7 @@ class LoopConfig:
     """
 
     epoch_program: Literal["auto", "scan", "steps"] = "auto"
+    convolution: Literal["auto", "xla", "patches"] = "auto"
     checkpoint_every_epochs: int = 1
     keep_checkpoints: int = 2
     eval_every_epochs: int = 1
@@ -81,6 +84,7 @@ class TrainConfig:
         name: the recipe's name.
         net: one of `clicktrain_jax.models.names()`.
         width: multiplies every width of the net.
+        dropout: the net's dropout rate; None for its own (0.5 in the VGGs).
         data: which images.
         epochs: length of the run.
         batch_size: images an update.
@@ -100,8 +104,7 @@ class TrainConfig:
         seed: decides initialisation, order of images, augmentation, dropout and mixup.
         prune: None trains dense.
         loop: how the host runs it.
-        expected: what the run is expected to reach, and where that figure comes from.
-        cost: what the run costs, and on what hardware.
+        expected: what is published about the run; `python -m experiments list` shows it beside what was measured.
     """
 
     name: str
@@ -109,6 +112,7 @@ class TrainConfig:
     epochs: int
     data: DataConfig = DataConfig()
     width: float = 1.0
+    dropout: float | None = None
     batch_size: int = 128
     partial_batch: Literal["keep", "drop"] = "keep"
     learning_rate: float = 0.1
@@ -125,8 +129,7 @@ class TrainConfig:
     seed: int = 0
     prune: PruneConfig | None = None
     loop: LoopConfig = LoopConfig()
-    expected: str = "not measured"
-    cost: str = "not measured"
+    expected: str = "not published"
 
     def __post_init__(self) -> None:
         for field in ("epochs", "batch_size"):

@@ -1,5 +1,7 @@
 """Scores -> masks: hand-worked examples, then whatever hypothesis finds, against the loops of `oracle`."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from hypothesis import strategies as st
 import clicktrain_jax as ct
 
 FOUR = ct.patterns.fixed_set(4)
+# Programs here run once: compiled without optimisation they are ready sooner.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 few_examples = settings(max_examples=15, deadline=None, derandomize=True)
 
 
@@ -17,7 +21,7 @@ def select(scores, fraction, tile=(1, 1), patterns=FOUR, jit=False):
     """One layer's ``(pattern mask, kernel mask)``."""
     tree = {"kernel": jnp.asarray(scores, jnp.float32)}
     plan = ct.make_plan(tree, {"kernel": fraction}, tile=tile, groups={"kernel": 1})
-    function = jax.jit(ct.select_masks, static_argnums=1) if jit else ct.select_masks
+    function = quick_jit(ct.select_masks, static_argnums=1) if jit else ct.select_masks
     masks = function(tree, plan, patterns)
     return masks.pattern["kernel"], masks.kernel["kernel"]
 
@@ -132,9 +136,9 @@ def layer_scores(sizes, taps):
 
 
 # Shapes come from a short list, so that compiled programs are found again.
-scores_3x3 = layer_scores([(3, 5), (8, 4), (1, 7)], (3, 3))
-scores_1x1 = layer_scores([(3, 5), (8, 4)], (1, 1))
-percents = st.sampled_from([0, 1, 35, 55, 90])
+scores_3x3 = layer_scores([(3, 5), (8, 4)], (3, 3))
+scores_1x1 = layer_scores([(8, 4)], (1, 1))
+percents = st.sampled_from([0, 35, 90])
 
 
 @few_examples

@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# `make PYTHON=/path/to/python ...` chooses the interpreter; otherwise the newest that really runs is taken.
+
+PYTHON ?= $(shell for v in 3.14 3.13 3.12 3.11; do \
+	python$$v -c 'import sys, venv, ensurepip; assert sys.version_info[:2] == tuple(map(int, "'$$v'".split(".")))' \
+	2>/dev/null && echo python$$v && break; done)
+# One environment for each Python version, so that a change of interpreter cannot mix two.
+VENV ?= .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-all bench table lint clean
+
+demo: $(READY)
+	$(VENV)/bin/python -m experiments demo
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+test-all: $(READY)
+	$(VENV)/bin/python -m pytest
+
+bench: $(READY)
+	$(VENV)/bin/python -m experiments bench steps
+
+table: $(READY)
+	$(VENV)/bin/python -m experiments table --write
+
+lint: $(READY)
+	$(VENV)/bin/python -m ruff check .
+
+# Made in one go or not at all: .ready is written last.
+$(READY): requirements.txt
+	@test -n "$(PYTHON)" || { echo "no Python between 3.11 and 3.14 with venv was found: install one, or say make PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $(READY)
+
+clean:
+	rm -rf .venv-* demo runs

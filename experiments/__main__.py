@@ -1,0 +1,65 @@
+"""The command line: ``python -m experiments COMMAND ...``.
+
+Whatever a user gets wrong ends in one sentence and exit code 2. A run stopped by a signal exits with 128 + its
+number, a diverged one with 1.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+USAGE = """usage: python -m experiments COMMAND ...
+
+  train NAME [--seed N] [--workdir DIR] [--data.dir DIR] [any field of the config]
+                       train a named config; an existing run folder of the same config is resumed
+                       (train NAME --help lists the fields)
+  evaluate RUN         accuracy of a run's newest checkpoint on its evaluation set
+  list                 the named configs: what each costs and is expected to reach
+  demo                 dense and ClickTrain on embedded images, three seeds, one table, one plot
+  bench WHAT           ratios measured side by side: steps, loop
+  table [--write]      RESULTS.md from the committed records
+  pack-data --out FILE --data.dir DIR [--data.name NAME]
+                       a data set as one archive, readable without TFDS
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    commands = _commands()
+    name, *rest = arguments
+    if name not in commands:
+        print(f"error: unknown command {name!r}; expected one of {', '.join(commands)}", file=sys.stderr)
+        return 2
+    # Imported late: jax takes a second to import, and a wrong command should not wait for it.
+    from experiments.loop import Interrupted, NonFiniteLoss
+
+    try:
+        return commands[name](rest)
+    except Interrupted as stop:
+        return 128 + stop.signal_number
+    except NonFiniteLoss as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _commands() -> dict[str, Callable[[list[str]], int]]:
+    from experiments import commands
+
+    return {
+        "train": commands.train,
+        "evaluate": commands.evaluate,
+        "list": commands.list_configs,
+        "demo": commands.demo,
+        "bench": commands.bench,
+        "table": commands.table,
+        "pack-data": commands.pack_data,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,210 @@
+"""What pruning adds to an update, and what a compiled epoch loop costs: ratios measured side by side in one process.
+
+    python -m experiments bench steps      (make bench)
+    python -m experiments bench loop
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import clicktrain_jax as ct
+from clicktrain_jax import models
+from clicktrain_jax.encoding import decode_masks, empty_masks, fill_masks
+from experiments import configs
+from experiments.data import Dataset
+from experiments.records import setting, write_json
+from experiments.step import Trainer, make_optimizer
+from experiments.tables.statistics import markdown_table
+
+_PATTERNS = 12
+_FRACTION = 0.65
+_SELECT_STEP, _PRUNE_STEP = 1000, 2000
+
+
+def run(what: str, net: str, width: float, batch_size: int, repeats: int, out: Path | None) -> str:
+    """Measure, save the record when ``out`` is given, and return a table to print."""
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: expected at least 1")
+    measure = {"steps": _steps, "loop": _loop}[what]
+    results = measure(net, width, batch_size, repeats)
+    record = {
+        "what": what,
+        "command": f"python -m experiments bench {what} --net {net} --width {width:g} --batch-size {batch_size} "
+        f"--repeats {repeats}",
+        "setting": setting(),
+        "results": results,
+    }
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, record)
+    return to_table(record)
+
+
+def to_table(record: dict[str, Any]) -> str:
+    """A record as a Markdown table: medians with 20/80 percentiles, ratios to the first row."""
+    header = ("what", "median s", "20%", "80%", "ratio", "goal")
+    rows = [
+        (
+            row["name"],
+            f"{row['median']:.3f}",
+            f"{row['p20']:.3f}",
+            f"{row['p80']:.3f}",
+            f"{row['ratio']:.3f}" if row["ratio"] is not None else "",
+            row.get("goal", ""),
+        )
+        for row in record["results"]
+    ]
+    return markdown_table(header, rows)
+
+
+def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each function, called in turns, each once before for compiling; results are waited for."""
+    for function in functions.values():
+        jax.block_until_ready(function())
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _row(name: str, seconds: list[float], base: list[float] | None, goal: str = "") -> dict[str, Any]:
+    ratio = None
+    if base is not None:
+        # Of neighbours in time: a slow spell of the machine meets both.
+        ratio = statistics.median(mine / other for mine, other in zip(seconds, base))
+    p20, median, p80 = np.percentile(seconds, (20, 50, 80)).tolist()
+    return {"name": name, "median": median, "p20": p20, "p80": p80, "ratio": ratio, "goal": goal}
+
+
+def loss_function(model: Any) -> Callable[..., Any]:
+    """Cross entropy of a training forward: ``(params, batch_stats, images, labels) -> (loss, batch_stats)``."""
+
+    def loss(params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array) -> Any:
+        variables = {"params": params, "batch_stats": batch_stats}
+        rngs = {"dropout": jax.random.key(0)}
+        logits, new = model.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new["batch_stats"]
+
+    return loss
+
+
+def train_step(model: Any, update: Callable[..., Any]) -> Callable[..., Any]:
+    """``(params, batch_stats, opt_state, images, labels, *masks) -> (params, batch_stats, opt_state)``."""
+    loss = loss_function(model)
+
+    def step(params: Any, batch_stats: Any, opt_state: Any, images: Any, labels: Any, *masks: Any) -> Any:
+        grads, batch_stats = jax.grad(loss, has_aux=True)(params, batch_stats, images, labels)
+        updates, opt_state = update(grads, opt_state, params, *masks)
+        return optax.apply_updates(params, updates), batch_stats, opt_state
+
+    return step
+
+
+def _steps(net: str, width: float, batch_size: int, repeats: int) -> list[dict[str, Any]]:
+    model = models.build(net, num_classes=10, width=width)
+    image_shape = models.default_image_shape(net)
+    key = jax.random.key(0)
+    images = jax.random.normal(key, (batch_size, *image_shape))
+    labels = jax.random.randint(key, (batch_size,), 0, 10)
+    variables = jax.jit(functools.partial(model.init, train=False))(key, images[:1])
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    inner = make_optimizer(configs.get("vgg16-cifar10-8.8x"), steps_per_epoch=391)
+    plan = ct.make_plan(params, {path: _FRACTION for path in models.prunable_convs(model, image_shape)})
+    patterns = ct.patterns.fixed_set(_PATTERNS)
+    options = {"coeff": 1e-4, "patterns": patterns}
+    updates = ct.phase_updates(inner, plan, **options)
+    whole = ct.clicktrain(inner, plan, select_step=_SELECT_STEP, prune_step=_PRUNE_STEP, **options)
+
+    _assert_dense_is_plain(model, inner, updates, (params, batch_stats, inner.init(params), images, labels))
+    grads = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape), params)
+    select = jax.jit(updates.select)
+    layers, _ = select(grads, params)
+    encoded = fill_masks(empty_masks(params, plan, _PATTERNS), layers)
+    masks = decode_masks(encoded)
+    pruned_params = ct.apply_masks(params, masks)
+
+    def runner(step: Callable[..., Any], params: Any, opt_state: Any, *masks: Any) -> Callable[[], Any]:
+        # Donated, and fed back: as in a training loop.
+        compiled = jax.jit(step, donate_argnums=(0, 1, 2))
+        state = jax.tree.map(jnp.copy, (params, batch_stats, opt_state))
+
+        def call() -> Any:
+            nonlocal state
+            state = compiled(*state, images, labels, *masks)
+            return state
+
+        return call
+
+    def whole_at(count: int, params: Any) -> Callable[[], Any]:
+        state = whole.init(params)._replace(count=jnp.int32(count), masks=encoded)
+        return runner(train_step(model, whole.update), params, state)
+
+    plain = train_step(model, inner.update)
+    functions = {
+        "plain optax step": runner(plain, params, inner.init(params)),
+        "plain optax step, again (noise)": runner(plain, params, inner.init(params)),
+        "phase: regularize": runner(train_step(model, updates.regularize), params, inner.init(params), masks),
+        "phase: pruned": runner(train_step(model, updates.pruned), pruned_params, inner.init(params), masks),
+        "clicktrain(...), dense phase": whole_at(0, params),
+        "clicktrain(...), regularize phase": whole_at(_SELECT_STEP + 1, params),
+        "clicktrain(...), pruned phase": whole_at(_PRUNE_STEP + 1, pruned_params),
+    }
+    goals = ("", "", "1.05", "1.02", "1.10", "1.10", "1.10")
+    seconds = interleaved(functions, repeats)
+    base = seconds["plain optax step"]
+    rows = [_row(name, seconds[name], base, goal) for name, goal in zip(functions, goals)]
+    selection = interleaved({"select": lambda: select(grads, params)}, repeats)["select"]
+    name = f"selection, {len(plan.layers)} layers, {_PATTERNS} patterns, compiled"
+    return [*rows, _row(name, selection, None, "under 1 s on 2 cores")]
+
+
+def _assert_dense_is_plain(model: Any, inner: Any, updates: ct.PhaseUpdates, args: tuple) -> None:
+    plain, dense = (
+        jax.jit(train_step(model, update)).lower(*args).as_text() for update in (inner.update, updates.dense)
+    )
+    if plain != dense:
+        raise AssertionError("the dense phase does not lower to the program of the plain optax step")
+
+
+def _loop(net: str, width: float, batch_size: int, repeats: int) -> list[dict[str, Any]]:
+    """An epoch of three updates as one compiled loop, and as three calls."""
+    config = configs.get("slim-vgg11-cifar10-dense")
+    rng = np.random.default_rng(0)
+    shape = models.default_image_shape(net)
+    count = 3 * batch_size
+    images, labels = rng.integers(0, 256, (count, *shape), np.uint8), rng.integers(0, 10, count).astype(np.int32)
+    dataset = Dataset("random", images, labels, images, labels, 10, (0.5,) * 3, (0.25,) * 3, "test", "raw", "none")
+    functions = {}
+    for program in ("steps", "scan"):
+        asked = dataclasses.replace(
+            config, net=net, width=width, batch_size=batch_size, dropout=None, mixup_epoch=None,
+            loop=dataclasses.replace(config.loop, epoch_program=program),
+        )
+        functions[program] = _epoch_runner(Trainer(asked, dataset))
+    seconds = interleaved(functions, repeats)
+    names = {"steps": "one call an update", "scan": "one compiled loop"}
+    return [_row(names[name], seconds[name], seconds["steps"]) for name in functions]
+
+
+def _epoch_runner(trainer: Trainer) -> Callable[[], Any]:
+    state, masks = trainer.init(0)
+
+    def call() -> Any:
+        nonlocal state
+        state, _, metrics = trainer.run_epoch(state, masks, 0, 0)
+        return metrics
+
+    return call

@@ -1,0 +1,194 @@
+"""What each command of the command line does. Each takes its arguments and returns the exit code."""
+
+import dataclasses
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from experiments import configs
+from experiments.configs import TrainConfig
+from experiments.data import DataConfig, load
+
+
+def _parse(kind: Any, arguments: list[str], command: str, **options: Any) -> Any:
+    return tyro.cli(kind, args=arguments, prog=f"python -m experiments {command}", **options)
+
+
+def _name_argument(arguments: list[str], command: str, what: str) -> tuple[str, list[str]]:
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(f"{command} needs {what} first: python -m experiments {command} {what.split()[-1]} ...")
+    return arguments[0], arguments[1:]
+
+
+def train(arguments: list[str]) -> int:
+    """Train a named config, or resume it."""
+    from experiments import loop
+
+    name, rest = _name_argument(arguments, "train", "a config NAME")
+    default = configs.get(name)
+
+    @dataclasses.dataclass(frozen=True)
+    class Train:
+        """Train a named config; every field can be changed."""
+
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default
+        workdir: Path | None = None
+        """Run folder; by default runs/NAME-seedN."""
+
+    asked = _parse(Train, rest, f"train {name}", config=(tyro.conf.AvoidSubcommands,))
+    config = asked.config
+    workdir = asked.workdir or Path("runs") / f"{config.name}-seed{config.seed}"
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        summary = loop.train(config, workdir)
+    except loop.Interrupted as stop:
+        again = shlex.join(["python", "-m", "experiments", "train", *arguments])
+        print(f"{stop}: all whole epochs are saved in {workdir}; to resume: {again}", file=sys.stderr)
+        raise
+    print(describe(summary))
+    print(f"run folder: {workdir}")
+    return 0
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """A finished run in four lines."""
+    return (
+        f"{summary['name']}, seed {summary['seed']}, {summary['dataset']} ({summary['encoding']}), "
+        f"{summary['eval_split']} set of {summary['eval_examples']}\n"
+        f"  top-1: final {100 * summary['final_top1']:.2f}, best {100 * summary['best_top1']:.2f}\n"
+        f"  compression: convolutions {summary['conv_compression']:.2f}x, model {summary['model_compression']:.2f}x\n"
+        f"  seconds: training {summary['train_seconds']:.1f}, compiling {summary['compile_seconds']:.1f}, "
+        f"evaluating {summary['eval_seconds']:.1f}"
+    )
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Evaluate a run folder's newest checkpoint on its own evaluation set."""
+    from experiments.checkpoints import Checkpoints
+    from experiments.records import read_config
+    from experiments.step import Trainer
+
+    run, rest = _name_argument(arguments, "evaluate", "a run folder RUN")
+
+    @dataclasses.dataclass(frozen=True)
+    class Evaluate:
+        """Evaluate a run folder's newest checkpoint."""
+
+        data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
+        """Where the images are now, if not where they were."""
+
+    asked = _parse(Evaluate, rest, f"evaluate {run}")
+    config = read_config(Path(run))
+    data = config.data if asked.data_dir is None else dataclasses.replace(config.data, dir=asked.data_dir)
+    trainer = Trainer(config, load(data))
+    template = trainer.init(config.seed)
+    checkpoints = Checkpoints(Path(run) / "checkpoints", config.loop.keep_checkpoints)
+    restored = checkpoints.restore_newest(template)
+    checkpoints.close()
+    if restored is None:
+        raise ValueError(f"{run} holds no checkpoint to evaluate")
+    epochs_done, (state, _) = restored
+    loss, top1 = trainer.evaluate(state)
+    split = f"{trainer.dataset.eval_split} set of {len(trainer.dataset.eval_labels)}"
+    print(f"{config.name} after {epochs_done} of {config.epochs} epochs, {split}: top-1 {100 * top1:.2f}, loss {loss:.4f}")
+    return 0
+
+
+def list_configs(arguments: list[str]) -> int:
+    """Print the named configs."""
+
+    @dataclasses.dataclass(frozen=True)
+    class List:
+        """List the named configs."""
+
+    _parse(List, arguments, "list")
+    print(f"{'name':<30}{'net':<22}{'epochs':>7}  {'select, prune':<15}{'expected; cost'}")
+    for config in configs.all_configs().values():
+        net = config.net if config.width == 1 else f"{config.net} x{config.width:g}"
+        when = "" if config.prune is None else f"{config.prune.select_epoch}, {config.prune.prune_epoch}"
+        print(f"{config.name:<30}{net:<22}{config.epochs:>7}  {when:<15}{config.expected}; {config.cost}")
+    return 0
+
+
+def demo(arguments: list[str]) -> int:
+    """Dense and ClickTrain on digits, three seeds: a table and a plot."""
+    from experiments.tables import demo as demo_table
+
+    @dataclasses.dataclass(frozen=True)
+    class Demo:
+        """Dense and ClickTrain on scikit-learn's digits."""
+
+        workdir: Path = Path("demo")
+        """Where the runs, the table and the plot go; made anew."""
+        seeds: int = 3
+        """How many seeds."""
+
+    asked = _parse(Demo, arguments, "demo")
+    print(demo_table.run(asked.workdir, asked.seeds))
+    return 0
+
+
+def bench(arguments: list[str]) -> int:
+    """Measure ratios side by side, and save them as a record when asked to."""
+    from experiments import bench as benches
+
+    @dataclasses.dataclass(frozen=True)
+    class Bench:
+        """Measure side by side in one process."""
+
+        what: tyro.conf.Positional[Literal["steps", "loop"]] = "steps"
+        """steps: VGG-16 updates of every phase against the plain optax step, and the selection.
+        loop: an epoch as one compiled loop against one call an update."""
+        net: str = "vgg16"
+        width: float = 1.0
+        batch_size: int = 64
+        repeats: int = 7
+        out: Path | None = None
+        """A JSON file to save the record in."""
+
+    asked = _parse(Bench, arguments, "bench")
+    print(benches.run(**dataclasses.asdict(asked)))
+    return 0
+
+
+def table(arguments: list[str]) -> int:
+    """Generate RESULTS.md from records."""
+    from experiments.tables import results
+
+    @dataclasses.dataclass(frozen=True)
+    class Table:
+        """Tables from committed records."""
+
+        write: bool = False
+        """Write RESULTS.md instead of printing it."""
+
+    asked = _parse(Table, arguments, "table")
+    text = results.generate()
+    if not asked.write:
+        print(text, end="")
+        return 0
+    changed = results.write(text)
+    print(f"{results.RESULTS_FILE}: {'written' if changed else 'unchanged'}")
+    return 0
+
+
+def pack_data(arguments: list[str]) -> int:
+    """Pack a TFDS data set into one archive."""
+    from experiments.data import pack
+
+    @dataclasses.dataclass(frozen=True)
+    class PackData:
+        """Pack a data set's encoded images into one file."""
+
+        out: Path
+        """The archive to write."""
+        data: DataConfig = DataConfig("cifar10")
+
+    asked = _parse(PackData, arguments, "pack-data")
+    path = pack(asked.data, asked.out)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    return 0

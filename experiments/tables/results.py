@@ -1,0 +1,92 @@
+"""RESULTS.md from the committed records: the run folders below experiments/results."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from experiments.records import read_json
+from experiments.tables.statistics import markdown_table, mean_spread, paired
+
+RECORDS = Path(__file__).parents[1] / "results"
+RESULTS_FILE = Path(__file__).parents[2] / "RESULTS.md"
+_HEADER = """# Results
+
+Generated from the records in experiments/results by `python -m experiments table --write`; no figure here is typed.
+Accuracies are top-1 in percent, mean ± standard deviation over the seeds; "drop" is against the dense run of the same
+seed. "Best" is the best epoch after the prune (of all epochs for dense runs). Compression counts all convolutions,
+shortcuts too, and all trained parameters. Seconds are of training without evaluation, then of compiling; they were
+taken on a shared machine and show orders of magnitude: ratios of speed are in BENCHMARKS.md. CIFAR-10 as "jpeg" is a
+lossy re-encoding: accuracies on it do not compare with published ones, only the drops do.
+"""
+_COLUMNS = ("run", "n", "final", "drop", "best", "conv", "model", "training s", "compiling s", "machine", "date")
+
+
+def records(folder: Path = RECORDS) -> list[dict[str, Any]]:
+    """Every finished run below a folder: its summary, with ``setting``, ``config`` and ``group`` (its folder's name)."""
+    found = []
+    for path in sorted(folder.glob("*/*/summary.json")):
+        run = path.parent
+        extra = {
+            "setting": read_json(run / "setting.json"),
+            "config": read_json(run / "config.json"),
+            "group": run.parent.name,
+        }
+        found.append(read_json(path) | extra)
+    return found
+
+
+def generate(folder: Path = RECORDS) -> str:
+    """The text of RESULTS.md."""
+    found = records(folder)
+    parts = [_HEADER]
+    for group in sorted({record["group"] for record in found}):
+        parts.append(_section(group, [record for record in found if record["group"] == group]))
+    return "\n".join(parts)
+
+
+def write(text: str, path: Path = RESULTS_FILE) -> bool:
+    """Write the file unless it is the same already; returns whether it changed."""
+    if path.exists() and path.read_text() == text:
+        return False
+    path.write_text(text)
+    return True
+
+
+def _section(group: str, found: list[dict[str, Any]]) -> str:
+    first = found[0]
+    title = (
+        f"## {group}\n\n{first['dataset']} ({first['encoding']}), {first['train_examples']:,} training images, "
+        f"evaluated on the {first['eval_split']} set of {first['eval_examples']:,}; {first['net']} of width "
+        f"{first['width']:g}, {first['epochs']} epochs.\n"
+    )
+    runs: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for record in found:
+        runs.setdefault((record["name"], record["config"]["learning_rate"]), []).append(record)
+    many_rates = len({rate for _, rate in runs}) > 1
+    rows = []
+    for (name, rate), members in sorted(runs.items(), key=lambda item: (item[0][1], item[1][0]["method"] != "dense")):
+        dense = [r for (_, other), rs in runs.items() for r in rs if other == rate and r["method"] == "dense"]
+        rows.append(_row(f"{name}, lr {rate:g}" if many_rates else name, members, dense))
+    return title + "\n" + markdown_table(_COLUMNS, rows)
+
+
+def _row(name: str, members: list[dict[str, Any]], dense: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+    def column(field: str) -> list[float]:
+        return [record[field] for record in members]
+
+    by_seed = [{record["seed"]: record["final_top1"] for record in group} for group in (members, dense)]
+    where = members[0]["setting"]
+    machine = where["device"]["kind"] if where["device"]["platform"] != "cpu" else where["cpu"]["model"]
+    return (
+        name,
+        str(len(members)),
+        mean_spread(column("final_top1"), scale=100),
+        "" if members[0]["method"] == "dense" else paired(*by_seed, scale=100),
+        mean_spread(column("best_pruned_top1"), scale=100),
+        f"{members[0]['conv_compression']:.2f}x",
+        f"{members[0]['model_compression']:.2f}x",
+        mean_spread(column("train_seconds"), digits=0),
+        mean_spread(column("compile_seconds"), digits=0),
+        machine,
+        max(record["setting"]["date"] for record in members)[:10],
+    )

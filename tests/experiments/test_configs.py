@@ -1,0 +1,135 @@
+"""Named configs: what they are called, what they are made of, what is refused."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import tiny
+
+import clicktrain_jax as ct
+from clicktrain_jax import models
+from experiments import configs
+from experiments.configs import PruneConfig, from_dict, to_dict
+from experiments.step import prune_rules
+
+ALL = configs.all_configs()
+PUBLISHED = Path(
+    os.environ.get("CLICKTRAIN_RECIPES", Path(__file__).parents[3] / "shared" / "reference" / "recipes.json")
+)
+
+
+def conv_compression(config):
+    """All convolution weights / retained ones, from shapes and counts alone."""
+    model = models.build(config.net, num_classes=10, width=config.width)
+    shape = models.default_image_shape(config.net)
+    layers = models.conv_layers(model, shape)
+    rules = prune_rules(config.prune.fractions, models.prunable_convs(model, shape), config.net)
+    plan = ct.make_plan(models.abstract_variables(model, shape)["params"], rules).by_name()
+    total = retained = 0
+    for layer in layers:
+        kh, kw, cin, cout = layer.kernel_shape
+        total += kh * kw * cin * cout
+        kept = (cin * cout - plan[layer.path].num_removed) * min(kh * kw, 4) if layer.path in plan else None
+        retained += kh * kw * cin * cout if kept is None else kept
+    return total / retained
+
+
+PRUNED = {(c.net, c.width, c.prune.fractions): c for c in ALL.values() if c.prune and c.name.endswith("x")}
+
+
+@pytest.mark.parametrize("config", PRUNED.values(), ids=lambda config: config.name)
+def test_names_carry_the_compression_over_all_convolutions(config):
+    assert config.name.rpartition("-")[2] == f"{conv_compression(config):.1f}x"
+
+
+def test_names_are_unique_and_every_pruned_config_has_its_dense_one():
+    families = [config for family in (configs.demo, configs.slim, configs.published) for config in family.configs()]
+    assert len(ALL) == len(families)
+    for config in ALL.values():
+        dense = [
+            other
+            for other in ALL.values()
+            if other.prune is None
+            and dataclasses.replace(config, prune=None, name="", expected="")
+            == dataclasses.replace(other, name="", expected="")
+        ]
+        assert len(dense) == 1, f"{config.name} is compared with {len(dense)} dense configs"
+
+
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="the authors' recipes (shared/reference) are not here")
+def test_every_published_recipe_is_here():
+    ours = [config for config in configs.published.configs() if config.prune]
+    remaining = list(ours)
+    for recipe in json.loads(PUBLISHED.read_text())["recipes"]:
+        for variant in recipe["variants"]:
+            best = max(variant["runs"], key=lambda run: run["best_top1"] or 0)
+            match = [
+                config
+                for config in remaining
+                if (config.net, config.data.name) == (recipe["net"], recipe["dataset"])
+                and [round(100 * fraction) for fraction in config.prune.fractions] == variant["kernel_prune_percent"]
+            ]
+            assert len(match) == 1
+            config = match[0]
+            remaining.remove(config)
+            assert config.prune.coeff == best["group_lasso_coeff"]
+            assert config.expected == (
+                "not published" if best["best_top1"] is None else f"best test top-1 {best['best_top1']:.2f} published"
+            )
+            for ours_, theirs in {
+                "epochs": "epochs", "batch_size": "batch_size", "learning_rate": "learning_rate",
+                "lr_gamma": "lr_gamma", "momentum": "momentum", "weight_decay": "weight_decay",
+                "mixup_alpha": "mixup_alpha_after_prune",
+            }.items():
+                assert getattr(config, ours_) == recipe[theirs]
+            assert list(config.lr_milestones) == recipe["lr_milestones"]
+            assert (config.prune.select_epoch, config.prune.prune_epoch, config.prune.num_patterns) == (
+                recipe["select_epoch"], recipe["prune_epoch"], recipe["num_patterns"],
+            )
+            assert config.mixup_epoch == config.prune.prune_epoch
+    assert not remaining
+
+
+@pytest.mark.parametrize("config", ALL.values(), ids=lambda config: config.name)
+def test_configs_survive_json(config):
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_step_schedule_drops_at_its_milestones():
+    from experiments.step import make_optimizer  # noqa: F401  (the schedule lives in the optimizer)
+
+    config = ALL["vgg13-cifar10-9.0x"]
+    rates = [config.learning_rate_of(epoch) for epoch in (0, 54, 55, 130, 131, 189)]
+    assert all(math.isclose(*pair) for pair in zip(rates, (0.1, 0.1, 0.01, 0.01, 0.001, 0.001)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epochs": 0}, "epochs=0"),
+        ({"batch_size": -1}, "batch_size=-1"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"width": 0}, "width=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"epochs": 3}, "prune_epoch=3 is not before epochs=3"),
+    ],
+)
+def test_impossible_configs_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.changed(**fields)
+
+
+def test_impossible_prunings_are_refused():
+    with pytest.raises(ValueError, match="select_epoch=4, prune.prune_epoch=4"):
+        PruneConfig(fractions=(0.5,), coeff=0, select_epoch=4, prune_epoch=4)
+    with pytest.raises(ValueError, match="fractions is empty"):
+        PruneConfig(fractions=(), coeff=0, select_epoch=1, prune_epoch=4)
+    with pytest.raises(ValueError, match="has 2 values; small has 3 prunable convolutions"):
+        prune_rules((0.5, 0.5), ("a", "b", "c"), "small")
+    with pytest.raises(ValueError, match="unknown config field 'epoch' for TrainConfig"):
+        from_dict(to_dict(tiny.CONFIG) | {"epoch": 3})
+    with pytest.raises(ValueError, match="did you mean vgg13-cifar10-9.0x"):
+        configs.get("vgg13-cifar10-9x")

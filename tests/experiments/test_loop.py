@@ -1,0 +1,248 @@
+"""The training loop: phases, records, resuming, and what stops it."""
+
+import dataclasses
+import json
+import signal
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+import clicktrain_jax as ct
+from clicktrain_jax.encoding import decode_masks
+from experiments import loop
+from experiments.records import RunFolder, read_metrics
+from experiments.step import Trainer
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_trainer):
+    """An uninterrupted run: its folder and summary."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    return folder, loop.train(tiny.CONFIG, folder, trainer=tiny_trainer)
+
+
+def test_a_run_goes_through_all_phases_and_leaves_its_records(finished, tiny_trainer):
+    folder, summary = finished
+    assert tiny_trainer.steps_per_epoch == 5  # four batches of 32 and one of 12
+    phases = [line["phases"] for line in read_metrics(folder)]
+    assert phases == [["dense"], ["select", "regularize"], ["regularize"], ["prune", "pruned"], ["pruned"]]
+    for name in ("config.json", "setting.json", "metrics.jsonl", "summary.json", "checkpoints"):
+        assert (folder / name).exists()
+    assert 0 < summary["final_top1"] <= summary["best_top1"] <= 1
+    assert summary["best_pruned_top1"] <= summary["best_top1"]
+    assert summary["compile_seconds"] > 0
+    assert summary["train_and_compile_seconds"] == summary["train_seconds"] + summary["compile_seconds"]
+    # Half of the kernels with 4 of 9 taps: 4.5x, but for the first convolution.
+    assert 4 < summary["conv_compression"] < 4.5
+    setting = json.loads((folder / "setting.json").read_text())
+    assert setting["versions"]["jax"] == jax.__version__
+
+
+def test_masked_weights_are_exactly_zero_at_the_end_and_not_before_the_prune(tiny_trainer):
+    state, encoded = tiny_trainer.init(0)
+    for epoch in range(tiny.CONFIG.epochs):
+        state, encoded, _ = tiny_trainer.run_epoch(state, encoded, epoch, 0)
+        keep = ct.masks_of(ct.ClickTrainState(0, encoded, True, ())).kernel
+        for name, mask in keep.items():
+            mask = mask.get("kernel")
+            if mask is None or epoch < tiny.CONFIG.prune.select_epoch:
+                assert mask is None or bool(mask.all())
+                continue
+            weights = np.asarray(state.params[name]["kernel"])
+            zero = weights[~np.asarray(mask)] == 0
+            assert zero.all() if epoch >= tiny.CONFIG.prune.prune_epoch else not zero.any()
+
+
+def test_equal_seeds_give_equal_bits_and_others_do_not(finished, tiny_trainer, tmp_path):
+    again = loop.train(tiny.CONFIG, tmp_path / "again", trainer=tiny_trainer)
+    other = loop.train(tiny.changed(seed=1), tmp_path / "other", trainer=tiny_trainer)
+    assert again["params_sha256"] == finished[1]["params_sha256"]
+    assert again["masks_sha256"] == finished[1]["masks_sha256"]
+    assert other["params_sha256"] != finished[1]["params_sha256"]
+
+
+def test_one_compiled_loop_an_epoch_trains_as_one_call_an_update(tiny_trainer, tiny_dataset):
+    def run(trainer):
+        state, encoded = trainer.init(0)
+        for epoch in range(tiny.CONFIG.epochs):
+            state, encoded, metrics = trainer.run_epoch(state, encoded, epoch, 0)
+        return state, encoded, metrics
+
+    config = tiny.changed(loop=dataclasses.replace(tiny.CONFIG.loop, epoch_program="scan"))
+    scanned = Trainer(config, tiny_dataset)
+    assert scanned.scan and not tiny_trainer.scan
+    (state, encoded, metrics), (other, other_encoded, other_metrics) = run(tiny_trainer), run(scanned)
+    # XLA's convolutions inside a compiled loop sum in another order.
+    np.testing.assert_allclose(metrics[:, 0], other_metrics[:, 0], rtol=2e-3)
+    for one, two in zip(jax.tree.leaves(encoded), jax.tree.leaves(other_encoded)):
+        np.testing.assert_array_equal(one, two)
+    for one, two in zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params)):
+        np.testing.assert_allclose(one, two, rtol=2e-2, atol=2e-3)
+
+
+def test_the_loop_computes_what_the_transformation_does_in_a_users_own_loop(tiny_trainer):
+    """Same batches, same keys: `ct.clicktrain` in a plain loop ends at the loop's weights."""
+    trainer, prune = tiny_trainer, tiny.CONFIG.prune
+    state, encoded = trainer.init(0)
+    for epoch in range(tiny.CONFIG.epochs):
+        state, encoded, _ = trainer.run_epoch(state, encoded, epoch, 0)
+
+    start, _ = trainer.init(0)
+    transform = ct.clicktrain(
+        trainer.optimizer,
+        trainer.plan,
+        select_step=prune.select_epoch * trainer.steps_per_epoch,
+        prune_step=prune.prune_epoch * trainer.steps_per_epoch,
+        coeff=prune.coeff,
+    )
+    # The loop's own dense update, with the transformation where its optimizer was.
+    users = Trainer(tiny.changed(prune=None), trainer.dataset)
+    users.optimizer = transform
+    theirs = start._replace(opt_state=transform.init(start.params))
+    for epoch in range(tiny.CONFIG.epochs):
+        theirs, _, _ = users.run_epoch(theirs, None, epoch, 0)
+    masks, expected = ct.masks_of(theirs.opt_state), decode_masks(encoded)
+    for one, two in zip(jax.tree.leaves(masks), jax.tree.leaves(expected)):
+        np.testing.assert_array_equal(one, two)
+    for one, two in zip(jax.tree.leaves(theirs.params), jax.tree.leaves(state.params)):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_the_dense_phase_lowers_to_the_program_of_the_plain_optax_step(tiny_trainer, tiny_dataset):
+    from clicktrain_jax.phases import Phase
+
+    plain = Trainer(tiny.changed(prune=None), tiny_dataset)
+    texts = []
+    for trainer in (tiny_trainer, plain):
+        state, _ = trainer.init(0)
+        metrics = jnp.zeros((5, 2))
+        args = (state, metrics, trainer.train_data, jnp.arange(140), np.int32(0), jax.random.key(0), None)
+        texts.append(jax.jit(trainer.update_step(Phase.DENSE, False, 32)).lower(*args).as_text())
+    assert texts[0] == texts[1]
+
+
+def interrupt_after(monkeypatch, updates, act):
+    """Call ``act`` once after so many updates of the run."""
+    original, count = Trainer.run_epoch, 0
+
+    def run_epoch(self, state, encoded, epoch, seed, on_step=lambda _: None):
+        def counted(done):
+            nonlocal count
+            count += 1
+            if count == updates:
+                act()
+            on_step(done)
+
+        return original(self, state, encoded, epoch, seed, counted)
+
+    monkeypatch.setattr(Trainer, "run_epoch", run_epoch)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("updates", [3, 7, 18, 25])
+def test_a_signal_stops_between_updates_and_resuming_gives_the_same_bits(
+    finished, tiny_trainer, tmp_path, monkeypatch, number, updates
+):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, updates, lambda: signal.raise_signal(number))
+        with pytest.raises(loop.Interrupted) as stop:
+            loop.train(tiny.CONFIG, folder, trainer=tiny_trainer)
+    assert stop.value.signal_number == number
+    assert not (folder / "summary.json").exists()
+    resumed = loop.train(tiny.CONFIG, folder, trainer=tiny_trainer)
+    assert resumed["params_sha256"] == finished[1]["params_sha256"]
+    assert [line["epoch"] for line in read_metrics(folder)] == list(range(tiny.CONFIG.epochs))
+
+
+def test_a_finished_run_is_returned_as_it_is(finished):
+    folder, summary = finished
+    assert loop.train(tiny.CONFIG, folder) == summary
+
+
+def test_a_broken_checkpoint_falls_back_to_the_one_before_and_says_so(finished, tiny_trainer, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 22, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(loop.Interrupted):
+            loop.train(tiny.CONFIG, folder, trainer=tiny_trainer)
+    newest = folder / "checkpoints" / "4"
+    files = [path for path in newest.rglob("*") if path.is_file() and path.stat().st_size > 2000]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.warns(UserWarning, match="checkpoint 4 .* is broken .* falling back"):
+        resumed = loop.train(tiny.CONFIG, folder, trainer=tiny_trainer)
+    assert resumed["params_sha256"] == finished[1]["params_sha256"]
+    assert (folder / "checkpoints" / "4.broken").exists()
+
+
+def test_a_changed_byte_in_a_checkpoint_is_found(tmp_path):
+    from experiments.checkpoints import Checkpoints
+
+    tree = {"weights": np.arange(4096, dtype=np.float32)}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=3)
+    for number in (1, 2):
+        checkpoints.save(number, jax.tree.map(lambda leaf: leaf * number, tree))
+    blobs = [path for path in (tmp_path / "checkpoints" / "2").rglob("*") if path.is_file() and "/d/" in str(path)]
+    assert blobs
+    for path in blobs:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(bytes(content))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        number, restored = checkpoints.restore_newest(tree)
+    checkpoints.close()
+    assert number == 1 and any("checkpoint 2" in str(warning.message) for warning in caught)
+    np.testing.assert_array_equal(restored["weights"], tree["weights"])
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tiny_dataset, tmp_path):
+    config = tiny.changed(learning_rate=1e30, prune=None, net="small")
+    with pytest.raises(loop.NonFiniteLoss, match="not finite in epoch 0 .*learning_rate"):
+        loop.train(config, tmp_path / "run", dataset=tiny_dataset)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_folder_of_another_run_is_refused_and_left_alone(finished, tmp_path, tiny_dataset):
+    folder, _ = finished
+    before = (folder / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="another config: seed is 0 there and 7 here"):
+        loop.train(tiny.changed(seed=7), folder, dataset=tiny_dataset)
+    with pytest.raises(ValueError, match="other images"):
+        RunFolder(folder, tiny.CONFIG, "another fingerprint")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and holds no run"):
+        loop.train(tiny.CONFIG, tmp_path, dataset=tiny_dataset)
+    assert (folder / "metrics.jsonl").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_bfloat16_computes_with_float32_masters(tiny_dataset):
+    trainer = Trainer(tiny.changed(precision="bfloat16", prune=None), tiny_dataset)
+    state, encoded = trainer.init(0)
+    state, _, metrics = trainer.run_epoch(state, encoded, 0, 0)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+    assert np.isfinite(metrics).all()
+
+
+def test_evaluation_counts_every_image_once(tiny_trainer):
+    state, _ = tiny_trainer.init(3)
+    loss, top1 = tiny_trainer.evaluate(state)
+    data = tiny_trainer.dataset
+    from experiments.data import normalise
+
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    images = normalise(jnp.asarray(data.eval_images), data.mean, data.std)
+    logits = tiny_trainer.model.apply(variables, images, train=False)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(data.eval_labels))
+    assert len(data.eval_labels) > 500  # more than one batch, the last one partial
+    np.testing.assert_allclose(loss, losses.mean(), rtol=1e-5)
+    assert top1 == np.mean(np.asarray(logits).argmax(-1) == data.eval_labels)

@@ -1,0 +1,120 @@
+"""The house rules that a program can check: who imports whom, who opens files, and the docstring examples."""
+
+import ast
+import doctest
+import pathlib
+import sys
+
+import pytest
+
+import clicktrain_jax.transform
+
+ROOT = pathlib.Path(__file__).parents[1]
+# A room may import itself and what stands before it.
+ORDER = ("pallas_kernels", "clicktrain_jax", "experiments", "tests")
+METHOD_NEEDS = {"jax", "optax", "numpy", "chex", "clicktrain_jax"}
+FILE_ROOMS = {"compact.py", "deploy.py"}
+CLOCKS = {"time", "datetime", "timeit"}
+
+
+def files_of(room):
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imports(tree, module_level_only=False):
+    """Top names of the absolute imports in a module; function bodies are left out when asked."""
+    pending, found = [tree], set()
+    while pending:
+        node = pending.pop()
+        if module_level_only and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+        pending += ast.iter_child_nodes(node)
+    return found
+
+
+def calls(tree):
+    """Names called as plain functions."""
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return {node.func.id for node in nodes if isinstance(node.func, ast.Name)}
+
+
+def parse(path):
+    return ast.parse(path.read_text(), str(path))
+
+
+every_file = pytest.mark.parametrize(
+    "path", [path for room in ORDER for path in files_of(room)], ids=lambda path: str(path.relative_to(ROOT))
+)
+method_files = pytest.mark.parametrize("path", files_of("clicktrain_jax"), ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@every_file
+def test_imports_run_one_way(path):
+    room = path.relative_to(ROOT).parts[0]
+    later = set(ORDER[ORDER.index(room) + 1 :])
+    assert not imports(parse(path)) & later, f"{room} must not import what stands on it"
+
+
+@method_files
+def test_the_method_needs_little(path):
+    allowed = METHOD_NEEDS | set(sys.stdlib_module_names)
+    if path.parent.name == "models":
+        allowed |= {"flax"}
+    foreign = imports(parse(path), module_level_only=True) - allowed
+    assert not foreign, f"import {sorted(foreign)} where it is used, not when clicktrain_jax is imported"
+
+
+@method_files
+def test_only_the_deploy_room_knows_kernels(path):
+    if path.name != "deploy.py":
+        assert "pallas_kernels" not in imports(parse(path))
+
+
+@method_files
+def test_models_know_nothing_of_pruning(path):
+    if path.parent.name == "models":
+        modules = {node.module or "" for node in ast.walk(parse(path)) if isinstance(node, ast.ImportFrom)}
+        inside = {module for module in modules if module.startswith("clicktrain_jax")}
+        assert all(module.startswith("clicktrain_jax.models") for module in inside)
+
+
+@method_files
+def test_no_printing_no_clock_no_files(path):
+    tree = parse(path)
+    assert "print" not in calls(tree)
+    assert not imports(tree) & CLOCKS
+    if path.name not in FILE_ROOMS:
+        assert "open" not in calls(tree)
+        assert not imports(tree) & {"pathlib", "shutil", "tempfile", "io"}
+        assert not {"save", "savez", "load"} & {
+            node.func.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and isinstance(node.func.value, ast.Name)
+            and node.func.value.id in {"np", "jnp", "numpy"}
+        }
+
+
+def test_rooms_are_found():
+    """A check of nothing would pass: the room is where it is looked for."""
+    assert {path.name for path in files_of("clicktrain_jax")} >= {"transform.py", "masks.py", "plan.py"}
+
+
+def test_docstring_examples_run():
+    module = clicktrain_jax.transform
+    tests = doctest.DocTestFinder().find(module.clicktrain, "clicktrain", module=module)
+    assert sum(len(test.examples) for test in tests) >= 5
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for test in tests:
+        runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0
+
+
+def test_public_names_exist():
+    for name in clicktrain_jax.__all__:
+        assert hasattr(clicktrain_jax, name)
