@@ -8,7 +8,7 @@ PYTHON ?= $(shell for v in 3.14 3.13 3.12 3.11; do \
 VENV ?= .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all bench table lint clean
+.PHONY: demo test test-slow test-all bench table lint clean
 
 demo: $(READY)
 	$(VENV)/bin/python -m experiments demo
@@ -16,11 +16,14 @@ demo: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest -m "not slow"
 
-test-all: $(READY)
-	$(VENV)/bin/python -m pytest
+test-slow: $(READY)
+	$(VENV)/bin/python -m pytest -m slow
+
+test-all: test test-slow
 
 bench: $(READY)
 	$(VENV)/bin/python -m experiments bench steps
+	$(VENV)/bin/python -m experiments bench loop
 
 table: $(READY)
 	$(VENV)/bin/python -m experiments table --write

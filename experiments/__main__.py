@@ -4,6 +4,7 @@ Whatever a user gets wrong ends in one sentence and exit code 2. A run stopped b
 number, a diverged one with 1.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,7 @@ USAGE = """usage: python -m experiments COMMAND ...
   list                 the named configs: what each costs and is expected to reach
   demo                 dense and ClickTrain on embedded images, three seeds, one table, one plot
   bench WHAT           ratios measured side by side: steps, loop
-  table [--write]      RESULTS.md from the committed records
+  table [--write]      RESULTS.md and BENCHMARKS.md from the committed records
   pack-data --out FILE --data.dir DIR [--data.name NAME]
                        a data set as one archive, readable without TFDS
 """
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str]) -> int:
         return commands[name](rest)
     except Interrupted as stop:
         return 128 + stop.signal_number
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +25,7 @@ from experiments import configs
 from experiments.data import Dataset
 from experiments.records import setting, write_json
 from experiments.step import Trainer, make_optimizer
-from experiments.tables.statistics import markdown_table
+from experiments.tables.benchmarks import bench_table
 
 _PATTERNS = 12
 _FRACTION = 0.65
@@ -35,7 +36,7 @@ def run(what: str, net: str, width: float, batch_size: int, repeats: int, out: P
     """Measure, save the record when ``out`` is given, and return a table to print."""
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: expected at least 1")
-    measure = {"steps": _steps, "loop": _loop}[what]
+    measure = {"steps": measure_steps, "loop": measure_loop}[what]
     results = measure(net, width, batch_size, repeats)
     record = {
         "what": what,
@@ -47,24 +48,7 @@ def run(what: str, net: str, width: float, batch_size: int, repeats: int, out: P
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
-    return to_table(record)
-
-
-def to_table(record: dict[str, Any]) -> str:
-    """A record as a Markdown table: medians with 20/80 percentiles, ratios to the first row."""
-    header = ("what", "median s", "20%", "80%", "ratio", "goal")
-    rows = [
-        (
-            row["name"],
-            f"{row['median']:.3f}",
-            f"{row['p20']:.3f}",
-            f"{row['p80']:.3f}",
-            f"{row['ratio']:.3f}" if row["ratio"] is not None else "",
-            row.get("goal", ""),
-        )
-        for row in record["results"]
-    ]
-    return markdown_table(header, rows)
+    return bench_table(results)
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -113,8 +97,10 @@ def train_step(model: Any, update: Callable[..., Any]) -> Callable[..., Any]:
     return step
 
 
-def _steps(net: str, width: float, batch_size: int, repeats: int) -> list[dict[str, Any]]:
-    model = models.build(net, num_classes=10, width=width)
+def measure_steps(net: str, width: float, batch_size: int, repeats: int) -> list[dict[str, Any]]:
+    """Updates of every phase against the plain optax step, and the selection alone."""
+    conv = models.PatchConv if jax.default_backend() == "cpu" else nn.Conv
+    model = models.build(net, num_classes=10, width=width, conv=conv)
     image_shape = models.default_image_shape(net)
     key = jax.random.key(0)
     images = jax.random.normal(key, (batch_size, *image_shape))
@@ -179,8 +165,8 @@ def _assert_dense_is_plain(model: Any, inner: Any, updates: ct.PhaseUpdates, arg
         raise AssertionError("the dense phase does not lower to the program of the plain optax step")
 
 
-def _loop(net: str, width: float, batch_size: int, repeats: int) -> list[dict[str, Any]]:
-    """An epoch of three updates as one compiled loop, and as three calls."""
+def measure_loop(net: str, width: float, batch_size: int, repeats: int) -> list[dict[str, Any]]:
+    """An epoch of three updates, with both convolutions, as one compiled loop and as three calls."""
     config = configs.get("slim-vgg11-cifar10-dense")
     rng = np.random.default_rng(0)
     shape = models.default_image_shape(net)
@@ -188,15 +174,16 @@ def _loop(net: str, width: float, batch_size: int, repeats: int) -> list[dict[st
     images, labels = rng.integers(0, 256, (count, *shape), np.uint8), rng.integers(0, 10, count).astype(np.int32)
     dataset = Dataset("random", images, labels, images, labels, 10, (0.5,) * 3, (0.25,) * 3, "test", "raw", "none")
     functions = {}
-    for program in ("steps", "scan"):
-        asked = dataclasses.replace(
-            config, net=net, width=width, batch_size=batch_size, dropout=None, mixup_epoch=None,
-            loop=dataclasses.replace(config.loop, epoch_program=program),
-        )
-        functions[program] = _epoch_runner(Trainer(asked, dataset))
+    for convolution, what in (("xla", "flax.linen.Conv"), ("patches", "PatchConv")):
+        for program, how in (("steps", "one call an update"), ("scan", "one compiled loop")):
+            loop = dataclasses.replace(config.loop, epoch_program=program, convolution=convolution)
+            asked = dataclasses.replace(
+                config, net=net, width=width, batch_size=batch_size, dropout=None, mixup_epoch=None, loop=loop
+            )
+            functions[f"{what}, {how}"] = _epoch_runner(Trainer(asked, dataset))
     seconds = interleaved(functions, repeats)
-    names = {"steps": "one call an update", "scan": "one compiled loop"}
-    return [_row(names[name], seconds[name], seconds["steps"]) for name in functions]
+    base = next(iter(seconds.values()))
+    return [_row(name, seconds[name], base) for name in functions]
 
 
 def _epoch_runner(trainer: Trainer) -> Callable[[], Any]:

@@ -12,6 +12,7 @@ import tyro
 from experiments import configs
 from experiments.configs import TrainConfig
 from experiments.data import DataConfig, load
+from experiments.tables.overview import overview
 
 
 def _parse(kind: Any, arguments: list[str], command: str, **options: Any) -> Any:
@@ -106,11 +107,7 @@ def list_configs(arguments: list[str]) -> int:
         """List the named configs."""
 
     _parse(List, arguments, "list")
-    print(f"{'name':<30}{'net':<22}{'epochs':>7}  {'select, prune':<15}{'expected; cost'}")
-    for config in configs.all_configs().values():
-        net = config.net if config.width == 1 else f"{config.net} x{config.width:g}"
-        when = "" if config.prune is None else f"{config.prune.select_epoch}, {config.prune.prune_epoch}"
-        print(f"{config.name:<30}{net:<22}{config.epochs:>7}  {when:<15}{config.expected}; {config.cost}")
+    print(overview())
     return 0
 
 
@@ -156,23 +153,23 @@ def bench(arguments: list[str]) -> int:
 
 
 def table(arguments: list[str]) -> int:
-    """Generate RESULTS.md from records."""
-    from experiments.tables import results
+    """Generate RESULTS.md and BENCHMARKS.md from records."""
+    from experiments.tables import benchmarks, results
 
     @dataclasses.dataclass(frozen=True)
     class Table:
         """Tables from committed records."""
 
         write: bool = False
-        """Write RESULTS.md instead of printing it."""
+        """Write RESULTS.md and BENCHMARKS.md instead of printing them."""
 
     asked = _parse(Table, arguments, "table")
-    text = results.generate()
-    if not asked.write:
-        print(text, end="")
-        return 0
-    changed = results.write(text)
-    print(f"{results.RESULTS_FILE}: {'written' if changed else 'unchanged'}")
+    texts = {results.RESULTS_FILE: results.generate(), benchmarks.BENCHMARKS_FILE: benchmarks.generate()}
+    for path, text in texts.items():
+        if asked.write:
+            print(f"{path.name}: {'written' if results.write(text, path) else 'unchanged'}")
+        else:
+            print(text)
     return 0
 
 

@@ -199,7 +199,22 @@ def _pattern_counts(encoded: Any, name: str) -> dict[str, int] | None:
     return dict(zip(texts, np.bincount(ids, minlength=len(texts)).tolist()))
 
 
+class _NoBar(contextlib.nullcontext):
+    """Stands in for a progress bar where nobody would see one."""
+
+    def __enter__(self) -> "_NoBar":
+        return self
+
+    def update(self, count: int) -> None:
+        pass
+
+    def set_postfix(self, **figures: str) -> None:
+        pass
+
+
 def _progress(config: TrainConfig, start_epoch: int, steps_per_epoch: int) -> Any:
+    if not config.loop.progress or not sys.stderr.isatty():
+        return _NoBar()
     from tqdm import tqdm
 
     return tqdm(
@@ -207,8 +222,6 @@ def _progress(config: TrainConfig, start_epoch: int, steps_per_epoch: int) -> An
         initial=start_epoch * steps_per_epoch,
         desc=f"{config.name} seed {config.seed}",
         unit="step",
-        mininterval=1.0,
-        disable=not config.loop.progress or not sys.stderr.isatty(),
     )
 
 

@@ -73,7 +73,7 @@ class RunFolder:
         self.path = Path(path)
         stored = self.path / "config.json"
         if stored.exists():
-            _check_same(read_json(stored), _plain(config), self.path)
+            _check_same(read_json(stored), config, self.path)
             earlier = read_json(self.path / "setting.json").get("data_fingerprint", data_fingerprint)
             if earlier != data_fingerprint:
                 raise ValueError(
@@ -176,11 +176,16 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_same(stored: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
-    old, new = _flat(stored), _flat(asked)
-    for field in sorted(old.keys() | new.keys()):
-        if field not in _FREE_FIELDS and old.get(field) != new.get(field):
-            raise ValueError(
-                f"{path} belongs to another config: {field} is {old.get(field)!r} there and {new.get(field)!r} "
-                "here; choose another --workdir, or ask for the same run to resume it"
-            )
+def differences(stored: dict[str, Any], config: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """``(field, stored value, asked value)`` wherever a stored config means another run than ``config``."""
+    old, new = _flat(stored), _flat(_plain(config))
+    fields = sorted(old.keys() | new.keys())
+    return [(f, old.get(f), new.get(f)) for f in fields if f not in _FREE_FIELDS and old.get(f) != new.get(f)]
+
+
+def _check_same(stored: dict[str, Any], config: TrainConfig, path: Path) -> None:
+    for field, old, new in differences(stored, config):
+        raise ValueError(
+            f"{path} belongs to another config: {field} is {old!r} there and {new!r} here; choose another --workdir, "
+            "or ask for the same run to resume it"
+        )

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments.records import read_json
+from experiments.configs import TrainConfig
+from experiments.records import differences, read_json
 from experiments.tables.statistics import markdown_table, mean_spread, paired
 
 RECORDS = Path(__file__).parents[1] / "results"
@@ -33,6 +34,19 @@ def records(folder: Path = RECORDS) -> list[dict[str, Any]]:
         }
         found.append(read_json(path) | extra)
     return found
+
+
+def is_record_of(record: dict[str, Any], config: TrainConfig) -> bool:
+    """True when a record was made with this config, its seed and where its data lie apart."""
+    return not any(field for field, _, _ in differences(record["config"], config) if field != "seed")
+
+
+def machine(record: dict[str, Any]) -> str:
+    """The device a record was made on; on a CPU its cores count too."""
+    where = record["setting"]
+    if where["device"]["platform"] != "cpu":
+        return where["device"]["kind"]
+    return f"{where['cpu']['model']}, {where['cpu']['cores']} cores"
 
 
 def generate(folder: Path = RECORDS) -> str:
@@ -65,9 +79,16 @@ def _section(group: str, found: list[dict[str, Any]]) -> str:
     many_rates = len({rate for _, rate in runs}) > 1
     rows = []
     for (name, rate), members in sorted(runs.items(), key=lambda item: (item[0][1], item[1][0]["method"] != "dense")):
-        dense = [r for (_, other), rs in runs.items() for r in rs if other == rate and r["method"] == "dense"]
+        dense = _dense_beside(rate, found)
         rows.append(_row(f"{name}, lr {rate:g}" if many_rates else name, members, dense))
     return title + "\n" + markdown_table(_COLUMNS, rows)
+
+
+def _dense_beside(rate: float, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The dense runs to pair with: of the same learning rate, or all when each method has its own tuned one."""
+    dense = [record for record in found if record["method"] == "dense"]
+    same = [record for record in dense if record["config"]["learning_rate"] == rate]
+    return same or dense
 
 
 def _row(name: str, members: list[dict[str, Any]], dense: Iterable[dict[str, Any]]) -> tuple[str, ...]:
@@ -75,8 +96,6 @@ def _row(name: str, members: list[dict[str, Any]], dense: Iterable[dict[str, Any
         return [record[field] for record in members]
 
     by_seed = [{record["seed"]: record["final_top1"] for record in group} for group in (members, dense)]
-    where = members[0]["setting"]
-    machine = where["device"]["kind"] if where["device"]["platform"] != "cpu" else where["cpu"]["model"]
     return (
         name,
         str(len(members)),
@@ -87,6 +106,6 @@ def _row(name: str, members: list[dict[str, Any]], dense: Iterable[dict[str, Any
         f"{members[0]['model_compression']:.2f}x",
         mean_spread(column("train_seconds"), digits=0),
         mean_spread(column("compile_seconds"), digits=0),
-        machine,
+        machine(members[0]),
         max(record["setting"]["date"] for record in members)[:10],
     )

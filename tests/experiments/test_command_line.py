@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def tiny_config(monkeypatch):
     """The tiny config under a name of its own on the command line."""
-    known = configs.all_configs() | {"tiny": tiny.CONFIG}
+    dense = tiny.changed(prune=None, epochs=1, mixup_epoch=None)
+    known = configs.all_configs() | {"tiny": tiny.CONFIG, "tiny-dense": dense}
     monkeypatch.setattr(configs, "all_configs", lambda: known)
 
 
@@ -69,12 +70,12 @@ def test_missing_data_is_said_at_once(tiny_config, capsys, tmp_path, monkeypatch
 
 def test_train_then_evaluate_then_refuse_another_config(tiny_config, capsys, tmp_path):
     folder = str(tmp_path / "run")
-    code, out, err = run(["train", "tiny", "--workdir", folder, "--seed", "3"], capsys)
+    code, out, err = run(["train", "tiny-dense", "--workdir", folder, "--seed", "3"], capsys)
     assert code == 0, err
     final = out.split("final ")[1].split(",")[0]
     code, out, err = run(["evaluate", folder], capsys)
     assert code == 0 and f"top-1 {final}" in out, err
-    code, _, err = run(["train", "tiny", "--workdir", folder, "--seed", "4"], capsys)
+    code, _, err = run(["train", "tiny-dense", "--workdir", folder, "--seed", "4"], capsys)
     assert code == 2 and "another config: seed is 3 there and 4 here" in err
 
 

@@ -1,0 +1,201 @@
+"""Every check and measurement that wants a GPU, in under ten minutes, one JSON record each.
+
+    python -m experiments.gpu_checks --out DIR [--packed FILE] [--only NAME ...] [--smoke]
+
+Needs jax, flax, optax and orbax, nothing else: images are random unless ``--packed`` names an archive made by
+`python -m experiments pack-data`. ``--smoke`` runs everything at a tiny size on any device, to test this file.
+A check that fails is recorded as failed and the next one runs; the exit code is then 1.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before jax starts: equal bits on every run are among the checks.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+import clicktrain_jax as ct  # noqa: E402
+from experiments import bench, configs  # noqa: E402
+from experiments.configs import TrainConfig  # noqa: E402
+from experiments.data import DataConfig, Dataset, load  # noqa: E402
+from experiments.loop import Interrupted, train  # noqa: E402
+from experiments.records import setting, write_json  # noqa: E402
+from experiments.step import Trainer  # noqa: E402
+
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "clicktrain_jax" / "golden_small.npz"
+
+
+def _random_images(count: int) -> Dataset:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
+    labels = rng.integers(0, 10, count).astype(np.int32)
+    return Dataset(
+        "random", images, labels, images[:500], labels[:500], 10, (0.5,) * 3, (0.25,) * 3, "test", "raw", f"random{count}"
+    )
+
+
+def _small_run(smoke: bool) -> TrainConfig:
+    """All phases in five epochs of the small net."""
+    config = configs.get("digits-clicktrain")
+    prune = dataclasses.replace(config.prune, select_epoch=1, prune_epoch=3)
+    return dataclasses.replace(
+        config, epochs=5, width=0.125 if smoke else 1.0, batch_size=32, mixup_epoch=4, prune=prune,
+        loop=dataclasses.replace(config.loop, progress=False, checkpoint_every_epochs=1),
+    )
+
+
+def check_masks(smoke: bool, packed: str | None) -> dict[str, Any]:
+    """The reference's masks, from its own scores, on this device: TF32 or another order of sums would flip near-ties."""
+    with np.load(GOLDEN) as stored:
+        facts = dict(stored)
+    compared = 0
+    for case in sorted({key.partition(":")[0] for key in facts}):
+        part = {key.partition(":")[2]: value for key, value in facts.items() if key.startswith(f"{case}:")}
+        names = [str(name) for name in part["names"]]
+        # PyTorch's OIHW to HWIO.
+        params, grads = (
+            {name: part[f"{key}/{name}"].transpose(2, 3, 1, 0) for name in names}
+            for key in ("w_before_e1b0", "g_select")
+        )
+        rules = {re.escape(name): int(ratio) / 100 for name, ratio in zip(names, part["ratios"])}
+        plan, patterns = ct.make_plan(params, rules), ct.patterns.fixed_set(int(part["num_patterns"]))
+        select = jax.jit(lambda p, g, plan=plan, chosen=patterns: ct.select_masks(ct.importance.taylor(p, g), plan, chosen))
+        masks = select(params, grads)
+        for kind, key in (("pattern", "pmask"), ("kernel", "kmask")):
+            for name in names:
+                if f"{key}/{name}" in part:
+                    np.testing.assert_array_equal(
+                        getattr(masks, kind)[name], part[f"{key}/{name}"].transpose(2, 3, 1, 0), f"{case} {kind} {name}"
+                    )
+                    compared += 1
+    return {"masks_equal": compared}
+
+
+def check_loop_programs(smoke: bool, packed: str | None) -> dict[str, Any]:
+    """One compiled loop an epoch and one call an update train alike; equal seeds give equal bits."""
+    config, dataset = _small_run(smoke), _random_images(100 if smoke else 1000)
+    ends: dict[str, float] = {}
+    digests = []
+    with tempfile.TemporaryDirectory() as folder:
+        for program, runs in (("scan", 2), ("steps", 1)):
+            asked = dataclasses.replace(config, loop=dataclasses.replace(config.loop, epoch_program=program))
+            trainer = Trainer(asked, dataset)
+            for run in range(runs):
+                summary = train(asked, Path(folder) / f"{program}{run}", trainer=trainer)
+                digests.append(summary["params_sha256"])
+                ends[program] = summary["final_loss"]
+    if digests[0] != digests[1]:
+        raise AssertionError("two equal runs ended with different bits")
+    return {"final_loss": ends, "equal_runs_equal_bits": True}
+
+
+def check_resume(smoke: bool, packed: str | None) -> dict[str, Any]:
+    """A run stopped after three epochs and resumed ends with the bits of an uninterrupted one."""
+    config, dataset = _small_run(smoke), _random_images(100 if smoke else 1000)
+
+    class Stop(Exception):
+        pass
+
+    class Stopping(Trainer):
+        stops = True
+
+        def run_epoch(self, state: Any, encoded: Any, epoch: int, *rest: Any, **options: Any) -> Any:
+            if epoch == 3 and self.stops:
+                raise Stop
+            return super().run_epoch(state, encoded, epoch, *rest, **options)
+
+    trainer = Stopping(config, dataset)
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.suppress(Stop):
+            train(config, Path(folder) / "stopped", trainer=trainer)
+        trainer.stops = False
+        resumed = train(config, Path(folder) / "stopped", trainer=trainer)
+        whole = train(config, Path(folder) / "whole", trainer=trainer)
+    if resumed["params_sha256"] != whole["params_sha256"]:
+        raise AssertionError("the resumed run ended with other bits")
+    return {"equal_bits": True}
+
+
+def measure_update_costs(smoke: bool, packed: str | None) -> dict[str, Any]:
+    """Updates of every phase against the plain optax step."""
+    size = {"net": "vgg11", "width": 0.125, "batch_size": 8, "repeats": 2} if smoke else {
+        "net": "vgg16", "width": 1.0, "batch_size": 128, "repeats": 30,
+    }
+    return {"size": size, "rows": bench.measure_steps(**size)}
+
+
+def measure_training(smoke: bool, packed: str | None) -> dict[str, Any]:
+    """Images a second of whole epochs of VGG-13, dense and pruned, in bfloat16 and float32."""
+    dataset = _random_images(256 if smoke else 50_000)
+    if packed:
+        dataset = load(DataConfig("cifar10", dir=packed))
+    rates = {}
+    for name in ("vgg13-cifar10-dense", "vgg13-cifar10-9.0x"):
+        for precision in ("bfloat16", "float32"):
+            config = dataclasses.replace(configs.get(name), precision=precision, width=0.125 if smoke else 1.0)
+            trainer = Trainer(config, dataset)
+            state, masks = trainer.init(0)
+            epoch = config.prune.prune_epoch + 1 if config.prune else 0
+            seconds = []
+            for _ in range(3):
+                start = time.perf_counter()
+                state, masks, _ = trainer.run_epoch(state, masks, epoch, 0)
+                seconds.append(time.perf_counter() - start)
+            # The first epoch compiles.
+            rates[f"{name}, {precision}"] = len(dataset.train_labels) / min(seconds[1:])
+    return {"images_per_second": rates}
+
+
+CHECKS: dict[str, Callable[[bool, str | None], dict[str, Any]]] = {
+    "masks": check_masks,
+    "loop-programs": check_loop_programs,
+    "resume": check_resume,
+    "update-costs": measure_update_costs,
+    "training": measure_training,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the checks; returns 1 when one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the records")
+    parser.add_argument("--packed", help="packed CIFAR-10 archive")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS))
+    parser.add_argument("--smoke", action="store_true")
+    asked = parser.parse_args(arguments)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name in asked.only:
+        start = time.perf_counter()
+        try:
+            outcome = {"ok": True, **CHECKS[name](asked.smoke, asked.packed)}
+        except Interrupted:
+            raise
+        except Exception:  # noqa: BLE001: the next check must run
+            outcome = {"ok": False, "error": traceback.format_exc()}
+            failed.append(name)
+        seconds = time.perf_counter() - start
+        summary = (CHECKS[name].__doc__ or "").strip()
+        write_json(asked.out / f"{name}.json", {"check": name, "what": summary, "seconds": seconds,
+                                                "setting": setting(), **outcome})
+        print(f"{name}: {'ok' if outcome['ok'] else 'FAILED'} in {seconds:.1f} s", flush=True)
+        if not outcome["ok"]:
+            print(outcome["error"], flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
