@@ -31,10 +31,12 @@ class LayerReport:
 
     @property
     def is_conv(self) -> bool:
+        """True for a 4-D kernel."""
         return is_kernel_shape(self.shape)
 
     @property
     def compression(self) -> float:
+        """Weights / retained ones."""
         return _ratio(self.weights, self.retained)
 
 
@@ -49,14 +51,17 @@ class Report:
 
     @property
     def convs(self) -> list[LayerReport]:
+        """The convolutions, first one and shortcuts included."""
         return [layer for layer in self.layers if layer.is_conv]
 
     @property
     def conv_weights(self) -> int:
+        """Weights of all convolutions."""
         return self._total("weights", self.convs)
 
     @property
     def conv_retained(self) -> int:
+        """Of those, the retained ones."""
         return self._total("retained", self.convs)
 
     @property
@@ -72,10 +77,12 @@ class Report:
 
     @property
     def model_weights(self) -> int:
+        """All trained parameters."""
         return self._total("weights", list(self.layers))
 
     @property
     def model_retained(self) -> int:
+        """Of those, the retained ones."""
         return self._total("retained", list(self.layers))
 
     @property
@@ -90,6 +97,7 @@ class Report:
 
     @property
     def retained_multiply_adds(self) -> int:
+        """Of those, the ones with retained weights."""
         return self._total("retained_multiply_adds", list(self.layers))
 
     def compression_without(self, excluded: str) -> float:

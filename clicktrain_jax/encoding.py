@@ -40,6 +40,7 @@ def keep_all(layer: LayerPlan, num_patterns: int) -> EncodedLayer:
 
 
 def encode(choice: LayerChoice, patterns: jax.Array | None) -> EncodedLayer:
+    """A layer's choice in its compact form; `decode` is the inverse."""
     bits = choice.kernel
     if bits.shape[0] % 8 == 0:
         bits = jnp.packbits(bits, axis=0)

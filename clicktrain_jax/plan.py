@@ -62,6 +62,7 @@ class Plan:
     leaf_names: tuple[str, ...]
 
     def by_name(self) -> dict[str, LayerPlan]:
+        """The planned layers by their leaf's name."""
         return {layer.name: layer for layer in self.layers}
 
     def check_tree(self, tree: Tree, what: str = "params") -> None:
@@ -123,7 +124,7 @@ def make_plan(
         if rule is None:
             if strict and is_kernel_shape(shape):
                 raise ValueError(
-                    f"strict: no rule covers the convolution {name!r} {shape}; add a rule for it, None to leave it dense"
+                    f"strict: no rule covers the convolution {name!r} {shape}; add one for it, None leaves it dense"
                 )
             continue
         used.add(rule)

@@ -1,0 +1,1 @@
+"""The evidence: configs, data, the training loop, records and tables."""

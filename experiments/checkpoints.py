@@ -47,7 +47,7 @@ class Checkpoints:
         for number in sorted(self._manager.all_steps(), reverse=True):
             try:
                 return number, self._restore(number, template)
-            except Exception as error:  # noqa: BLE001: whatever a damaged file makes orbax raise
+            except Exception as error:  # whatever a damaged file makes orbax raise
                 self._set_aside(number)
                 reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
                 warnings.warn(

@@ -95,7 +95,8 @@ def evaluate(arguments: list[str]) -> int:
     epochs_done, (state, _) = restored
     loss, top1 = trainer.evaluate(state)
     split = f"{trainer.dataset.eval_split} set of {len(trainer.dataset.eval_labels)}"
-    print(f"{config.name} after {epochs_done} of {config.epochs} epochs, {split}: top-1 {100 * top1:.2f}, loss {loss:.4f}")
+    done = f"{config.name} after {epochs_done} of {config.epochs} epochs"
+    print(f"{done}, {split}: top-1 {100 * top1:.2f}, loss {loss:.4f}")
     return 0
 
 

@@ -198,7 +198,9 @@ class Trainer:
 
         return self._compiled((phase, mix, batch, looped), build, args, (0, 1))
 
-    def _compiled(self, key: Any, build: Callable[[], Callable[..., Any]], args: tuple, donate: tuple[int, ...]) -> Callable[..., Any]:
+    def _compiled(
+        self, key: Any, build: Callable[[], Callable[..., Any]], args: tuple, donate: tuple[int, ...]
+    ) -> Callable[..., Any]:
         """The compiled program of a key; compiling is timed apart from running."""
         if key not in self._programs:
             start = time.perf_counter()

@@ -23,7 +23,7 @@ _COLUMNS = ("run", "n", "final", "drop", "best", "conv", "model", "training s", 
 
 
 def records(folder: Path = RECORDS) -> list[dict[str, Any]]:
-    """Every finished run below a folder: its summary, with ``setting``, ``config`` and ``group`` (its folder's name)."""
+    """Every finished run below a folder: its summary, with ``setting``, ``config`` and ``group`` (its folder)."""
     found = []
     for path in sorted(folder.glob("*/*/summary.json")):
         run = path.parent

@@ -188,7 +188,7 @@ def test_a_changed_byte_in_a_checkpoint_is_found(tmp_path):
     tree = {"weights": np.arange(4096, dtype=np.float32)}
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=3)
     for number in (1, 2):
-        checkpoints.save(number, jax.tree.map(lambda leaf: leaf * number, tree))
+        checkpoints.save(number, {"weights": tree["weights"] * number})
     blobs = [path for path in (tmp_path / "checkpoints" / "2").rglob("*") if path.is_file() and "/d/" in str(path)]
     assert blobs
     for path in blobs:
@@ -231,6 +231,18 @@ def test_bfloat16_computes_with_float32_masters(tiny_dataset):
     state, _, metrics = trainer.run_epoch(state, encoded, 0, 0)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
     assert np.isfinite(metrics).all()
+
+
+def test_tensorboard_events_are_written_when_asked_for(tiny_dataset, tmp_path):
+    pytest.importorskip("tensorboardX")
+    options = dataclasses.replace(tiny.CONFIG.loop, tensorboard=True, eval_every_epochs=2, checkpoint_every_epochs=2)
+    config = tiny.changed(prune=None, mixup_epoch=None, epochs=3, loop=options)
+    loop.train(config, tmp_path / "run", dataset=tiny_dataset)
+    assert list((tmp_path / "run" / "events").iterdir())
+    # Every second epoch and the last one.
+    assert ["eval_top1" in line for line in read_metrics(tmp_path / "run")] == [False, True, True]
+    saved = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert {"2", "3"} <= saved and "1" not in saved
 
 
 def test_evaluation_counts_every_image_once(tiny_trainer):

@@ -32,7 +32,8 @@ def test_a_table_from_records_by_hand(tmp_path):
         "device": {"platform": "cpu", "kind": "cpu"},
         "cpu": {"model": "A CPU", "cores": 2},
     }
-    for method, seed, top1 in (("dense", 0, 0.80), ("dense", 1, 0.82), ("clicktrain", 0, 0.79), ("clicktrain", 1, 0.80)):
+    runs = (("dense", 0, 0.80), ("dense", 1, 0.82), ("clicktrain", 0, 0.79), ("clicktrain", 1, 0.80))
+    for method, seed, top1 in runs:
         run = tmp_path / "group" / f"{method}{seed}"
         run.mkdir(parents=True)
         (run / "setting.json").write_text(json.dumps(setting))

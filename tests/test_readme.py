@@ -1,0 +1,45 @@
+"""What the README says, done."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from experiments import configs
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_example_runs_and_prunes(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    # A run of 8 updates rather than of thousands.
+    code = code.replace("2_000", "2").replace("5_000", "4")
+    key = jax.random.key(0)
+    params = {
+        f"Conv_{index}": {"kernel": jax.random.normal(jax.random.fold_in(key, index), shape)}
+        for index, shape in enumerate([(3, 3, 3, 8), (3, 3, 8, 16)])
+    }
+
+    def loss(params, images, labels):
+        return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params)) * images.mean() + labels.mean()
+
+    names = {"params": params, "loss": loss, "batches": [(jnp.ones(3), jnp.ones(3))] * 8}
+    exec(code, names)  # the README's own code
+    kernel = names["params"]["Conv_1"]["kernel"]
+    assert int((kernel != 0).sum()) == (128 - 84) * 4  # ceil(0.65 * 128) kernels go, the others keep 4 taps
+    assert "all convolutions" in capsys.readouterr().out
+
+
+def test_every_config_it_names_exists():
+    named = set(re.findall(r"\b(?:vgg|resnet|slim|digits)[\w.]*-\w+-[\d.]+x\b", README.read_text()))
+    assert named and all(name in configs.all_configs() for name in named)
+
+
+def test_every_room_it_names_exists():
+    text = README.read_text()
+    for room in ("clicktrain_jax/", "clicktrain_jax/models/", "experiments/", "tests/"):
+        assert f"`{room}`" in text and (README.parent / room).is_dir()
+    for module in ("plan", "importance", "patterns", "masks", "encoding", "regularization", "phases", "transform",
+                   "accounting"):
+        assert (README.parent / "clicktrain_jax" / f"{module}.py").exists()
