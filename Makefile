@@ -39,4 +39,4 @@ $(READY): requirements.txt
 	touch $(READY)
 
 clean:
-	rm -rf .venv-* demo runs
+	rm -rf .venv-*

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from clicktrain_jax.patterns import check_set
 from clicktrain_jax.plan import LayerPlan, Plan
-from clicktrain_jax.trees import Tree, has_nan, map_named, named_leaves
+from clicktrain_jax.trees import Tree, has_non_finite, map_named, named_leaves
 
 
 class Masks(NamedTuple):
@@ -49,7 +49,7 @@ def select_masks(scores: Tree, plan: Plan, patterns: Any) -> Masks:
         `Masks` of full (kh, kw, cin, cout) shape.
 
     Raises:
-        ValueError: scores of another tree; patterns of another size; NaN scores (seen outside jit only).
+        ValueError: scores of another tree; patterns of another size; NaN or infinite scores (seen outside jit only).
 
     Source: ClickTrain's reference selection. Every kernel takes the pattern that retains the largest sum of
     scores, ties to the lowest index. Of each layer's kernels the ``ceil(round(fraction * n, 6))`` with the
@@ -70,10 +70,10 @@ def select_layers(scores: Tree, plan: Plan, patterns: jax.Array) -> dict[str, La
     check_pattern_sizes(plan, patterns)
     by_name = dict(named_leaves(scores))
     for layer in plan.layers:
-        if has_nan(by_name[layer.name]):
+        if has_non_finite(by_name[layer.name]):
             raise ValueError(
-                f"scores of {layer.name!r} hold NaN: the loss or its gradient was not finite at the selection; "
-                "lower the learning rate or look at the data before selecting"
+                f"scores of {layer.name!r} hold NaN or infinite values: the loss or its gradient was not finite at "
+                "the selection; lower the learning rate or look at the data before selecting"
             )
     return {layer.name: _select_layer(by_name[layer.name], layer, patterns) for layer in plan.layers}
 
@@ -90,14 +90,16 @@ def check_pattern_sizes(plan: Plan, patterns: Any) -> None:
 
 
 def _select_layer(scores: jax.Array, layer: LayerPlan, patterns: jax.Array) -> LayerChoice:
-    taps = _tile_sums(scores.astype(jnp.float32), layer)
+    # The barrier keeps a compiler from fusing the criterion's products into the sums with multiply-adds, whose
+    # other rounding could flip a near-tie.
+    taps = _tile_sums(jax.lax.optimization_barrier(scores.astype(jnp.float32)), layer)
     kernel = _keep_largest(_ordered_sum(taps), layer.num_removed)
     kernel = _untile(kernel, layer)
     if not layer.has_patterns:
         return LayerChoice(None, kernel)
     keep = jnp.asarray(patterns).reshape(patterns.shape[0], -1).T[:, :, None, None]
-    # (taps, P, cin tiles, cout tiles), summed over taps one after the other, so that a near-tie falls the same
-    # way on every backend: a contraction could run in another order, or in TF32.
+    # (taps, P, cin tiles, cout tiles), summed over taps one after the other, so that at tile (1, 1) a near-tie
+    # falls the same way on every backend: a contraction could run in another order, or in TF32.
     retained = _ordered_sum(jnp.where(keep, taps[:, None], 0.0))
     pattern_ids = jnp.argmax(retained, axis=0).astype(jnp.uint8)
     return LayerChoice(_untile(pattern_ids, layer), kernel)

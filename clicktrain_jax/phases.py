@@ -45,8 +45,9 @@ class PhaseSchedule:
             value = getattr(self, field)
             if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise ValueError(f"{field}={value!r}: expected an integer number of updates")
-            if value < 0:
-                raise ValueError(f"{field}={value}: expected 0 or more updates")
+            # Updates are counted in int32.
+            if not 0 <= value < 2**31 - 1:
+                raise ValueError(f"{field}={value}: expected 0 to 2**31 - 2 updates")
         if self.select_step >= self.prune_step:
             raise ValueError(
                 f"select_step={self.select_step} is not before prune_step={self.prune_step}: "

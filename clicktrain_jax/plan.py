@@ -111,9 +111,9 @@ def make_plan(
             kernel removal in a grouped convolution; a bad tile; nothing to prune.
     """
     compiled = _compile_rules(rules)
-    group_rules = [(_compile(pattern, "groups"), count) for pattern, count in (groups or {}).items()]
-    _check_tile(tile)
     leaves = named_leaves(params)
+    group_rules = _compile_groups(groups or {}, [name for name, _ in leaves])
+    _check_tile(tile)
     used: set[str] = set()
     layers = []
     for name, leaf in leaves:
@@ -170,6 +170,18 @@ def _compile_rules(rules: Mapping[str, float | None]) -> dict[str, re.Pattern[st
                 "0.55 for 55 percent, or None to leave the layer dense"
             )
     return {text: _compile(text, "rules") for text in rules}
+
+
+def _compile_groups(groups: Mapping[str, int], names: list[str]) -> list[tuple[re.Pattern[str], int]]:
+    compiled = []
+    for text, count in groups.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"groups: {text!r} has {count!r}; expected a feature_group_count of 1 or more")
+        expression = _compile(text, "groups")
+        if not any(expression.fullmatch(name) for name in names):
+            raise ValueError(f"groups: {_explain_unused(text, expression, names)}")
+        compiled.append((expression, count))
+    return compiled
 
 
 def _explain_unused(rule: str, expression: re.Pattern[str], names: list[str]) -> str:

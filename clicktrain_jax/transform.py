@@ -88,9 +88,7 @@ def phase_updates(
         raise ValueError(f"coeff={coeff!r}: expected a finite number >= 0, the weight of the group lasso in the loss")
 
     def select(grads: Tree, params: Tree) -> tuple[dict[str, EncodedLayer], jax.Array]:
-        # The barrier keeps the compiler from fusing the squares into the sums over taps with multiply-adds, whose
-        # other rounding could flip a near-tie.
-        scores = jax.lax.optimization_barrier(criterion(params, grads))
+        scores = criterion(params, grads)
         by_name = dict(named_leaves(scores))
         finite = jnp.all(jnp.stack([jnp.isfinite(by_name[layer.name]).all() for layer in plan.layers]))
         choices = select_layers(scores, plan, patterns)
@@ -124,6 +122,8 @@ def clicktrain(
 
     Put it last in a chain: whatever comes after it could move weights that it holds at zero. The loop around
     it changes in no line; ``params`` must be passed to ``update`` (optax's own loops and ``nnx.Optimizer`` do).
+    On several devices the gradients must be the global ones, as ``jit`` over sharded arrays makes them; under
+    ``shard_map`` reduce them first, or the devices would choose different masks.
 
     Args:
         inner: the optimizer, weight decay and schedules included.
@@ -171,6 +171,10 @@ def clicktrain(
     ) -> tuple[Tree, ClickTrainState]:
         if params is None:
             raise ValueError("clicktrain needs the parameters: call update(grads, state, params)")
+        present = {name for name, grad in named_leaves(grads) if grad is not None}
+        for layer in plan.layers:
+            if layer.name not in present:
+                raise ValueError(f"{layer.name!r} is pruned, but it has no gradient")
         phase = schedule.phase_index(state.count)
 
         def choose() -> tuple[Tree, jax.Array]:
@@ -286,8 +290,6 @@ def _at_least_param_precision(updates: Tree, params: Tree, plan: Plan) -> Tree:
     def cast(name: str, update: Any, weight: Any) -> Any:
         if name not in planned:
             return update
-        if update is None:
-            raise ValueError(f"{name!r} is pruned, but its gradient is None")
         return update.astype(jnp.promote_types(update.dtype, weight.dtype))
 
     return map_named(cast, updates, params, what="updates")

@@ -93,8 +93,8 @@ def is_kernel_shape(shape: tuple[int, ...]) -> bool:
     return len(shape) == len(KERNEL_AXES)
 
 
-def has_nan(array: Any) -> bool:
-    """True when a concrete array holds a NaN; a traced array cannot be looked at and gives False."""
+def has_non_finite(array: Any) -> bool:
+    """True when a concrete array holds NaN or infinite values; a traced one cannot be looked at and gives False."""
     if array is None or isinstance(array, jax.core.Tracer):
         return False
-    return bool(np.isnan(np.asarray(array, dtype=np.float32)).any())
+    return not bool(np.isfinite(np.asarray(array, dtype=np.float32)).all())

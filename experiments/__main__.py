@@ -1,11 +1,13 @@
 """The command line: ``python -m experiments COMMAND ...``.
 
-Whatever a user gets wrong ends in one sentence and exit code 2. A run stopped by a signal exits with 128 + its
+Whatever a user gets wrong ends in one sentence and exit code 2 (CLICKTRAIN_TRACEBACK=1 shows where it came from).
+A run stopped by a signal exits with 128 + its
 number, a diverged one with 1.
 """
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 USAGE = """usage: python -m experiments COMMAND ...
@@ -36,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     # Imported late: jax takes a second to import, and a wrong command should not wait for it.
     from experiments.loop import Interrupted, NonFiniteLoss
 
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         return commands[name](rest)
     except Interrupted as stop:
@@ -46,7 +49,9 @@ def main(arguments: Sequence[str]) -> int:
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if os.environ.get("CLICKTRAIN_TRACEBACK"):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
 

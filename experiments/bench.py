@@ -34,8 +34,8 @@ _SELECT_STEP, _PRUNE_STEP = 1000, 2000
 
 def run(what: str, net: str, width: float, batch_size: int, repeats: int, out: Path | None) -> str:
     """Measure, save the record when ``out`` is given, and return a table to print."""
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats}: expected at least 1")
+    if not 1 <= repeats <= 500:  # more would walk out of the phase that is measured
+        raise ValueError(f"repeats={repeats}: expected 1 to 500")
     measure = {"steps": measure_steps, "loop": measure_loop}[what]
     results = measure(net, width, batch_size, repeats)
     record = {

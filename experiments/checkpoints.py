@@ -19,13 +19,17 @@ class Checkpoints:
     """The checkpoints of one run; a checkpoint's number is the count of epochs done.
 
     Args:
-        path: their folder, made when the first is saved.
+        path: their folder, made when missing unless ``read_only``.
         keep: how many of the newest stay.
+        read_only: change nothing, broken ones included.
     """
 
-    def __init__(self, path: Path, keep: int) -> None:
+    def __init__(self, path: Path, keep: int = 1, *, read_only: bool = False) -> None:
         self.path = Path(path).resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
+        self._read_only = read_only
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False, create=not read_only, read_only=read_only
+        )
         self._manager = ocp.CheckpointManager(self.path, options=options)
 
     def save(self, epochs_done: int, tree: Any) -> None:
@@ -36,29 +40,43 @@ class Checkpoints:
         self._manager.save(epochs_done, args=args)
 
     def restore_newest(self, template: Any) -> tuple[int, Any] | None:
-        """``(epochs done, tree)`` of the newest good checkpoint; None when there is none.
+        """``(epochs done, tree)`` of the newest good checkpoint; None when there are no checkpoints.
 
         Args:
             template: a tree of the same structure, shapes and dtypes.
 
+        Raises:
+            ValueError: there are checkpoints, and none can be read; they stay where they are.
+
         Warns:
-            UserWarning: a checkpoint was broken; it is renamed to "NUMBER.broken" and the one before is tried.
+            UserWarning: a checkpoint was broken and an older one is used; the broken one is renamed to
+                "NUMBER.broken".
         """
+        broken: dict[int, str] = {}
         for number in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return number, self._restore(number, template)
+                tree = self._restore(number, template)
             except Exception as error:  # whatever a damaged file makes orbax raise
-                self._set_aside(number)
-                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                broken[number] = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                continue
+            for bad, reason in broken.items():
+                self._set_aside(bad)
                 warnings.warn(
-                    f"checkpoint {number} in {self.path} is broken ({reason}); falling back to the one before it",
-                    stacklevel=2,
+                    f"checkpoint {bad} in {self.path} is broken ({reason}); falling back to {number}", stacklevel=2
                 )
+            return number, tree
+        if broken:
+            number, reason = next(iter(broken.items()))
+            raise ValueError(f"no checkpoint in {self.path} can be read; number {number}: {reason}")
         return None
 
     def _restore(self, number: int, template: Any) -> Any:
         arrays = _named_arrays(template)
-        abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
+        # Onto the template's devices, wherever the checkpoint was written.
+        abstract = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))
+            for name, array in arrays.items()
+        }
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), digest=ocp.args.JsonRestore())
         restored = self._manager.restore(number, args=args)
         structure = jax.tree.structure(template)
@@ -68,6 +86,8 @@ class Checkpoints:
         return tree
 
     def _set_aside(self, number: int) -> None:
+        if self._read_only:
+            return
         folder = self.path / str(number)
         aside = self.path / f"{number}.broken"
         shutil.rmtree(aside, ignore_errors=True)

@@ -3,7 +3,6 @@
 import dataclasses
 import shlex
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,12 +42,12 @@ def train(arguments: list[str]) -> int:
     asked = _parse(Train, rest, f"train {name}", config=(tyro.conf.AvoidSubcommands,))
     config = asked.config
     workdir = asked.workdir or Path("runs") / f"{config.name}-seed{config.seed}"
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         summary = loop.train(config, workdir)
     except loop.Interrupted as stop:
         again = shlex.join(["python", "-m", "experiments", "train", *arguments])
-        print(f"{stop}: all whole epochs are saved in {workdir}; to resume: {again}", file=sys.stderr)
+        saved = f"{stop.epochs_saved} whole epochs are saved in {workdir}"
+        print(f"{stop}: {saved}; to resume: {again}", file=sys.stderr)
         raise
     print(describe(summary))
     print(f"run folder: {workdir}")
@@ -70,7 +69,7 @@ def describe(summary: dict[str, Any]) -> str:
 def evaluate(arguments: list[str]) -> int:
     """Evaluate a run folder's newest checkpoint on its own evaluation set."""
     from experiments.checkpoints import Checkpoints
-    from experiments.records import read_config
+    from experiments.records import RunFolder, read_config
     from experiments.step import Trainer
 
     run, rest = _name_argument(arguments, "evaluate", "a run folder RUN")
@@ -85,10 +84,14 @@ def evaluate(arguments: list[str]) -> int:
     asked = _parse(Evaluate, rest, f"evaluate {run}")
     config = read_config(Path(run))
     data = config.data if asked.data_dir is None else dataclasses.replace(config.data, dir=asked.data_dir)
-    trainer = Trainer(config, load(data))
-    template = trainer.init(config.seed)
-    checkpoints = Checkpoints(Path(run) / "checkpoints", config.loop.keep_checkpoints)
-    restored = checkpoints.restore_newest(template)
+    dataset = load(data)
+    folder = RunFolder(Path(run))
+    folder.check(config, dataset.fingerprint)
+    trainer = Trainer(config, dataset)
+    if not folder.checkpoints.exists():
+        raise ValueError(f"{run} holds no checkpoint to evaluate")
+    checkpoints = Checkpoints(folder.checkpoints, read_only=True)
+    restored = checkpoints.restore_newest(trainer.init(config.seed))
     checkpoints.close()
     if restored is None:
         raise ValueError(f"{run} holds no checkpoint to evaluate")
@@ -121,7 +124,7 @@ def demo(arguments: list[str]) -> int:
         """Dense and ClickTrain on scikit-learn's digits."""
 
         workdir: Path = Path("demo")
-        """Where the runs, the table and the plot go; made anew."""
+        """Where the runs, the table and the plot go; an earlier demo's are replaced."""
         seeds: int = 3
         """How many seeds."""
 

@@ -5,33 +5,35 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import clicktrain_jax as ct
 from clicktrain_jax import models
 from clicktrain_jax.encoding import decode_masks
 from experiments.checkpoints import Checkpoints, digest
-from experiments.configs.base import TrainConfig
+from experiments.configs.base import TrainConfig, to_dict
 from experiments.data import Dataset, load
-from experiments.records import RunFolder
-from experiments.step import Trainer, TrainState
+from experiments.records import RunFolder, differences
+from experiments.step import NonFinite, Trainer, TrainState
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; what was done up to the last whole epoch is on disk."""
+    """A signal asked the run to stop; its newest checkpoint holds ``epochs_saved`` whole epochs."""
 
-    def __init__(self, signal_number: int) -> None:
+    def __init__(self, signal_number: int, epochs_saved: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
         self.signal_number = signal_number
+        self.epochs_saved = epochs_saved
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the last good checkpoint is kept."""
+    """The loss, a weight or a score became NaN or infinite; the last good checkpoint is kept."""
 
 
 def train(
@@ -40,56 +42,83 @@ def train(
     """Train one run to its end, from wherever its folder stands.
 
     Args:
-        config: the run; its seed counts, also when ``trainer`` was made with another.
-        workdir: its folder. One of the same config is resumed from its last whole epoch; a finished one is
+        config: the run.
+        workdir: its folder. One of the same config is resumed from its last saved epoch; a finished one is
             returned as it is.
         dataset: what `experiments.data.load` returns for the config; loaded when None.
-        trainer: compiled programs to share between seeds; made when None.
+        trainer: compiled programs to share between seeds, of the same config but for the seed; made when None.
 
     Returns:
         The summary, as in summary.json.
 
     Raises:
-        ValueError: bad config, missing data, a folder of another run.
+        ValueError: bad config, missing data, a folder of another run, a trainer of another config, checkpoints
+            none of which can be read.
         Interrupted: SIGINT or SIGTERM came.
         NonFiniteLoss: training diverged.
     """
+    if trainer is not None and any(field != "seed" for field, _, _ in differences(to_dict(trainer.config), config)):
+        raise ValueError(f"the trainer was made for another config, {trainer.config.name!r}: make one for this run")
     if dataset is None:
         dataset = trainer.dataset if trainer is not None else load(config.data)
-    folder = RunFolder(workdir, config, dataset.fingerprint)
-    finished = folder.summary()
-    if finished is not None:
-        return finished
+    folder = RunFolder(workdir)
+    if folder.check(config, dataset.fingerprint):
+        finished = folder.summary()
+        if finished is not None:
+            return finished
+    # Whatever is wrong with the config shows here, before anything is written.
     trainer = trainer or Trainer(config, dataset)
     state, masks = trainer.init(config.seed)
-    checkpoints = Checkpoints(folder.checkpoints, config.loop.keep_checkpoints)
-    restored = checkpoints.restore_newest((state, masks))
-    start_epoch = 0
-    if restored is not None:
-        start_epoch, (state, masks) = restored
-    lines = folder.keep_epochs(start_epoch)
+    folder.open(config, dataset.fingerprint)
     with contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(folder.checkpoints, config.loop.keep_checkpoints)
         stack.callback(checkpoints.close)
-        bar = stack.enter_context(_progress(config, start_epoch, trainer.steps_per_epoch))
-        events = _event_log(config, folder.path)
+        saved = 0
+        restored = checkpoints.restore_newest((state, masks))
+        if restored is not None:
+            saved, (state, masks) = restored
+        lines = folder.keep_epochs(saved)
+        bar = stack.enter_context(_progress(config, saved, trainer.steps_per_epoch))
+        events = stack.enter_context(_event_log(config, folder.path, saved))
         stop = stack.enter_context(_signals())
-        for epoch in range(start_epoch, config.epochs):
-            state, masks, line = _epoch(trainer, state, masks, epoch, config, bar, stop)
-            if not math.isfinite(line["train_loss"]):
+        for epoch in range(saved, config.epochs):
+            on_step = _watch(bar, stop, trainer.steps_per_epoch, saved)
+            try:
+                state, masks, line = _epoch(trainer, state, masks, epoch, config, on_step)
+            except NonFinite as error:
                 raise NonFiniteLoss(
-                    f"{config.name}: the loss is not finite in epoch {epoch} (update {line['first_bad_step']} of "
-                    f"it); the checkpoint after {epoch} whole epochs is kept in {folder.checkpoints}. Lower "
-                    "learning_rate, or look at the data"
-                )
+                    f"{config.name}: {error} in epoch {epoch}. The newest checkpoint, of {saved} whole epochs, is kept "
+                    f"in {folder.checkpoints}. Lower learning_rate, or look at the data"
+                ) from error
             folder.append_metrics(line)
             lines.append(line)
-            if _due(epoch, config.loop.checkpoint_every_epochs, config):
+            if stop.signal_number is not None or _due(epoch, config.loop.checkpoint_every_epochs, config):
                 checkpoints.save(epoch + 1, (state, masks))
+                saved = epoch + 1
             events(line)
             bar.set_postfix(loss=f"{line['train_loss']:.3f}", top1=f"{100 * line.get('eval_top1', math.nan):.2f}")
-    summary = summarise(trainer, config, state, masks, lines)
-    folder.write_summary(summary)
+            if epoch + 1 < config.epochs:
+                stop.check(saved)
+        summary = summarise(trainer, config, state, masks, lines)
+        folder.write_summary(summary)
+        # One that came during the last epoch: the run is complete, but whoever sent it wants no further one.
+        stop.check(saved)
     return summary
+
+
+def _watch(bar: Any, stop: "_Stop", steps_per_epoch: int, saved: int) -> Callable[[int], None]:
+    """What happens on the host between two updates."""
+    done = 0
+
+    def on_step(count: int) -> None:
+        nonlocal done
+        bar.update(count - done)
+        done = count
+        # After an epoch's last update the epoch is finished and saved first.
+        if count < steps_per_epoch:
+            stop.check(saved)
+
+    return on_step
 
 
 def _due(epoch: int, every: int, config: TrainConfig) -> bool:
@@ -97,17 +126,9 @@ def _due(epoch: int, every: int, config: TrainConfig) -> bool:
 
 
 def _epoch(
-    trainer: Trainer, state: TrainState, masks: Any, epoch: int, config: TrainConfig, bar: Any, stop: Any
+    trainer: Trainer, state: TrainState, masks: Any, epoch: int, config: TrainConfig, on_step: Callable[[int], None]
 ) -> tuple[TrainState, Any, dict[str, Any]]:
     compiled_before, start = trainer.compile_seconds, time.perf_counter()
-    done = 0
-
-    def on_step(count: int) -> None:
-        nonlocal done
-        bar.update(count - done)
-        done = count
-        stop.check()
-
     state, masks, metrics = trainer.run_epoch(state, masks, epoch, config.seed, on_step)
     compiled = trainer.compile_seconds - compiled_before
     line: dict[str, Any] = {
@@ -118,8 +139,10 @@ def _epoch(
         "train_seconds": time.perf_counter() - start - compiled,
     }
     if not np.isfinite(metrics[:, 0]).all():
-        line |= {"train_loss": math.nan, "first_bad_step": int(np.flatnonzero(~np.isfinite(metrics[:, 0]))[0])}
-        return state, masks, line
+        raise NonFinite(f"the loss of update {np.flatnonzero(~np.isfinite(metrics[:, 0]))[0]} is not finite")
+    # The last update may be the one that diverged: its loss was taken before it.
+    if not _all_finite(state.params, state.batch_stats):
+        raise NonFinite("a weight is not finite after the last update")
     if _due(epoch, config.loop.eval_every_epochs, config):
         compiled_before, start = trainer.compile_seconds, time.perf_counter()
         line["eval_loss"], line["eval_top1"] = trainer.evaluate(state)
@@ -212,6 +235,11 @@ class _NoBar(contextlib.nullcontext):
         pass
 
 
+@jax.jit
+def _all_finite(*trees: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(trees)]))
+
+
 def _progress(config: TrainConfig, start_epoch: int, steps_per_epoch: int) -> Any:
     if not config.loop.progress or not sys.stderr.isatty():
         return _NoBar()
@@ -225,30 +253,32 @@ def _progress(config: TrainConfig, start_epoch: int, steps_per_epoch: int) -> An
     )
 
 
-def _event_log(config: TrainConfig, path: Path) -> Any:
+@contextlib.contextmanager
+def _event_log(config: TrainConfig, path: Path, start_epoch: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     if not config.loop.tensorboard:
-        return lambda line: None
+        yield lambda line: None
+        return
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ValueError("loop.tensorboard needs the package tensorboardX: pip install tensorboardX") from error
-    writer = SummaryWriter(str(path / "events"))
+    with SummaryWriter(str(path / "events"), purge_step=start_epoch) as writer:
 
-    def write(line: dict[str, Any]) -> None:
-        for key, value in line.items():
-            if isinstance(value, float):
-                writer.add_scalar(key, value, line["epoch"])
-        writer.flush()
+        def write(line: dict[str, Any]) -> None:
+            for key, value in line.items():
+                if isinstance(value, float):
+                    writer.add_scalar(key, value, line["epoch"])
+            writer.flush()
 
-    return write
+        yield write
 
 
 class _Stop:
     signal_number: int | None = None
 
-    def check(self) -> None:
+    def check(self, epochs_saved: int) -> None:
         if self.signal_number is not None:
-            raise Interrupted(self.signal_number)
+            raise Interrupted(self.signal_number, epochs_saved)
 
 
 @contextlib.contextmanager
@@ -259,11 +289,12 @@ def _signals() -> Iterator[_Stop]:
 
     def handle(number: int, _: Any) -> None:
         stop.signal_number = number
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[number])  # a second one acts as it did before
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.getsignal(number)
+            # None: a handler that was not installed from Python.
+            previous[number] = signal.getsignal(number) or signal.SIG_DFL
             signal.signal(number, handle)
     except ValueError:  # not the main thread: signals are not ours to take
         pass

@@ -7,12 +7,14 @@
     checkpoints/    see `experiments.checkpoints`
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,32 +62,57 @@ class RunFolder:
     """One run's files.
 
     Args:
-        path: the folder; made when missing.
-        config: the run's config.
-        data_fingerprint: of the data set as loaded.
-
-    Raises:
-        ValueError: the folder belongs to another config or data set, or holds something else; nothing is
-            overwritten then.
+        path: the folder; it need not exist.
     """
 
-    def __init__(self, path: Path, config: TrainConfig, data_fingerprint: str) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = Path(path)
+
+    def check(self, config: TrainConfig, data_fingerprint: str) -> bool:
+        """Whether the folder holds this run already. Writes nothing.
+
+        Args:
+            config: the run's config.
+            data_fingerprint: of the data set as loaded.
+
+        Raises:
+            ValueError: the folder belongs to another config or data set, or holds something else.
+        """
         stored = self.path / "config.json"
         if stored.exists():
-            _check_same(read_json(stored), config, self.path)
-            earlier = read_json(self.path / "setting.json").get("data_fingerprint", data_fingerprint)
+            for field, old, new in differences(read_json(stored), config):
+                raise ValueError(
+                    f"{self.path} belongs to another config: {field} is {old!r} there and {new!r} here; choose another "
+                    "--workdir, or ask for the same run to resume it"
+                )
+            earlier = read_json(self.path / "setting.json").get("data_fingerprint")
             if earlier != data_fingerprint:
                 raise ValueError(
                     f"{self.path} was trained on other images (fingerprint {earlier}, now {data_fingerprint}); "
                     "use the same data or another --workdir"
                 )
-            return
-        if self.path.exists() and any(self.path.iterdir()):
+            return True
+        # A kill while the folder was being made may have left the first file, or a part of one.
+        if self.path.exists() and any(
+            path.name != "setting.json" and path.suffix != ".tmp" for path in self.path.iterdir()
+        ):
             raise ValueError(f"{self.path} is not empty and holds no run: choose another --workdir")
+        return False
+
+    def open(self, config: TrainConfig, data_fingerprint: str) -> None:
+        """Make the folder, or note in it that the run goes on; `check` comes first."""
+        path = self.path / "setting.json"
+        now = setting()
+        if self.check(config, data_fingerprint):
+            earlier = read_json(path)
+            if any(earlier[key] != now[key] for key in ("versions", "device", "cpu")):
+                warnings.warn(f"{self.path} is resumed with other versions or on another device", stacklevel=3)
+            write_json(path, earlier | {"resumed": [*earlier.get("resumed", []), now]})
+            return
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "setting.json", {**setting(), "data_fingerprint": data_fingerprint})
-        write_json(stored, _plain(config))
+        write_json(path, {**now, "data_fingerprint": data_fingerprint})
+        # Last: a folder is a run once it has a config.
+        write_json(self.path / "config.json", _plain(config))
 
     @property
     def checkpoints(self) -> Path:
@@ -101,13 +128,9 @@ class RunFolder:
         """Mark the run as finished."""
         write_json(self.path / "summary.json", summary)
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
-        return read_metrics(self.path)
-
     def keep_epochs(self, count: int) -> list[dict[str, Any]]:
         """Drop the lines of epochs that the checkpoint does not hold; returns the lines kept."""
-        lines = [line for line in self.metrics() if line["epoch"] < count]
+        lines = [line for line in read_metrics(self.path) if line["epoch"] < count]
         _replace(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         return lines
 
@@ -132,7 +155,7 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The epochs of a run folder."""
+    """The lines of a run folder's metrics.jsonl; a last line cut short by a kill is left out."""
     file = Path(path) / "metrics.jsonl"
     lines = []
     for text in file.read_text().splitlines() if file.exists() else []:
@@ -178,14 +201,8 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(stored: dict[str, Any], config: TrainConfig) -> list[tuple[str, Any, Any]]:
     """``(field, stored value, asked value)`` wherever a stored config means another run than ``config``."""
+    with contextlib.suppress(ValueError):
+        stored = _plain(from_dict(stored))  # fields added since have their defaults
     old, new = _flat(stored), _flat(_plain(config))
     fields = sorted(old.keys() | new.keys())
     return [(f, old.get(f), new.get(f)) for f in fields if f not in _FREE_FIELDS and old.get(f) != new.get(f)]
-
-
-def _check_same(stored: dict[str, Any], config: TrainConfig, path: Path) -> None:
-    for field, old, new in differences(stored, config):
-        raise ValueError(
-            f"{path} belongs to another config: {field} is {old!r} there and {new!r} here; choose another --workdir, "
-            "or ask for the same run to resume it"
-        )

@@ -43,6 +43,10 @@ class Images(NamedTuple):
     labels: jax.Array
 
 
+class NonFinite(ArithmeticError):
+    """Training met a NaN or an infinite value."""
+
+
 class Trainer:
     """Model, optimizer and compiled programs of one config; serves any number of seeds.
 
@@ -145,7 +149,7 @@ class Trainer:
             ``(state, encoded masks, metrics)``, metrics float32 (steps, 2): loss without group lasso, top-1.
 
         Raises:
-            ValueError: the scores at the selection were not finite.
+            NonFinite: a score at the selection was not finite.
         """
         key = jax.random.key(seed)
         order = _order(jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch), len(self.train_data.labels))
@@ -169,7 +173,7 @@ class Trainer:
                 if phase == Phase.SELECT:
                     layers, finite = chosen
                     if not finite:
-                        raise ValueError(f"epoch {epoch}: the scores at the selection are not finite")
+                        raise NonFinite("a score at the selection is not finite")
                     encoded = fill_masks(encoded, layers)
         return state, encoded, np.asarray(metrics)
 
@@ -276,15 +280,19 @@ class Trainer:
         return evaluate
 
 
-def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
-    """SGD with momentum, weight decay on every parameter and the config's schedule."""
+def learning_rate(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
+    """The config's schedule, by update."""
     total = config.epochs * steps_per_epoch
     if config.lr_schedule == "cosine":
         warmup = max(1, total // 10)
-        rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(total, warmup + 1))
-    else:
-        drops = {milestone * steps_per_epoch: config.lr_gamma for milestone in config.lr_milestones}
-        rate = optax.piecewise_constant_schedule(config.learning_rate, drops)
+        return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(total, warmup + 1))
+    drops = {milestone * steps_per_epoch: config.lr_gamma for milestone in config.lr_milestones}
+    return optax.piecewise_constant_schedule(config.learning_rate, drops)
+
+
+def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
+    """SGD with momentum, weight decay on every parameter and the config's schedule."""
+    rate = learning_rate(config, steps_per_epoch)
     return optax.chain(
         optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=config.momentum or None)
     )

@@ -42,6 +42,10 @@ class PruneConfig:
                 f"prune.select_epoch={self.select_epoch}, prune.prune_epoch={self.prune_epoch}: "
                 "expected 0 <= select_epoch < prune_epoch"
             )
+        if not all(0 <= fraction < 1 for fraction in self.fractions):
+            raise ValueError(f"prune.fractions={self.fractions}: one is outside [0, 1)")
+        if not 0 <= self.coeff < math.inf:
+            raise ValueError(f"prune.coeff={self.coeff}: expected a finite number >= 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +146,12 @@ class TrainConfig:
         for field in ("mixup_alpha", "weight_decay", "crop_padding", "momentum"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field}={getattr(self, field)}: expected 0 or more")
+        if self.lr_schedule == "cosine" and self.lr_milestones:
+            raise ValueError(f"lr_milestones={self.lr_milestones} with lr_schedule='cosine': they are for 'step'")
+        if not all(0 < milestone for milestone in self.lr_milestones) or not self.lr_gamma > 0:
+            raise ValueError(f"lr_milestones={self.lr_milestones}, lr_gamma={self.lr_gamma}: expected positive numbers")
+        if self.mixup_epoch is not None and self.mixup_epoch < 0:
+            raise ValueError(f"mixup_epoch={self.mixup_epoch}: expected 0 or more, or None for never")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: expected 0 to 2**32 - 1")
         if self.prune is not None and self.prune.prune_epoch >= self.epochs:
@@ -149,10 +159,6 @@ class TrainConfig:
                 f"prune.prune_epoch={self.prune.prune_epoch} is not before epochs={self.epochs}: nothing would be "
                 "pruned; lengthen the run or prune earlier"
             )
-
-    def learning_rate_of(self, epoch: int) -> float:
-        """The step schedule's value in an epoch."""
-        return self.learning_rate * self.lr_gamma ** sum(epoch >= milestone for milestone in self.lr_milestones)
 
 
 def to_dict(config: TrainConfig) -> dict:

@@ -20,14 +20,16 @@ def run(workdir: Path, seeds: int) -> str:
     """Train, write ``table.md`` and ``plot.png`` into ``workdir``, and return the text to print.
 
     Raises:
-        ValueError: no seeds, or ``workdir`` holds something that is no earlier demo.
+        ValueError: no seeds.
     """
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: expected at least 1")
     runs_folder = workdir / "runs"
-    if workdir.exists() and any(workdir.iterdir()) and not runs_folder.exists():
-        raise ValueError(f"{workdir} is not empty and holds no earlier demo: choose another --workdir")
-    shutil.rmtree(runs_folder, ignore_errors=True)
+    for name in _NAMES:
+        # Only what an earlier demo left: the same configs' run folders.
+        for earlier in runs_folder.glob(f"{name}-seed*"):
+            shutil.rmtree(earlier)
+    workdir.mkdir(parents=True, exist_ok=True)
     trainers = {}
     for name in _NAMES:
         config = configs.get(name)

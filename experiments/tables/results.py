@@ -1,5 +1,6 @@
 """RESULTS.md from the committed records: the run folders below experiments/results."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,10 @@ _HEADER = """# Results
 Generated from the records in experiments/results by `python -m experiments table --write`; no figure here is typed.
 Accuracies are top-1 in percent, mean ± standard deviation over the seeds; "drop" is against the dense run of the same
 seed. "Best" is the best epoch after the prune (of all epochs for dense runs). Compression counts all convolutions,
-shortcuts too, and all trained parameters. Seconds are of training without evaluation, then of compiling; they were
-taken on a shared machine and show orders of magnitude: ratios of speed are in BENCHMARKS.md. CIFAR-10 as "jpeg" is a
-lossy re-encoding: accuracies on it do not compare with published ones, only the drops do.
+shortcuts too, and all trained parameters. CIFAR-10 as "jpeg" is a lossy re-encoding: accuracies on it do not compare
+with published ones, only the drops do. Ratios of speed are in BENCHMARKS.md.
 """
-_COLUMNS = ("run", "n", "final", "drop", "best", "conv", "model", "training s", "compiling s", "machine", "date")
+_COLUMNS = ("run", "n", "final", "drop", "best", "conv", "model", "machine", "date")
 
 
 def records(folder: Path = RECORDS) -> list[dict[str, Any]]:
@@ -73,22 +73,31 @@ def _section(group: str, found: list[dict[str, Any]]) -> str:
         f"evaluated on the {first['eval_split']} set of {first['eval_examples']:,}; {first['net']} of width "
         f"{first['width']:g}, {first['epochs']} epochs.\n"
     )
-    runs: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    runs: dict[str, list[dict[str, Any]]] = {}
     for record in found:
-        runs.setdefault((record["name"], record["config"]["learning_rate"]), []).append(record)
-    many_rates = len({rate for _, rate in runs}) > 1
+        # One row for each config, its seed apart.
+        runs.setdefault(json.dumps(record["config"] | {"seed": None}, sort_keys=True), []).append(record)
     rows = []
-    for (name, rate), members in sorted(runs.items(), key=lambda item: (item[0][1], item[1][0]["method"] != "dense")):
-        dense = _dense_beside(rate, found)
-        rows.append(_row(f"{name}, lr {rate:g}" if many_rates else name, members, dense))
+    for members in sorted(runs.values(), key=lambda group: (_rate(group[0]), group[0]["method"] != "dense")):
+        rows.append(_row(f"{members[0]['name']}, lr {_rate(members[0]):g}", members, _dense_beside(members[0], found)))
     return title + "\n" + markdown_table(_COLUMNS, rows)
 
 
-def _dense_beside(rate: float, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The dense runs to pair with: of the same learning rate, or all when each method has its own tuned one."""
-    dense = [record for record in found if record["method"] == "dense"]
-    same = [record for record in dense if record["config"]["learning_rate"] == rate]
-    return same or dense
+def _rate(record: dict[str, Any]) -> float:
+    return record["config"]["learning_rate"]
+
+
+def _dense_beside(record: dict[str, Any], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The dense runs to pair with: of the same learning rate, or all when each method has its own tuned one.
+
+    Raises:
+        ValueError: two of them have one seed.
+    """
+    dense = [other for other in found if other["method"] == "dense"]
+    chosen = [other for other in dense if _rate(other) == _rate(record)] or dense
+    if len({other["seed"] for other in chosen}) < len(chosen):
+        raise ValueError(f"group {record['group']!r}: several dense runs of one seed to compare {record['name']!r} with")
+    return chosen
 
 
 def _row(name: str, members: list[dict[str, Any]], dense: Iterable[dict[str, Any]]) -> tuple[str, ...]:
@@ -104,8 +113,6 @@ def _row(name: str, members: list[dict[str, Any]], dense: Iterable[dict[str, Any
         mean_spread(column("best_pruned_top1"), scale=100),
         f"{members[0]['conv_compression']:.2f}x",
         f"{members[0]['model_compression']:.2f}x",
-        mean_spread(column("train_seconds"), digits=0),
-        mean_spread(column("compile_seconds"), digits=0),
         machine(members[0]),
         max(record["setting"]["date"] for record in members)[:10],
     )

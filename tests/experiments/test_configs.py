@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 
@@ -13,7 +13,7 @@ import clicktrain_jax as ct
 from clicktrain_jax import models
 from experiments import configs
 from experiments.configs import PruneConfig, from_dict, to_dict
-from experiments.step import prune_rules
+from experiments.step import learning_rate, prune_rules
 
 ALL = configs.all_configs()
 PUBLISHED = Path(
@@ -100,11 +100,9 @@ def test_configs_survive_json(config):
 
 
 def test_step_schedule_drops_at_its_milestones():
-    from experiments.step import make_optimizer  # noqa: F401  (the schedule lives in the optimizer)
-
-    config = ALL["vgg13-cifar10-9.0x"]
-    rates = [config.learning_rate_of(epoch) for epoch in (0, 54, 55, 130, 131, 189)]
-    assert all(math.isclose(*pair) for pair in zip(rates, (0.1, 0.1, 0.01, 0.01, 0.001, 0.001)))
+    rate = learning_rate(ALL["vgg13-cifar10-9.0x"], steps_per_epoch=391)
+    rates = [float(rate(epoch * 391 + step)) for epoch, step in ((0, 0), (54, 390), (55, 0), (130, 390), (131, 0))]
+    np.testing.assert_allclose(rates, (0.1, 0.1, 0.01, 0.01, 0.001), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +113,8 @@ def test_step_schedule_drops_at_its_milestones():
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"width": 0}, "width=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"lr_milestones": (3,)}, "they are for 'step'"),
+        ({"mixup_epoch": -1}, "mixup_epoch=-1"),
         ({"epochs": 3}, "prune_epoch=3 is not before epochs=3"),
     ],
 )

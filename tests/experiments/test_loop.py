@@ -144,17 +144,17 @@ def interrupt_after(monkeypatch, updates, act):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("updates", [3, 7, 18, 25])
+@pytest.mark.parametrize(("updates", "epochs_saved"), [(3, 0), (7, 1), (10, 2), (18, 3), (25, 5)])
 def test_a_signal_stops_between_updates_and_resuming_gives_the_same_bits(
-    finished, tiny_trainer, tmp_path, monkeypatch, number, updates
+    finished, tiny_trainer, tmp_path, monkeypatch, number, updates, epochs_saved
 ):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt_after(patch, updates, lambda: signal.raise_signal(number))
         with pytest.raises(loop.Interrupted) as stop:
             loop.train(tiny.CONFIG, folder, trainer=tiny_trainer)
-    assert stop.value.signal_number == number
-    assert not (folder / "summary.json").exists()
+    assert (stop.value.signal_number, stop.value.epochs_saved) == (number, epochs_saved)
+    assert (folder / "summary.json").exists() == (epochs_saved == tiny.CONFIG.epochs)
     resumed = loop.train(tiny.CONFIG, folder, trainer=tiny_trainer)
     assert resumed["params_sha256"] == finished[1]["params_sha256"]
     assert [line["epoch"] for line in read_metrics(folder)] == list(range(tiny.CONFIG.epochs))
@@ -205,10 +205,43 @@ def test_a_changed_byte_in_a_checkpoint_is_found(tmp_path):
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tiny_dataset, tmp_path):
     config = tiny.changed(learning_rate=1e30, prune=None, net="small")
-    with pytest.raises(loop.NonFiniteLoss, match="not finite in epoch 0 .*learning_rate"):
+    with pytest.raises(loop.NonFiniteLoss, match="not finite.* in epoch 0.* 0 whole epochs.*learning_rate"):
         loop.train(config, tmp_path / "run", dataset=tiny_dataset)
     assert not (tmp_path / "run" / "summary.json").exists()
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+def test_what_is_wrong_with_a_config_shows_before_anything_is_written(tiny_dataset, tiny_trainer, tmp_path):
+    with pytest.raises(ValueError, match="unknown net 'vgg99'"):
+        loop.train(tiny.changed(net="vgg99"), tmp_path / "run", dataset=tiny_dataset)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="trainer was made for another config"):
+        loop.train(tiny.changed(learning_rate=0.5), tmp_path / "run", trainer=tiny_trainer)
+
+
+def test_a_folder_whose_making_was_cut_short_is_taken_up(tiny_dataset, tmp_path):
+    (tmp_path / "setting.json").write_text("{}")
+    (tmp_path / "config.json.tmp").write_text("{")
+    assert RunFolder(tmp_path).check(tiny.CONFIG, tiny_dataset.fingerprint) is False
+
+
+def test_a_net_that_diverges_in_an_epochs_last_update_is_not_saved(tiny_dataset, tmp_path):
+    # One update an epoch: its loss is taken before the update that breaks the weights.
+    config = tiny.changed(learning_rate=1e38, prune=None, mixup_epoch=None, batch_size=140, lr_schedule="step")
+    with pytest.raises(loop.NonFiniteLoss, match="0 whole epochs"):
+        loop.train(config, tmp_path / "run", dataset=tiny_dataset)
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+def test_checkpoints_none_of_which_can_be_read_stay_and_are_an_error(tmp_path):
+    from experiments.checkpoints import Checkpoints
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, {"weights": np.ones(3)})
+    with pytest.raises(ValueError, match="no checkpoint in .* can be read; number 1"):
+        checkpoints.restore_newest({"weights": np.ones(5)})
+    checkpoints.close()
+    assert (tmp_path / "checkpoints" / "1").is_dir()
 
 
 def test_a_folder_of_another_run_is_refused_and_left_alone(finished, tmp_path, tiny_dataset):
@@ -217,7 +250,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(finished, tmp_path, t
     with pytest.raises(ValueError, match="another config: seed is 0 there and 7 here"):
         loop.train(tiny.changed(seed=7), folder, dataset=tiny_dataset)
     with pytest.raises(ValueError, match="other images"):
-        RunFolder(folder, tiny.CONFIG, "another fingerprint")
+        RunFolder(folder).check(tiny.CONFIG, "another fingerprint")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and holds no run"):
         loop.train(tiny.CONFIG, tmp_path, dataset=tiny_dataset)
