@@ -147,6 +147,8 @@ def _epoch(
         compiled_before, start = trainer.compile_seconds, time.perf_counter()
         line["eval_loss"], line["eval_top1"] = trainer.evaluate(state)
         eval_compiled = trainer.compile_seconds - compiled_before
+        if not math.isfinite(line["eval_loss"]):
+            raise NonFinite("the evaluation loss is not finite")
         line["eval_seconds"] = time.perf_counter() - start - eval_compiled
         compiled += eval_compiled
     line["compile_seconds"] = compiled

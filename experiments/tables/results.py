@@ -79,7 +79,8 @@ def _section(group: str, found: list[dict[str, Any]]) -> str:
         runs.setdefault(json.dumps(record["config"] | {"seed": None}, sort_keys=True), []).append(record)
     rows = []
     for members in sorted(runs.values(), key=lambda group: (_rate(group[0]), group[0]["method"] != "dense")):
-        rows.append(_row(f"{members[0]['name']}, lr {_rate(members[0]):g}", members, _dense_beside(members[0], found)))
+        name = f"{members[0]['name']}, lr {_rate(members[0]):g}"
+        rows.append(_row(name, members, _dense_beside(members[0], found)))
     return title + "\n" + markdown_table(_COLUMNS, rows)
 
 
@@ -96,7 +97,7 @@ def _dense_beside(record: dict[str, Any], found: list[dict[str, Any]]) -> list[d
     dense = [other for other in found if other["method"] == "dense"]
     chosen = [other for other in dense if _rate(other) == _rate(record)] or dense
     if len({other["seed"] for other in chosen}) < len(chosen):
-        raise ValueError(f"group {record['group']!r}: several dense runs of one seed to compare {record['name']!r} with")
+        raise ValueError(f"group {record['group']!r}: several dense runs of one seed")
     return chosen
 
 

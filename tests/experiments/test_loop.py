@@ -66,6 +66,7 @@ def test_equal_seeds_give_equal_bits_and_others_do_not(finished, tiny_trainer, t
     assert other["params_sha256"] != finished[1]["params_sha256"]
 
 
+@pytest.mark.slow
 def test_one_compiled_loop_an_epoch_trains_as_one_call_an_update(tiny_trainer, tiny_dataset):
     def run(trainer):
         state, encoded = trainer.init(0)
@@ -143,8 +144,16 @@ def interrupt_after(monkeypatch, updates, act):
     monkeypatch.setattr(Trainer, "run_epoch", run_epoch)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("updates", "epochs_saved"), [(3, 0), (7, 1), (10, 2), (18, 3), (25, 5)])
+@pytest.mark.parametrize(
+    ("number", "updates", "epochs_saved"),
+    [
+        (signal.SIGINT, 3, 0),
+        (signal.SIGTERM, 7, 1),
+        (signal.SIGINT, 10, 2),
+        (signal.SIGTERM, 18, 3),
+        (signal.SIGTERM, 25, 5),
+    ],
+)
 def test_a_signal_stops_between_updates_and_resuming_gives_the_same_bits(
     finished, tiny_trainer, tmp_path, monkeypatch, number, updates, epochs_saved
 ):
@@ -258,6 +267,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(finished, tmp_path, t
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_with_float32_masters(tiny_dataset):
     trainer = Trainer(tiny.changed(precision="bfloat16", prune=None), tiny_dataset)
     state, encoded = trainer.init(0)
