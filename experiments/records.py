@@ -199,6 +199,12 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def identity(stored: dict[str, Any]) -> str:
+    """What makes two stored configs the same run but for the seed, as text."""
+    fixed = {field: value for field, value in _flat(stored).items() if field not in (*_FREE_FIELDS, "seed")}
+    return json.dumps(fixed, sort_keys=True)
+
+
 def differences(stored: dict[str, Any], config: TrainConfig) -> list[tuple[str, Any, Any]]:
     """``(field, stored value, asked value)`` wherever a stored config means another run than ``config``."""
     with contextlib.suppress(ValueError):

@@ -1,12 +1,11 @@
 """RESULTS.md from the committed records: the run folders below experiments/results."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from experiments.configs import TrainConfig
-from experiments.records import differences, read_json
+from experiments.records import differences, identity, read_json
 from experiments.tables.statistics import markdown_table, mean_spread, paired
 
 RECORDS = Path(__file__).parents[1] / "results"
@@ -76,7 +75,7 @@ def _section(group: str, found: list[dict[str, Any]]) -> str:
     runs: dict[str, list[dict[str, Any]]] = {}
     for record in found:
         # One row for each config, its seed apart.
-        runs.setdefault(json.dumps(record["config"] | {"seed": None}, sort_keys=True), []).append(record)
+        runs.setdefault(identity(record["config"]), []).append(record)
     rows = []
     for members in sorted(runs.values(), key=lambda group: (_rate(group[0]), group[0]["method"] != "dense")):
         name = f"{members[0]['name']}, lr {_rate(members[0]):g}"
