@@ -79,6 +79,9 @@ class Checkpoints:
         }
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), digest=ocp.args.JsonRestore())
         restored = self._manager.restore(number, args=args)
+        for name, array in arrays.items():
+            if restored.state[name].shape != array.shape:
+                raise ValueError(f"{name} has shape {restored.state[name].shape}, expected {array.shape}")
         structure = jax.tree.structure(template)
         tree = structure.unflatten([restored.state[name] for name in arrays])
         if digest(tree) != restored.digest["sha256"]:

@@ -59,7 +59,7 @@ def test_steps_may_be_numpy_integers():
     [
         (3, 3, "select_step=3 is not before prune_step=3"),
         (4, 3, "select_step=4 is not before prune_step=3"),
-        (-1, 3, "select_step=-1: expected 0 or more"),
+        (-1, 3, "select_step=-1: expected 0 to 2"),
         (1.0, 3, "select_step=1.0: expected an integer"),
         (0, True, "prune_step=True: expected an integer"),
         (0, None, "prune_step=None: expected an integer"),

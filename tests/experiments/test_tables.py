@@ -37,7 +37,8 @@ def test_a_table_from_records_by_hand(tmp_path):
         run = tmp_path / "group" / f"{method}{seed}"
         run.mkdir(parents=True)
         (run / "setting.json").write_text(json.dumps(setting))
-        (run / "config.json").write_text(json.dumps({"learning_rate": 0.1}))
+        config = {"name": method, "learning_rate": 0.1, "seed": seed, "data": {"dir": f"/anywhere/{seed}"}}
+        (run / "config.json").write_text(json.dumps(config))
         summary = {
             "name": f"net-{method}", "method": method, "seed": seed, "final_top1": top1, "best_pruned_top1": top1,
             "conv_compression": 1.0 if method == "dense" else 8.0, "model_compression": 1.0, "train_seconds": 10.0,

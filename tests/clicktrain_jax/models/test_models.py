@@ -254,8 +254,16 @@ def test_initial_values_of_vgg():
     np.testing.assert_allclose(jnp.std(kernel), math.sqrt(2 / (9 * 128)), rtol=0.02)
     assert jnp.abs(kernel).max() > 3 * jnp.std(kernel)  # not truncated
     np.testing.assert_array_equal(params["BatchNorm_5"]["scale"], 0.5)
-    np.testing.assert_allclose(jnp.std(params["Dense_0"]["kernel"]), 0.01, rtol=0.03)
+    # He's initialisation at other widths than the published one, which starts from N(0, 0.01).
+    np.testing.assert_allclose(jnp.std(params["Dense_0"]["kernel"]), math.sqrt(2 / 128), rtol=0.03)
     np.testing.assert_array_equal(params["Dense_2"]["bias"], 0)
+
+
+def test_the_full_width_vgg_starts_its_classifier_as_published():
+    model = models.build("vgg11", num_classes=10)
+    params = initialised(model, (32, 32, 3))["params"]
+    for layer in range(3):
+        np.testing.assert_allclose(jnp.std(params[f"Dense_{layer}"]["kernel"]), 0.01, rtol=0.03)
 
 
 def test_initial_values_of_resnet():

@@ -1,0 +1,40 @@
+"""The convolution for CPUs computes what `flax.linen.Conv` does, and has its parameters."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clicktrain_jax.models import PatchConv
+
+
+@pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1), (7, 7)])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("size", [(8, 8), (9, 7)])
+def test_values_and_gradients(kernel_size, strides, size):
+    pad = kernel_size[0] // 2
+    options = {"strides": strides, "padding": ((pad, pad), (pad, pad)), "use_bias": False}
+    ours, theirs = PatchConv(6, kernel_size, **options), nn.Conv(6, kernel_size, **options)
+    x = jax.random.normal(jax.random.key(0), (2, *size, 4))
+    variables = theirs.init(jax.random.key(1), x)
+    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, variables)
+
+    def loss(variables, x, conv):
+        return jnp.sum(jnp.sin(conv.apply(variables, x)))
+
+    for ours_, theirs_ in zip(
+        jax.tree.leaves((ours.apply(variables, x), *jax.grad(loss, (0, 1))(variables, x, ours))),
+        jax.tree.leaves((theirs.apply(variables, x), *jax.grad(loss, (0, 1))(variables, x, theirs))),
+    ):
+        np.testing.assert_allclose(ours_, theirs_, rtol=2e-4, atol=2e-4)
+
+
+def test_bfloat16_and_no_bias():
+    x = jnp.ones((1, 4, 4, 2))
+    conv = PatchConv(3, (1, 1), dtype=jnp.bfloat16)
+    variables = conv.init(jax.random.key(0), x)
+    assert variables["params"]["kernel"].dtype == jnp.float32
+    assert conv.apply(variables, x).dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="no bias"):
+        PatchConv(3, (1, 1), use_bias=True).init(jax.random.key(0), x)
