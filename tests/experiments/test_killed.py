@@ -47,4 +47,4 @@ def test_killed_at_random_points_a_run_ends_with_the_same_bits(tmp_path):
     resumed = _run(tmp_path / "killed", cache)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert resumed.stdout == uninterrupted.stdout, f"kill points: {fractions.tolist()}"
-    assert [line["epoch"] for line in read_metrics(tmp_path / "killed")] == list(range(42))
+    assert [line["epoch"] for line in read_metrics(tmp_path / "killed")] == list(range(64))
