@@ -6,10 +6,11 @@ transformation that composes them.
 
 from clicktrain_jax import importance, patterns
 from clicktrain_jax.accounting import Report, report
-from clicktrain_jax.masks import Masks, apply_masks, select_masks
+from clicktrain_jax.masks import Masks, apply_masks
 from clicktrain_jax.phases import Phase, PhaseSchedule
 from clicktrain_jax.plan import Plan, make_plan
 from clicktrain_jax.regularization import add_group_lasso, group_lasso
+from clicktrain_jax.selection import select_masks
 from clicktrain_jax.transform import ClickTrainState, PhaseUpdates, clicktrain, masks_of, phase_updates
 
 __version__ = "0.1.0"

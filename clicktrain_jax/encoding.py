@@ -33,20 +33,20 @@ class EncodedLayer(NamedTuple):
 def keep_all(layer: LayerPlan, num_patterns: int) -> EncodedLayer:
     """The encoding that keeps every weight, with the shapes that a selection will fill."""
     kh, kw, cin, cout = layer.shape
-    choice = LayerChoice(
-        jnp.zeros((cin, cout), jnp.uint8) if layer.has_patterns else None, jnp.ones((cin, cout), bool)
-    )
-    return encode(choice, jnp.ones((num_patterns, kh, kw), bool) if layer.has_patterns else None)
+    ids, patterns = None, None
+    if layer.has_patterns:
+        ids, patterns = jnp.zeros((cin, cout), jnp.uint8), jnp.ones((num_patterns, kh, kw), bool)
+    return encode(LayerChoice(ids, jnp.ones((cin, cout), bool), patterns))
 
 
-def encode(choice: LayerChoice, patterns: jax.Array | None) -> EncodedLayer:
+def encode(choice: LayerChoice) -> EncodedLayer:
     """A layer's choice in its compact form; `decode` is the inverse."""
     bits = choice.kernel
     if bits.shape[0] % 8 == 0:
         bits = jnp.packbits(bits, axis=0)
     if choice.pattern_ids is None:
         return EncodedLayer(None, bits, None)
-    return EncodedLayer(choice.pattern_ids, bits, jnp.asarray(patterns, bool))
+    return EncodedLayer(choice.pattern_ids, bits, jnp.asarray(choice.patterns, bool))
 
 
 def decode(encoded: EncodedLayer) -> tuple[jax.Array | None, jax.Array]:
@@ -54,10 +54,8 @@ def decode(encoded: EncodedLayer) -> tuple[jax.Array | None, jax.Array]:
     bits = jnp.asarray(encoded.kernel_bits)
     kernel = bits.astype(bool) if bits.dtype == bool else jnp.unpackbits(bits, axis=0).astype(bool)
     if encoded.patterns is None:
-        return expand(LayerChoice(None, kernel), (1, 1, *kernel.shape), None)
-    patterns = jnp.asarray(encoded.patterns)
-    choice = LayerChoice(jnp.asarray(encoded.pattern_ids), kernel)
-    return expand(choice, (*patterns.shape[1:], *kernel.shape), patterns)
+        return expand(LayerChoice(None, kernel, None))
+    return expand(LayerChoice(jnp.asarray(encoded.pattern_ids), kernel, jnp.asarray(encoded.patterns)))
 
 
 def empty_masks(params: Tree, plan: Plan, num_patterns: int) -> Tree:

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from clicktrain_jax.masks import Masks, check_shape
-from clicktrain_jax.trees import Tree, map_named
+from clicktrain_jax.trees import TAP_AXES, Tree, map_named
 
 EPSILON = 1e-8
-TAP_AXES = (0, 1)
 
 
 def _norms(weight: jax.Array) -> jax.Array:

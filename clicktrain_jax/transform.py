@@ -15,11 +15,12 @@ import optax
 
 from clicktrain_jax import importance as importance_lib
 from clicktrain_jax.encoding import EncodedLayer, decode_masks, empty_masks, encode, fill_masks
-from clicktrain_jax.masks import Masks, apply_masks, check_pattern_sizes, combine, select_layers
-from clicktrain_jax.patterns import check_set, fixed_set
+from clicktrain_jax.masks import Masks, apply_masks, combine
+from clicktrain_jax.patterns import fixed_set
 from clicktrain_jax.phases import Phase, PhaseSchedule
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.regularization import add_group_lasso
+from clicktrain_jax.selection import check_patterns, num_patterns_of, select_layers
 from clicktrain_jax.trees import Tree, map_named, named_leaves, path_keys
 
 
@@ -30,12 +31,15 @@ class ClickTrainState(NamedTuple):
         count: int32, updates done.
         masks: tree like the parameters, an `EncodedLayer` at each planned leaf (a byte and a bit a kernel).
         scores_finite: bool, False once a selection met a score that was not finite.
+        scores: float32 arrays by leaf name, the sum of the scores gathered so far for the next selection; empty when
+            a selection takes one update's.
         inner_state: the wrapped optimizer's state.
     """
 
     count: jax.Array
     masks: Tree
     scores_finite: jax.Array
+    scores: dict[str, jax.Array]
     inner_state: Any
 
 
@@ -45,13 +49,17 @@ class PhaseUpdates(NamedTuple):
     Attributes:
         dense: ``(grads, inner_state, params) -> (updates, inner_state)``: the inner optimizer's own update. It
             serves the selecting update too.
-        select: ``(grads, params) -> (encoded layers by name, scores_finite)``, from the selecting update's gradient.
+        gather: ``(scores, grads, params) -> scores``: adds an update's scores to the sums in ``scores``, float32 arrays
+            by leaf name; `empty_scores` starts them.
+        select: ``(grads, params, scores=None) -> (encoded layers by name, scores_finite)``, from the selecting update's
+            gradient and the sums of the ``importance_steps - 1`` updates before it.
         regularize: ``(grads, inner_state, params, masks) -> (updates, inner_state)`` with the group lasso.
         prune: the same signature; once, at prune_step.
         pruned: the same signature, from then on.
     """
 
     dense: Callable[..., Any]
+    gather: Callable[..., Any]
     select: Callable[..., Any]
     regularize: Callable[..., Any]
     prune: Callable[..., Any]
@@ -65,6 +73,7 @@ def phase_updates(
     coeff: float,
     patterns: Any = None,
     importance: str | importance_lib.Criterion = "taylor",
+    importance_steps: int = 1,
 ) -> PhaseUpdates:
     """The updates of each phase as separate functions, without any conditional.
 
@@ -72,8 +81,9 @@ def phase_updates(
         inner: any optax optimizer.
         plan: from `clicktrain_jax.make_plan`.
         coeff: weight of the group lasso in the loss, >= 0.
-        patterns: bool (P, kh, kw); by default the published set of 4.
-        importance: "taylor", "magnitude", or a function ``(params, grads) -> scores``.
+        patterns: bool (P, kh, kw), by default the published set of 4; or a `clicktrain_jax.patterns.Generated`.
+        importance: "taylor", "group_taylor", "magnitude", or a function ``(params, grads) -> scores``.
+        importance_steps: scores are the mean over so many updates.
 
     Returns:
         `PhaseUpdates`. ``masks`` of its functions are `clicktrain_jax.masks.Masks` of booleans;
@@ -82,18 +92,35 @@ def phase_updates(
     Raises:
         ValueError: a negative coefficient, an unknown criterion, patterns that do not fit the plan.
     """
-    patterns = _checked_patterns(plan, patterns)
+    patterns = check_patterns(plan, fixed_set(4) if patterns is None else patterns)
     criterion = importance_lib.criterion(importance)
     if not isinstance(coeff, jax.Array) and not (isinstance(coeff, numbers.Real) and 0 <= coeff < math.inf):
         raise ValueError(f"coeff={coeff!r}: expected a finite number >= 0, the weight of the group lasso in the loss")
 
-    def select(grads: Tree, params: Tree) -> tuple[dict[str, EncodedLayer], jax.Array]:
-        scores = criterion(params, grads)
-        by_name = dict(named_leaves(scores))
-        finite = jnp.all(jnp.stack([jnp.isfinite(by_name[layer.name]).all() for layer in plan.layers]))
-        choices = select_layers(scores, plan, patterns)
+    def planned_scores(grads: Tree, params: Tree) -> dict[str, jax.Array]:
+        by_name = dict(named_leaves(criterion(params, grads)))
+        return {layer.name: by_name[layer.name].astype(jnp.float32) for layer in plan.layers}
+
+    def gather(scores: dict[str, jax.Array], grads: Tree, params: Tree) -> dict[str, jax.Array]:
+        new = planned_scores(grads, params)
+        return {name: scores[name] + new[name] for name in scores}
+
+    def select(
+        grads: Tree, params: Tree, scores: dict[str, jax.Array] | None = None
+    ) -> tuple[dict[str, EncodedLayer], jax.Array]:
+        if importance_steps > 1:
+            if not scores:
+                raise ValueError(f"importance_steps={importance_steps}: pass the scores gathered by the updates before")
+            by_name = {name: total / importance_steps for name, total in gather(scores, grads, params).items()}
+        else:
+            by_name = planned_scores(grads, params)
+        finite = jnp.all(jnp.stack([jnp.isfinite(score).all() for score in by_name.values()]))
+        choices = select_layers(map_named(lambda name, _: by_name.get(name), params), plan, patterns)
         # A copy of the set for each layer: a buffer that stands in a state twice cannot be donated.
-        return {name: encode(choice, jnp.copy(patterns)) for name, choice in choices.items()}, finite
+        return {
+            name: encode(choice._replace(patterns=None if choice.patterns is None else jnp.copy(choice.patterns)))
+            for name, choice in choices.items()
+        }, finite
 
     def regularize(grads: Tree, state: Any, params: Tree, masks: Masks, **extra: Any) -> tuple[Tree, Any]:
         return inner.update(add_group_lasso(grads, params, masks, coeff), state, params, **extra)
@@ -105,7 +132,14 @@ def phase_updates(
     def pruned(grads: Tree, state: Any, params: Tree, masks: Masks, **extra: Any) -> tuple[Tree, Any]:
         return prune(apply_masks(grads, masks), state, params, masks, **extra)
 
-    return PhaseUpdates(inner.update, select, regularize, prune, pruned)
+    return PhaseUpdates(inner.update, gather, select, regularize, prune, pruned)
+
+
+def empty_scores(plan: Plan, importance_steps: int) -> dict[str, jax.Array]:
+    """Where scores are gathered: zeros for each planned layer, nothing when a selection takes one update's."""
+    if importance_steps == 1:
+        return {}
+    return {layer.name: jnp.zeros(layer.shape, jnp.float32) for layer in plan.layers}
 
 
 def clicktrain(
@@ -117,6 +151,8 @@ def clicktrain(
     coeff: float,
     patterns: Any = None,
     importance: str | importance_lib.Criterion = "taylor",
+    importance_steps: int = 1,
+    reselect_step: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Pruning during training, around any optax optimizer.
 
@@ -131,8 +167,12 @@ def clicktrain(
         select_step: the update (from 0) whose gradient decides the masks.
         prune_step: the update after which every masked weight is exactly zero, to the end.
         coeff: weight of the group lasso in the loss between the two.
-        patterns: bool (P, kh, kw); by default the published set of 4 4-of-9 patterns.
-        importance: "taylor", "magnitude", or a function ``(params, grads) -> scores``.
+        patterns: bool (P, kh, kw), by default the published set of 4 4-of-9 patterns; or a
+            `clicktrain_jax.patterns.Generated`, for sets made from the scores of the selection.
+        importance: "taylor", "group_taylor", "magnitude", or a function ``(params, grads) -> scores``.
+        importance_steps: scores are the mean over so many updates, each at its own weights, the selecting update
+            being the last. More than 1 keeps a float32 array a planned weight in the state.
+        reselect_step: an update between the two that chooses the masks anew.
 
     Returns:
         A transformation whose state is a `ClickTrainState`; `masks_of` reads the masks from it.
@@ -156,15 +196,18 @@ def clicktrain(
 
     Source: ClickTrain, arXiv 2011.10170; step semantics of the authors' code, see `clicktrain_jax.phases`.
     """
-    schedule = PhaseSchedule(select_step, prune_step)
+    schedule = PhaseSchedule(select_step, prune_step, reselect_step, importance_steps)
     inner = optax.with_extra_args_support(inner)
-    patterns = _checked_patterns(plan, patterns)
-    updates_of = phase_updates(inner, plan, coeff=coeff, patterns=patterns, importance=importance)
+    patterns = check_patterns(plan, fixed_set(4) if patterns is None else patterns)
+    updates_of = phase_updates(
+        inner, plan, coeff=coeff, patterns=patterns, importance=importance, importance_steps=importance_steps
+    )
 
     def init(params: Tree) -> ClickTrainState:
         plan.check_tree(params)
-        masks = empty_masks(params, plan, len(patterns))
-        return ClickTrainState(jnp.zeros([], jnp.int32), masks, jnp.ones([], bool), inner.init(params))
+        masks = empty_masks(params, plan, num_patterns_of(patterns))
+        scores = empty_scores(plan, importance_steps)
+        return ClickTrainState(jnp.zeros([], jnp.int32), masks, jnp.ones([], bool), scores, inner.init(params))
 
     def update(
         grads: Tree, state: ClickTrainState, params: Tree | None = None, **extra: Any
@@ -178,12 +221,22 @@ def clicktrain(
         phase = schedule.phase_index(state.count)
 
         def choose() -> tuple[Tree, jax.Array]:
-            layers, finite = updates_of.select(grads, params)
+            layers, finite = updates_of.select(grads, params, state.scores)
             chosen = fill_masks(state.masks, layers)
-            # Scores that are not finite choose nothing: all is kept, and `masks_of` says why.
+            # Scores that are not finite choose nothing: what was kept is kept, and `masks_of` says why.
             return jax.tree.map(lambda new, old: jnp.where(finite, new, old), chosen, state.masks), finite
 
         masks, finite = jax.lax.cond(phase == Phase.SELECT, choose, lambda: (state.masks, state.scores_finite))
+        scores = state.scores
+        if scores:
+            scores = jax.lax.switch(
+                jnp.int32(schedule.gathers(state.count)) + 2 * jnp.int32(phase == Phase.SELECT),
+                [
+                    lambda: scores,
+                    lambda: updates_of.gather(scores, grads, params),
+                    lambda: jax.tree.map(jnp.zeros_like, scores),
+                ],
+            )
         # Masks are decoded inside the branches, so that phases without them pay nothing.
         grads = jax.lax.switch(
             jnp.int32(phase == Phase.REGULARIZE) + 2 * jnp.int32(phase == Phase.PRUNED),
@@ -200,7 +253,7 @@ def clicktrain(
             lambda: enforce(updates, inner_state, params, decode_masks(masks)),
             lambda: (updates, inner_state),
         )
-        return updates, ClickTrainState(optax.safe_increment(state.count), masks, finite, inner_state)
+        return updates, ClickTrainState(optax.safe_increment(state.count), masks, finite, scores, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -293,9 +346,3 @@ def _at_least_param_precision(updates: Tree, params: Tree, plan: Plan) -> Tree:
         return update.astype(jnp.promote_types(update.dtype, weight.dtype))
 
     return map_named(cast, updates, params, what="updates")
-
-
-def _checked_patterns(plan: Plan, patterns: Any) -> jax.Array:
-    patterns = jnp.asarray(check_set(fixed_set(4) if patterns is None else patterns))
-    check_pattern_sizes(plan, patterns)
-    return patterns

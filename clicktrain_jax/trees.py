@@ -16,6 +16,7 @@ import numpy as np
 
 Tree = Any
 KERNEL_AXES = ("kh", "kw", "cin", "cout")
+TAP_AXES = (0, 1)
 
 
 def is_none(leaf: Any) -> bool:

@@ -133,7 +133,7 @@ def _epoch(
     compiled = trainer.compile_seconds - compiled_before
     line: dict[str, Any] = {
         "epoch": epoch,
-        "phases": [phase.name.lower() for phase, _, _ in trainer.segments(epoch)],
+        "phases": list(dict.fromkeys(phase.name.lower() for phase, *_ in trainer.segments(epoch))),
         "train_loss": float(metrics[:, 0].mean()),
         "train_top1": float(metrics[:, 1].mean()),
         "train_seconds": time.perf_counter() - start - compiled,

@@ -19,8 +19,11 @@ import clicktrain_jax as ct
 from clicktrain_jax import models
 from clicktrain_jax.encoding import decode_masks, empty_masks, fill_masks
 from clicktrain_jax.phases import Phase
+from clicktrain_jax.selection import num_patterns_of
+from clicktrain_jax.transform import empty_scores
 from experiments.configs.base import TrainConfig
 from experiments.data import Dataset, augment, mixup, normalise
+from experiments.recipe import make_optimizer, make_plan, pattern_source
 
 # Streams of random numbers, each folded into the run's key.
 _INIT, _ORDER, _STEP = range(3)
@@ -28,12 +31,21 @@ EVAL_BATCH = 500
 
 
 class TrainState(NamedTuple):
-    """What an update changes. ``step`` is an int32 scalar, the number of updates done."""
+    """What an update changes.
+
+    Attributes:
+        step: int32 scalar, the number of updates done.
+        params: the net's parameters.
+        batch_stats: BatchNorm's statistics.
+        opt_state: the optimizer's state.
+        scores: sums of scores for the next selection, float32 by leaf name; empty when a selection takes one update's.
+    """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    scores: dict[str, jax.Array]
 
 
 class Images(NamedTuple):
@@ -97,14 +109,22 @@ class Trainer:
 
     def _set_up_pruning(self) -> None:
         prune = self.config.prune
-        rules = prune_rules(prune.fractions, models.prunable_convs(self.model, self.image_shape), self.config.net)
-        self.plan = ct.make_plan(self.abstract_params, rules, tile=prune.tile)
-        self.patterns = ct.patterns.fixed_set(prune.num_patterns)
+        self.plan = make_plan(prune, self.model, self.abstract_params, self.image_shape, self.config.net)
+        self.patterns = pattern_source(prune)
+        per_epoch = self.steps_per_epoch
         self.schedule = ct.PhaseSchedule(
-            prune.select_epoch * self.steps_per_epoch, prune.prune_epoch * self.steps_per_epoch
+            prune.select_epoch * per_epoch,
+            prune.prune_epoch * per_epoch,
+            None if prune.reselect_epoch is None else prune.reselect_epoch * per_epoch,
+            prune.importance_steps,
         )
         self.updates = ct.phase_updates(
-            self.optimizer, self.plan, coeff=prune.coeff, patterns=self.patterns, importance=prune.importance
+            self.optimizer,
+            self.plan,
+            coeff=prune.coeff,
+            patterns=self.patterns,
+            importance=prune.importance,
+            importance_steps=prune.importance_steps,
         )
 
     def init(self, seed: int) -> tuple[TrainState, Any]:
@@ -116,21 +136,22 @@ class Trainer:
         def make(key: jax.Array) -> TrainState:
             variables = self.model.init(key, images, train=False)
             params = variables["params"]
+            scores = {} if self.plan is None else empty_scores(self.plan, self.config.prune.importance_steps)
             return TrainState(
-                jnp.zeros([], jnp.int32), params, variables.get("batch_stats", {}), self.optimizer.init(params)
+                jnp.zeros([], jnp.int32), params, variables.get("batch_stats", {}), self.optimizer.init(params), scores
             )
 
         state = make(key)
-        masks = None if self.plan is None else empty_masks(state.params, self.plan, len(self.patterns))
+        masks = None if self.plan is None else empty_masks(state.params, self.plan, num_patterns_of(self.patterns))
         return state, masks
 
-    def segments(self, epoch: int) -> list[tuple[Phase, int, int]]:
-        """The phases of an epoch: ``(phase, first, end)`` in updates counted from the epoch's start."""
+    def segments(self, epoch: int) -> list[tuple[Phase, bool, int, int]]:
+        """The phases of an epoch: ``(phase, gathers scores, first, end)`` in updates counted from the epoch's start."""
         start = epoch * self.steps_per_epoch
         if self.schedule is None:
-            return [(Phase.DENSE, 0, self.steps_per_epoch)]
-        stop = start + self.steps_per_epoch
-        return [(phase, first - start, end - start) for phase, first, end in self.schedule.segments(start, stop)]
+            return [(Phase.DENSE, False, 0, self.steps_per_epoch)]
+        runs = self.schedule.segments(start, start + self.steps_per_epoch)
+        return [(phase, gathers, first - start, end - start) for phase, gathers, first, end in runs]
 
     def run_epoch(
         self, state: TrainState, encoded: Any, epoch: int, seed: int, on_step: Callable[[int], None] = lambda _: None
@@ -156,25 +177,27 @@ class Trainer:
         metrics = jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
         mix = self.config.mixup_epoch is not None and epoch >= self.config.mixup_epoch and self.config.mixup_alpha > 0
         masks = None
-        for phase, first, end in self.segments(epoch):
+        for phase, gathers, first, end in self.segments(epoch):
             if phase >= Phase.REGULARIZE and masks is None:
                 masks = _decode(encoded)
+            # A selecting update is an ordinary one, even when there are masks already.
+            held = masks if phase >= Phase.REGULARIZE else None
             for begin, stop, batch in self._by_batch_size(first, end):
                 looped = self.scan and stop - begin > 1
                 if looped:
-                    args = (state, metrics, self.train_data, order, np.int32(begin), np.int32(stop), key, masks)
-                    state, metrics, chosen = self._program(phase, mix, batch, True, args)(*args)
+                    args = (state, metrics, self.train_data, order, np.int32(begin), np.int32(stop), key, held)
+                    state, metrics, chosen = self._program(phase, gathers, mix, batch, True, args)(*args)
                     on_step(stop)
                     continue
                 for index in range(begin, stop):
-                    args = (state, metrics, self.train_data, order, np.int32(index), key, masks)
-                    state, metrics, chosen = self._program(phase, mix, batch, False, args)(*args)
+                    args = (state, metrics, self.train_data, order, np.int32(index), key, held)
+                    state, metrics, chosen = self._program(phase, gathers, mix, batch, False, args)(*args)
                     on_step(index + 1)
                 if phase == Phase.SELECT:
                     layers, finite = chosen
                     if not finite:
                         raise NonFinite("a score at the selection is not finite")
-                    encoded = fill_masks(encoded, layers)
+                    encoded, masks = fill_masks(encoded, layers), None
         return state, encoded, np.asarray(metrics)
 
     def evaluate(self, state: TrainState) -> tuple[float, float]:
@@ -195,12 +218,14 @@ class Trainer:
         parts = [(first, min(end, full), self.config.batch_size), (max(first, full), end, self.tail)]
         return [(begin, stop, batch) for begin, stop, batch in parts if begin < stop]
 
-    def _program(self, phase: Phase, mix: bool, batch: int, looped: bool, args: tuple) -> Callable[..., Any]:
+    def _program(
+        self, phase: Phase, gathers: bool, mix: bool, batch: int, looped: bool, args: tuple
+    ) -> Callable[..., Any]:
         def build() -> Callable[..., Any]:
-            body = self.update_step(phase, mix, batch)
+            body = self.update_step(phase, mix, batch, gathers)
             return _looped(body) if looped else body
 
-        return self._compiled((phase, mix, batch, looped), build, args, (0, 1))
+        return self._compiled((phase, gathers, mix, batch, looped), build, args, (0, 1))
 
     def _compiled(
         self, key: Any, build: Callable[[], Callable[..., Any]], args: tuple, donate: tuple[int, ...]
@@ -212,12 +237,13 @@ class Trainer:
             self.compile_seconds += time.perf_counter() - start
         return self._programs[key]
 
-    def update_step(self, phase: Phase, mix: bool, batch: int) -> Callable[..., Any]:
+    def update_step(self, phase: Phase, mix: bool, batch: int, gathers: bool = False) -> Callable[..., Any]:
         """One update as a pure function.
 
         ``(state, metrics, data, order, index, key, masks) -> (state, metrics, chosen)``; ``index`` counts updates
         in the epoch and the batch is ``order[index * batch_size:][:batch]``; ``chosen`` is None except for
-        SELECT. In the dense phase the optimizer's update is called as it is: no mask, no conditional.
+        SELECT. In the dense phase the optimizer's update is called as it is: no mask, no conditional. With ``gathers``
+        the update's scores are added to the state's.
         """
         config, dataset, updates = self.config, self.dataset, self.updates
 
@@ -254,7 +280,12 @@ class Trainer:
                 state.params, state.batch_stats, images, labels, dropout_key
             )
             arguments = (grads, state.opt_state, state.params)
-            chosen = updates.select(grads, state.params) if phase == Phase.SELECT else None
+            chosen, scores = None, state.scores
+            if gathers:
+                scores = updates.gather(scores, grads, state.params)
+            if phase == Phase.SELECT:
+                chosen = updates.select(grads, state.params, scores)
+                scores = jax.tree.map(jnp.zeros_like, scores)
             if phase <= Phase.SELECT:
                 change, opt_state = self.optimizer.update(*arguments)
             else:
@@ -264,7 +295,7 @@ class Trainer:
                 change, opt_state = by_phase[phase](*arguments, masks)
             params = optax.apply_updates(state.params, change)
             metrics = metrics.at[index].set(jnp.stack([loss, top1]).astype(jnp.float32))
-            return TrainState(state.step + 1, params, batch_stats, opt_state), metrics, chosen
+            return TrainState(state.step + 1, params, batch_stats, opt_state, scores), metrics, chosen
 
         return step
 
@@ -278,39 +309,6 @@ class Trainer:
             return jnp.stack([losses.sum(), (logits.argmax(-1) == labels).sum().astype(jnp.float32)])
 
         return evaluate
-
-
-def learning_rate(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
-    """The config's schedule, by update."""
-    total = config.epochs * steps_per_epoch
-    if config.lr_schedule == "cosine":
-        warmup = max(1, total // 10)
-        return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(total, warmup + 1))
-    drops = {milestone * steps_per_epoch: config.lr_gamma for milestone in config.lr_milestones}
-    return optax.piecewise_constant_schedule(config.learning_rate, drops)
-
-
-def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
-    """SGD with momentum, weight decay on every parameter and the config's schedule."""
-    rate = learning_rate(config, steps_per_epoch)
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=config.momentum or None)
-    )
-
-
-def prune_rules(fractions: tuple[float, ...], paths: tuple[str, ...], net: str) -> dict[str, float]:
-    """Rules of `ct.make_plan` from fractions in network order.
-
-    Raises:
-        ValueError: neither one fraction nor one for each prunable convolution.
-    """
-    if len(fractions) not in (1, len(paths)):
-        raise ValueError(
-            f"prune.fractions has {len(fractions)} values; {net} has {len(paths)} prunable convolutions: "
-            "give one for each, in network order, or a single one for all"
-        )
-    values = fractions * len(paths) if len(fractions) == 1 else fractions
-    return dict(zip(paths, values))
 
 
 _decode = jax.jit(decode_masks)

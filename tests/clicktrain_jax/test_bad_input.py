@@ -192,7 +192,7 @@ def test_transform_options(params):
     for coeff in (-1e-4, float("nan")):
         with refuses(f"coeff={coeff!r}: expected a finite number >= 0"):
             transform(params, coeff=coeff)
-    with refuses(r"importance='fisher': expected one of \['magnitude', 'taylor'\] or a function"):
+    with refuses(r"importance='fisher': expected one of \['group_taylor', 'magnitude', 'taylor'\] or a function"):
         transform(params, importance="fisher")
 
 

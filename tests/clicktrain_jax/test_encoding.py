@@ -15,37 +15,36 @@ SHAPES = [(3, 3, 8, 4), (3, 3, 16, 3), (3, 3, 5, 4), (3, 3, 1, 1), (5, 5, 2, 3),
 
 def some_choice(shape, num_patterns):
     rng = np.random.default_rng(sum(shape))
+    kernel = jnp.asarray(rng.random(shape[2:]) < 0.5)
+    if shape[0] == 1:
+        return LayerChoice(None, kernel, None)
     ids = jnp.asarray(rng.integers(0, num_patterns, shape[2:]), jnp.uint8)
-    return LayerChoice(ids if shape[0] > 1 else None, jnp.asarray(rng.random(shape[2:]) < 0.5))
-
-
-def some_patterns(shape, num_patterns):
-    return jnp.asarray(np.random.default_rng(7).random((num_patterns, *shape[:2])) < 0.5)
+    return LayerChoice(ids, kernel, jnp.asarray(rng.random((num_patterns, *shape[:2])) < 0.5))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("num_patterns", [4, 255])
 def test_round_trip(shape, num_patterns):
-    choice, patterns = some_choice(shape, num_patterns), some_patterns(shape, num_patterns)
-    pattern, kernel = decode(encode(choice, patterns))
+    choice = some_choice(shape, num_patterns)
+    pattern, kernel = decode(encode(choice))
     np.testing.assert_array_equal(kernel, np.broadcast_to(choice.kernel, shape))
     assert kernel.dtype == bool and kernel.shape == shape
     if shape[0] == 1:
         assert pattern is None
         return
-    by_indexing = np.asarray(patterns)[np.asarray(choice.pattern_ids)]  # (cin, cout, kh, kw)
+    by_indexing = np.asarray(choice.patterns)[np.asarray(choice.pattern_ids)]  # (cin, cout, kh, kw)
     np.testing.assert_array_equal(pattern, by_indexing.transpose(2, 3, 0, 1))
     assert pattern.dtype == bool
-    np.testing.assert_array_equal(pattern, expand(choice, shape, patterns)[0])
+    np.testing.assert_array_equal(pattern, expand(choice)[0])
 
 
 def test_round_trip_under_jit():
     shape = (3, 3, 16, 3)
-    choice, patterns = some_choice(shape, 4), some_patterns(shape, 4)
+    choice = some_choice(shape, 4)
     jax.tree.map(
         np.testing.assert_array_equal,
-        jax.jit(lambda c, p: decode(encode(c, p)))(choice, patterns),
-        decode(encode(choice, patterns)),
+        jax.jit(lambda c: decode(encode(c)))(choice),
+        decode(encode(choice)),
     )
 
 

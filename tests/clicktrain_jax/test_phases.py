@@ -38,10 +38,10 @@ def test_segments_cover_every_range(steps):
     for start in range(STOP):
         for stop in range(start, STOP):
             runs = list(schedule.segments(start, stop))
-            flat = [(phase, step) for phase, first, end in runs for step in range(first, end)]
+            flat = [(phase, step) for phase, _, first, end in runs for step in range(first, end)]
             assert flat == [(expected_phase(step, *steps), step) for step in range(start, stop)]
-            assert all(first < end for _, first, end in runs)
-            phases = [phase for phase, _, _ in runs]
+            assert all(first < end for _, _, first, end in runs)
+            phases = [phase for phase, _, _, _ in runs]
             assert len(set(phases)) == len(phases)
 
 

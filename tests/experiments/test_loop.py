@@ -47,7 +47,7 @@ def test_masked_weights_are_exactly_zero_at_the_end_and_not_before_the_prune(tin
     state, encoded = tiny_trainer.init(0)
     for epoch in range(tiny.CONFIG.epochs):
         state, encoded, _ = tiny_trainer.run_epoch(state, encoded, epoch, 0)
-        keep = ct.masks_of(ct.ClickTrainState(0, encoded, True, ())).kernel
+        keep = ct.masks_of(ct.ClickTrainState(0, encoded, True, {}, ())).kernel
         for name, mask in keep.items():
             mask = mask.get("kernel")
             if mask is None or epoch < tiny.CONFIG.prune.select_epoch:

@@ -1,0 +1,120 @@
+"""Which pattern each kernel gets: shared by a tile, from a superset that a tile shares, or in quads.
+
+Everywhere the choice is the one that retains the largest sum of scores, ties to the lowest index.
+"""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clicktrain_jax.plan import LayerPlan
+from clicktrain_jax.selection.tiles import ordered_sum, tile_sums, untile
+
+# P ** 4 combinations are listed.
+MAX_QUAD_PATTERNS = 16
+
+
+def retained_scores(taps: jax.Array, patterns: jax.Array) -> jax.Array:
+    """float32 (T, ...) scores and bool (P, kh, kw) patterns -> (P, ...): what each pattern keeps."""
+    keep = jnp.asarray(patterns).reshape(patterns.shape[0], -1).T
+    keep = keep.reshape(*keep.shape, *(1,) * (taps.ndim - 1))
+    return ordered_sum(jnp.where(keep, taps[:, None], 0.0))
+
+
+def choose_patterns(taps: jax.Array, layer: LayerPlan, patterns: jax.Array) -> jax.Array:
+    """Pattern ids of a layer.
+
+    Args:
+        taps: float32 (kh * kw, cin, cout), scores.
+        layer: the layer.
+        patterns: bool (P, kh, kw).
+
+    Returns:
+        uint8 (cin, cout).
+    """
+    grid = layer.shape[2:]
+    if layer.quads:
+        return _choose_quads(retained_scores(taps, patterns), patterns)
+    if layer.superset is not None:
+        return _choose_within_supersets(taps, layer, patterns)
+    sums = tile_sums(taps, layer.tile)
+    ids = jnp.argmax(retained_scores(sums, patterns), axis=0).astype(jnp.uint8)
+    return untile(ids, layer.tile, grid)
+
+
+def retained_by(taps: jax.Array, pattern_ids: jax.Array, patterns: jax.Array) -> jax.Array:
+    """float32 (cin, cout): what each kernel keeps of its score under its pattern."""
+    retained = retained_scores(taps, patterns)
+    return jnp.take_along_axis(retained, pattern_ids[None].astype(jnp.int32), axis=0)[0]
+
+
+def _choose_within_supersets(taps: jax.Array, layer: LayerPlan, patterns: jax.Array) -> jax.Array:
+    """Each tile takes the superset in which its kernels, each under its best pattern there, retain most."""
+    num_taps = taps.shape[0]
+    candidates = np.zeros((0, num_taps), bool)
+    for combination in itertools.combinations(range(num_taps), layer.superset):
+        candidates = np.concatenate([candidates, np.isin(np.arange(num_taps), combination)[None]])
+    sets = jnp.asarray(candidates)
+    flat = jnp.asarray(patterns).reshape(patterns.shape[0], -1)
+    allowed = ~jnp.any(flat[None] & ~sets[:, None], axis=-1)  # (candidates, P): the pattern lies inside
+    retained = retained_scores(taps, patterns)
+
+    def value(inside: jax.Array) -> jax.Array:
+        best = jnp.max(jnp.where(inside[:, None, None], retained, -1.0), axis=0)
+        # A superset without any pattern is worth less than any other, wherever scores are zero too.
+        return jnp.where(inside.any(), tile_sums(best, layer.tile), -1.0)
+
+    values = jax.lax.map(value, allowed)
+    chosen = untile(jnp.argmax(values, axis=0), layer.tile, layer.shape[2:])
+    inside = jnp.moveaxis(allowed[chosen], -1, 0)
+    return jnp.argmax(jnp.where(inside, retained, -1.0), axis=0).astype(jnp.uint8)
+
+
+def quad_combinations(patterns: Any) -> tuple[np.ndarray, Any]:
+    """All ordered choices of 4 patterns, int (P ** 4, 4), and which are 2:4 at every tap, bool (P ** 4,).
+
+    The second is a numpy array for patterns in one, so that they can be checked while something else is traced.
+    """
+    count = patterns.shape[0]
+    combinations = np.stack(np.meshgrid(*[np.arange(count)] * 4, indexing="ij"), axis=-1).reshape(-1, 4)
+    flat = patterns.reshape(count, -1).astype(np.int8)
+    used = sum(flat[combinations[:, place]] for place in range(4))
+    return combinations.astype(np.int32), (used <= 2).all(axis=-1)
+
+
+def check_quads(patterns: np.ndarray) -> None:
+    """Raise a ValueError when no four patterns of a set can stand beside each other."""
+    if len(patterns) > MAX_QUAD_PATTERNS:
+        raise ValueError(f"quads with {len(patterns)} patterns: at most {MAX_QUAD_PATTERNS} are supported")
+    if not quad_combinations(np.asarray(patterns))[1].any():
+        raise ValueError(
+            "quads: no 4 of these patterns use every tap at most twice (the published sets of 4 and 8 have none); use "
+            "generated ones, clicktrain_jax.patterns.Generated(8, complementary=True)"
+        )
+
+
+def _choose_quads(retained: jax.Array, patterns: jax.Array) -> jax.Array:
+    """The best allowed combination for each filter's groups of 4 input channels."""
+    combinations, allowed = quad_combinations(jnp.asarray(patterns))
+    count, cin, cout = retained.shape
+    groups = -(-cin // 4)
+    # Channels that are not there score nothing, whatever their pattern.
+    padded = jnp.pad(retained, ((0, 0), (0, 4 * groups - cin), (0, 0))).reshape(count, groups, 4, cout)
+    by_place = jnp.moveaxis(padded, 2, 0)  # (4, P, groups, cout)
+    order = jnp.argsort(~allowed, stable=True)
+    table = jnp.asarray(combinations)
+
+    def better(index: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        value, which = best
+        row = table[order[index]]
+        here = ordered_sum(jnp.stack([by_place[place, row[place]] for place in range(4)]))
+        return jnp.maximum(value, here), jnp.where(here > value, order[index], which)
+
+    # Only as many turns as there are allowed combinations.
+    start = jnp.full((groups, cout), -1.0), jnp.full((groups, cout), order[0])
+    _, which = jax.lax.fori_loop(0, allowed.sum(), better, start)
+    ids = jnp.moveaxis(table[which], -1, 1).reshape(4 * groups, cout)
+    return ids[:cin].astype(jnp.uint8)

@@ -1,0 +1,212 @@
+"""The selection, from scores per weight to the masks of every planned layer.
+
+For each layer: its pattern set (given or generated), an order of filters if asked, a pattern for each kernel; then
+how many kernels each layer loses, by its fraction or by the plan's target; then which.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clicktrain_jax.masks import LayerChoice, Masks, build_masks, expand
+from clicktrain_jax.patterns import Generated, check_set
+from clicktrain_jax.plan import LayerPlan, Plan
+from clicktrain_jax.selection.kernel_choice import keep, protect, rows_of
+from clicktrain_jax.selection.pattern_choice import check_quads, choose_patterns, retained_by
+from clicktrain_jax.selection.reordering import assign_filters
+from clicktrain_jax.selection.tiles import ordered_sum, tile_sums
+from clicktrain_jax.targets import resolve
+from clicktrain_jax.trees import Tree, has_non_finite, named_leaves
+
+
+def select_masks(scores: Tree, plan: Plan, patterns: Any) -> Masks:
+    """Choose patterns and kernels from scores per weight. Jittable; ``plan`` is static.
+
+    Args:
+        scores: tree like the parameters, non-negative, computed in float32 (see `clicktrain_jax.importance`).
+        plan: from `make_plan`.
+        patterns: bool (P, kh, kw), its size that of every pruned kernel above 1x1; or a
+            `clicktrain_jax.patterns.Generated`, which makes sets from the scores.
+
+    Returns:
+        `Masks` of full (kh, kw, cin, cout) shape.
+
+    Raises:
+        ValueError: scores of another tree; patterns that do not fit the plan; NaN or infinite scores (seen outside
+            jit only).
+
+    Source: with the plan's defaults, ClickTrain's reference selection. Every kernel takes the pattern that retains
+    the largest sum of scores, ties to the lowest index. Of each layer's kernels the
+    ``ceil(round(fraction * n, 6))`` with the smallest sum over all taps go, ties by lowest (cout, cin) index.
+    """
+    choices = select_layers(scores, plan, check_patterns(plan, patterns))
+    return build_masks(scores, {name: expand(choice) for name, choice in choices.items()})
+
+
+def select_layers(scores: Tree, plan: Plan, patterns: Any) -> dict[str, LayerChoice]:
+    """`select_masks` in its compact form: the choice of each planned layer, by name."""
+    plan.check_tree(scores, "scores")
+    leaves = dict(named_leaves(scores))
+    for layer in plan.layers:
+        if has_non_finite(leaves[layer.name]):
+            raise ValueError(
+                f"scores of {layer.name!r} hold NaN or infinite values: the loss or its gradient was not finite at "
+                "the selection; lower the learning rate or look at the data before selecting"
+            )
+    # The barrier keeps a compiler from fusing the criterion's products into the sums with multiply-adds, whose
+    # other rounding could flip a near-tie.
+    by_name = {
+        layer.name: jax.lax.optimization_barrier(leaves[layer.name].astype(jnp.float32)) for layer in plan.layers
+    }
+    sets = _pattern_sets(by_name, plan, patterns)
+    drafts = {layer.name: _draft(by_name[layer.name], layer, sets.get(layer.name)) for layer in plan.layers}
+    levels: dict[str, Any] = {layer.name: layer.num_removed for layer in plan.layers if layer.fraction is not None}
+    if plan.target is not None:
+        levels |= _resolve(plan, drafts, levels)
+    return {layer.name: _finish(drafts[layer.name], layer, levels[layer.name]) for layer in plan.layers}
+
+
+def num_patterns_of(patterns: Any) -> int:
+    """How many patterns a layer's set will have."""
+    return patterns.num_patterns if isinstance(patterns, Generated) else patterns.shape[0]
+
+
+def check_patterns(plan: Plan, patterns: Any) -> Any:
+    """Validate what a selection is given as patterns.
+
+    Args:
+        plan: from `make_plan`.
+        patterns: bool (P, kh, kw), or a `clicktrain_jax.patterns.Generated`.
+
+    Returns:
+        The same, an array as a boolean one.
+
+    Raises:
+        ValueError: another kernel size than a planned layer's; with a target, patterns of other than ``entries``
+            taps; with quads, patterns of which no four fit beside each other.
+    """
+    with_patterns = [layer for layer in plan.layers if layer.has_patterns]
+    quads = any(layer.quads for layer in with_patterns)
+    if isinstance(patterns, Generated):
+        if quads and not patterns.complementary:
+            raise ValueError(
+                "quads need patterns that fit beside each other: Generated(..., complementary=True), which pairs "
+                "every pattern with one that it shares no tap with"
+            )
+        for layer in with_patterns:
+            taps = layer.shape[0] * layer.shape[1]
+            if layer.entries >= taps:
+                raise ValueError(
+                    f"{layer.name!r}: entries={layer.entries}, expected 1 to {taps - 1} of its {taps} taps; give "
+                    "make_plan entries for this layer"
+                )
+        return patterns
+    patterns = check_set(patterns)
+    size = tuple(jnp.shape(patterns)[1:])
+    for layer in with_patterns:
+        if layer.shape[:2] != size:
+            raise ValueError(
+                f"patterns of {size[0]}x{size[1]} taps on {layer.name!r} with {layer.shape[0]}x{layer.shape[1]} "
+                "kernels: leave that layer dense (None), or give patterns of its size"
+            )
+    if isinstance(patterns, jax.core.Tracer):
+        return patterns
+    taps = patterns.sum(axis=(1, 2))
+    for layer in with_patterns:
+        if plan.target is not None and (taps != layer.entries).any():
+            raise ValueError(
+                f"a target counts with entries={layer.entries} taps a kernel in {layer.name!r}, and the patterns have "
+                f"{sorted(set(taps.tolist()))}: give make_plan the entries of the patterns"
+            )
+        if layer.superset is not None and taps.min() > layer.superset:
+            raise ValueError(
+                f"superset={layer.superset} in {layer.name!r}, and the smallest pattern has {taps.min()} taps"
+            )
+    if quads:
+        check_quads(patterns)
+    return patterns
+
+
+class _Draft(NamedTuple):
+    """A layer between the choice of its patterns and that of its kernels, its filters in the order of the tiles.
+
+    Attributes:
+        taps: float32 (kh * kw, cin, cout), scores.
+        patterns: bool (P, kh, kw), or None.
+        pattern_ids: uint8 (cin, cout), or None.
+        units: float32, scores of the units of removal.
+        order: int32 (cout,), or None.
+    """
+
+    taps: jax.Array
+    patterns: jax.Array | None
+    pattern_ids: jax.Array | None
+    units: jax.Array
+    order: jax.Array | None
+
+
+def _pattern_sets(scores: dict[str, jax.Array], plan: Plan, patterns: Any) -> dict[str, jax.Array]:
+    layers = [layer for layer in plan.layers if layer.has_patterns]
+    if not isinstance(patterns, Generated):
+        return {layer.name: jnp.asarray(patterns) for layer in layers}
+    return patterns.sets({layer.name: scores[layer.name] for layer in layers},
+                         {layer.name: layer.entries for layer in layers}) if layers else {}
+
+
+def _draft(scores: jax.Array, layer: LayerPlan, patterns: jax.Array | None) -> _Draft:
+    kh, kw, cin, cout = layer.shape
+    taps = scores.reshape(kh * kw, cin, cout)
+    order = _order(taps, layer, patterns) if layer.reorder else None
+    if order is not None:
+        taps = taps[:, :, order]
+    ids = None if patterns is None else choose_patterns(taps, layer, patterns)
+    if patterns is None or layer.removal_score == "whole":
+        kernels = ordered_sum(taps)
+    else:
+        kernels = retained_by(taps, ids, patterns)
+    return _Draft(taps, patterns, ids, tile_sums(kernels, layer.removal_tile), order)
+
+
+def _order(taps: jax.Array, layer: LayerPlan, patterns: jax.Array | None) -> jax.Array | None:
+    """The order of filters by likeness, or None where no tile leaves a choice."""
+    cout = layer.shape[3]
+    shares_patterns = patterns is not None and 1 < layer.tile[0] < cout
+    shares_removal = 1 < layer.removal_tile[0] < cout
+    if not (shares_patterns or shares_removal):
+        return None
+    tile = layer.tile if shares_patterns else layer.removal_tile
+    # How many tiles will go is not known before a target is resolved: none is assumed then.
+    removed = layer.num_removed if layer.fraction and layer.removal_tile == tile else 0
+    flat = patterns.reshape(patterns.shape[0], -1) if shares_patterns else None
+    return assign_filters(taps, flat, tile=tile, num_removed=removed)
+
+
+def _resolve(plan: Plan, drafts: dict[str, _Draft], levels: dict[str, int]) -> dict[str, jax.Array]:
+    """Levels of the layers that the target decides."""
+    current, rows = jnp.float32(0), {}
+    for layer in plan.layers:
+        weights = layer.cost * (layer.entries if layer.has_patterns else 1)
+        units = drafts[layer.name].units
+        if layer.fraction is None:
+            rows[layer.name] = rows_of(units, layer)
+            current += float(weights * math.prod(layer.shape[2:]))
+        else:
+            kept = keep(protect(units, layer), layer, levels[layer.name])
+            current += weights * kept.sum(dtype=jnp.float32)
+    return resolve(plan.target, current, rows)
+
+
+def _finish(draft: _Draft, layer: LayerPlan, level: Any) -> LayerChoice:
+    kernel = keep(protect(draft.units, layer), layer, level)
+    ids = draft.pattern_ids
+    shared = layer.tile != (1, 1) and layer.removal_tile != layer.tile
+    if ids is not None and shared and layer.removal_score == "retained":
+        # A pattern that is shared is chosen once more, over the kernels that stay.
+        ids = choose_patterns(jnp.where(kernel, draft.taps, 0.0), layer, draft.patterns)
+    if draft.order is not None:
+        place = jnp.argsort(draft.order)
+        kernel = kernel[:, place]
+        ids = None if ids is None else ids[:, place]
+    return LayerChoice(ids, kernel, draft.patterns)

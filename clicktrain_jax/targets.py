@@ -1,0 +1,184 @@
+"""One target for the whole net: how much each layer loses, from scores that are made comparable.
+
+Within a layer, removal goes from the least score upwards in *rows* (a unit of removal, or the next unit of every
+block when the same share goes in each). A row's rank among all layers is
+
+    score of the row / score of what the layer would still hold before it goes / weights saved,
+
+the relative damage to the layer per weight saved. The first quotient is LAMP's normalisation (Lee et al.,
+"Layer-adaptive sparsity for the magnitude-based pruning", arXiv 2010.07611), applied to kernels: it does not
+depend on a layer's scale, and grows to 1 for the last row, so that no layer collapses.
+"""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clicktrain_jax.trees import is_kernel_shape
+
+if TYPE_CHECKING:
+    from clicktrain_jax.plan import LayerPlan
+
+SCOPES = ("convolutions", "model", "multiply_adds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What to reach.
+
+    Attributes:
+        ratio: total / retained.
+        of: what is counted: "convolutions", "model" or "multiply_adds".
+        retained: what may be retained in all, dense leaves included.
+        dense: what the leaves that the plan does not prune hold.
+    """
+
+    ratio: float
+    of: str
+    retained: float
+    dense: int
+
+
+class Rows(NamedTuple):
+    """A layer's removal, row by row from the first to go.
+
+    Attributes:
+        values: float32 (rows,), the score that each row removes; infinite where the floor holds it.
+        costs: float32 (rows,), what it saves.
+        held: float32 scalar, the score of what is never removed.
+    """
+
+    values: jax.Array
+    costs: jax.Array
+    held: jax.Array
+
+
+def make_target(
+    ratio: Any,
+    of: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    layers: Sequence["LayerPlan"],
+    output_sizes: Mapping[str, tuple[int, int]] | None,
+) -> Target:
+    """Count what the target speaks of, and refuse one that cannot be reached.
+
+    Raises:
+        ValueError: no number of 1 or more, an unknown scope, or out of reach; the reachable maximum is named.
+    """
+    if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real) or not 1 <= ratio < math.inf:
+        raise ValueError(f"target={ratio!r}: expected a compression of 1 or more, such as 8.0")
+    if of not in SCOPES:
+        raise ValueError(f"target_of={of!r}: expected one of {SCOPES}")
+    if all(layer.fraction is not None for layer in layers):
+        raise ValueError(
+            f"target={ratio}: every rule gives a fraction, so nothing is left to the target; say 'auto' in the rules "
+            "of the layers that it should decide, or rules=None for all"
+        )
+    counted = {name: math.prod(shape) * _count(name, shape, of, output_sizes) for name, shape in shapes.items()}
+    total = sum(counted.values())
+    dense = total - sum(counted[layer.name] for layer in layers)
+    least = dense + sum(_least(layer) for layer in layers)
+    most = dense + sum(_least(layer, removed=False) for layer in layers)
+    if total / ratio < least:
+        raise ValueError(
+            f"target={ratio:g} over {of} is out of reach: the reachable maximum is {total / least:.2f} with these "
+            f"rules ({dense / total:.1%} of it stays dense). Prune more layers (shortcuts by an explicit rule), use "
+            "fewer entries, smaller tiles or floor=False, or lower the target"
+        )
+    if total / ratio > most:
+        raise ValueError(
+            f"target={ratio:g} over {of} is below what patterns of these entries and the given fractions already "
+            f"reach, {total / most:.2f}: raise it, leave layers dense, or use more entries"
+        )
+    return Target(float(ratio), of, total / ratio, dense)
+
+
+def _count(name: str, shape: tuple[int, ...], of: str, output_sizes: Mapping[str, tuple[int, int]] | None) -> int:
+    if of == "model":
+        return 1
+    if of == "convolutions":
+        return int(is_kernel_shape(shape))
+    return math.prod((output_sizes or {}).get(name, (0, 0)))
+
+
+def _least(layer: "LayerPlan", removed: bool = True) -> int:
+    """The least that a layer can be brought to; with ``removed`` false, what patterns and a fraction leave."""
+    kernels = layer.shape[2] * layer.shape[3]
+    filters, channels = layer.removal_tile
+    if layer.fraction is not None:
+        kernels = round(kernels * (1 - layer.num_removed / math.prod(layer.scope_block)))
+    elif removed:
+        blocks = math.prod(math.ceil(size / block) for size, block in zip(layer.unit_grid, layer.scope_block))
+        # Without a floor one unit stays all the same: the last row of a layer is never removed.
+        kernels = min(kernels, max(layer.num_protected, blocks) * filters * channels)
+    taps = layer.entries if layer.has_patterns else 1
+    return kernels * taps * layer.cost
+
+
+def resolve(
+    target: Target, current: jax.Array, rows: Mapping[str, Rows]
+) -> dict[str, jax.Array]:
+    """How many rows each layer loses.
+
+    Args:
+        target: what to reach.
+        current: float32 scalar, what all planned layers hold before these rows go (patterns and explicit fractions
+            already counted).
+        rows: of the layers that the target decides.
+
+    Returns:
+        ``{name: int32 scalar}``. What is retained is as near to the target as the last row allows.
+    """
+    need = current + target.dense - target.retained
+    ranked = {name: _rank(layer) for name, layer in rows.items()}
+    saved = {name: jnp.cumsum(jnp.concatenate([jnp.zeros(1), layer.costs])) for name, layer in rows.items()}
+
+    def count_below(threshold: jax.Array, side: str) -> dict[str, jax.Array]:
+        return {name: jnp.searchsorted(rank, threshold, side=side) for name, rank in ranked.items()}
+
+    def saved_by(counts: Mapping[str, jax.Array]) -> jax.Array:
+        return sum((saved[name][count] for name, count in counts.items()), start=jnp.float32(0))
+
+    # Non-negative floats are ordered as their bits are: the least rank that suffices, by bisection.
+    def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = saved_by(count_below(jax.lax.bitcast_convert_type(middle, jnp.float32), "right")) >= need
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    infinity = jax.lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
+    bits, _ = jax.lax.fori_loop(0, 31, halve, (jnp.int32(0), infinity - 1))
+    threshold = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    below, tied = count_below(threshold, "left"), count_below(threshold, "right")
+    missing = need - saved_by(below)
+    counts = {}
+    # Ties go layer by layer until the need is met; the last row only when that brings it nearer.
+    for name in rows:
+        start = saved[name][below[name]]
+        enough = jnp.searchsorted(saved[name], start + jnp.maximum(missing, 0.0), side="left")
+        last = jnp.clip(enough, below[name], tied[name])
+        over = saved[name][last] - start - missing
+        under = missing - (saved[name][jnp.maximum(last - 1, 0)] - start)
+        last = jnp.where((last > below[name]) & (over > under), last - 1, last)
+        counts[name] = last.astype(jnp.int32)
+        # Once the need is met, or nearly, the next layers' tied rows stay.
+        met = (over >= 0) | (missing <= 0)
+        missing = jnp.where(met, 0.0, missing - (saved[name][last] - start))
+    return counts
+
+
+def _rank(rows: Rows) -> jax.Array:
+    """Relative damage per weight saved, never falling from row to row; infinite for what must stay."""
+    free = jnp.isfinite(rows.values)
+    values = jnp.where(free, rows.values, 0.0)
+    remaining = jnp.cumsum(values[::-1])[::-1] + rows.held
+    damage = jnp.where(values > 0, values / jnp.maximum(remaining, values), 0.0)
+    rank = damage / jnp.maximum(rows.costs, 1.0)
+    # A layer keeps its last row whatever comes.
+    rank = jnp.where(free, rank, jnp.inf).at[-1].set(jnp.inf)
+    return jax.lax.cummax(rank)

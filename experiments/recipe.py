@@ -1,0 +1,83 @@
+"""What a config asks for, as objects: the optimizer, the plan, the patterns."""
+
+from typing import Any
+
+import optax
+
+import clicktrain_jax as ct
+from clicktrain_jax import models
+from experiments.configs.base import PruneConfig, TrainConfig
+
+
+def learning_rate(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
+    """The config's schedule, by update."""
+    total = config.epochs * steps_per_epoch
+    if config.lr_schedule == "cosine":
+        warmup = max(1, total // 10)
+        return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(total, warmup + 1))
+    drops = {milestone * steps_per_epoch: config.lr_gamma for milestone in config.lr_milestones}
+    return optax.piecewise_constant_schedule(config.learning_rate, drops)
+
+
+def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
+    """SGD with momentum, weight decay on every parameter and the config's schedule."""
+    rate = learning_rate(config, steps_per_epoch)
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=config.momentum or None)
+    )
+
+
+def make_plan(prune: PruneConfig, model: Any, params: Any, image_shape: tuple[int, ...], net: str) -> ct.Plan:
+    """The plan that a config asks for, on the prunable convolutions of a model.
+
+    Raises:
+        ValueError: neither one fraction nor one for each prunable convolution; what `ct.make_plan` refuses.
+    """
+    paths = models.prunable_convs(model, image_shape)
+    rules = dict.fromkeys(paths, "auto") if prune.target else prune_rules(prune.fractions, paths, net)
+    return ct.make_plan(
+        params,
+        rules,
+        tile=prune.tile,
+        removal_tile=prune.removal_tile,
+        entries=prune.entries,
+        superset=prune.superset,
+        quads=prune.quads,
+        removal_score=prune.removal_score,
+        removal_scope=prune.removal_scope,
+        floor=prune.floor,
+        reorder=prune.reorder,
+        target=prune.target,
+        target_of=prune.target_of,
+        output_sizes=models.output_sizes(model, image_shape),
+    )
+
+
+def pattern_source(prune: PruneConfig) -> Any:
+    """The published pattern set of a config, or what generates one."""
+    if prune.patterns == "fixed":
+        return ct.patterns.fixed_set(prune.num_patterns)
+    if prune.patterns == "all":
+        return ct.patterns.candidates((3, 3), prune.entries, centre=prune.centre)
+    return ct.patterns.Generated(
+        prune.num_patterns,
+        method=prune.patterns,
+        centre=prune.centre,
+        per_layer=prune.per_layer,
+        complementary=prune.quads,
+    )
+
+
+def prune_rules(fractions: tuple[float, ...], paths: tuple[str, ...], net: str) -> dict[str, float]:
+    """Rules of `ct.make_plan` from fractions in network order.
+
+    Raises:
+        ValueError: neither one fraction nor one for each prunable convolution.
+    """
+    if len(fractions) not in (1, len(paths)):
+        raise ValueError(
+            f"prune.fractions has {len(fractions)} values; {net} has {len(paths)} prunable convolutions: "
+            "give one for each, in network order, or a single one for all"
+        )
+    values = fractions * len(paths) if len(fractions) == 1 else fractions
+    return dict(zip(paths, values))

@@ -1,0 +1,500 @@
+"""Groups of channels: found in the net's jaxpr, reordered without changing what the net computes."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+from clicktrain_jax import models
+from clicktrain_jax.channels import ChannelNode, channel_nodes, filter_order, find_node, permute, permute_tree
+from clicktrain_jax.trees import map_named, named_leaves
+
+# (name, width, image shape, convolution); resnet32 at half width has three widths, so that its shortcuts pad.
+NETS = [
+    ("small", 0.25, (8, 8, 1), nn.Conv),
+    ("vgg11", 0.125, (32, 32, 3), nn.Conv),
+    ("resnet18", 0.125, (8, 8, 3), nn.Conv),
+    ("resnet32", 0.5, (8, 8, 3), nn.Conv),
+    ("resnet50_cifar", 0.125, (8, 8, 3), nn.Conv),
+    ("vgg11", 0.125, (32, 32, 3), models.PatchConv),
+    ("resnet18", 0.125, (8, 8, 3), models.PatchConv),
+]
+
+
+def random_leaf(rng, name, shape):
+    """Trained-looking variables: no zeros, no ones, positive variances."""
+    if name.endswith(("var", "scale")):
+        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+    return (rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1], initial=1))).astype(np.float32)
+
+
+@functools.cache
+def build(name, width, image_shape, conv):
+    """(function of variables and images, random variables, nodes)."""
+    model = models.build(name, num_classes=10, width=width, conv=conv)
+    abstract = models.abstract_variables(model, image_shape)
+    rng = np.random.default_rng(0)
+    variables = map_named(lambda leaf_name, leaf: random_leaf(rng, leaf_name, leaf.shape), abstract)
+
+    def apply(variables, images):
+        return model.apply(variables, images, train=False)
+
+    return apply, variables, channel_nodes(apply, abstract, image_shape)
+
+
+def random_orders(nodes, seed=0):
+    """For each free node an order that is not the present one."""
+    rng = np.random.default_rng(seed)
+    return {node: np.roll(rng.permutation(node.size), 1) for node in nodes if not node.fixed}
+
+
+def in_float64(closed, *arguments):
+    """A jaxpr's value with float64 in place of float32: the nets' last layers compute in float32 whatever comes in."""
+    jaxpr, env = closed.jaxpr, {}
+    env.update(zip(jaxpr.invars, arguments))
+    env.update(zip(jaxpr.constvars, closed.consts))
+
+    def read(atom):
+        value = jnp.asarray(atom.val if isinstance(atom, jax.extend.core.Literal) else env[atom])
+        return value.astype(jnp.float64) if value.dtype == jnp.float32 else value
+
+    for equation in jaxpr.eqns:
+        values = [read(atom) for atom in equation.invars]
+        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+        if inner is not None:
+            results = in_float64(inner, *values)
+        else:
+            is_short = {key: value == jnp.float32 for key, value in equation.params.items() if key.endswith("type")}
+            changes = {key: np.dtype(np.float64) for key, short in is_short.items() if short}
+            results = equation.primitive.bind(*values, **{**equation.params, **changes})
+            results = results if equation.primitive.multiple_results else [results]
+        env.update(zip(equation.outvars, results))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+@pytest.mark.parametrize("net", NETS, ids=lambda net: f"{net[0]}-{net[3].__name__}")
+def test_reordering_all_free_groups_keeps_the_function(net, toy):
+    apply, variables, nodes = build(*net)
+    images = np.random.default_rng(1).normal(size=(2, *net[2]))
+    closed = jax.make_jaxpr(apply)(variables, images.astype(np.float32))
+    with jax.enable_x64(True):
+
+        @toy.quick_jit
+        def logits(variables):
+            (result,) = in_float64(closed, *jax.tree.leaves(variables), images)
+            return result
+
+        variables = jax.tree.map(lambda leaf: leaf.astype(np.float64), variables)
+        expected = np.asarray(logits(variables))
+        got = np.asarray(logits(permute(variables, random_orders(nodes), nodes)))
+    assert expected.dtype == np.float64 and expected.std() > 1e-3
+    assert np.abs(got - expected).max() <= 1e-10 * np.abs(expected).max()
+
+
+def test_each_leaf_of_a_group_counts(toy):
+    """Leave any one leaf of a group as it was, the writer or one that goes with it: the output changes."""
+    net = NETS[0]
+    apply, variables, nodes = build(*net)
+    images = np.random.default_rng(1).normal(size=(2, *net[2])).astype(np.float32)
+    logits = toy.quick_jit(apply)
+    expected = logits(variables, images)
+    node = find_node("Conv_1/kernel", nodes)
+    reordered = permute(variables, {node: random_orders(nodes)[node]}, nodes)
+    assert np.allclose(logits(reordered, images), expected, rtol=1e-4, atol=1e-5)
+    changed = [name for name, *_ in (*node.writers, *node.followers, *node.readers)]
+    assert len(changed) == 6
+    for left_out in changed:
+        partly = map_named(lambda name, new, old: old if name == left_out else new, reordered, variables)  # noqa: B023
+        assert np.abs(logits(partly, images) - expected).max() > 1e-2, left_out
+
+
+def test_nodes_of_a_vgg():
+    _, _, nodes = build(*NETS[1])
+    assert nodes[0].readers == (("params/Conv_0/kernel", 2, 1),) and not nodes[0].writers and nodes[0].fixed
+    for index in range(8):
+        reader = f"params/Conv_{index + 1}/kernel" if index < 7 else "params/Dense_0/kernel"
+        assert nodes[index + 1] == ChannelNode(
+            size=(8, 16, 32, 32, 64, 64, 64, 64)[index],
+            writers=((f"params/Conv_{index}/kernel", 3),),
+            followers=(
+                (f"batch_stats/BatchNorm_{index}/mean", 0),
+                (f"batch_stats/BatchNorm_{index}/var", 0),
+                (f"params/BatchNorm_{index}/bias", 0),
+                (f"params/BatchNorm_{index}/scale", 0),
+            ),
+            readers=((reader, 2 if index < 7 else 0, 1),),
+        )
+    assert nodes[9] == ChannelNode(
+        64, (("params/Dense_0/kernel", 1),), (("params/Dense_0/bias", 0),), (("params/Dense_1/kernel", 0, 1),)
+    )
+    assert "output" in nodes[-1].fixed and nodes[-1].writers == (("params/Dense_2/kernel", 1),)
+    assert len(nodes) == 12
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, 5), (2, 6)])
+def test_patch_convolutions_give_the_same_nodes(one, other):
+    assert build(*NETS[one])[2] == build(*NETS[other])[2]
+
+
+def test_residual_sums_join_their_writers():
+    _, _, nodes = build(*NETS[2])
+    names = [[name for name, _ in node.writers] for node in nodes]
+    assert [f"params/{name}/kernel" for name in ("Conv_0", "Block_0/Conv_1", "Block_1/Conv_1")] in names
+    assert [f"params/Block_{name}/kernel" for name in ("2/Conv_1", "2/shortcut", "3/Conv_1")] in names
+    assert ["params/Block_2/Conv_0/kernel"] in names
+    last = find_node("Block_7/Conv_1/kernel", nodes)
+    assert {name for name, *_ in last.readers} == {"params/Block_7/Conv_0/kernel", "params/Dense_0/kernel"}
+    # Input, 4 residual sums, 8 blocks, logits.
+    assert len(nodes) == 14 and sum(bool(node.fixed) for node in nodes) == 2
+
+
+def test_bottlenecks_are_all_found():
+    _, _, nodes = build(*NETS[4])
+    # 16 blocks with 2 inner groups, 4 sums, the stem, which no sum joins; input and logits.
+    assert len(nodes) == 39 and sum(bool(node.fixed) for node in nodes) == 2
+    assert find_node("Conv_0/kernel", nodes).writers == (("params/Conv_0/kernel", 3),)
+
+
+def test_padded_shortcuts_fix_the_sums_alone():
+    _, _, nodes = build(*NETS[3])
+    fixed = {name for node in nodes if node.fixed for name, _ in node.writers}
+    blocks = [f"params/Block_{index}/Conv_1/kernel" for index in range(15)]
+    # What is padded, and what it is added to: all three stages.
+    assert fixed == {"params/Conv_0/kernel", *blocks, "params/Dense_0/kernel"}
+    assert "padded" in find_node("Conv_0/kernel", nodes).fixed
+    assert [name for node in nodes if not node.fixed for name, _ in node.writers] == [
+        f"params/Block_{index}/Conv_0/kernel" for index in range(15)
+    ]
+
+
+# Nets as plain functions: kernels are leaves "a", "b", ... of a dict.
+
+
+def conv(x, kernel, groups=1, layout="NHWC"):
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=(layout, "HWIO", layout), feature_group_count=groups
+    )
+
+
+@jax.custom_vjp
+def squared(x):
+    return x * x
+
+
+squared.defvjp(lambda x: (x * x, x), lambda x, g: (2 * x * g,))
+CONVS = {"a": (3, 3, 3, 8), "b": (3, 3, 8, 6), "c": (6, 5)}
+
+
+def head(params, x):
+    return jnp.mean(jax.nn.relu(conv(x, params["b"])), axis=(1, 2)) @ params["c"]
+
+
+def flattened(params, x):
+    return conv(x, params["a"]).reshape(x.shape[0], -1) @ params["b"]
+
+
+def channels_first(params, x):
+    x = conv(jnp.moveaxis(x, -1, 1), params["a"], layout="NCHW")
+    return jnp.tanh(x + params["bias"].reshape(-1, 1, 1)).reshape(x.shape[0], -1) @ params["b"]
+
+
+def depthwise(params, x):
+    x = conv(x, params["a"])
+    return head(params, jax.nn.gelu(conv(x, params["d"], groups=8)))
+
+
+def wrapped(params, x):
+    x = jax.checkpoint(lambda kernel, x: jax.nn.silu(conv(x, kernel)))(params["a"], x)
+    return head(params, jax.jit(lambda x: lax.optimization_barrier(squared(x)))(x))
+
+
+def shared(params, x):
+    """One kernel twice: its input and output channels are one group."""
+    x = conv(x, params["a"])
+    for _ in range(2):
+        x = jax.nn.softmax(conv(x, params["d"]))
+    return head(params, x)
+
+
+def low_rank_and_masked(params, x):
+    kernel = (params["a"].reshape(27, 8) @ params["d"]).reshape(3, 3, 3, 8)
+    return head({**params, "b": params["b"] * params["mask"]}, conv(x, kernel))
+
+
+def gated(params, x):
+    """Squeeze and excitation, then a stack of equal copies and an average over it."""
+    x = conv(x, params["a"])
+    gate = jax.nn.sigmoid(jnp.mean(x, axis=(1, 2)) @ params["d"])
+    x = x * gate[:, None, None]
+    return head(params, jnp.mean(jnp.stack([x, jnp.flip(x, axis=1)]), axis=0))
+
+
+def attention(params, x):
+    x = conv(x, params["a"]).reshape(x.shape[0], -1, 8)
+    scores = jax.nn.softmax(jnp.einsum("nqc,nkc->nqk", x @ params["q"], x @ params["k"]))
+    return jnp.max(scores @ (x @ params["v"]), axis=1) @ params["c"]
+
+
+# function, shapes, {writer: (readers, followers)} of the free groups.
+FREE = {
+    flattened: ({"a": (3, 3, 3, 8), "b": (128, 5)}, {"a": ([("b", 0, 16)], [])}),
+    channels_first: ({"a": (3, 3, 3, 8), "bias": (8,), "b": (128, 5)}, {"a": ([("b", 0, 1)], [("bias", 0)])}),
+    depthwise: (
+        {**CONVS, "d": (3, 3, 1, 8)},
+        {"a": ([("b", 2, 1)], [("d", 3)]), "b": ([("c", 0, 1)], [])},
+    ),
+    wrapped: (CONVS, {"a": ([("b", 2, 1)], []), "b": ([("c", 0, 1)], [])}),
+    shared: (
+        {**CONVS, "d": (3, 3, 8, 8)},
+        {"a+d": ([("d", 2, 1), ("b", 2, 1)], []), "b": ([("c", 0, 1)], [])},
+    ),
+    low_rank_and_masked: (
+        {**CONVS, "d": (8, 8), "mask": (3, 3, 8, 6)},
+        {
+            "a": ([("d", 0, 1)], []),
+            "d": ([("b", 2, 1), ("mask", 2, 1)], []),
+            "b+mask": ([("c", 0, 1)], []),
+        },
+    ),
+    gated: (
+        {**CONVS, "d": (8, 8)},
+        {"a+d": ([("d", 0, 1), ("b", 2, 1)], []), "b": ([("c", 0, 1)], [])},
+    ),
+    attention: (
+        {"a": (3, 3, 3, 8), "q": (8, 4), "k": (8, 4), "v": (8, 6), "c": (6, 5)},
+        {
+            "a": ([("q", 0, 1), ("k", 0, 1), ("v", 0, 1)], []),
+            "q+k": ([], []),
+            "v": ([("c", 0, 1)], []),
+        },
+    ),
+}
+
+
+def concatenated(params, x):
+    x = conv(x, params["a"])
+    return head(params, jnp.concatenate([x, jnp.abs(x), x[..., :2]], axis=-1))
+
+
+def grouped(params, x):
+    return head(params, conv(conv(x, params["a"]), params["d"], groups=2))
+
+
+def group_norm(params, x):
+    x = conv(x, params["a"])
+    return head(params, nn.GroupNorm(num_groups=2, use_bias=False, use_scale=False).apply({}, x))
+
+
+def cumulative(params, x):
+    return head(params, jnp.cumsum(conv(x, params["a"]), axis=-1))
+
+
+def picked(params, x):
+    return head(params, conv(x, params["a"])[..., jnp.array([1, 0, 2, 3, 4, 5, 6, 7])])
+
+
+def halved(params, x):
+    return head(params, conv(x, params["a"])[..., ::2])
+
+
+def reversed_(params, x):
+    return head(params, conv(x, params["a"])[..., ::-1])
+
+
+def looped(params, x):
+    return head(params, lax.fori_loop(0, 2, lambda _, x: jnp.tanh(x), conv(x, params["a"])))
+
+
+def with_constants(params, x):
+    return head(params, conv(x, params["a"]) * np.linspace(0.5, 1.5, 8, dtype=np.float32))
+
+
+def with_positions(params, x):
+    return head(params, conv(x, params["a"]) * lax.iota(jnp.float32, 8))
+
+
+def local_max(params, x):
+    return head(params, nn.max_pool(conv(x, params["a"])[..., None], (1, 1, 3), (1, 1, 1), "SAME")[..., 0])
+
+
+# function, shapes, what the reason for fixing "a" says.
+FIXED = {
+    concatenated: ({**CONVS, "b": (3, 3, 18, 6)}, "slice|concatenated"),
+    grouped: ({**CONVS, "d": (3, 3, 4, 8)}, "2 groups"),
+    group_norm: (CONVS, "reshape"),
+    cumulative: (CONVS, "cumsum"),
+    picked: (CONVS, "gather"),
+    halved: ({**CONVS, "b": (3, 3, 4, 6)}, "slice|gather"),
+    reversed_: (CONVS, "reversed"),
+    looped: (CONVS, "scan|while"),
+    with_constants: (CONVS, "constants"),
+    with_positions: (CONVS, "iota"),
+    local_max: (CONVS, "positions"),
+}
+
+
+def plain_net(apply, shapes):
+    rng = np.random.default_rng(0)
+    params = {name: random_leaf(rng, name, shape) for name, shape in shapes.items()}
+    images = rng.normal(size=(2, 4, 4, 3)).astype(np.float32)
+    return params, images, channel_nodes(apply, params, images)
+
+
+def check_same_function(toy, apply, params, images, nodes):
+    run = toy.quick_jit(apply)
+    expected = run(params, images)
+    reordered = permute(params, random_orders(nodes), nodes)
+    assert any(not np.array_equal(reordered[name], params[name]) for name in params)
+    assert np.std(expected) > 1e-3
+    np.testing.assert_allclose(run(reordered, images), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("apply", FREE, ids=lambda apply: apply.__name__)
+def test_groups_of_plain_functions(apply, toy):
+    shapes, expected = FREE[apply]
+    params, images, nodes = plain_net(apply, shapes)
+    free = {
+        "+".join(name for name, _ in node.writers): (list(node.readers), list(node.followers))
+        for node in nodes
+        if not node.fixed
+    }
+    assert free == expected
+    check_same_function(toy, apply, params, images, nodes)
+
+
+@pytest.mark.parametrize("apply", FIXED, ids=lambda apply: apply.__name__)
+def test_operations_that_need_the_order_fix_it(apply, toy):
+    shapes, reason = FIXED[apply]
+    params, images, nodes = plain_net(apply, shapes)
+    (node,) = [node for node in nodes if ("a", 3) in node.writers]
+    assert node.fixed
+    with pytest.raises(ValueError, match=f"must stay in order, because .*({reason})"):
+        permute(params, {"a": np.arange(8)[::-1]}, nodes)
+    # The next group is not touched by it.
+    assert not find_node("b", nodes).fixed
+    check_same_function(toy, apply, params, images, nodes)
+
+
+def test_a_returned_map_keeps_its_order():
+    params, images, _ = plain_net(flattened, FREE[flattened][0])
+    nodes = channel_nodes(lambda params, x: (flattened(params, x), conv(x, params["a"])), params, images)
+    assert all("output" in node.fixed or "input" in node.fixed for node in nodes)
+
+
+def test_one_kernel_may_write_two_groups():
+    def apply(params, x):
+        return jnp.sin(jnp.einsum("nhwc,cde->nde", x, params["a"])).sum(axis=1) @ params["b"]
+
+    params, images, nodes = plain_net(apply, {"a": (3, 4, 6), "b": (6, 5)})
+    assert [node.writers for node in nodes if not node.fixed] == [(("a", 1),), (("a", 2),)]
+    with pytest.raises(ValueError, match="writes 2 groups"):
+        permute(params, {"a": np.arange(6)}, nodes)
+    reordered = permute(params, {nodes[1]: np.arange(4)[::-1]}, nodes)
+    np.testing.assert_array_equal(reordered["a"], params["a"][:, ::-1])
+    np.testing.assert_allclose(apply(reordered, images), apply(params, images), rtol=1e-4, atol=1e-5)
+
+
+def test_trees_that_mirror_the_parameters():
+    _, variables, nodes = build(*NETS[0])
+    params = variables["params"]
+    # A mask tree has None where nothing is pruned.
+    pruned = ("Conv_1/kernel", "Conv_2/kernel")
+    masks = map_named(lambda name, leaf: leaf > 0 if name in pruned else None, params)
+    order = np.random.default_rng(0).permutation(16)
+    for orders in ({"Conv_1/kernel": order}, {find_node("Conv_1/kernel", nodes): order}):
+        moved = permute_tree(masks, orders, nodes)
+        assert moved["Dense_0"]["kernel"] is None and moved["BatchNorm_1"]["scale"] is None
+        np.testing.assert_array_equal(moved["Conv_1"]["kernel"], masks["Conv_1"]["kernel"][..., order])
+        np.testing.assert_array_equal(moved["Conv_2"]["kernel"], masks["Conv_2"]["kernel"][:, :, order])
+    momentum = optax.trace(0.9).init(params)._replace(trace=params)
+    moved = permute_tree(momentum.trace, {"params/Conv_1/kernel": order}, nodes)
+    everything = permute(variables, {"params/Conv_1/kernel": order}, nodes)
+    jax.tree.map(np.testing.assert_array_equal, moved, everything["params"])
+    statistics = permute_tree(variables["batch_stats"], {"Conv_1/kernel": order}, nodes, collection="batch_stats")
+    jax.tree.map(np.testing.assert_array_equal, statistics, everything["batch_stats"])
+    # Reordering back gives what was there, and jit sees the same.
+    back = permute(everything, {"Conv_1/kernel": np.argsort(order)}, nodes)
+    jax.tree.map(np.testing.assert_array_equal, back, variables)
+    traced = jax.jit(lambda tree: permute(tree, {"Conv_1/kernel": order}, nodes))(variables)
+    jax.tree.map(np.testing.assert_array_equal, traced, everything)
+
+
+def test_an_order_for_one_writer_is_for_all_of_its_sum():
+    _, variables, nodes = build(*NETS[2])
+    order = np.roll(np.arange(8), 3)
+    first, second = "params/Conv_0/kernel", "params/Block_1/Conv_1/kernel"
+    one = permute(variables, {first: order}, nodes)
+    both = permute(variables, {first: order, second: order.tolist()}, nodes)
+    jax.tree.map(np.testing.assert_array_equal, one, both)
+    kernel = variables["params"]["Block_1"]["Conv_1"]["kernel"]
+    np.testing.assert_array_equal(one["params"]["Block_1"]["Conv_1"]["kernel"], kernel[..., order])
+    with pytest.raises(ValueError, match="another order was given for the same channels"):
+        permute(variables, {first: order, second: order[::-1]}, nodes)
+
+
+@pytest.mark.parametrize(
+    ("orders", "message"),
+    [
+        ({"Conv_9/kernel": np.arange(16)}, "'Conv_9/kernel' writes no group of channels"),
+        ({"BatchNorm_0/scale": np.arange(16)}, "writes no group of channels"),
+        ({ChannelNode(4, (), (), ()): np.arange(4)}, "is none of the 5 groups"),
+        ({3: np.arange(4)}, "3 is none of the 5 groups"),
+        ({"Conv_1/kernel": np.arange(15)}, r"\(15,\), is no permutation of 0 ... 15"),
+        ({"Conv_1/kernel": np.zeros(16, int)}, "every channel must come once"),
+        ({"Conv_1/kernel": np.arange(16.0)}, "float64"),
+        ({"Conv_1/kernel": np.arange(16) - 1}, "is no permutation"),
+        ({"Dense_0/kernel": np.arange(10)}, "its 10 channels must stay in order, because .* network's output"),
+    ],
+)
+def test_bad_orders(orders, message):
+    _, variables, nodes = build(*NETS[0])
+    with pytest.raises(ValueError, match=message):
+        permute(variables, orders, nodes)
+
+
+def test_bad_trees():
+    _, variables, nodes = build(*NETS[0])
+    order = {"Conv_1/kernel": np.arange(16)}
+    with pytest.raises(ValueError, match="no leaf 'batch_stats/BatchNorm_1/mean'"):
+        permute({"params": variables["params"]}, order, nodes)
+    with pytest.raises(ValueError, match="collection='cache': no group has a leaf in it"):
+        permute_tree(variables["params"], order, nodes, collection="cache")
+    other = map_named(lambda name, leaf: leaf[:1] if name == "BatchNorm_1/scale" else leaf, variables["params"])
+    with pytest.raises(ValueError, match=r"'BatchNorm_1/scale' has shape \(1,\); axis 0 .* 16 channels"):
+        permute_tree(other, order, nodes)
+    for shape in ((32, 32), (32, 32, 0)):
+        with pytest.raises(ValueError, match="height, width, channels"):
+            channel_nodes(lambda variables, x: x, variables, shape)
+
+
+def test_filters_with_equal_masks_come_together():
+    rng = np.random.default_rng(0)
+    masks = rng.random((4, 3, 3, 5)) < 0.5
+    assert len(np.unique(masks.reshape(4, -1), axis=0)) == 4
+    kinds = np.array([2, 0, 2, 1, 0, 3, 2, 1])
+    order = filter_order(np.moveaxis(masks[kinds], 0, -1))
+    assert order.tolist() == [0, 2, 6, 1, 4, 3, 7, 5]
+    assert filter_order(np.ones((1, 1, 4, 6), bool)).tolist() == list(range(6))
+    assert filter_order(jnp.moveaxis(jnp.asarray(masks), 0, -1)).tolist() == list(range(4))
+
+
+def test_filter_order_needs_a_concrete_mask():
+    with pytest.raises(ValueError, match="traced"):
+        jax.jit(filter_order)(np.ones((1, 1, 2, 2), bool))
+    with pytest.raises(ValueError, match=r"float64 \(1, 1, 2, 2\): expected bool"):
+        filter_order(np.ones((1, 1, 2, 2)))
+    with pytest.raises(ValueError, match=r"bool \(2, 2\): expected bool"):
+        filter_order(np.ones((2, 2), bool))
+
+
+def test_names_are_those_of_the_tree():
+    _, variables, nodes = build(*NETS[2])
+    names = {name for name, _ in named_leaves(variables)}
+    entries = [name for node in nodes for name, *_ in (*node.writers, *node.followers, *node.readers)]
+    assert set(entries) == names
