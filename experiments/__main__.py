@@ -18,6 +18,12 @@ USAGE = """usage: python -m experiments COMMAND ...
   evaluate RUN         accuracy of a run's newest checkpoint on its evaluation set
   list                 the named configs: what each costs and is expected to reach
   demo                 dense and ClickTrain on embedded images, three seeds, one table, one plot
+  patterns RUN [--out FILE]
+                       a picture of a finished run's pattern set, and of where each pattern is used
+  ablation [--data.dir DIR] [--workdir DIR] [--minutes M] [--workers W] [--records DIR]
+                       what each option of the selection costs or wins, by successive halving
+  importance --out FILE [--data.dir DIR] [--quick]
+                       how well each criterion predicts what removing a kernel does to the loss
   bench WHAT           ratios measured side by side: steps, loop
   table [--write]      RESULTS.md and BENCHMARKS.md from the committed records
   pack-data --out FILE --data.dir DIR [--data.name NAME]
@@ -64,6 +70,9 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "evaluate": commands.evaluate,
         "list": commands.list_configs,
         "demo": commands.demo,
+        "patterns": commands.patterns,
+        "ablation": commands.ablation,
+        "importance": commands.importance,
         "bench": commands.bench,
         "table": commands.table,
         "pack-data": commands.pack_data,

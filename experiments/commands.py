@@ -133,6 +133,91 @@ def demo(arguments: list[str]) -> int:
     return 0
 
 
+def patterns(arguments: list[str]) -> int:
+    """Draw a finished run's patterns, and where each is used."""
+    from experiments.records import RunFolder
+    from experiments.tables import pattern_sheet
+
+    run, rest = _name_argument(arguments, "patterns", "a run folder RUN")
+
+    @dataclasses.dataclass(frozen=True)
+    class Patterns:
+        """Draw a finished run's patterns, and where each is used."""
+
+        out: Path | None = None
+        """The PNG to write; by default RUN/patterns.png."""
+
+    asked = _parse(Patterns, rest, f"patterns {run}")
+    summary = RunFolder(Path(run)).summary()
+    if summary is None:
+        raise ValueError(f"{run} holds no summary.json: give the folder of a finished run")
+    path = asked.out or Path(run) / "patterns.png"
+    pattern_sheet.draw(summary, path)
+    print(f"patterns: {path}")
+    return 0
+
+
+def ablation(arguments: list[str]) -> int:
+    """Run the ablation of the selection, and collect its records."""
+    from experiments import ablation as harness
+    from experiments.configs.ablation import families
+
+    known = {family.prefix: family for family in families()}
+
+    @dataclasses.dataclass(frozen=True)
+    class Ablation:
+        """Run the ablation of the selection, by successive halving; a second call goes on."""
+
+        data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
+        """Where the images are."""
+        workdir: Path = Path("runs/ablation")
+        """Run folders."""
+        records: Path | None = None
+        """Copy the records of finished runs into this folder."""
+        family: Literal["ablation", "ablation-full"] = "ablation"
+        """The slim net, or the full width for a GPU."""
+        seeds: tuple[int, ...] = (0, 1, 2)
+        minutes: float | None = None
+        """Start no new run after so many."""
+        workers: int = 1
+        """Processes at a time; several get one core each."""
+
+    asked = _parse(Ablation, arguments, "ablation")
+    result = harness.run(
+        known[asked.family], asked.workdir, seeds=asked.seeds, minutes=asked.minutes, workers=asked.workers,
+        data_dir=asked.data_dir,
+    )
+    if asked.records is not None:
+        harness.collect(asked.workdir, asked.records)
+    print(f"{result['finished']} runs finished, {result['missing']} to do")
+    for run, error in result["failed"].items():
+        print(f"{run} failed: {error}", file=sys.stderr)
+    return 1 if result["failed"] else 0
+
+
+def importance(arguments: list[str]) -> int:
+    """Measure how well each criterion predicts the true change of loss."""
+    from experiments import importance_study
+
+    @dataclasses.dataclass(frozen=True)
+    class Importance:
+        """Remove single kernels of a trained net, and compare the change of loss with each criterion."""
+
+        out: Path
+        """The record to write, a JSON file."""
+        data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
+        """Where the images are."""
+        workdir: Path | None = None
+        """Parts already measured; by default runs/importance-NAME."""
+        quick: bool = False
+        """A small part on few images, to see that it works."""
+
+    asked = _parse(Importance, arguments, "importance")
+    importance_study.run(asked.data_dir, asked.out, workdir=asked.workdir, quick=asked.quick)
+    print(f"record: {asked.out}")
+    return 0
+
+
 def bench(arguments: list[str]) -> int:
     """Measure ratios side by side, and save them as a record when asked to."""
     from experiments import bench as benches

@@ -13,7 +13,7 @@ import clicktrain_jax as ct
 from clicktrain_jax import models
 from experiments import configs
 from experiments.configs import PruneConfig, from_dict, to_dict
-from experiments.step import learning_rate, prune_rules
+from experiments.recipe import learning_rate, prune_rules
 
 ALL = configs.all_configs()
 PUBLISHED = Path(
@@ -46,7 +46,7 @@ def test_names_carry_the_compression_over_all_convolutions(config):
 
 
 def test_names_are_unique_and_every_pruned_config_has_its_dense_one():
-    families = [config for family in (configs.demo, configs.slim, configs.published) for config in family.configs()]
+    families = [config for family in (configs.demo, configs.slim, configs.published, configs.ablation) for config in family.configs()]
     assert len(ALL) == len(families)
     for config in ALL.values():
         dense = [
