@@ -38,8 +38,9 @@ def test_every_config_it_names_exists():
 
 def test_every_room_it_names_exists():
     text = README.read_text()
-    for room in ("clicktrain_jax/", "clicktrain_jax/models/", "experiments/", "tests/"):
+    for room in ("clicktrain_jax/", "clicktrain_jax/models/", "clicktrain_jax/patterns/", "clicktrain_jax/selection/",
+                 "experiments/", "tests/"):
         assert f"`{room}`" in text and (README.parent / room).is_dir()
-    for module in ("plan", "importance", "patterns", "masks", "encoding", "regularization", "phases", "transform",
-                   "accounting"):
-        assert (README.parent / "clicktrain_jax" / f"{module}.py").exists()
+    for module in ("plan", "targets", "importance", "masks", "encoding", "regularization", "phases", "transform",
+                   "channels", "accounting"):
+        assert f"`{module}`" in text and (README.parent / "clicktrain_jax" / f"{module}.py").exists()

@@ -46,7 +46,8 @@ def test_names_carry_the_compression_over_all_convolutions(config):
 
 
 def test_names_are_unique_and_every_pruned_config_has_its_dense_one():
-    families = [config for family in (configs.demo, configs.slim, configs.published, configs.ablation) for config in family.configs()]
+    families = (configs.demo, configs.slim, configs.published, configs.ablation)
+    families = [config for family in families for config in family.configs()]
     assert len(ALL) == len(families)
     for config in ALL.values():
         dense = [
@@ -126,8 +127,14 @@ def test_impossible_configs_are_refused(fields, message):
 def test_impossible_prunings_are_refused():
     with pytest.raises(ValueError, match="select_epoch=4, prune.prune_epoch=4"):
         PruneConfig(fractions=(0.5,), coeff=0, select_epoch=4, prune_epoch=4)
-    with pytest.raises(ValueError, match="fractions is empty"):
-        PruneConfig(fractions=(), coeff=0, select_epoch=1, prune_epoch=4)
+    for both_or_neither in ({"fractions": ()}, {"fractions": (0.5,), "target": 8.0}):
+        with pytest.raises(ValueError, match="or else leave them empty and give a target"):
+            PruneConfig(**both_or_neither, coeff=0, select_epoch=1, prune_epoch=4)
+    for reselect_epoch in (1, 4):
+        with pytest.raises(ValueError, match=f"reselect_epoch={reselect_epoch}: expected it between"):
+            PruneConfig(fractions=(0.5,), coeff=0, select_epoch=1, prune_epoch=4, reselect_epoch=reselect_epoch)
+    with pytest.raises(ValueError, match="for generated patterns, not for 'fixed'"):
+        PruneConfig(fractions=(0.5,), coeff=0, select_epoch=1, prune_epoch=4, entries=3)
     with pytest.raises(ValueError, match="has 2 values; small has 3 prunable convolutions"):
         prune_rules((0.5, 0.5), ("a", "b", "c"), "small")
     with pytest.raises(ValueError, match="unknown config field 'epoch' for TrainConfig"):
