@@ -86,16 +86,21 @@ def make_target(
     most = dense + sum(_least(layer, removed=False) for layer in layers)
     if total / ratio < least:
         raise ValueError(
-            f"target={ratio:g} over {of} is out of reach: the reachable maximum is {total / least:.2f} with these "
+            f"target={ratio:g} over {of} is out of reach: the reachable maximum is {_down(total / least)} with these "
             f"rules ({dense / total:.1%} of it stays dense). Prune more layers (shortcuts by an explicit rule), use "
             "fewer entries, smaller tiles or floor=False, or lower the target"
         )
     if total / ratio > most:
         raise ValueError(
             f"target={ratio:g} over {of} is below what patterns of these entries and the given fractions already "
-            f"reach, {total / most:.2f}: raise it, leave layers dense, or use more entries"
+            f"reach, {_down(total / most)}: raise it, leave layers dense, or use more entries"
         )
     return Target(float(ratio), of, total / ratio, dense)
+
+
+def _down(ratio: float) -> float:
+    """Rounded down to two places, so that what a message names can be asked for."""
+    return math.floor(100 * ratio) / 100
 
 
 def _count(name: str, shape: tuple[int, ...], of: str, output_sizes: Mapping[str, tuple[int, int]] | None) -> int:

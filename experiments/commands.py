@@ -198,6 +198,7 @@ def ablation(arguments: list[str]) -> int:
 def importance(arguments: list[str]) -> int:
     """Measure how well each criterion predicts the true change of loss."""
     from experiments import importance_study
+    from experiments.tables import importance as importance_table
 
     @dataclasses.dataclass(frozen=True)
     class Importance:
@@ -210,11 +211,14 @@ def importance(arguments: list[str]) -> int:
         workdir: Path | None = None
         """Parts already measured; by default runs/importance-NAME."""
         quick: bool = False
-        """A small part on few images, to see that it works."""
+        """A small part on few images, to see that it works; the study's numbers are then its own."""
+        study: importance_study.Study = importance_study.Study()
 
     asked = _parse(Importance, arguments, "importance")
-    importance_study.run(asked.data_dir, asked.out, workdir=asked.workdir, quick=asked.quick)
-    print(f"record: {asked.out}")
+    record = importance_study.run(
+        asked.data_dir, asked.out, workdir=asked.workdir, study=None if asked.quick else asked.study, quick=asked.quick
+    )
+    print(importance_table.generate(record))
     return 0
 
 
@@ -243,18 +247,19 @@ def bench(arguments: list[str]) -> int:
 
 def table(arguments: list[str]) -> int:
     """Generate RESULTS.md and BENCHMARKS.md from records."""
-    from experiments.tables import benchmarks, results
+    from experiments.tables import documents, results
 
     @dataclasses.dataclass(frozen=True)
     class Table:
         """Tables from committed records."""
 
         write: bool = False
-        """Write RESULTS.md and BENCHMARKS.md instead of printing them."""
+        """Write RESULTS.md, BENCHMARKS.md and their pictures instead of printing the texts."""
 
     asked = _parse(Table, arguments, "table")
-    texts = {results.RESULTS_FILE: results.generate(), benchmarks.BENCHMARKS_FILE: benchmarks.generate()}
-    for path, text in texts.items():
+    if asked.write:
+        documents.draw()
+    for path, text in documents.generate().items():
         if asked.write:
             print(f"{path.name}: {'written' if results.write(text, path) else 'unchanged'}")
         else:

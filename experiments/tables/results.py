@@ -1,6 +1,6 @@
 """RESULTS.md from the committed records: the run folders below experiments/results."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,9 @@ def machine(record: dict[str, Any]) -> str:
     return f"{where['cpu']['model']}, {where['cpu']['cores']} cores"
 
 
-def generate(folder: Path = RECORDS) -> str:
-    """The text of RESULTS.md."""
-    found = records(folder)
+def generate(folder: Path = RECORDS, without: Collection[str] = ()) -> str:
+    """The runs' part of RESULTS.md; groups in ``without`` have tables of their own."""
+    found = [record for record in records(folder) if record["group"] not in without]
     parts = [_HEADER]
     for group in sorted({record["group"] for record in found}):
         parts.append(_section(group, [record for record in found if record["group"] == group]))

@@ -1,9 +1,10 @@
 """Tables: generated from records, and nothing else."""
 
 import json
+import re
 
 from experiments import gpu_checks
-from experiments.tables import benchmarks, results
+from experiments.tables import benchmarks, documents, results
 from experiments.tables.statistics import markdown_table, mean_spread, paired
 
 
@@ -18,8 +19,16 @@ def test_statistics_by_hand():
 
 def test_committed_tables_are_what_the_records_say():
     message = "run `python -m experiments table --write` and commit what it changes"
-    assert results.RESULTS_FILE.read_text() == results.generate(), message
-    assert benchmarks.BENCHMARKS_FILE.read_text() == benchmarks.generate(), message
+    texts = documents.generate()
+    assert {path.name for path in texts} == {"RESULTS.md", "BENCHMARKS.md"}
+    for path, text in texts.items():
+        assert path.read_text() == text, message
+
+
+def test_pictures_that_the_documents_link_to_are_there():
+    for path, text in documents.generate().items():
+        for link in re.findall(r"!\[.*?\]\((.*?)\)", text):
+            assert (path.parent / link).exists(), link
 
 
 def test_the_gpu_table_names_every_check():
