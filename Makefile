@@ -24,6 +24,7 @@ test-all: test test-slow
 bench: $(READY)
 	$(VENV)/bin/python -m experiments bench steps
 	$(VENV)/bin/python -m experiments bench loop
+	$(VENV)/bin/python -m experiments bench selection
 
 table: $(READY)
 	$(VENV)/bin/python -m experiments table --write

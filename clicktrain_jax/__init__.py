@@ -4,7 +4,7 @@ Pure functions on parameter trees (Flax linen ``params``, ``nnx.State``, any tre
 transformation that composes them.
 """
 
-from clicktrain_jax import importance, patterns
+from clicktrain_jax import channels, importance, patterns
 from clicktrain_jax.accounting import Report, report
 from clicktrain_jax.masks import Masks, apply_masks
 from clicktrain_jax.phases import Phase, PhaseSchedule
@@ -25,6 +25,7 @@ __all__ = [
     "Report",
     "add_group_lasso",
     "apply_masks",
+    "channels",
     "clicktrain",
     "group_lasso",
     "importance",

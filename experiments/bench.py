@@ -1,7 +1,8 @@
-"""What pruning adds to an update, and what a compiled epoch loop costs: ratios measured side by side in one process.
+"""What pruning adds to an update, and what a selection and an epoch loop cost: ratios measured side by side.
 
     python -m experiments bench steps      (make bench)
     python -m experiments bench loop
+    python -m experiments bench selection
 """
 
 import dataclasses
@@ -21,10 +22,12 @@ import optax
 import clicktrain_jax as ct
 from clicktrain_jax import models
 from clicktrain_jax.encoding import decode_masks, empty_masks, fill_masks
+from clicktrain_jax.selection import select_layers
 from experiments import configs
 from experiments.data import Dataset
+from experiments.recipe import make_optimizer
 from experiments.records import setting, write_json
-from experiments.step import Trainer, make_optimizer
+from experiments.step import Trainer
 from experiments.tables.benchmarks import bench_table
 
 _PATTERNS = 12
@@ -36,7 +39,7 @@ def run(what: str, net: str, width: float, batch_size: int, repeats: int, out: P
     """Measure, save the record when ``out`` is given, and return a table to print."""
     if not 1 <= repeats <= 500:  # more would walk out of the phase that is measured
         raise ValueError(f"repeats={repeats}: expected 1 to 500")
-    measure = {"steps": measure_steps, "loop": measure_loop}[what]
+    measure = {"steps": measure_steps, "loop": measure_loop, "selection": measure_selection}[what]
     results = measure(net, width, batch_size, repeats)
     record = {
         "what": what,
@@ -114,7 +117,6 @@ def measure_steps(net: str, width: float, batch_size: int, repeats: int) -> list
     updates = ct.phase_updates(inner, plan, **options)
     whole = ct.clicktrain(inner, plan, select_step=_SELECT_STEP, prune_step=_PRUNE_STEP, **options)
 
-    _assert_dense_is_plain(model, inner, updates, (params, batch_stats, inner.init(params), images, labels))
     grads = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape), params)
     select = jax.jit(updates.select)
     layers, _ = select(grads, params)
@@ -157,12 +159,43 @@ def measure_steps(net: str, width: float, batch_size: int, repeats: int) -> list
     return [*rows, _row(name, selection, None, "under 1 s on 2 cores")]
 
 
-def _assert_dense_is_plain(model: Any, inner: Any, updates: ct.PhaseUpdates, args: tuple) -> None:
-    plain, dense = (
-        jax.jit(train_step(model, update)).lower(*args).as_text() for update in (inner.update, updates.dense)
-    )
-    if plain != dense:
-        raise AssertionError("the dense phase does not lower to the program of the plain optax step")
+# (what, options of the plan, patterns) of one selection each; the first is the reference's.
+_SELECTIONS: tuple[tuple[str, dict[str, Any], Any], ...] = (
+    ("the authors' choice: 12 fixed patterns", {}, ct.patterns.fixed_set(12)),
+    ("8 generated patterns", {}, ct.patterns.Generated(8)),
+    ("8 generated patterns for each layer", {}, ct.patterns.Generated(8, per_layer=True)),
+    ("retained scores, balanced", {"removal_score": "retained", "removal_scope": "filter"}, ct.patterns.fixed_set(8)),
+    ("tiles (64, 1)", {"tile": (64, 1)}, ct.patterns.fixed_set(8)),
+    ("supersets of 6 in tiles (64, 1)", {"tile": (64, 1), "superset": 6}, ct.patterns.candidates((3, 3), 4)),
+    ("quads", {"quads": True}, ct.patterns.Generated(8, complementary=True)),
+    ("target 8x, retained scores", {"target": 8.0, "removal_score": "retained"}, ct.patterns.fixed_set(8)),
+    ("8 generated, quads, target 8x, retained scores, all at once",
+     {"target": 8.0, "removal_score": "retained", "quads": True}, ct.patterns.Generated(8, complementary=True)),
+    ("reordered tiles (64, 1), 8 generated", {"tile": (64, 1), "reorder": True}, ct.patterns.Generated(8)),
+)
+
+
+def measure_selection(net: str, width: float, batch_size: int, repeats: int) -> list[dict[str, Any]]:
+    """Seconds of the selection alone, for each option; ``batch_size`` plays no part."""
+    model = models.build(net, num_classes=10, width=width)
+    image_shape = models.default_image_shape(net)
+    params = models.abstract_variables(model, image_shape)["params"]
+    paths = models.prunable_convs(model, image_shape)
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(params))))
+    # Heavy tails, as scores have.
+    scores = jax.tree.map(lambda leaf: jnp.exp(2 * jax.random.normal(next(keys), leaf.shape)), params)
+
+    def selector(options: dict[str, Any], patterns: Any) -> Callable[[], Any]:
+        rules = dict.fromkeys(paths, "auto" if "target" in options else _FRACTION)
+        plan = ct.make_plan(params, rules, **options)
+        compiled = jax.jit(lambda tree: select_layers(tree, plan, patterns))
+        return lambda: compiled(scores)
+
+    functions = {what: selector(options, patterns) for what, options, patterns in _SELECTIONS}
+    seconds = interleaved(functions, repeats)
+    base = next(iter(seconds.values()))
+    goals = {what: "under 10 s" if "reorder" in what else "under 2 s" for what in functions}
+    return [_row(what, seconds[what], base, goals[what]) for what in functions]
 
 
 def measure_loop(net: str, width: float, batch_size: int, repeats: int) -> list[dict[str, Any]]:

@@ -230,9 +230,10 @@ def bench(arguments: list[str]) -> int:
     class Bench:
         """Measure side by side in one process."""
 
-        what: tyro.conf.Positional[Literal["steps", "loop"]] = "steps"
+        what: tyro.conf.Positional[Literal["steps", "loop", "selection"]] = "steps"
         """steps: VGG-16 updates of every phase against the plain optax step, and the selection.
-        loop: an epoch as one compiled loop against one call an update."""
+        loop: an epoch as one compiled loop against one call an update.
+        selection: the choice of the masks alone, with each option."""
         net: str = "vgg16"
         width: float = 1.0
         batch_size: int = 64

@@ -4,7 +4,8 @@
 
 Needs jax, flax, optax and orbax, nothing else: images are random unless ``--packed`` names an archive made by
 `python -m experiments pack-data`. ``--smoke`` runs everything at a tiny size on any device, to test this file.
-A check that fails is recorded as failed and the next one runs; the exit code is then 1.
+A check that fails is recorded as failed and the next one runs; the exit code is then 1. Each check has a process of
+its own: those that compare bits ask XLA for deterministic programs, those that measure speed must not.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,19 +22,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Before jax starts: equal bits on every run are among the checks.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+import jax
+import numpy as np
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-
-import clicktrain_jax as ct  # noqa: E402
-from experiments import bench, configs  # noqa: E402
-from experiments.configs import TrainConfig  # noqa: E402
-from experiments.data import DataConfig, Dataset, load  # noqa: E402
-from experiments.loop import Interrupted, train  # noqa: E402
-from experiments.records import setting, write_json  # noqa: E402
-from experiments.step import Trainer  # noqa: E402
+import clicktrain_jax as ct
+from experiments import bench, configs
+from experiments.configs import TrainConfig
+from experiments.data import DataConfig, Dataset, load
+from experiments.loop import Interrupted, train
+from experiments.records import setting, write_json
+from experiments.step import Trainer
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "clicktrain_jax" / "golden_small.npz"
 
@@ -138,6 +137,14 @@ def measure_update_costs(smoke: bool, packed: str | None) -> dict[str, Any]:
     return {"size": size, "rows": bench.measure_steps(**size)}
 
 
+def measure_selection(smoke: bool, packed: str | None) -> dict[str, Any]:
+    """Seconds of the selection with each option, whole VGG-16."""
+    size = {"net": "vgg11", "width": 0.125, "batch_size": 1, "repeats": 1} if smoke else {
+        "net": "vgg16", "width": 1.0, "batch_size": 1, "repeats": 7,
+    }
+    return {"size": size, "rows": bench.measure_selection(**size)}
+
+
 def measure_training(smoke: bool, packed: str | None) -> dict[str, Any]:
     """Images a second of whole epochs of VGG-13, dense and pruned, in bfloat16 and float32."""
     dataset = _random_images(256 if smoke else 50_000)
@@ -166,37 +173,51 @@ CHECKS: dict[str, Callable[[bool, str | None], dict[str, Any]]] = {
     "loop-programs": check_loop_programs,
     "resume": check_resume,
     "update-costs": measure_update_costs,
+    "selection": measure_selection,
     "training": measure_training,
 }
+_COMPARE_BITS = ("loop-programs", "resume")
+
+
+def run_check(name: str, out: Path, smoke: bool, packed: str | None) -> bool:
+    """Run one check in this process and write its record; returns whether it passed."""
+    start = time.perf_counter()
+    try:
+        outcome = {"ok": True, **CHECKS[name](smoke, packed)}
+    except Interrupted:
+        raise
+    except Exception:  # a record of what went wrong is the point
+        outcome = {"ok": False, "error": traceback.format_exc()}
+    seconds = time.perf_counter() - start
+    what = (CHECKS[name].__doc__ or "").strip()
+    record = {"check": name, "what": what, "smoke": smoke, "seconds": seconds, "setting": setting(), **outcome}
+    write_json(out / f"{name}.json", record)
+    print(f"{name}: {'ok' if outcome['ok'] else 'FAILED'} in {seconds:.1f} s", flush=True)
+    if not outcome["ok"]:
+        print(outcome["error"], flush=True)
+    return outcome["ok"]
 
 
 def main(arguments: list[str]) -> int:
-    """Run the checks; returns 1 when one failed."""
+    """Run the checks, each in a process of its own; returns 1 when one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--packed", help="packed CIFAR-10 archive")
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS))
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--here", action="store_true", help="in this process")
     asked = parser.parse_args(arguments)
     asked.out.mkdir(parents=True, exist_ok=True)
-    failed = []
+    if asked.here:
+        return int(not all([run_check(name, asked.out, asked.smoke, asked.packed) for name in asked.only]))
+    failed = 0
     for name in asked.only:
-        start = time.perf_counter()
-        try:
-            outcome = {"ok": True, **CHECKS[name](asked.smoke, asked.packed)}
-        except Interrupted:
-            raise
-        except Exception:  # the next check must run
-            outcome = {"ok": False, "error": traceback.format_exc()}
-            failed.append(name)
-        seconds = time.perf_counter() - start
-        summary = (CHECKS[name].__doc__ or "").strip()
-        write_json(asked.out / f"{name}.json", {"check": name, "what": summary, "seconds": seconds,
-                                                "setting": setting(), **outcome})
-        print(f"{name}: {'ok' if outcome['ok'] else 'FAILED'} in {seconds:.1f} s", flush=True)
-        if not outcome["ok"]:
-            print(outcome["error"], flush=True)
-    return 1 if failed else 0
+        command = [sys.executable, "-m", "experiments.gpu_checks", "--here", "--out", str(asked.out), "--only", name]
+        command += ["--smoke"] * asked.smoke + (["--packed", asked.packed] if asked.packed else [])
+        flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true" * (name in _COMPARE_BITS)
+        environment = os.environ | {"XLA_FLAGS": flags.strip()}
+        failed |= subprocess.run(command, env=environment, check=False).returncode != 0
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,25 @@
 """What the README says, done."""
 
+import inspect
 import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 
+import clicktrain_jax as ct
 from experiments import configs
 
 README = Path(__file__).parents[1] / "README.md"
 
 
+def snippets():
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
 def test_the_example_runs_and_prunes(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code = snippets()[0]
     # A run of 8 updates rather than of thousands.
     code = code.replace("2_000", "2").replace("5_000", "4")
     key = jax.random.key(0)
@@ -29,6 +36,28 @@ def test_the_example_runs_and_prunes(capsys):
     kernel = names["params"]["Conv_1"]["kernel"]
     assert int((kernel != 0).sum()) == (128 - 84) * 4  # ceil(0.65 * 128) kernels go, the others keep 4 taps
     assert "all convolutions" in capsys.readouterr().out
+
+
+def test_the_options_example_makes_an_optimizer():
+    _, code = snippets()
+    shapes = [(3, 3, 3, 16), (3, 3, 16, 32), (3, 3, 32, 32)]
+    params = {f"Conv_{index}": {"kernel": jnp.ones(shape)} for index, shape in enumerate(shapes)}
+    names = {"params": params, "ct": ct, "optax": optax}
+    exec(code, names)  # the README's own code
+    state = names["optimizer"].init(params)
+    assert set(state.scores) == {"Conv_1/kernel", "Conv_2/kernel"} and names["plan"].target.ratio == 8
+
+
+def test_every_option_in_the_table_exists():
+    text = README.read_text()
+    table = text[text.index("| to choose | option |") : text.index("`python -m experiments patterns RUN`")]
+    known = {
+        name
+        for function in (ct.make_plan, ct.clicktrain, ct.patterns.Generated)
+        for name in inspect.signature(function).parameters
+    }
+    named = set(re.findall(r"`?\b([a-z_]+)=", table)) | set(re.findall(r"`([a-z]+_step)`", table))
+    assert named and named <= known, named - known
 
 
 def test_every_config_it_names_exists():

@@ -14,6 +14,7 @@ GPU_CHECKS = {
     "loop-programs": "epoch loop against single updates; equal runs give equal bits",
     "resume": "a resumed run ends with equal bits",
     "update-costs": "updates of every phase against the plain optax step",
+    "selection": "seconds of the selection with each option, whole VGG-16",
     "training": "images a second of whole VGG-13 epochs",
 }
 _HEADER = """# Benchmarks
@@ -57,7 +58,7 @@ def _section(record: dict[str, Any]) -> str:
 
 def _gpu(folder: Path) -> str:
     lines = ["## On a GPU\n", "`python -m experiments.gpu_checks --out experiments/results/gpu`\n"]
-    rows = []
+    rows, details = [], []
     for name, what in GPU_CHECKS.items():
         path = folder / f"{name}.json"
         if not path.exists():
@@ -66,4 +67,10 @@ def _gpu(folder: Path) -> str:
         record = read_json(path)
         outcome = "passed" if record["ok"] else "FAILED"
         rows.append((name, what, outcome, machine(record), record["setting"]["date"][:10]))
-    return "\n".join(lines) + "\n" + markdown_table(("check", "what", "outcome", "device", "date"), rows)
+        if record.get("rows"):
+            details.append(f"\n### {name}\n\n{bench_table(record['rows'])}")
+        if record.get("images_per_second"):
+            rates = [(run, f"{rate:,.0f}") for run, rate in record["images_per_second"].items()]
+            details.append(f"\n### {name}\n\n{markdown_table(('run', 'images a second'), rates)}")
+    table = markdown_table(("check", "what", "outcome", "device", "date"), rows)
+    return "\n".join(lines) + "\n" + table + "".join(details)

@@ -136,7 +136,7 @@ def test_group_scores_of_several_batches_average_kernel_by_kernel():
         ({"importance_steps": 0}, "importance_steps=0: expected 1 to 4"),
         ({"importance_steps": 5}, "importance_steps=5: expected 1 to 4, the updates up to select_step=3"),
         ({"importance_steps": 1.5}, "importance_steps=1.5: expected an integer"),
-        ({"reselect_step": 3}, "reselect_step=3: expected it before prune_step=8 and at least importance_steps=1 after"),
+        ({"reselect_step": 3}, "reselect_step=3: expected it before prune_step=8 and at least importance_steps=1"),
         ({"reselect_step": 8}, "reselect_step=8: expected it before prune_step=8"),
         ({"reselect_step": 5, "importance_steps": 3}, "reselect_step=5: expected it .* at least importance_steps=3"),
     ],
