@@ -106,18 +106,20 @@ class Report:
         return _ratio(self._total("weights", layers), self._total("retained", layers))
 
     def to_text(self) -> str:
-        """A table for people: the convolutions, then the totals."""
-        rows = [f"{'layer':<36}{'shape':<20}{'weights':>12}{'retained':>12}{'ratio':>8}"]
+        """A table for people: the convolutions, what was removed of each, then the totals."""
+        rows = [f"{'layer':<36}{'shape':<20}{'kernels gone':>14}{'weights':>12}{'retained':>12}{'ratio':>8}"]
         for layer in self.convs:
+            kernels = math.prod(layer.shape[2:])
+            gone = f"{100 * layer.kernels_removed / kernels:.1f}%" if layer.pruned else "dense"
             rows.append(
-                f"{layer.name:<36}{'x'.join(map(str, layer.shape)):<20}{layer.weights:>12,}"
+                f"{layer.name:<36}{'x'.join(map(str, layer.shape)):<20}{gone:>14}{layer.weights:>12,}"
                 f"{layer.retained:>12,}{layer.compression:>7.2f}x"
             )
         for what, weights, retained, ratio in (
             ("all convolutions", self.conv_weights, self.conv_retained, self.conv_compression),
             ("whole model", self.model_weights, self.model_retained, self.model_compression),
         ):
-            rows.append(f"{what:<56}{weights:>12,}{retained:>12,}{ratio:>7.2f}x")
+            rows.append(f"{what:<70}{weights:>12,}{retained:>12,}{ratio:>7.2f}x")
         return "\n".join(rows)
 
 

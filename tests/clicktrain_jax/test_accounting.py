@@ -98,6 +98,8 @@ def test_plain_data(tree, masks):
     assert dataclasses.asdict(report)["layers"][0]["name"] == "conv1/kernel"
     text = report.to_text().splitlines()
     assert "conv2/kernel" in text[2] and "3x3x4x2" in text[2] and text[2].endswith("3.60x")
+    gone = {line.split()[0]: line.split()[2] for line in text[1:-2]}
+    assert gone["conv1/kernel"] == "dense" and gone["conv2/kernel"] == "37.5%"
     assert text[-1].startswith("whole model") and text[-1].endswith("1.60x")
     assert not any("norm" in line for line in text)
 
