@@ -98,9 +98,9 @@ def make_target(
     return Target(float(ratio), of, total / ratio, dense)
 
 
-def _down(ratio: float) -> float:
+def _down(ratio: float) -> str:
     """Rounded down to two places, so that what a message names can be asked for."""
-    return math.floor(100 * ratio) / 100
+    return f"{math.floor(100 * ratio) / 100:.2f}"
 
 
 def _count(name: str, shape: tuple[int, ...], of: str, output_sizes: Mapping[str, tuple[int, int]] | None) -> int:
