@@ -95,7 +95,7 @@ class LayerPlan:
     @property
     def num_protected(self) -> int:
         """At most so many units are held back by the floor: the best of every row and of every column."""
-        return sum(self.unit_grid) - 1 if self.floor and self.removal_scope == "layer" else 0
+        return sum(self.unit_grid) - 1 if self.floor else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Plan:
 
 def make_plan(
     params: Tree,
-    rules: Mapping[str, Fraction] | None,
+    rules: Mapping[str, Fraction] | None = None,
     *,
     tile: Tile = (1, 1),
     removal_tile: Tile | None = None,
@@ -167,11 +167,13 @@ def make_plan(
         removal_score: "whole": kernels compete by the score of all their taps; "retained": by what their pattern keeps.
         removal_scope: "layer": the units of a layer compete; "filter": the same number goes in every filter (tile of
             filters); "tile": in every pattern tile. In short last blocks the number is in proportion, rounded down.
-        floor: keep the best unit of every filter and of every input channel (with the scope "layer"; the other
-            scopes never empty a filter). By default on with a target, off with fractions, as in the authors' code.
+        floor: keep the best unit of every filter and of every input channel. For the scope "layer" alone: the
+            others leave something of every filter by themselves, and may empty an input channel. By default on with a
+            target, off with fractions, as in the authors' code.
         reorder: assign filters to tiles by likeness. The parameters keep their order: the masks then tell which
             filters belong together.
-        target: compression to reach over ``target_of``; resolved at the selection, from the scores.
+        target: compression to reach over ``target_of``; resolved at the selection, from the scores, as near as one
+            unit of removal allows (one unit of every block with the scopes "filter" and "tile").
         target_of: "convolutions": weights of every 4-D leaf. "model": of every leaf. "multiply_adds": of the leaves
             in ``output_sizes``.
         output_sizes: ``{leaf name: (height, width)}``, for multiply-adds (`clicktrain_jax.models.output_sizes`).
@@ -187,19 +189,21 @@ def make_plan(
         ValueError: a rule that is no regular expression or matches nothing; a fraction outside [0, 1); a rule
             that prunes a leaf which is not (kh, kw, cin, cout); an uncovered convolution when ``strict``;
             kernel removal in a grouped convolution; a bad tile or option, or options that exclude one another;
-            a fraction that leaves less than the floor holds; a target out of reach (the reachable maximum is named);
-            nothing to prune.
+            a fraction that leaves nothing of what competes, or less than the floor holds; a target out of reach (the
+            reachable maximum is named); nothing to prune.
     """
     leaves = named_leaves(params)
     shapes = {name: tuple(int(n) for n in jnp.shape(leaf)) for name, leaf in leaves if leaf is not None}
     names = [name for name, _ in leaves]
-    if rules is None and target is not None:
-        rules = _default_rules(shapes)
+    if not rules and target is not None:
+        grouped = rule_lib.compile_numbers(groups or {}, names, "groups", "a feature_group_count")
+        rules = _default_rules(shapes, grouped)
     compiled = rule_lib.compile_rules(rules)
     if target is None and "auto" in rules.values():
         raise ValueError("a rule says 'auto', but there is no target: give target=8.0, or a fraction in the rule")
     group_rules = rule_lib.compile_numbers(groups or {}, names, "groups", "a feature_group_count")
-    entry_rules = None if isinstance(entries, int) else rule_lib.compile_numbers(entries, names, "entries", "taps")
+    plain = isinstance(entries, numbers.Integral) and not isinstance(entries, bool)
+    entry_rules = None if plain else rule_lib.compile_numbers(entries, names, "entries", "taps")
     for which, value in (("tile", tile), ("removal_tile", removal_tile)):
         if value is not None or which == "tile":
             _check_tile(which, value)
@@ -230,12 +234,12 @@ def make_plan(
             None if fraction == "auto" else float(fraction),
             tile=_whole(tile, shape),
             removal_tile=_whole(tile if removal_tile is None else removal_tile, shape),
-            entries=entries if entry_rules is None else rule_lib.first_match(entry_rules, name, 4),
+            entries=int(entries) if entry_rules is None else rule_lib.first_match(entry_rules, name, 4),
             superset=superset,
             quads=quads,
             removal_score=removal_score,
             removal_scope=removal_scope,
-            floor=target is not None if floor is None else bool(floor),
+            floor=target is not None and removal_scope == "layer" if floor is None else bool(floor),
             reorder=bool(reorder),
             cost=rule_lib.positions(name, output_sizes) if target_of == "multiply_adds" and target else 1,
         )
@@ -250,12 +254,13 @@ def make_plan(
     return Plan(tuple(layers), tuple(names), resolved)
 
 
-def _default_rules(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Fraction]:
-    """"auto" for every convolution but the first, which sees the image, and shortcuts."""
+def _default_rules(shapes: Mapping[str, tuple[int, ...]], groups: rule_lib.NumberRules) -> dict[str, Fraction]:
+    """"auto" for every convolution but the first, which sees the image, shortcuts and grouped ones."""
     chosen = [
         name
         for name, shape in shapes.items()
         if is_kernel_shape(shape) and shape[2] > 4 and "shortcut" not in name and "downsample" not in name
+        and rule_lib.first_match(groups, name, 1) == 1
     ]
     if not chosen:
         raise ValueError("rules=None: there is no convolution of more than 4 input channels to prune by the target")
@@ -314,12 +319,25 @@ def _check_layer(layer: LayerPlan) -> None:
             f"{layer.name!r}: removal_scope='tile' needs pattern tiles {layer.tile} that are multiples of the "
             f"removal tiles {layer.removal_tile}"
         )
-    if not layer.fraction or not layer.floor:
+    if layer.floor and layer.removal_scope != "layer":
+        raise ValueError(
+            f"floor=True with removal_scope={layer.removal_scope!r}: equal counts leave something of every filter, but "
+            "cannot promise it for input channels; use removal_scope='layer', or floor=False"
+        )
+    if not layer.fraction:
         return
     units = math.prod(layer.scope_block)
-    least = max(layer.num_protected, 1)
-    if units - layer.num_removed < least:
+    # The authors' own form keeps their count, whatever it leaves of a tiny layer.
+    reference = layer.removal_tile == (1, 1) and layer.removal_scope == "layer"
+    if layer.num_removed >= units and not reference:
+        raise ValueError(
+            f"{layer.name!r}: a fraction of {layer.fraction} removes all of the {units} unit(s) of "
+            f"{layer.removal_tile} (filters, channels) that compete with each other; use a smaller removal_tile, a wider removal_scope or a "
+            "smaller fraction"
+        )
+    if units - layer.num_removed < layer.num_protected:
         raise ValueError(
             f"{layer.name!r}: a fraction of {layer.fraction} leaves {units - layer.num_removed} of {units} units that "
-            f"compete, and the floor may hold {least}; use a fraction up to {1 - least / units:.4f}, or floor=False"
+            f"compete, and the floor may hold {layer.num_protected}; use a fraction up to "
+            f"{1 - layer.num_protected / units:.4f}, or floor=False"
         )

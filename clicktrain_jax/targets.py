@@ -79,6 +79,9 @@ def make_target(
             f"target={ratio}: every rule gives a fraction, so nothing is left to the target; say 'auto' in the rules "
             "of the layers that it should decide, or rules=None for all"
         )
+    unknown = sorted(set(output_sizes or {}) - set(shapes))
+    if of == "multiply_adds" and unknown:
+        raise ValueError(f"output_sizes names {unknown[0]!r}, which is no leaf of params")
     counted = {name: math.prod(shape) * _count(name, shape, of, output_sizes) for name, shape in shapes.items()}
     total = sum(counted.values())
     dense = total - sum(counted[layer.name] for layer in layers)
@@ -88,7 +91,7 @@ def make_target(
         raise ValueError(
             f"target={ratio:g} over {of} is out of reach: the reachable maximum is {_down(total / least)} with these "
             f"rules ({dense / total:.1%} of it stays dense). Prune more layers (shortcuts by an explicit rule), use "
-            "fewer entries, smaller tiles or floor=False, or lower the target"
+            "fewer entries, smaller tiles or floor=False, or lower the target; what no rule matches stays dense too"
         )
     if total / ratio > most:
         raise ValueError(
@@ -116,13 +119,28 @@ def _least(layer: "LayerPlan", removed: bool = True) -> int:
     kernels = layer.shape[2] * layer.shape[3]
     filters, channels = layer.removal_tile
     if layer.fraction is not None:
-        kernels = round(kernels * (1 - layer.num_removed / math.prod(layer.scope_block)))
+        kernels -= _removed_at_least(layer)
     elif removed:
         blocks = math.prod(math.ceil(size / block) for size, block in zip(layer.unit_grid, layer.scope_block))
         # Without a floor one unit stays all the same: the last row of a layer is never removed.
         kernels = min(kernels, max(layer.num_protected, blocks) * filters * channels)
     taps = layer.entries if layer.has_patterns else 1
     return kernels * taps * layer.cost
+
+
+def _removed_at_least(layer: "LayerPlan") -> int:
+    """Kernels that a fraction removes, when the short last tiles are the ones to go."""
+    sizes, blocks = [], []
+    for axis, (size, unit) in enumerate(zip(layer.shape[2:], layer.removal_tile[::-1])):
+        sizes.append([min(unit, size - start) for start in range(0, size, unit)])
+        step = layer.scope_block[axis]
+        blocks.append([slice(start, start + step) for start in range(0, len(sizes[axis]), step)])
+    removed = 0
+    for rows in blocks[0]:
+        for columns in blocks[1]:
+            units = sorted(row * column for row in sizes[0][rows] for column in sizes[1][columns])
+            removed += sum(units[: layer.num_removed * len(units) // math.prod(layer.scope_block)])
+    return removed
 
 
 def resolve(
@@ -154,12 +172,13 @@ def resolve(
         low, high = bounds
         middle = low + (high - low) // 2
         enough = saved_by(count_below(jax.lax.bitcast_convert_type(middle, jnp.float32), "right")) >= need
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+        return jnp.where(enough, low, jnp.minimum(middle + 1, high)), jnp.where(enough, middle, high)
 
     infinity = jax.lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
     bits, _ = jax.lax.fori_loop(0, 31, halve, (jnp.int32(0), infinity - 1))
     threshold = jax.lax.bitcast_convert_type(bits, jnp.float32)
     below, tied = count_below(threshold, "left"), count_below(threshold, "right")
+    # What must stay has an infinite rank, which no threshold reaches: the largest one is a finite float.
     missing = need - saved_by(below)
     counts = {}
     # Ties go layer by layer until the need is met; the last row only when that brings it nearer.

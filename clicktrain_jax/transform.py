@@ -286,8 +286,9 @@ def masks_of(opt_state: Any) -> Masks:
         raise ValueError("an abstract optimizer state holds no masks: pass one of arrays")
     if not isinstance(finite, jax.core.Tracer) and not finite:
         raise ValueError(
-            "the scores at the selection were not finite (NaN or infinite loss or gradient), so nothing was "
-            "selected: go back to an earlier checkpoint and lower the learning rate or check the data"
+            "the scores at the selection were not finite (NaN or infinite loss or gradient), so nothing was selected "
+            "then (a first selection's masks stand when it was the second): go back to an earlier checkpoint and lower "
+            "the learning rate or check the data"
         )
     return decode_masks(state["masks"])
 

@@ -99,3 +99,10 @@ def has_non_finite(array: Any) -> bool:
     if array is None or isinstance(array, jax.core.Tracer):
         return False
     return not bool(np.isfinite(np.asarray(array, dtype=np.float32)).all())
+
+
+def has_negative(array: Any) -> bool:
+    """True when a concrete array holds values below zero; a traced one cannot be looked at and gives False."""
+    if array is None or isinstance(array, jax.core.Tracer):
+        return False
+    return bool((np.asarray(array, dtype=np.float32) < 0).any())

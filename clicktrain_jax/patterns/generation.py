@@ -131,6 +131,22 @@ class Generated:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False")
         _check_options(self.num_patterns, self.method, self.centre, self.complementary)
 
+    def check(self, sizes: Mapping[str, Size], entries: Mapping[str, int]) -> None:
+        """Refuse layers that no such set can be made for, before there are scores.
+
+        Args:
+            sizes: ``{name: (kh, kw)}``.
+            entries: ``{name: taps that the layer's patterns keep}``.
+
+        Raises:
+            ValueError: numbers that do not fit a layer's kernels; the layer is named.
+        """
+        for name, size in sizes.items():
+            try:
+                _check_numbers(size, self.num_patterns, entries[name], self.method, self.centre, self.complementary)
+            except ValueError as error:
+                raise ValueError(f"{name!r}: {error}; give make_plan entries, or other patterns, for it") from error
+
     def sets(self, scores: Mapping[str, Any], entries: Mapping[str, int]) -> dict[str, jax.Array]:
         """Generate the sets of the layers named in ``entries``; jittable.
 

@@ -18,7 +18,7 @@ from clicktrain_jax.selection.pattern_choice import check_quads, choose_patterns
 from clicktrain_jax.selection.reordering import assign_filters
 from clicktrain_jax.selection.tiles import ordered_sum, tile_sums
 from clicktrain_jax.targets import resolve
-from clicktrain_jax.trees import Tree, has_non_finite, named_leaves
+from clicktrain_jax.trees import Tree, has_negative, has_non_finite, named_leaves
 
 
 def select_masks(scores: Tree, plan: Plan, patterns: Any) -> Masks:
@@ -55,6 +55,8 @@ def select_layers(scores: Tree, plan: Plan, patterns: Any) -> dict[str, LayerCho
                 f"scores of {layer.name!r} hold NaN or infinite values: the loss or its gradient was not finite at "
                 "the selection; lower the learning rate or look at the data before selecting"
             )
+        if has_negative(leaves[layer.name]):
+            raise ValueError(f"scores of {layer.name!r} hold negative values: expected non-negative importance")
     # The barrier keeps a compiler from fusing the criterion's products into the sums with multiply-adds, whose
     # other rounding could flip a near-tie.
     by_name = {
@@ -95,13 +97,8 @@ def check_patterns(plan: Plan, patterns: Any) -> Any:
                 "quads need patterns that fit beside each other: Generated(..., complementary=True), which pairs "
                 "every pattern with one that it shares no tap with"
             )
-        for layer in with_patterns:
-            taps = layer.shape[0] * layer.shape[1]
-            if layer.entries >= taps:
-                raise ValueError(
-                    f"{layer.name!r}: entries={layer.entries}, expected 1 to {taps - 1} of its {taps} taps; give "
-                    "make_plan entries for this layer"
-                )
+        patterns.check({layer.name: layer.shape[:2] for layer in with_patterns},
+                       {layer.name: layer.entries for layer in with_patterns})
         return patterns
     patterns = check_set(patterns)
     size = tuple(jnp.shape(patterns)[1:])

@@ -161,6 +161,11 @@ def test_1x1_kernels_agree_with_the_loops(oracle, scores, percent):
 @few_examples
 @given(scores=scores_3x3, percent=st.integers(0, 99), tile=st.sampled_from([(1, 1), (2, 3)]))
 def test_count_is_exact(oracle, scores, percent, tile):
+    tiles = -(-scores.shape[2] // tile[1]) * -(-scores.shape[3] // tile[0])
+    if tile != (1, 1) and oracle.removed_count(percent, tiles) == tiles:
+        with pytest.raises(ValueError, match=f"removes all of the {tiles} unit"):
+            ct.make_plan({"k": scores}, {"k": percent / 100}, tile=tile, groups={"k": 1})
+        return
     plan = ct.make_plan({"k": scores}, {"k": percent / 100}, tile=tile, groups={"k": 1})
     (layer,) = plan.layers
     rows, columns = layer.tile_grid

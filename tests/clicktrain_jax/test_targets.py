@@ -183,6 +183,24 @@ def test_the_reachable_maximum_is_reachable():
     assert ct.report(params, chosen(params, plan)).conv_compression == pytest.approx(maximum, rel=0.01)
 
 
+def test_short_tiles_of_explicit_fractions_do_not_hide_what_cannot_be_reached():
+    """Light short tiles may be the ones to go: then a wide fraction saves little."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 3, 16, 24), "b": (3, 3, 24, 40), "c": (1, 1, 40, 24)}
+    tree = {name: rng.exponential(size=shape).astype(np.float32) ** 3 for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match="out of reach"):
+        ct.make_plan(tree, {"b": 0.3, ".*": "auto"}, target=4.0, tile=(32, 1), floor=False)
+    plan = ct.make_plan(tree, {"b": 0.3, ".*": "auto"}, target=2.9, tile=(32, 1), floor=False)
+    masks = ct.select_masks(tree, plan, FOUR)
+    assert all(np.asarray(mask).any() for mask in masks.kernel.values())
+
+
+def test_grouped_convolutions_are_left_out_of_the_default_rules():
+    tree = {"a": np.ones((3, 3, 16, 32)), "b": np.ones((3, 3, 8, 32))}
+    plan = ct.make_plan(tree, target=2.5, groups={"b": 4})
+    assert [layer.name for layer in plan.layers] == ["a"]
+
+
 def test_a_target_counts_with_its_entries():
     params, _, _ = zoo("vgg11", 0.25)
     plan = ct.make_plan(params, None, target=8.0, entries=3)

@@ -114,6 +114,45 @@ def test_the_loop_computes_what_the_transformation_does_in_a_users_own_loop(tiny
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
 
 
+def test_scores_of_several_updates_and_a_second_selection(tiny_dataset, tmp_path, monkeypatch):
+    """As in a user's own loop with the same options; and stopped inside a window of gathering, the same bits."""
+    prune = dataclasses.replace(
+        tiny.CONFIG.prune, select_epoch=1, reselect_epoch=2, importance_steps=4, patterns="coverage", num_patterns=3
+    )
+    config = tiny.changed(prune=prune, epochs=4, mixup_epoch=None)
+    trainer = Trainer(config, tiny_dataset)
+    folder = tmp_path / "whole"
+    whole = loop.train(config, folder, trainer=trainer)
+    phases = [line["phases"] for line in read_metrics(folder)]
+    assert phases == [["dense"], ["select", "regularize"], ["select", "regularize"], ["prune", "pruned"]]
+
+    # The first selection's window began three updates before the first epoch's end.
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 7, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(loop.Interrupted):
+            loop.train(config, tmp_path / "stopped", trainer=trainer)
+    resumed = loop.train(config, tmp_path / "stopped", trainer=trainer)
+    assert resumed["params_sha256"] == whole["params_sha256"] and resumed["masks_sha256"] == whole["masks_sha256"]
+
+    start, _ = trainer.init(0)
+    transform = ct.clicktrain(
+        trainer.optimizer, trainer.plan, select_step=5, reselect_step=10, prune_step=15, coeff=prune.coeff,
+        patterns=trainer.patterns, importance_steps=4,
+    )
+    users = Trainer(dataclasses.replace(config, prune=None), tiny_dataset)
+    users.optimizer = transform
+    theirs = start._replace(opt_state=transform.init(start.params), scores={})
+    for epoch in range(config.epochs):
+        theirs, _, _ = users.run_epoch(theirs, None, epoch, 0)
+    state, encoded = trainer.init(0)
+    for epoch in range(config.epochs):
+        state, encoded, _ = trainer.run_epoch(state, encoded, epoch, 0)
+    for one, two in zip(jax.tree.leaves(ct.masks_of(theirs.opt_state)), jax.tree.leaves(decode_masks(encoded))):
+        np.testing.assert_array_equal(one, two)
+    for one, two in zip(jax.tree.leaves(theirs.params), jax.tree.leaves(state.params)):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
 def test_the_dense_phase_lowers_to_the_program_of_the_plain_optax_step(tiny_trainer, tiny_dataset):
     from clicktrain_jax.phases import Phase
 
