@@ -332,8 +332,8 @@ def _check_layer(layer: LayerPlan) -> None:
     if layer.num_removed >= units and not reference:
         raise ValueError(
             f"{layer.name!r}: a fraction of {layer.fraction} removes all of the {units} unit(s) of "
-            f"{layer.removal_tile} (filters, channels) that compete with each other; use a smaller removal_tile, a wider removal_scope or a "
-            "smaller fraction"
+            f"{layer.removal_tile} (filters, channels) that compete with each other; use a smaller removal_tile, a "
+            "wider removal_scope or a smaller fraction"
         )
     if units - layer.num_removed < layer.num_protected:
         raise ValueError(

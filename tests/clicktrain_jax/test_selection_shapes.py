@@ -110,7 +110,8 @@ def test_a_fraction_that_would_remove_all_that_competes_is_refused(options):
 def test_equal_counts_cannot_promise_a_floor():
     for scope in ("filter", "tile"):
         with pytest.raises(ValueError, match=f"floor=True with removal_scope='{scope}'"):
-            select(random_scores(0, (3, 3, 8, 8)), 0.5, removal_scope=scope, tile=(4, 4), removal_tile=(1, 1), floor=True)
+            select(random_scores(0, (3, 3, 8, 8)), 0.5, removal_scope=scope, tile=(4, 4), removal_tile=(1, 1),
+                   floor=True)
 
 
 @few_examples
