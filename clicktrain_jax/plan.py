@@ -36,7 +36,6 @@ class LayerPlan:
         removal_score: units compete by their "whole" score, or by what is "retained" under their pattern.
         removal_scope: where the same share goes: the "layer", each "filter" (tile of filters), each pattern "tile".
         floor: no filter and no input channel is emptied.
-        reorder: filters are assigned to tiles by likeness.
         cost: what one weight counts for the plan's target: 1, or the number of places it is applied at.
     """
 
@@ -51,7 +50,6 @@ class LayerPlan:
     removal_score: str = "whole"
     removal_scope: str = "layer"
     floor: bool = False
-    reorder: bool = False
     cost: int = 1
 
     @property
@@ -136,7 +134,6 @@ def make_plan(
     removal_score: Literal["whole", "retained"] = "whole",
     removal_scope: Literal["layer", "filter", "tile"] = "layer",
     floor: bool | None = None,
-    reorder: bool = False,
     target: float | None = None,
     target_of: Literal["convolutions", "model", "multiply_adds"] = "convolutions",
     output_sizes: Mapping[str, tuple[int, int]] | None = None,
@@ -170,8 +167,6 @@ def make_plan(
         floor: keep the best unit of every filter and of every input channel. For the scope "layer" alone: the
             others leave something of every filter by themselves, and may empty an input channel. By default on with a
             target, off with fractions, as in the authors' code.
-        reorder: assign filters to tiles by likeness. The parameters keep their order: the masks then tell which
-            filters belong together.
         target: compression to reach over ``target_of``; resolved at the selection, from the scores, as near as one
             unit of removal allows (one unit of every block with the scopes "filter" and "tile").
         target_of: "convolutions": weights of every 4-D leaf. "model": of every leaf. "multiply_adds": of the leaves
@@ -240,7 +235,6 @@ def make_plan(
             removal_score=removal_score,
             removal_scope=removal_scope,
             floor=target is not None and removal_scope == "layer" if floor is None else bool(floor),
-            reorder=bool(reorder),
             cost=rule_lib.positions(name, output_sizes) if target_of == "multiply_adds" and target else 1,
         )
         _check_layer(layer)

@@ -46,7 +46,6 @@ def make_plan(prune: PruneConfig, model: Any, params: Any, image_shape: tuple[in
         removal_score=prune.removal_score,
         removal_scope=prune.removal_scope,
         floor=prune.floor,
-        reorder=prune.reorder,
         target=prune.target,
         target_of=prune.target_of,
         output_sizes=models.output_sizes(model, image_shape),

@@ -1,7 +1,7 @@
 """The selection, from scores per weight to the masks of every planned layer.
 
-For each layer: its pattern set (given or generated), an order of filters if asked, a pattern for each kernel; then
-how many kernels each layer loses, by its fraction or by the plan's target; then which.
+For each layer: its pattern set (given or generated), and a pattern for each kernel; then how many kernels each layer
+loses, by its fraction or by the plan's target; then which.
 """
 
 import math
@@ -15,7 +15,6 @@ from clicktrain_jax.patterns import Generated, check_set
 from clicktrain_jax.plan import LayerPlan, Plan
 from clicktrain_jax.selection.kernel_choice import keep, protect, rows_of
 from clicktrain_jax.selection.pattern_choice import check_quads, choose_patterns, retained_by
-from clicktrain_jax.selection.reordering import assign_filters
 from clicktrain_jax.selection.tiles import ordered_sum, tile_sums
 from clicktrain_jax.targets import resolve
 from clicktrain_jax.trees import Tree, has_negative, has_non_finite, named_leaves
@@ -127,21 +126,19 @@ def check_patterns(plan: Plan, patterns: Any) -> Any:
 
 
 class _Draft(NamedTuple):
-    """A layer between the choice of its patterns and that of its kernels, its filters in the order of the tiles.
+    """A layer between the choice of its patterns and that of its kernels.
 
     Attributes:
         taps: float32 (kh * kw, cin, cout), scores.
         patterns: bool (P, kh, kw), or None.
         pattern_ids: uint8 (cin, cout), or None.
         units: float32, scores of the units of removal.
-        order: int32 (cout,), or None.
     """
 
     taps: jax.Array
     patterns: jax.Array | None
     pattern_ids: jax.Array | None
     units: jax.Array
-    order: jax.Array | None
 
 
 def _pattern_sets(scores: dict[str, jax.Array], plan: Plan, patterns: Any) -> dict[str, jax.Array]:
@@ -155,29 +152,12 @@ def _pattern_sets(scores: dict[str, jax.Array], plan: Plan, patterns: Any) -> di
 def _draft(scores: jax.Array, layer: LayerPlan, patterns: jax.Array | None) -> _Draft:
     kh, kw, cin, cout = layer.shape
     taps = scores.reshape(kh * kw, cin, cout)
-    order = _order(taps, layer, patterns) if layer.reorder else None
-    if order is not None:
-        taps = taps[:, :, order]
     ids = None if patterns is None else choose_patterns(taps, layer, patterns)
     if patterns is None or layer.removal_score == "whole":
         kernels = ordered_sum(taps)
     else:
         kernels = retained_by(taps, ids, patterns)
-    return _Draft(taps, patterns, ids, tile_sums(kernels, layer.removal_tile), order)
-
-
-def _order(taps: jax.Array, layer: LayerPlan, patterns: jax.Array | None) -> jax.Array | None:
-    """The order of filters by likeness, or None where no tile leaves a choice."""
-    cout = layer.shape[3]
-    shares_patterns = patterns is not None and 1 < layer.tile[0] < cout
-    shares_removal = 1 < layer.removal_tile[0] < cout
-    if not (shares_patterns or shares_removal):
-        return None
-    tile = layer.tile if shares_patterns else layer.removal_tile
-    # How many tiles will go is not known before a target is resolved: none is assumed then.
-    removed = layer.num_removed if layer.fraction and layer.removal_tile == tile else 0
-    flat = patterns.reshape(patterns.shape[0], -1) if shares_patterns else None
-    return assign_filters(taps, flat, tile=tile, num_removed=removed)
+    return _Draft(taps, patterns, ids, tile_sums(kernels, layer.removal_tile))
 
 
 def _resolve(plan: Plan, drafts: dict[str, _Draft], levels: dict[str, int]) -> dict[str, jax.Array]:
@@ -202,8 +182,4 @@ def _finish(draft: _Draft, layer: LayerPlan, level: Any) -> LayerChoice:
     if ids is not None and shared and layer.removal_score == "retained":
         # A pattern that is shared is chosen once more, over the kernels that stay.
         ids = choose_patterns(jnp.where(kernel, draft.taps, 0.0), layer, draft.patterns)
-    if draft.order is not None:
-        place = jnp.argsort(draft.order)
-        kernel = kernel[:, place]
-        ids = None if ids is None else ids[:, place]
     return LayerChoice(ids, kernel, draft.patterns)

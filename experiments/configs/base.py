@@ -40,7 +40,6 @@ class PruneConfig:
         removal_score: kernels compete by their "whole" score or by what their pattern has "retained".
         removal_scope: kernels compete within the "layer", or the same share goes in each "filter" or each "tile".
         floor: no filter and no input channel is emptied; None: on with a target, off with fractions.
-        reorder: filters are assigned to tiles by likeness rather than by their place.
     """
 
     fractions: tuple[float, ...]
@@ -64,7 +63,6 @@ class PruneConfig:
     removal_score: Literal["whole", "retained"] = "whole"
     removal_scope: Literal["layer", "filter", "tile"] = "layer"
     floor: bool | None = None
-    reorder: bool = False
 
     def __post_init__(self) -> None:
         if bool(self.fractions) == (self.target is not None):
@@ -205,6 +203,10 @@ class TrainConfig:
             )
 
 
+# Fields that are no more, with the value that meant nothing: records that have it stay readable.
+_RETIRED = {"PruneConfig": {"reorder": False}}
+
+
 def to_dict(config: TrainConfig) -> dict:
     """Plain data, as it is written to config.json (tuples become lists there)."""
     return dataclasses.asdict(config)
@@ -219,6 +221,8 @@ def from_dict(data: dict) -> TrainConfig:
 
     def build(cls: type, values: dict) -> object:
         known = {field.name for field in dataclasses.fields(cls)}
+        retired = _RETIRED.get(cls.__name__, {})
+        values = {key: value for key, value in values.items() if key not in retired or value != retired[key]}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown config field {unknown[0]!r} for {cls.__name__}; known: {sorted(known)}")

@@ -183,17 +183,6 @@ def test_entries_differ_by_layer():
     assert (np.asarray(masks.pattern["b"]).sum(axis=(0, 1)) == 9).all()
 
 
-def test_reordered_tiles_share_after_sorting():
-    """Two planted kinds of filters, alternating: in their places a tile of 4 mixes them, by likeness it does not."""
-    scores = np.zeros((3, 3, 5, 8), np.float32)
-    for o in range(8):
-        scores[..., o] = FOUR[3 * (o % 2)][:, :, None]
-    mixed, _ = select(scores, 0.0, tile=(4, 1))
-    sorted_, kernel = select(scores, 0.0, tile=(4, 1), reorder=True)
-    assert (scores * mixed).sum() < scores.sum()
-    assert (scores * sorted_).sum() == scores.sum() and kernel.all()
-
-
 BAD = [
     ({"removal_score": "best"}, "removal_score='best': expected one of"),
     ({"removal_scope": "net"}, "removal_scope='net': expected one of"),

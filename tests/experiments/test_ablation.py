@@ -217,7 +217,8 @@ def test_bad_requests_are_refused(tmp_path):
 
 
 def record(name, seed, top1, **fields):
-    config = next(config for config in cells_of.configs() if config.name == name)
+    dropped = [cell.config for family in cells_of.families() for cell in family.dropped]
+    config = next(config for config in (*cells_of.configs(), *dropped) if config.name == name)
     setting = {"date": "2026-11-22T10:00:00+00:00", "device": {"platform": "cpu", "kind": "cpu"},
                "cpu": {"model": "A CPU", "cores": 1}}
     return {
