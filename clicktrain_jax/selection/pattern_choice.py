@@ -73,15 +73,21 @@ def _choose_within_supersets(taps: jax.Array, layer: LayerPlan, patterns: jax.Ar
     return jnp.argmax(jnp.where(inside, retained, -1.0), axis=0).astype(jnp.uint8)
 
 
-def quad_combinations(patterns: Any) -> tuple[np.ndarray, Any]:
-    """All ordered choices of 4 patterns, int (P ** 4, 4), and which are 2:4 at every tap, bool (P ** 4,).
+def quad_combinations(patterns: Any, channels: int = 4) -> tuple[np.ndarray, Any]:
+    """All ordered choices of a pattern for each of 4 channels, and which of them keep every tap at most twice.
 
-    The second is a numpy array for patterns in one, so that they can be checked while something else is traced.
+    Args:
+        patterns: bool (P, kh, kw).
+        channels: fewer than 4 for what is left over at a layer's end.
+
+    Returns:
+        int32 (P ** channels, channels) and bool (P ** channels,), the latter a numpy array for patterns in one, so
+        that they can be checked while something else is traced.
     """
     count = patterns.shape[0]
-    combinations = np.stack(np.meshgrid(*[np.arange(count)] * 4, indexing="ij"), axis=-1).reshape(-1, 4)
+    combinations = np.stack(np.meshgrid(*[np.arange(count)] * channels, indexing="ij"), axis=-1).reshape(-1, channels)
     flat = patterns.reshape(count, -1).astype(np.int8)
-    used = sum(flat[combinations[:, place]] for place in range(4))
+    used = sum(flat[combinations[:, place]] for place in range(channels))
     return combinations.astype(np.int32), (used <= 2).all(axis=-1)
 
 
@@ -97,24 +103,32 @@ def check_quads(patterns: np.ndarray) -> None:
 
 
 def _choose_quads(retained: jax.Array, patterns: jax.Array) -> jax.Array:
-    """The best allowed combination for each filter's groups of 4 input channels."""
-    combinations, allowed = quad_combinations(jnp.asarray(patterns))
+    """The best allowed combination for each filter's groups of 4 input channels, and for those left over."""
+    cin = retained.shape[1]
+    whole = cin - cin % 4
+    parts = []
+    if whole:
+        parts.append(_choose_jointly(retained[:, :whole], patterns, 4))
+    if cin % 4:
+        parts.append(_choose_jointly(retained[:, whole:], patterns, cin % 4))
+    return jnp.concatenate(parts)
+
+
+def _choose_jointly(retained: jax.Array, patterns: jax.Array, channels: int) -> jax.Array:
+    """uint8 (cin, cout) from (P, cin, cout), cin a multiple of ``channels``."""
+    combinations, allowed = quad_combinations(jnp.asarray(patterns), channels)
     count, cin, cout = retained.shape
-    groups = -(-cin // 4)
-    # Channels that are not there score nothing, whatever their pattern.
-    padded = jnp.pad(retained, ((0, 0), (0, 4 * groups - cin), (0, 0))).reshape(count, groups, 4, cout)
-    by_place = jnp.moveaxis(padded, 2, 0)  # (4, P, groups, cout)
+    by_place = jnp.moveaxis(retained.reshape(count, cin // channels, channels, cout), 2, 0)
     order = jnp.argsort(~allowed, stable=True)
     table = jnp.asarray(combinations)
 
     def better(index: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         value, which = best
         row = table[order[index]]
-        here = ordered_sum(jnp.stack([by_place[place, row[place]] for place in range(4)]))
+        here = ordered_sum(jnp.stack([by_place[place, row[place]] for place in range(channels)]))
         return jnp.maximum(value, here), jnp.where(here > value, order[index], which)
 
     # Only as many turns as there are allowed combinations.
-    start = jnp.full((groups, cout), -1.0), jnp.full((groups, cout), order[0])
-    _, which = jax.lax.fori_loop(0, allowed.sum(), better, start)
-    ids = jnp.moveaxis(table[which], -1, 1).reshape(4 * groups, cout)
-    return ids[:cin].astype(jnp.uint8)
+    grid = cin // channels, cout
+    _, which = jax.lax.fori_loop(0, allowed.sum(), better, (jnp.full(grid, -1.0), jnp.full(grid, order[0])))
+    return jnp.moveaxis(table[which], -1, 1).reshape(cin, cout).astype(jnp.uint8)
