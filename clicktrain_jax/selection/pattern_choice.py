@@ -53,23 +53,27 @@ def retained_by(taps: jax.Array, pattern_ids: jax.Array, patterns: jax.Array) ->
 
 def _choose_within_supersets(taps: jax.Array, layer: LayerPlan, patterns: jax.Array) -> jax.Array:
     """Each tile takes the superset in which its kernels, each under its best pattern there, retain most."""
-    num_taps = taps.shape[0]
-    candidates = np.zeros((0, num_taps), bool)
-    for combination in itertools.combinations(range(num_taps), layer.superset):
-        candidates = np.concatenate([candidates, np.isin(np.arange(num_taps), combination)[None]])
-    sets = jnp.asarray(candidates)
-    flat = jnp.asarray(patterns).reshape(patterns.shape[0], -1)
-    allowed = ~jnp.any(flat[None] & ~sets[:, None], axis=-1)  # (candidates, P): the pattern lies inside
+    places = np.arange(taps.shape[0])
+    supersets = np.stack([np.isin(places, kept) for kept in itertools.combinations(places, layer.superset)])
+    flat = patterns.reshape(patterns.shape[0], -1)
+    allowed = ~(flat[None] & ~supersets[:, None]).any(axis=-1)  # (supersets, P): the pattern lies inside
+    # The patterns inside each superset, listed first: only as many as the fullest one has are looked at.
+    most = int(allowed.sum(axis=1).max()) if isinstance(allowed, np.ndarray) else patterns.shape[0]
+    listed = jnp.argsort(~allowed, axis=1, stable=True)[:, :most]
+    number = jnp.asarray(allowed).sum(axis=1)
     retained = retained_scores(taps, patterns)
 
-    def value(inside: jax.Array) -> jax.Array:
-        best = jnp.max(jnp.where(inside[:, None, None], retained, -1.0), axis=0)
+    def value(superset: tuple[jax.Array, jax.Array]) -> jax.Array:
+        inside, count = superset
+        best = jax.lax.fori_loop(
+            0, count, lambda i, best: jnp.maximum(best, retained[inside[i]]), jnp.full(retained.shape[1:], -1.0)
+        )
         # A superset without any pattern is worth less than any other, wherever scores are zero too.
-        return jnp.where(inside.any(), tile_sums(best, layer.tile), -1.0)
+        return jnp.where(count > 0, tile_sums(best, layer.tile), -1.0)
 
-    values = jax.lax.map(value, allowed)
+    values = jax.lax.map(value, (listed, number))
     chosen = untile(jnp.argmax(values, axis=0), layer.tile, layer.shape[2:])
-    inside = jnp.moveaxis(allowed[chosen], -1, 0)
+    inside = jnp.moveaxis(jnp.asarray(allowed)[chosen], -1, 0)
     return jnp.argmax(jnp.where(inside, retained, -1.0), axis=0).astype(jnp.uint8)
 
 

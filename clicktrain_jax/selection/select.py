@@ -144,7 +144,7 @@ class _Draft(NamedTuple):
 def _pattern_sets(scores: dict[str, jax.Array], plan: Plan, patterns: Any) -> dict[str, jax.Array]:
     layers = [layer for layer in plan.layers if layer.has_patterns]
     if not isinstance(patterns, Generated):
-        return {layer.name: jnp.asarray(patterns) for layer in layers}
+        return {layer.name: patterns for layer in layers}
     return patterns.sets({layer.name: scores[layer.name] for layer in layers},
                          {layer.name: layer.entries for layer in layers}) if layers else {}
 
