@@ -120,7 +120,7 @@ _FULL_ONLY: tuple[tuple[str, str, str, bool, dict[str, Any]], ...] = (
     ("magnitude", "importance", "base", False, {"importance": "magnitude"}),
     ("pat-64x1", "pattern tiles", "cov8", True, {**_COV8, "tile": (64, 1), "removal_tile": (1, 1)}),
     ("rem-64x1", "removal tiles", "cov8", True, {**_COV8, "removal_tile": (64, 1)}),
-    ("rem-64x64", "removal tiles", "cov8", False, {**_COV8, "removal_tile": (64, 64)}),
+    ("rem-64x16", "removal tiles", "cov8", False, {**_COV8, "removal_tile": (64, 16)}),
     ("both-64x1", "hardware", "cov8", True, {**_COV8, "tile": (64, 1)}),
     ("super6-64x1", "hardware", "cov8", False, {**_FREE, "tile": (64, 1), "superset": 6}),
 )

@@ -17,12 +17,12 @@ _SETS = {"digits": (1_198, 10), "cifar10": (50_000, 10), "cifar100": (50_000, 10
 def overview() -> str:
     """A line for each config: its work from shapes, its figures from what is published and from the records."""
     records = results.records()
-    lines = [f"{'name':<29}{'net':<16}{'epochs':>6}  {'select, prune':<14}{'training work':<15}expected"]
+    lines = [f"{'name':<31}{'net':<16}{'epochs':>6}  {'select, prune':<14}{'training work':<15}expected"]
     for config in configs.all_configs().values():
         net = config.net if config.width == 1 else f"{config.net} x{config.width:g}"
         when = "" if config.prune is None else f"{config.prune.select_epoch}, {config.prune.prune_epoch}"
         lines.append(
-            f"{config.name:<29}{net:<16}{config.epochs:>6}  {when:<14}{_work(config):<15}"
+            f"{config.name:<31}{net:<16}{config.epochs:>6}  {when:<14}{_work(config):<15}"
             f"{config.expected}; {measured(config, records)}"
         )
     lines.append(

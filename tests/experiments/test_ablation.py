@@ -273,8 +273,8 @@ def test_cells_differ_from_the_dense_run_in_the_pruning_only(family):
             family.dense, name="", expected="")
         assert one.question in cells_of.QUESTIONS
         assert family.cell(one.reference).must
-        # `python -m experiments list` has 29 columns for a name.
-        assert len(one.config.name) < 29
+        # `python -m experiments list` has 31 columns for a name.
+        assert len(one.config.name) < 31
         assert one.config.data.eval_split == "validation"
     assert {one.question for one in family.cells} == set(cells_of.QUESTIONS)
 

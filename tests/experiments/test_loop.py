@@ -35,7 +35,8 @@ def test_a_run_goes_through_all_phases_and_leaves_its_records(finished, tiny_tra
         assert (folder / name).exists()
     assert 0 < summary["final_top1"] <= summary["best_top1"] <= 1
     assert summary["best_pruned_top1"] <= summary["best_top1"]
-    assert summary["compile_seconds"] > 0
+    # The trainer is shared: whoever came first paid for the compiling.
+    assert tiny_trainer.compile_seconds > 0 and summary["compile_seconds"] >= 0
     assert summary["train_and_compile_seconds"] == summary["train_seconds"] + summary["compile_seconds"]
     # Half of the kernels with 4 of 9 taps: 4.5x, but for the first convolution.
     assert 4 < summary["conv_compression"] < 4.5
