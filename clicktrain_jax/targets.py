@@ -177,8 +177,8 @@ def resolve(
     infinity = jax.lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
     bits, _ = jax.lax.fori_loop(0, 31, halve, (jnp.int32(0), infinity - 1))
     threshold = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    # What must stay has an infinite rank, above any threshold: the largest one is a finite float.
     below, tied = count_below(threshold, "left"), count_below(threshold, "right")
-    # What must stay has an infinite rank, which no threshold reaches: the largest one is a finite float.
     missing = need - saved_by(below)
     counts = {}
     # Ties go layer by layer until the need is met; the last row only when that brings it nearer.

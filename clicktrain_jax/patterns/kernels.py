@@ -92,7 +92,10 @@ def sample(kernels: Kernels, limit: int) -> tuple[jax.Array, jax.Array]:
 
 
 def ordered_sum(terms: Sequence[jax.Array]) -> jax.Array:
-    """Sum over the first axis, strictly from the first term to the last: alike on every backend."""
+    """Sum over the first axis, strictly from the first term to the last.
+
+    A near-tie then falls the same way on every backend: a contraction could run in another order, or in TF32.
+    """
     result = terms[0]
     for index in range(1, len(terms)):
         result = result + terms[index]

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clicktrain_jax.patterns.kernels import ordered_sum
 from clicktrain_jax.plan import LayerPlan
-from clicktrain_jax.selection.tiles import ordered_sum, tile_sums, untile
+from clicktrain_jax.selection.tiles import tile_sums, untile
 
 # P ** 4 combinations are listed.
 MAX_QUAD_PATTERNS = 16

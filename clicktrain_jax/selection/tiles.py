@@ -7,17 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def ordered_sum(terms: jax.Array) -> jax.Array:
-    """Sum over the first axis, strictly from the first term to the last.
-
-    A near-tie then falls the same way on every backend: a contraction could run in another order, or in TF32.
-    """
-    total = terms[0]
-    for index in range(1, terms.shape[0]):
-        total = total + terms[index]
-    return total
-
-
 def tile_sums(values: jax.Array, tile: tuple[int, int]) -> jax.Array:
     """(..., cin, cout) -> (..., cin tiles, cout tiles): sums over tiles; the last ones may be short."""
     if tile == (1, 1):

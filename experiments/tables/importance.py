@@ -1,5 +1,6 @@
 """The importance study's table and plot, from its record."""
 
+import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +31,7 @@ def generate(record: dict[str, Any], plot_file: str | None = None) -> str:
     partial = " A quick run, to see that it works: its figures mean nothing." if record.get("quick") else ""
     parts = [
         f"## Importance: {config['net']} of width {config['width']:g} on {record['dataset']}\n\n"
-        f"`{record['command']}`; {machine(record)}; jax {where['versions']['jax']}; {where['date'][:10]}; "
+        f"`{_command(record)}`; {machine(record)}; jax {where['versions']['jax']}; {where['date'][:10]}; "
         f"{record['seconds'] / 60:.0f} minutes.{partial}\n\n"
         f"Single kernels of nets trained dense ({record['train_examples']:,} images, {record['encoding']}) are set to "
         "zero; the true change of the loss is measured on validation images, the test set is not read. Rank "
@@ -49,6 +50,11 @@ def generate(record: dict[str, Any], plot_file: str | None = None) -> str:
     if plot_file:
         parts.append(f"![Correlation and accuracy against the number of batches]({plot_file})\n")
     return "\n".join(parts)
+
+
+def _command(record: dict[str, Any]) -> str:
+    """The command, without where things lay on the machine that ran it."""
+    return re.sub(r"--out \S+", "--out FILE", re.sub(r"--data\.dir \S+", "--data.dir DIR", record["command"]))
 
 
 def sufficient(record: dict[str, Any], criterion: str) -> int | None:
