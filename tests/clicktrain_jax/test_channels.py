@@ -1,4 +1,7 @@
-"""Groups of channels: found in the net's jaxpr, reordered without changing what the net computes."""
+"""Groups of channels: found in the net's jaxpr, reordered without changing what the net computes.
+
+One long file: the models, the plain functions and the bad input all go through the same nets and float64 evaluator.
+"""
 
 import functools
 
