@@ -1,0 +1,129 @@
+"""The door: check what is given, choose a backend or refuse with the reason."""
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.pattern_conv.geometry import Geometry, Padding, make_geometry
+from pallas_kernels.pattern_conv.pieces import dense_work, work
+from pallas_kernels.pattern_conv.structure import Structure
+from pallas_kernels.pattern_conv.vjp import differentiable
+
+Backend = Literal["reference", "dense", "xla", "mosaic_gpu"]
+BACKENDS = ("reference", "dense", "xla", "mosaic_gpu")
+
+# An estimate must promise this much before the dense convolution is left.
+_LEAST_GAIN = 1.15
+
+
+def pattern_conv(
+    x: jax.Array,
+    w: jax.Array,
+    structure: Structure,
+    *,
+    strides: Sequence[int] = (1, 1),
+    padding: Padding = "SAME",
+    layout: Literal["NHWC", "HWNC"] = "NHWC",
+    backend: Backend | None = None,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    relu: bool = False,
+) -> jax.Array:
+    """Convolve with the retained weights only.
+
+    Args:
+        x: float32, bfloat16, float16 or float64, (batch, height, width, cin), or (height, width, batch, cin) for
+            the layout "HWNC".
+        w: (kh, kw, cin, cout) of the same dtype. What the structure does not retain is never read as a value: it may
+            hold anything.
+        structure: of `make_structure`, for w's shape. Its arrays may be traced.
+        strides: (rows, columns).
+        padding: "SAME", "VALID", or ((top, bottom), (left, right)).
+        layout: of ``x`` and of the result.
+        backend: "reference" (dense with masked weights, in full precision), "dense" (the same in the device's fastest
+            form), "xla" (any device, any structure) or "mosaic_gpu" (Hopper and later, 16-bit, HWNC, blocks). One that is named is used or refused; None takes the best that is
+            supported, the dense convolution included.
+        scale: (cout,), multiplies the output; None for 1.
+        bias: (cout,), is added after it; None for 0.
+        relu: whether negative outputs become 0.
+
+    Returns:
+        The output in x's layout and dtype, summed in float32 or wider. Differentiable in ``x``, ``w``, ``scale`` and
+        ``bias``; the gradient of ``w`` has exact zeros where nothing is retained.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a named backend that cannot do this: the message says why and
+            what it could do.
+    """
+    _check(x, w, structure)
+    geometry = make_geometry(x.shape, structure.shape[:2], strides, padding, layout)
+    cin = x.shape[3]
+    if cin != structure.shape[2]:
+        raise ValueError(f"x of shape {x.shape} has {cin} channels, the kernel {structure.shape} takes {structure.shape[2]}")
+    batch = x.shape[geometry.batch_axis]
+    for name, vector in (("scale", scale), ("bias", bias)):
+        if vector is not None and jnp.shape(vector) != (structure.shape[3],):
+            raise ValueError(f"{name} has one entry a filter, ({structure.shape[3]},), got {jnp.shape(vector)}")
+    if backend is None:
+        backend = choose(structure, geometry, x.dtype, batch)
+    module = module_of(backend)
+    reason = module.why_not(structure, geometry, x.dtype, batch)
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} cannot do this convolution: {reason}")
+    y = differentiable(x, w, structure, geometry, module)
+    return epilogue(y, scale, bias, relu)
+
+
+def supported(structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch: int) -> dict[str, str | None]:
+    """For each backend why it cannot do this convolution here, or None where it can."""
+    return {name: _why_not(name, structure, geometry, dtype, batch) for name in BACKENDS}
+
+
+def choose(structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch: int) -> Backend:
+    """The backend that is taken when none is named: the fastest by estimate, dense included."""
+    if _why_not("mosaic_gpu", structure, geometry, dtype, batch) is None:
+        return "mosaic_gpu"
+    gain = dense_work(structure.shape) / max(work(structure.pieces, structure.tile[0]), 1.0)
+    return "xla" if gain > _LEAST_GAIN else "dense"
+
+
+def epilogue(y: jax.Array, scale: jax.Array | None, bias: jax.Array | None, relu: bool) -> jax.Array:
+    """ReLU(y * scale + bias) in y's dtype, computed in float32 or wider."""
+    if scale is None and bias is None:
+        return jax.nn.relu(y) if relu else y
+    wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    wide = wide if scale is None else wide * scale
+    wide = wide if bias is None else wide + bias
+    return (jax.nn.relu(wide) if relu else wide).astype(y.dtype)
+
+
+def module_of(backend: str) -> ModuleType:
+    """The module of a backend's name.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is one of {', '.join(BACKENDS)}, or None for the best, got {backend!r}")
+    return importlib.import_module(f"pallas_kernels.pattern_conv.{backend}")
+
+
+def _why_not(backend: str, structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch: int) -> str | None:
+    module = module_of(backend)
+    here = getattr(module, "why_not_here", lambda: None)()
+    return here if here is not None else module.why_not(structure, geometry, dtype, batch)
+
+
+def _check(x: jax.Array, w: jax.Array, structure: Structure) -> None:
+    if not isinstance(structure, Structure):
+        raise ValueError(f"structure comes from make_structure(mask), got {type(structure).__name__}")
+    if jnp.ndim(x) != 4:
+        raise ValueError(f"x has four axes, (batch, height, width, channels) or as its layout says, got {jnp.shape(x)}")
+    if jnp.shape(w) != structure.shape:
+        raise ValueError(f"w has shape {jnp.shape(w)}, the structure was made for {structure.shape}")
+    if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x and w have one floating dtype, got {x.dtype} and {w.dtype}: cast one of them")
