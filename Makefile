@@ -8,7 +8,10 @@ PYTHON ?= $(shell for v in 3.14 3.13 3.12 3.11; do \
 VENV ?= .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-all bench table lint clean
+# jax and its CUDA compiler, for machines without a GPU; apart from the others, as it is large and Linux only.
+GPU_COMPILE := .venv-gpu-compile
+
+.PHONY: demo test test-slow test-all test-gpu-compile gpu-compile-ready bench table lint clean
 
 demo: $(READY)
 	$(VENV)/bin/python -m experiments demo
@@ -20,6 +23,11 @@ test-slow: $(READY)
 	$(VENV)/bin/python -m pytest -m slow
 
 test-all: test test-slow
+
+test-gpu-compile: gpu-compile-ready
+	JAX_PLATFORMS=cpu $(GPU_COMPILE)/bin/python -m pytest tests/gpu_compile
+
+gpu-compile-ready: $(GPU_COMPILE)/.ready
 
 bench: $(READY)
 	$(VENV)/bin/python -m experiments bench steps
@@ -38,6 +46,12 @@ $(READY): requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $(READY)
+
+$(GPU_COMPILE)/.ready: requirements-gpu-compile.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { echo "compiling for a GPU wants Python 3.12 or later: make test-gpu-compile PYTHON=/path/to/python3.12"; exit 2; }
+	$(PYTHON) -m venv --clear $(GPU_COMPILE)
+	$(GPU_COMPILE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-gpu-compile.txt
+	touch $@
 
 clean:
 	rm -rf .venv-*

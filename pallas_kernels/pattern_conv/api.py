@@ -63,7 +63,7 @@ def pattern_conv(
     geometry = make_geometry(x.shape, structure.shape[:2], strides, padding, layout)
     cin = x.shape[3]
     if cin != structure.shape[2]:
-        raise ValueError(f"x of shape {x.shape} has {cin} channels, the kernel {structure.shape} takes {structure.shape[2]}")
+        raise ValueError(f"x of shape {x.shape} has {cin} channels, a kernel {structure.shape} takes {structure.shape[2]}")
     batch = x.shape[geometry.batch_axis]
     for name, vector in (("scale", scale), ("bias", bias)):
         if vector is not None and jnp.shape(vector) != (structure.shape[3],):

@@ -93,6 +93,6 @@ def _explicit(
     if [len(pair) for pair in pads] != [2, 2] or not all(
         isinstance(n, numbers.Integral) and n >= 0 for pair in pads for n in pair
     ):
-        raise ValueError(f"padding is 'SAME', 'VALID' or ((top, bottom), (left, right)) with no negative, got {padding}")
+        raise ValueError(f"padding is 'SAME', 'VALID' or ((top, bottom), (left, right)), none negative, got {padding}")
     (top, bottom), (left, right) = pads
     return (int(top), int(bottom)), (int(left), int(right))

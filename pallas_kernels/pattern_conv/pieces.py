@@ -101,7 +101,7 @@ def make_pieces(codes: np.ndarray, shape: tuple[int, ...], tile: tuple[int, int]
     """
     kh, kw, cin, cout = shape
     filters, channels = tile
-    merged = _best_merge(codes, (kh, kw), filters, cout)
+    merged = _best_merge(codes, (kh, kw), tile, cout)
     # (filter tiles of the program, tiles merged in each, cin); tiles that the last one lacks retain nothing.
     lacking = -codes.shape[1] % merged
     wide = np.pad(np.repeat(codes, channels, axis=0)[:cin].T, ((0, lacking), (0, 0))).reshape(-1, merged, cin)
@@ -167,15 +167,16 @@ def _lanes(filters: int) -> int:
     return -(-filters // 16) * 16
 
 
-def _best_merge(codes: np.ndarray, size: tuple[int, int], filters: int, cout: int) -> int:
+def _best_merge(codes: np.ndarray, size: tuple[int, int], tile: tuple[int, int], cout: int) -> int:
     """How many neighbouring filter tiles one small convolution serves, reading the union of what they retain."""
+    filters, channels = tile
     best, merged = (float("inf"), 1), 1
     while merged == 1 or merged < 2 * codes.shape[1]:
         count = min(merged, codes.shape[1])
         union = np.bitwise_or.reduceat(codes, np.arange(0, codes.shape[1], count), axis=1)
         values, times = np.unique(union, return_counts=True)
         wide = min(count * filters, cout)
-        cost = sum(
+        cost = channels * sum(
             number * cover(taps_of(int(value)), size, wide)[0] * _lanes(wide)
             for value, number in zip(values, times)
         )

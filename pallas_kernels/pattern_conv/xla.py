@@ -4,21 +4,26 @@ For each filter tile, every retained piece of a kernel is read from its own plac
 shift of each piece are data), and one small dense convolution does the rest. A corner pattern of a 3x3 kernel is
 one 2x2 window: 4/9 of the work. Removed blocks are in no list and cost nothing.
 
-On a CPU two more things decide. The gathered arrays of all tiles together do not fit the caches, and fresh memory
-costs page faults: tiles are computed one after another, a few images at a time (`_chunks`). And XLA's weight gradients
-are slow there, so they are matrix products over channel-major patches, which are read row by row.
+On a CPU one more thing decides. The gathered arrays of all tiles together do not fit the caches, and fresh memory
+costs page faults: tiles are computed one after another (`_Order`), a few images at a time (`_chunks`).
 """
+
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.pattern_conv.dense import window_sum, window_weight_gradient
 from pallas_kernels.pattern_conv.geometry import Geometry
 from pallas_kernels.pattern_conv.pieces import Pieces
 from pallas_kernels.pattern_conv.structure import Structure
 
 # On a CPU one gathered array should stay in a core's second cache.
 _CACHE_BYTES = 512 * 1024
+# Up to so many output pixels a matrix product is faster than a convolution there.
+_FEW_PIXELS = 128
 # More small convolutions than this in one program take too long to compile.
 _MOST_CONVOLUTIONS = 64
 
@@ -33,60 +38,52 @@ def why_not(structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch: i
 
 def forward(x: jax.Array, w: jax.Array, structure: Structure, geometry: Geometry) -> jax.Array:
     """x in the geometry's layout, w (kh, kw, cin, cout) of its dtype -> y of that dtype, summed in float32."""
-    return forward_packed(x, pack(w, structure), structure, geometry)
+    order = _Order()
+    if len(_chunks(x.shape[geometry.batch_axis], structure, geometry, x.dtype)) > 1:
+        packed = pack(w, structure)
+        return _forward(x, lambda index, tile: packed[index][tile], structure, geometry, order)
+    # Read once, the weights of a tile are best packed just before.
+    return _forward(x, _Packer(w, structure, order), structure, geometry, order)
 
 
 def pack(w: jax.Array, structure: Structure) -> Packed:
     """The retained weights in the order in which they are read, zeros in unused room."""
-    kh, kw, cin, cout = structure.shape
-    packed = []
-    for piece in structure.pieces:
-        filters = structure.tile[0] * piece.merged
-        tiles = len(piece.rooms)
-        # One row for each (tap, channel, tile): a gather of whole rows is several times faster than of elements.
-        rows = jnp.pad(w, ((0, 0),) * 3 + ((0, tiles * filters - cout),)).reshape(-1, filters)
-        tap_rows = jnp.asarray(piece.rows)[:, None] + np.repeat(np.arange(piece.window[0]), piece.window[1])[:, None]
-        tap_columns = jnp.asarray(piece.columns)[:, None] + np.tile(np.arange(piece.window[1]), piece.window[0])[:, None]
-        numbers = ((tap_rows * kw + tap_columns) * cin + piece.channels[:, None]) * tiles  # (T, window, R)
-        parts = []
-        for tile, room in enumerate(piece.rooms):
-            width = min(filters, cout - tile * filters)
-            valid = jnp.asarray(piece.valid)[tile, :, :room]
-            valid = jnp.repeat(valid, structure.tile[0], axis=2) if piece.merged > 1 else valid
-            chosen = jnp.where(valid, _take(rows, numbers[tile, :, :room] + tile), jnp.zeros((), w.dtype))
-            parts.append(chosen.reshape(*piece.window, room, filters)[..., :width])
-        packed.append(tuple(parts))
-    return tuple(packed)
+    packer = _Packer(w, structure, _Order())
+    return tuple(
+        tuple(packer(index, tile) for tile in range(len(piece.rooms))) for index, piece in enumerate(structure.pieces)
+    )
 
 
 def forward_packed(x: jax.Array, packed: Packed, structure: Structure, geometry: Geometry) -> jax.Array:
     """`forward` on weights that `pack` has prepared."""
+    return _forward(x, lambda index, tile: packed[index][tile], structure, geometry, _Order())
+
+
+def _forward(
+    x: jax.Array,
+    weights_of: Callable[[int, int], jax.Array],
+    structure: Structure,
+    geometry: Geometry,
+    order: "_Order",
+) -> jax.Array:
     batch = x.shape[geometry.batch_axis]
     rows, columns = geometry.output
-    wide = jnp.promote_types(x.dtype, jnp.float32)
     padded = _pad(x, geometry)
     outputs = []
-    order = _Order(jax.default_backend() == "cpu")
     for begin, end in _chunks(batch, structure, geometry, x.dtype):
         parts = []
         for tile in range(_num_tiles(structure)):
             y = None
-            for piece, weights in zip(structure.pieces, packed):
+            for index, piece in enumerate(structure.pieces):
                 if not piece.rooms[tile]:
                     continue
                 read = _read(padded, piece, tile, geometry, begin, end, order)
-                part = jax.lax.conv_general_dilated(
-                    read,
-                    weights[tile],
-                    [stride if size > 1 else 1 for stride, size in zip(geometry.strides, piece.window)],
-                    "VALID",
-                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                    preferred_element_type=None if x.dtype == wide else wide,
-                )
+                part = _convolve(read, weights_of(index, tile), piece, geometry)
                 y = part if y is None else y + part
+                order.after(part)
             width = _tile_width(structure, tile)
             y = jnp.zeros((end - begin, rows, columns, width), x.dtype) if y is None else y.astype(x.dtype)
-            parts.append(order.after(y))
+            parts.append(y)
         outputs.append(jnp.concatenate(parts, axis=-1))
     y = jnp.concatenate(outputs, axis=0)
     return y if geometry.layout == "NHWC" else jnp.transpose(y, (1, 2, 0, 3))
@@ -102,66 +99,137 @@ def input_gradient(dy: jax.Array, w: jax.Array, structure: Structure, geometry: 
     wide = jnp.promote_types(dy.dtype, jnp.float32)
     batch = dy.shape[0]
     packed = pack(w, structure)
-    outputs = []
-    order = _Order(jax.default_backend() == "cpu")
-    for begin, end in _chunks(batch, structure, geometry, dy.dtype):
-        total = jnp.zeros((end - begin, *geometry.image, cin), wide)
-        for tile in range(_num_tiles(structure)):
-            first = tile * _filters(structure)
-            part = dy[begin:end, :, :, first : first + _tile_width(structure, tile)]
-            for piece, weights in zip(structure.pieces, packed):
-                if not piece.rooms[tile]:
-                    continue
-                spread = jax.lax.conv_general_dilated(
-                    part,
-                    jnp.swapaxes(jnp.flip(weights[tile], (0, 1)), 2, 3),
-                    (1, 1),
-                    [(size - 1, size - 1) for size in piece.window],
-                    lhs_dilation=geometry.strides,
-                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                    preferred_element_type=None if dy.dtype == wide else wide,
-                )
-                total = order.after(total + _collect(spread, piece, tile, geometry, order))
-        outputs.append(total.astype(dy.dtype))
-    dx = jnp.concatenate(outputs, axis=0)
-    return dx if geometry.layout == "NHWC" else jnp.transpose(dx, (1, 2, 0, 3))
+    total = jnp.zeros((cin, *geometry.image, batch), wide)
+    order = _Order()
+    for tile in range(_num_tiles(structure)):
+        first = tile * _filters(structure)
+        part = dy[..., first : first + _tile_width(structure, tile)]
+        for piece, weights in zip(structure.pieces, packed):
+            if not piece.rooms[tile]:
+                continue
+            spread = window_sum(
+                part,
+                jnp.swapaxes(jnp.flip(weights[tile], (0, 1)), 2, 3),
+                (1, 1),
+                [(size - 1, size - 1) for size in piece.window],
+                "NHWC",
+                dilation=geometry.strides,
+            ).astype(wide)
+            total = order.after(total + _collect(spread, piece, tile, geometry, order))
+    axes = (3, 1, 2, 0) if geometry.layout == "NHWC" else (1, 2, 3, 0)
+    return jnp.transpose(total, axes).astype(dy.dtype)
 
 
 def weight_gradient(x: jax.Array, dy: jax.Array, structure: Structure, geometry: Geometry) -> jax.Array:
     """-> dw (kh, kw, cin, cout) in float32 or wider, exact zeros where nothing is retained."""
-    kh, kw, cin, cout = structure.shape
+    kh, kw, cin, _ = structure.shape
     wide = jnp.promote_types(x.dtype, jnp.float32)
     dy = dy if geometry.layout == "NHWC" else jnp.transpose(dy, (2, 0, 1, 3))
-    batch = dy.shape[0]
-    # Rows of images: (channel, padded row, padded column, image), so that a tap of a channel is nearly one copy.
-    spatial = geometry.spatial_axes
-    planes = jnp.transpose(_pad(x, geometry), (3, geometry.batch_axis, *spatial))
-    order = _Order(jax.default_backend() == "cpu")
+    padded, order = _pad(x, geometry), _Order()
+    sums: dict[tuple[int, int], jax.Array] = {}
+    for begin, end in _chunks(len(dy), structure, geometry, x.dtype):
+        for tile in range(_num_tiles(structure)):
+            first, width = tile * _filters(structure), _tile_width(structure, tile)
+            part = dy[begin:end, :, :, first : first + width]
+            for index, piece in enumerate(structure.pieces):
+                if not piece.rooms[tile]:
+                    continue
+                read = _read(padded, piece, tile, geometry, begin, end, order)
+                shape = (*piece.window, piece.rooms[tile], width)
+                product = window_weight_gradient(
+                    read, part, shape, _window_strides(piece, geometry), ((0, 0), (0, 0)), "NHWC"
+                )
+                sums[index, tile] = order.after(sums[index, tile] + product if (index, tile) in sums else product)
     columns = []
     for tile in range(_num_tiles(structure)):
-        first, width = tile * _filters(structure), _tile_width(structure, tile)
-        dy_tile = dy[..., first : first + width].reshape(-1, width)
-        whole = jnp.zeros((kh * kw * cin, width), wide)
-        for piece in structure.pieces:
-            room = piece.rooms[tile]
-            if not room:
-                continue
-            patches = _patches(planes, piece, tile, geometry, batch, order)
-            product = jnp.matmul(patches, dy_tile, preferred_element_type=wide)
-            whole = whole + _place(order.after(product), piece, tile, structure, width)
+        whole = jnp.zeros((kh * kw * cin, _tile_width(structure, tile)), wide)
+        for index, piece in enumerate(structure.pieces):
+            if (index, tile) in sums:
+                whole = whole + _place(sums[index, tile], piece, tile, structure)
         columns.append(whole)
     return jnp.concatenate(columns, axis=-1).reshape(structure.shape)
+
+
+def _window_strides(piece: Pieces, geometry: Geometry) -> tuple[int, int]:
+    """Of the small convolution: where its window is one wide, `_read` has taken the strides already."""
+    rows, columns = (stride if size > 1 else 1 for stride, size in zip(geometry.strides, piece.window))
+    return rows, columns
+
+
+class _Packer:
+    """Weights of one piece and tile, (rows, columns, entries, filters), gathered from the kernel when asked for."""
+
+    def __init__(self, w: jax.Array, structure: Structure, order: "_Order") -> None:
+        self.structure, self.order = structure, order
+        filters, tiles = _filters(structure), _num_tiles(structure)
+        # One row for each (tap, channel, tile): a gather of whole rows is several times faster than of elements.
+        self.rows = jnp.pad(w, ((0, 0),) * 3 + ((0, tiles * filters - structure.shape[3]),)).reshape(-1, filters)
+
+    def __call__(self, index: int, tile: int) -> jax.Array:
+        """The weights of one piece, in one tile."""
+        _, kw, cin, _ = self.structure.shape
+        piece = self.structure.pieces[index]
+        room, (high, wide) = piece.rooms[tile], piece.window
+        taps = np.arange(high * wide)[:, None]
+        rows = jnp.asarray(piece.rows)[tile, :room] + taps // wide
+        columns = jnp.asarray(piece.columns)[tile, :room] + taps % wide
+        numbers = (rows * kw + columns) * cin + jnp.asarray(piece.channels)[tile, :room]
+        numbers = self.order.hold(numbers * _num_tiles(self.structure) + tile)
+        valid = _by_filter(jnp.asarray(piece.valid)[tile, :, :room], self.structure)
+        chosen = _keep(_take(self.rows, numbers), valid)
+        return chosen.reshape(high, wide, room, _filters(self.structure))[..., : _tile_width(self.structure, tile)]
+
+
+def _keep(values: jax.Array, valid: jax.Array) -> jax.Array:
+    """Zero where not valid, as a mask of bits: like a product, XLA's CPU backend makes vectors of it (2.4 times faster
+    than a select after a gather), and unlike a product it lets no infinity or NaN through."""
+    bits = jnp.dtype(f"uint{8 * values.dtype.itemsize}")
+    mask = jnp.where(valid, jnp.array(-1).astype(bits), jnp.zeros((), bits))
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(values, bits) & mask, values.dtype)
+
+
+def _by_filter(valid: jax.Array, structure: Structure) -> jax.Array:
+    """(..., merged) -> (..., filters), or (..., 1) where all filters of the tile are alike."""
+    return jnp.repeat(valid, structure.tile[0], axis=-1) if valid.shape[-1] > 1 else valid
+
+
+def _convolve(read: jax.Array, weights: jax.Array, piece: Pieces, geometry: Geometry) -> jax.Array:
+    """(images, rows, columns, entries) by (rows, columns, entries, filters), float32 or wider."""
+    wide = jnp.promote_types(read.dtype, jnp.float32)
+    strides = _window_strides(piece, geometry)
+    rows, columns = geometry.output
+    if jax.default_backend() == "cpu" and len(read) * rows * columns <= _FEW_PIXELS:
+        patches = jnp.concatenate(
+            [
+                read[:, row : row + (rows - 1) * strides[0] + 1 : strides[0]][
+                    :, :, column : column + (columns - 1) * strides[1] + 1 : strides[1]
+                ]
+                for row in range(piece.window[0])
+                for column in range(piece.window[1])
+            ],
+            axis=-1,
+        )
+        return jnp.matmul(patches, weights.reshape(-1, weights.shape[3]), preferred_element_type=wide)
+    return jax.lax.conv_general_dilated(
+        read,
+        weights,
+        strides,
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=None if read.dtype == wide else wide,
+    )
 
 
 class _Order:
     """Makes what is read next wait for what was computed last, so that memory is used again.
 
-    Without it XLA's CPU backend reads for all tiles first: the arrays fall out of the caches. Only indices are held
-    back, which are small: a barrier copies what passes it.
+    Without it XLA's CPU backend reads for all tiles first, and the arrays fall out of the caches. The few indices of
+    the next read are made to depend on one element of the last result, through a test that never holds; a barrier on
+    the result itself would copy it, and one on an element that nobody uses is removed by the compiler.
     """
 
-    def __init__(self, wanted: bool) -> None:
-        self.wanted = wanted
+    def __init__(self) -> None:
+        self.wanted = jax.default_backend() == "cpu"
         self.last: jax.Array | None = None
 
     def after(self, value: jax.Array) -> jax.Array:
@@ -173,8 +241,9 @@ class _Order:
         """The same indices, not before the last value is there."""
         if not self.wanted or self.last is None:
             return indices
-        indices, self.last = jax.lax.optimization_barrier((indices, self.last))
-        return indices
+        element = jax.lax.slice(self.last, (0,) * self.last.ndim, (1,) * self.last.ndim).reshape(())
+        never = jnp.isnan(element) & jnp.isinf(element)
+        return jax.lax.optimization_barrier(indices + never.astype(indices.dtype))
 
 
 def _filters(structure: Structure) -> int:
@@ -195,9 +264,14 @@ def _chunks(batch: int, structure: Structure, geometry: Geometry, dtype: jnp.dty
     if jax.default_backend() != "cpu" or not structure.pieces:
         return [(0, batch)]
     room = max(max(piece.rooms) for piece in structure.pieces)
-    image_bytes = (geometry.image[0] + 1) * (geometry.image[1] + 1) * room * jnp.dtype(dtype).itemsize
+    itemsize = jnp.dtype(dtype).itemsize
+    image_bytes = (geometry.image[0] + 1) * (geometry.image[1] + 1) * room * itemsize
+    # Every range reads all weights of a tile again: fewer ranges where these are many.
+    weight_bytes = max(math.prod(piece.window) * max(piece.rooms) for piece in structure.pieces)
+    weight_bytes *= _filters(structure) * itemsize
     convolutions = _num_tiles(structure) * len(structure.pieces)
-    count = min(-(-batch * image_bytes // _CACHE_BYTES), max(1, _MOST_CONVOLUTIONS // convolutions), batch)
+    wanted = -(-batch * image_bytes // max(_CACHE_BYTES, 2 * weight_bytes))
+    count = min(wanted, max(1, _MOST_CONVOLUTIONS // convolutions), batch)
     bounds = [batch * index // count for index in range(count + 1)]
     return list(zip(bounds[:-1], bounds[1:]))
 
@@ -240,53 +314,38 @@ def _read(
 
 
 def _collect(spread: jax.Array, piece: Pieces, tile: int, geometry: Geometry, order: _Order) -> jax.Array:
-    """What every input channel gets from its pieces: (images, rows, columns, entries) -> (images, *image, cin)."""
-    images, height, width, entries = spread.shape
+    """What every input channel gets from its pieces: (images, rows, columns, entries) -> (cin, *image, images)."""
+    _, height, width, entries = spread.shape
     # spread's (0, 0) stands at the padded image's (row, column) of the piece; beyond its ends there is nothing.
     (top, _), (left, _) = geometry.padding
     kh, kw = geometry.window
-    rows, columns = geometry.image
-    below = max(0, top + rows - height)
-    right = max(0, left + columns - width)
-    room = jnp.pad(spread, ((0, 0), (kh - 1, below), (kw - 1, right), (0, 0)))
-    wide = room.shape[2]
-    base = (
-        np.arange(images, dtype=np.int32)[:, None, None] * (room.shape[1] * wide)
-        + (np.arange(rows)[:, None] + top + kh - 1) * wide
-        + (np.arange(columns) + left + kw - 1)
-    ) * entries
-    flat, total = room.reshape(-1), 0
+    below = max(0, top + geometry.image[0] - height)
+    right = max(0, left + geometry.image[1] - width)
+    # One more entry of zeros, for channels that have no piece here.
+    planes = jnp.pad(jnp.transpose(spread, (3, 1, 2, 0)), ((0, 1), (kh - 1, below), (kw - 1, right), (0, 0)))
+    total = 0
     for index in range(piece.entry_of.shape[0]):
         entry = jnp.asarray(piece.entry_of)[index, tile]
         row, column = (jnp.asarray(place)[index, tile] for place in (piece.row_of, piece.column_of))
-        shift = jnp.maximum(entry, 0) - (row * wide + column) * entries
-        got = _take(flat, jnp.asarray(base, jnp.int32)[..., None] + order.hold(shift))
-        total = total + jnp.where(entry >= 0, got, jnp.zeros((), got.dtype))
+        entry = jnp.where(entry >= 0, entry, entries)
+        starts = jnp.stack([entry, top + kh - 1 - row, left + kw - 1 - column], axis=-1)
+        total = total + _windows(planes, order.hold(starts), geometry.image)
     return total
 
 
-def _patches(
-    planes: jax.Array, piece: Pieces, tile: int, geometry: Geometry, batch: int, order: _Order
-) -> jax.Array:
-    """(window * entries, images * output pixels) from (channels, images, rows, columns)."""
-    room = piece.rooms[tile]
-    _, _, height, width = planes.shape
-    taps = np.arange(piece.window[0] * piece.window[1])
-    row_at, column_at = (np.arange(out) * stride for out, stride in zip(geometry.output, geometry.strides))
-    base = (
-        np.arange(batch, dtype=np.int32)[:, None, None] * (height * width) + row_at[:, None] * width + column_at
-    ).reshape(-1)
-    rows = jnp.asarray(piece.rows)[tile, :room] + (taps // piece.window[1])[:, None]
-    columns = jnp.asarray(piece.columns)[tile, :room] + (taps % piece.window[1])[:, None]
-    shift = jnp.asarray(piece.channels)[tile, :room] * (batch * height * width) + rows * width + columns
-    return _take(planes.reshape(-1), order.hold(shift).reshape(-1)[:, None] + jnp.asarray(base, jnp.int32))
+def _windows(planes: jax.Array, starts: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """(channels, rows, columns, images) -> for each (channel, row, column) of ``starts`` a field of that size."""
+    numbers = jax.lax.GatherDimensionNumbers((1, 2, 3), (0,), (0, 1, 2))
+    mode = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    return jax.lax.gather(planes, starts, numbers, (1, *size, planes.shape[3]), mode=mode)
 
 
-def _place(product: jax.Array, piece: Pieces, tile: int, structure: Structure, width: int) -> jax.Array:
-    """(window * entries, filters) -> (kh * kw * cin, filters), zeros where nothing is retained."""
+def _place(product: jax.Array, piece: Pieces, tile: int, structure: Structure) -> jax.Array:
+    """(rows, columns, entries, filters) -> (kh * kw * cin, filters), zeros where nothing is retained."""
     kh, kw, cin, _ = structure.shape
     room, (high, wide) = piece.rooms[tile], piece.window
-    total = 0
+    width = product.shape[3]
+    product, total = product.reshape(-1, width), 0
     taps = np.arange(kh * kw)[:, None]
     for index in range(piece.entry_of.shape[0]):
         entry = jnp.asarray(piece.entry_of)[index, tile]
@@ -295,7 +354,7 @@ def _place(product: jax.Array, piece: Pieces, tile: int, structure: Structure, w
         inside = (inner_row >= 0) & (inner_row < high) & (inner_column >= 0) & (inner_column < wide) & (entry >= 0)
         place = jnp.where(inside, inner_row * wide + inner_column, 0)  # (kh * kw, cin)
         valid = jnp.asarray(piece.valid)[tile][place, jnp.maximum(entry, 0)] & inside[..., None]
-        valid = jnp.repeat(valid, structure.tile[0], axis=2)[..., :width] if piece.merged > 1 else valid
+        valid = _by_filter(valid, structure)[..., :width]
         got = _take(product, place * room + jnp.maximum(entry, 0))
-        total = total + jnp.where(valid, got, jnp.zeros((), got.dtype))
+        total = total + _keep(got, valid)
     return total.reshape(kh * kw * cin, width)

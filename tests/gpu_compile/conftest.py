@@ -1,0 +1,39 @@
+"""Skips this folder's tests, with the reason, where nothing here compiles for an H200; loads the helpers by path."""
+
+import importlib.util
+import pathlib
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(f"gpu_compile_{name}", HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look themselves up there.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def h200():
+    """`h200.py`: compile for an H200."""
+    return _load("h200")
+
+
+@pytest.fixture(scope="session")
+def matmul():
+    """`matmul.py`: a small kernel that the harness is tried on."""
+    return _load("matmul")
+
+
+def pytest_collection_modifyitems(items):
+    mine = [item for item in items if HERE in item.path.parents]
+    reason = _load("toolchain").why_not() if mine else None
+    for item in mine:
+        item.add_marker(pytest.mark.gpu_compile)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
