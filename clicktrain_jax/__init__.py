@@ -6,6 +6,7 @@ transformation that composes them.
 
 from clicktrain_jax import channels, importance, patterns
 from clicktrain_jax.accounting import Report, report
+from clicktrain_jax.deploy import accelerate  # imports pallas_kernels when it is called
 from clicktrain_jax.masks import Masks, apply_masks
 from clicktrain_jax.phases import Phase, PhaseSchedule
 from clicktrain_jax.plan import Plan, make_plan
@@ -23,6 +24,7 @@ __all__ = [
     "PhaseUpdates",
     "Plan",
     "Report",
+    "accelerate",
     "add_group_lasso",
     "apply_masks",
     "channels",

@@ -20,7 +20,8 @@ from experiments.checkpoints import Checkpoints, digest
 from experiments.configs.base import TrainConfig, to_dict
 from experiments.data import Dataset, load
 from experiments.records import RunFolder, differences
-from experiments.step import NonFinite, Trainer, TrainState
+from experiments.step import Trainer
+from experiments.train_state import NonFinite, TrainState
 
 
 class Interrupted(Exception):
@@ -78,6 +79,8 @@ def train(
         if restored is not None:
             saved, (state, masks) = restored
         lines = folder.keep_epochs(saved)
+        # A resumed run goes on in the way that it began, whatever would be measured now.
+        trainer.pruned.begin(next((line["convolution"] for line in lines if "convolution" in line), None))
         bar = stack.enter_context(_progress(config, saved, trainer.steps_per_epoch))
         events = stack.enter_context(_event_log(config, folder.path, saved))
         stop = stack.enter_context(_signals())
@@ -138,6 +141,8 @@ def _epoch(
         "train_top1": float(metrics[:, 1].mean()),
         "train_seconds": time.perf_counter() - start - compiled,
     }
+    if trainer.pruned.choice is not None and "pruned" in line["phases"]:
+        line["convolution"] = trainer.pruned.choice.way
     if not np.isfinite(metrics[:, 0]).all():
         raise NonFinite(f"the loss of update {np.flatnonzero(~np.isfinite(metrics[:, 0]))[0]} is not finite")
     # The last update may be the one that diverged: its loss was taken before it.
@@ -206,9 +211,18 @@ def summarise(
         "compile_seconds": compile_seconds,
         "train_and_compile_seconds": train_seconds + compile_seconds,
         "eval_seconds": sum(line.get("eval_seconds", 0.0) for line in lines),
+        "pruned_convolution": _pruned_convolution(trainer),
         "params_sha256": digest(state.params),
         "masks_sha256": None if encoded is None else digest(encoded),
     }
+
+
+def _pruned_convolution(trainer: Trainer) -> dict[str, Any] | None:
+    """How the pruned phase was run, and what was measured for it."""
+    choice = trainer.pruned.choice
+    if choice is None:
+        return None
+    return {"way": choice.way, "source": choice.source, "seconds": choice.seconds, "layers": choice.layers}
 
 
 def _pattern_counts(encoded: Any, name: str) -> dict[str, int] | None:

@@ -7,7 +7,7 @@ mixes it up, so the host sends one index a step and fetches one array of metrics
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 import clicktrain_jax as ct
+import pallas_kernels as pk
 from clicktrain_jax import models
 from clicktrain_jax.encoding import decode_masks, empty_masks, fill_masks
 from clicktrain_jax.phases import Phase
@@ -23,40 +24,13 @@ from clicktrain_jax.selection import num_patterns_of
 from clicktrain_jax.transform import empty_scores
 from experiments.configs.base import TrainConfig
 from experiments.data import Dataset, augment, mixup, normalise
+from experiments.pruned_phase import Choice, PrunedPhase, Way, facts_of
 from experiments.recipe import make_optimizer, make_plan, pattern_source
+from experiments.train_state import Held, Images, NonFinite, TrainState
 
 # Streams of random numbers, each folded into the run's key.
 _INIT, _ORDER, _STEP = range(3)
 EVAL_BATCH = 500
-
-
-class TrainState(NamedTuple):
-    """What an update changes.
-
-    Attributes:
-        step: int32 scalar, the number of updates done.
-        params: the net's parameters.
-        batch_stats: BatchNorm's statistics.
-        opt_state: the optimizer's state.
-        scores: sums of scores for the next selection, float32 by leaf name; empty when a selection takes one update's.
-    """
-
-    step: jax.Array
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-    scores: dict[str, jax.Array]
-
-
-class Images(NamedTuple):
-    """A set on the device: uint8 (N, H, W, C), int32 (N,)."""
-
-    images: jax.Array
-    labels: jax.Array
-
-
-class NonFinite(ArithmeticError):
-    """Training met a NaN or an infinite value."""
 
 
 class Trainer:
@@ -76,16 +50,26 @@ class Trainer:
         dtype = jnp.dtype(config.precision)
         on_cpu = jax.default_backend() == "cpu"
         convolution, program = config.loop.convolution, config.loop.epoch_program
-        patches = on_cpu if convolution == "auto" else convolution == "patches"
         self.scan = not on_cpu if program == "auto" else program == "scan"
-        self.model = models.build(
+        if convolution == "auto":
+            convolution = ("patches" if self.scan else "direct") if on_cpu else "xla"
+        build = functools.partial(
+            models.build,
             config.net,
             num_classes=dataset.num_classes,
             width=config.width,
             dtype=dtype,
-            conv=models.PatchConv if patches else nn.Conv,
             dropout=config.dropout,
         )
+        # By pattern where a layer has a structure, else dense in the same way as all of them are before.
+        dense = models.patch_convolution if convolution == "patches" else pk.dense_conv
+        by_pattern = functools.partial(models.PatternConv, convolve=pk.pattern_conv, dense=dense)
+        self.model = build(conv=nn.Conv if convolution == "xla" else by_pattern)
+        self.models = {
+            "dense": self.model,
+            "pattern": build(conv=by_pattern),
+            "pattern_hwnc": build(conv=by_pattern, layout="HWNC"),
+        }
         self.abstract_params = models.abstract_variables(self.model, image_shape)["params"]
         self.train_data = Images(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels))
         self.eval_data = Images(jnp.asarray(dataset.eval_images), jnp.asarray(dataset.eval_labels))
@@ -104,6 +88,9 @@ class Trainer:
         self.plan, self.schedule, self.updates = None, None, None
         if config.prune is not None:
             self._set_up_pruning()
+        self.pruned = PrunedPhase(
+            config.loop.pruned_convolution, self.plan, facts_of(config, self.plan), hwnc=not on_cpu
+        )
         self.compile_seconds = 0.0
         self._programs: dict[Any, Callable[..., Any]] = {}
 
@@ -175,23 +162,29 @@ class Trainer:
         key = jax.random.key(seed)
         order = _order(jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch), len(self.train_data.labels))
         metrics = jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
-        mix = self.config.mixup_epoch is not None and epoch >= self.config.mixup_epoch and self.config.mixup_alpha > 0
+        mix = self._mixes(epoch)
         masks = None
         for phase, gathers, first, end in self.segments(epoch):
             if phase >= Phase.REGULARIZE and masks is None:
-                masks = _decode(encoded)
+                masks = decode(encoded)
             # A selecting update is an ordinary one, even when there are masks already.
-            held = masks if phase >= Phase.REGULARIZE else None
+            held = Held(masks, {}) if phase >= Phase.REGULARIZE else None
+            way: Way = "dense"
+            if phase >= Phase.REGULARIZE:
+                self._prepare_pruned(encoded, state, metrics, order, key, masks)
+            if phase == Phase.PRUNED:
+                choice = self._choose_pruned(state, metrics, order, key, masks, mix)
+                way, held = choice.way, Held(masks, choice.structures)
             for begin, stop, batch in self._by_batch_size(first, end):
                 looped = self.scan and stop - begin > 1
                 if looped:
                     args = (state, metrics, self.train_data, order, np.int32(begin), np.int32(stop), key, held)
-                    state, metrics, chosen = self._program(phase, gathers, mix, batch, True, args)(*args)
+                    state, metrics, chosen = self._program(phase, gathers, mix, batch, True, way, args)(*args)
                     on_step(stop)
                     continue
                 for index in range(begin, stop):
                     args = (state, metrics, self.train_data, order, np.int32(index), key, held)
-                    state, metrics, chosen = self._program(phase, gathers, mix, batch, False, args)(*args)
+                    state, metrics, chosen = self._program(phase, gathers, mix, batch, False, way, args)(*args)
                     on_step(index + 1)
                 if phase == Phase.SELECT:
                     layers, finite = chosen
@@ -218,38 +211,96 @@ class Trainer:
         parts = [(first, min(end, full), self.config.batch_size), (max(first, full), end, self.tail)]
         return [(begin, stop, batch) for begin, stop, batch in parts if begin < stop]
 
+    def _prepare_pruned(self, encoded: Any, state: Any, metrics: Any, order: Any, key: Any, masks: Any) -> None:
+        """Have the pruned phase's programs compiled in the background, while the phases before it train."""
+        batch, epoch = min(self.config.batch_size, len(self.train_data.labels)), self.config.prune.prune_epoch
+        mix = self._mixes(epoch)
+
+        def compile_way(way: Way, structures: dict[str, Any]) -> None:
+            args = (*shapes, Held(mask_shapes, structures))
+            self._program(Phase.PRUNED, False, mix, batch, self.scan, way, args, True)
+
+        # Shapes alone: the arrays themselves are donated meanwhile.
+        shapes, mask_shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype),
+            ((state, metrics, self.train_data, order, *self._few_updates(), key), masks),
+        )
+        self.pruned.prepare(encoded, compile_way)
+
+    def _few_updates(self) -> tuple[np.int32, ...]:
+        """Which updates are timed: the first one, or the first few of an epoch's loop."""
+        return (np.int32(0), np.int32(min(3, self.steps_per_epoch))) if self.scan else (np.int32(0),)
+
+    def _choose_pruned(self, state: Any, metrics: Any, order: Any, key: Any, masks: Any, mix: bool) -> Choice:
+        batch = min(self.config.batch_size, len(self.train_data.labels))
+
+        def run(way: Way, structures: dict[str, Any]) -> None:
+            copies = jax.tree.map(jnp.copy, (state, metrics))
+            args = (*copies, self.train_data, order, *self._few_updates(), key, Held(masks, structures))
+            jax.block_until_ready(self._program(Phase.PRUNED, False, mix, batch, self.scan, way, args)(*args))
+
+        before = self.pruned.waited_seconds
+        choice = self.pruned.choose(run)
+        self.compile_seconds += self.pruned.waited_seconds - before
+        return choice
+
+    def _mixes(self, epoch: int) -> bool:
+        config = self.config
+        return config.mixup_epoch is not None and epoch >= config.mixup_epoch and config.mixup_alpha > 0
+
     def _program(
-        self, phase: Phase, gathers: bool, mix: bool, batch: int, looped: bool, args: tuple
+        self,
+        phase: Phase,
+        gathers: bool,
+        mix: bool,
+        batch: int,
+        looped: bool,
+        way: Way,
+        args: tuple,
+        in_background: bool = False,
     ) -> Callable[..., Any]:
         def build() -> Callable[..., Any]:
-            body = self.update_step(phase, mix, batch, gathers)
+            body = self.update_step(phase, mix, batch, gathers, way)
             return _looped(body) if looped else body
 
-        return self._compiled((phase, gathers, mix, batch, looped), build, args, (0, 1))
+        # Structures of another size are another program.
+        key = (phase, gathers, mix, batch, looped, way, jax.tree.structure(args[-1]))
+        return self._compiled(key, build, args, (0, 1), in_background)
 
     def _compiled(
-        self, key: Any, build: Callable[[], Callable[..., Any]], args: tuple, donate: tuple[int, ...]
+        self,
+        key: Any,
+        build: Callable[[], Callable[..., Any]],
+        args: tuple,
+        donate: tuple[int, ...],
+        in_background: bool = False,
     ) -> Callable[..., Any]:
-        """The compiled program of a key; compiling is timed apart from running."""
+        """The compiled program of a key; compiling that the run waits for is timed apart from running."""
         if key not in self._programs:
             start = time.perf_counter()
             self._programs[key] = jax.jit(build(), donate_argnums=donate).lower(*args).compile()
-            self.compile_seconds += time.perf_counter() - start
+            if not in_background:
+                self.compile_seconds += time.perf_counter() - start
         return self._programs[key]
 
-    def update_step(self, phase: Phase, mix: bool, batch: int, gathers: bool = False) -> Callable[..., Any]:
+    def update_step(
+        self, phase: Phase, mix: bool, batch: int, gathers: bool = False, way: Way = "dense"
+    ) -> Callable[..., Any]:
         """One update as a pure function.
 
-        ``(state, metrics, data, order, index, key, masks) -> (state, metrics, chosen)``; ``index`` counts updates
+        ``(state, metrics, data, order, index, key, held) -> (state, metrics, chosen)``; ``held`` is `Held` from the
+        regularize phase on, None before; ``way`` says how the convolutions are run; ``index`` counts updates
         in the epoch and the batch is ``order[index * batch_size:][:batch]``; ``chosen`` is None except for
         SELECT. In the dense phase the optimizer's update is called as it is: no mask, no conditional. With ``gathers``
         the update's scores are added to the state's.
         """
-        config, dataset, updates = self.config, self.dataset, self.updates
+        config, dataset, updates, model = self.config, self.dataset, self.updates, self.models[way]
 
-        def loss_of(params: Any, batch_stats: Any, images: Any, labels: tuple, key: jax.Array) -> Any:
-            logits, new = self.model.apply(
-                {"params": params, "batch_stats": batch_stats},
+        def loss_of(
+            params: Any, batch_stats: Any, structures: Any, images: Any, labels: tuple, key: jax.Array
+        ) -> Any:
+            logits, new = model.apply(
+                {"params": params, "batch_stats": batch_stats} | ({"structures": structures} if structures else {}),
                 images,
                 train=True,
                 rngs={"dropout": key},
@@ -266,8 +317,9 @@ class Trainer:
             return loss, (new["batch_stats"], top1)
 
         def step(
-            state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, masks: Any
+            state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, held: Any
         ) -> tuple[TrainState, Any, Any]:
+            masks, structures = (None, {}) if held is None else held
             step_key = jax.random.fold_in(jax.random.fold_in(key, _STEP), state.step)
             augment_key, mixup_key, dropout_key = jax.random.split(step_key, 3)
             chosen_images = jax.lax.dynamic_slice(order, (index * config.batch_size,), (batch,))
@@ -277,7 +329,7 @@ class Trainer:
             if mix:
                 images, labels = mixup(mixup_key, images, labels[0], config.mixup_alpha)
             (loss, (batch_stats, top1)), grads = jax.value_and_grad(loss_of, has_aux=True)(
-                state.params, state.batch_stats, images, labels, dropout_key
+                state.params, state.batch_stats, structures, images, labels, dropout_key
             )
             arguments = (grads, state.opt_state, state.params)
             chosen, scores = None, state.scores
@@ -311,7 +363,7 @@ class Trainer:
         return evaluate
 
 
-_decode = jax.jit(decode_masks)
+decode = jax.jit(decode_masks)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -322,9 +374,9 @@ def _order(key: jax.Array, count: int) -> jax.Array:
 def _looped(body: Callable[..., Any]) -> Callable[..., Any]:
     """``body`` over updates [first, end), one compiled loop; its bounds are traced, so one program serves all."""
 
-    def run(state: Any, metrics: Any, data: Any, order: Any, first: Any, end: Any, key: Any, masks: Any) -> Any:
+    def run(state: Any, metrics: Any, data: Any, order: Any, first: Any, end: Any, key: Any, held: Any) -> Any:
         def once(index: Any, carry: Any) -> Any:
-            return body(*carry, data, order, index, key, masks)[:2]
+            return body(*carry, data, order, index, key, held)[:2]
 
         return *jax.lax.fori_loop(first, end, once, (state, metrics)), None
 

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -13,7 +14,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A room may import itself and what stands before it.
 ORDER = ("pallas_kernels", "clicktrain_jax", "experiments", "tests")
 METHOD_NEEDS = {"jax", "optax", "numpy", "chex", "clicktrain_jax"}
-FILE_ROOMS = {"compact.py", "deploy.py"}
+KERNELS_NEED = {"jax", "numpy", "pallas_kernels"}
+FILE_ROOMS = {"compact.py"}
 CLOCKS = {"time", "datetime", "timeit"}
 
 
@@ -68,10 +70,32 @@ def test_the_method_needs_little(path):
     assert not foreign, f"import {sorted(foreign)} where it is used, not when clicktrain_jax is imported"
 
 
+@pytest.mark.parametrize("path", files_of("pallas_kernels"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_kernels_need_jax_alone(path):
+    assert not imports(parse(path)) - KERNELS_NEED - set(sys.stdlib_module_names)
+
+
 @method_files
 def test_only_the_deploy_room_knows_kernels(path):
-    if path.name != "deploy.py":
+    if path.parent.name != "deploy":
         assert "pallas_kernels" not in imports(parse(path))
+
+
+def test_kernels_are_imported_when_they_are_used():
+    """The method runs where the kernels, or flax, cannot be imported."""
+    code = """
+import sys
+sys.modules["pallas_kernels"] = sys.modules["flax"] = None
+import clicktrain_jax as ct
+ct.accelerate(lambda params: None, {"kernel": __import__("numpy").ones((3, 3, 1, 1), bool)})
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_kernels_have_one_user():
+    """A check of nothing would pass: the deploy room does import them."""
+    users = {path.parent.name for path in files_of("clicktrain_jax") if "pallas_kernels" in imports(parse(path))}
+    assert users == {"deploy"}
 
 
 @method_files

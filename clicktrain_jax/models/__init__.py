@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from clicktrain_jax.models.conv import PatchConv
+from clicktrain_jax.models.conv import PatchConv, PatternConv, patch_convolution, xla_convolution
+from clicktrain_jax.models.layout import Layout, conv_in_layout
 from clicktrain_jax.models.resnet import ResNet
 from clicktrain_jax.models.sizes import (
     ConvLayer,
@@ -30,8 +31,10 @@ from clicktrain_jax.models.vgg import VGG, VGG11_STAGES, VGG13_STAGES, VGG16_STA
 __all__ = [
     "VGG",
     "ConvLayer",
+    "Layout",
     "ModuleDef",
     "PatchConv",
+    "PatternConv",
     "ResNet",
     "SmallCNN",
     "abstract_variables",
@@ -41,8 +44,10 @@ __all__ = [
     "names",
     "output_sizes",
     "parameter_count",
+    "patch_convolution",
     "prunable_convs",
     "scaled_width",
+    "xla_convolution",
 ]
 
 _SMALL_IMAGE = (32, 32, 3)
@@ -100,6 +105,7 @@ def build(
     dtype: Any = jnp.float32,
     conv: ModuleDef = nn.Conv,
     dropout: float | None = None,
+    layout: Layout = "NHWC",
 ) -> nn.Module:
     """Makes a net, called as ``model.apply(variables, x, train=...)``.
 
@@ -110,15 +116,19 @@ def build(
         dtype: what the layers compute in; parameters, BatchNorm statistics and logits are float32.
         conv: the convolution, called as `nn.Conv` is; parameter paths do not depend on it.
         dropout: rate in [0, 1) of a net that has dropout (the VGGs); None for its own.
+        layout: of the maps inside, "NHWC" or "HWNC". Images are NHWC and parameters and logits the
+            same in either; HWNC takes a convolution with a parameter `layout`, such as `PatternConv`.
 
     Raises:
         ValueError: if the name is unknown, `num_classes` or `width` is not positive, or `dropout` is
-            given for a net without dropout or is outside [0, 1).
+            given for a net without dropout or is outside [0, 1); if the layout is unknown, or `conv`
+            does not know it.
     """
     net = _net(name)
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes!r}")
     scaled_width(1, width)  # refuses a bad width here rather than at the first call
+    conv_in_layout(conv, layout)  # refuses what does not go together
     settings = dict(net.settings)
     if dropout is not None:
         if not hasattr(net.module, "dropout"):
@@ -126,7 +136,7 @@ def build(
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout!r}: expected a rate in [0, 1)")
         settings["dropout"] = dropout
-    return net.module(num_classes=num_classes, width=width, dtype=dtype, conv=conv, **settings)
+    return net.module(num_classes=num_classes, width=width, dtype=dtype, conv=conv, layout=layout, **settings)
 
 
 def default_image_shape(name: str) -> tuple[int, int, int]:

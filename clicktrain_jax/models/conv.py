@@ -1,22 +1,76 @@
-"""A convolution for CPUs: patches gathered by slicing, then one matrix product.
+"""Convolutions to hand to the nets in place of `flax.linen.Conv`, called the same way and with its parameters.
 
-XLA's own convolutions are slow on a CPU where training needs them most: their weight gradients, and every
-convolution inside a compiled loop (jax issue 12868: some 60 times slower there). As slices and a matrix
-product the same function trains a full-width VGG-16 3 to 4 times faster on two cores, in a loop or out of
-one (`python -m experiments bench loop`). Its price is memory: the patches, kh * kw times the input, are kept
-for the backward pass. On a GPU, cuDNN is the right choice: hand `flax.linen.Conv` to the models there.
+`PatchConv` is for CPUs, where XLA's own convolutions are slow as training needs them most: their weight gradients,
+and every convolution inside a compiled loop (jax issue 12868: some 60 times slower there). As slices and a matrix
+product the same function trains a full-width VGG-16 3 to 4 times faster on two cores, in a loop or out of one
+(`python -m experiments bench loop`). Its price is memory: the patches, kh * kw times the input, are kept for the
+backward pass. On a GPU, cuDNN is the right choice: hand `flax.linen.Conv` to the models there.
+
+`PatternConv` runs the layers that have a structure by a function that was handed in, and the others dense.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from clicktrain_jax.models.layout import Layout, per_axis, spatial_axes
+
+STRUCTURES = "structures"  # the variable collection that PatternConv reads its structure from
+
+
+class DenseConvolution(Protocol):
+    """A convolution with all weights: x in the layout, w (kh, kw, cin, cout) of its dtype -> y in the layout."""
+
+    def __call__(
+        self,
+        x: jax.Array,
+        w: jax.Array,
+        *,
+        strides: Sequence[int],
+        padding: Sequence[tuple[int, int]],
+        layout: Layout,
+    ) -> jax.Array:
+        """Convolves."""
+
+
+def xla_convolution(
+    x: jax.Array, w: jax.Array, *, strides: Sequence[int], padding: Sequence[tuple[int, int]], layout: Layout
+) -> jax.Array:
+    """XLA's own convolution. Arguments are those of `DenseConvolution`."""
+    spatial_axes(layout)  # refuses an unknown one
+    return jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=(layout, "HWIO", layout))
+
+
+def patch_convolution(
+    x: jax.Array, w: jax.Array, *, strides: Sequence[int], padding: Sequence[tuple[int, int]], layout: Layout
+) -> jax.Array:
+    """Patches gathered by slicing, then one matrix product. Arguments are those of `DenseConvolution`."""
+    kh, kw, _, features = w.shape
+    row_axis, column_axis = spatial_axes(layout)
+    x = jnp.pad(x, per_axis(layout, *padding, (0, 0)))
+    row_stride, column_stride = strides
+    last_row, last_column = x.shape[row_axis] - kh, x.shape[column_axis] - kw
+    taps = [
+        x[
+            per_axis(
+                layout,
+                slice(row, row + last_row + 1, row_stride),
+                slice(column, column + last_column + 1, column_stride),
+                slice(None),
+            )
+        ]
+        for row in range(kh)
+        for column in range(kw)
+    ]
+    patches = jnp.concatenate(taps, axis=-1)
+    return jnp.einsum("abck,kf->abcf", patches, w.reshape(-1, features))
+
 
 class PatchConv(nn.Module):
-    """`flax.linen.Conv` for NHWC images, called the same way by the models here, with the same parameters.
+    """`flax.linen.Conv` by patches, called the same way by the models here, with the same parameters.
 
     Attributes:
         features: number of filters.
@@ -26,6 +80,7 @@ class PatchConv(nn.Module):
         use_bias: must be False; the nets here have BatchNorm instead.
         dtype: what is computed in; the kernel is kept in float32.
         kernel_init: initializer of the kernel.
+        layout: of the input and of the output.
     """
 
     features: int
@@ -35,25 +90,77 @@ class PatchConv(nn.Module):
     use_bias: bool = False
     dtype: Any = jnp.float32
     kernel_init: Any = nn.initializers.lecun_normal()
+    layout: Layout = "NHWC"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, height, width, cin) -> (batch, rows, columns, features) in ``dtype``.
+        """(batch, height, width, cin) -> (batch, rows, columns, features) in ``dtype``; or both in HWNC.
 
         Raises:
-            ValueError: if a bias is asked for.
+            ValueError: if a bias is asked for, or the layout is unknown.
         """
-        if self.use_bias:
-            raise ValueError("PatchConv has no bias: use_bias=True is for flax.linen.Conv")
-        kh, kw = self.kernel_size
-        kernel = self.param("kernel", self.kernel_init, (kh, kw, x.shape[-1], self.features), jnp.float32)
-        x = jnp.pad(x.astype(self.dtype), ((0, 0), *self.padding, (0, 0)))
-        row_stride, column_stride = self.strides
-        last_row, last_column = x.shape[1] - kh, x.shape[2] - kw
-        taps = [
-            x[:, row : row + last_row + 1 : row_stride, column : column + last_column + 1 : column_stride]
-            for row in range(kh)
-            for column in range(kw)
-        ]
-        patches = jnp.concatenate(taps, axis=-1)
-        return jnp.einsum("nhwk,kf->nhwf", patches, kernel.astype(self.dtype).reshape(-1, self.features))
+        kernel = _kernel(self, x)
+        return patch_convolution(
+            x.astype(self.dtype), kernel, strides=self.strides, padding=self.padding, layout=self.layout
+        )
+
+
+class PatternConv(nn.Module):
+    """A convolution that runs by its structure where it has one, and dense where it has none.
+
+    The structure is the variable "kernel" of the collection "structures", beside "params", so that one net serves
+    every choice of layers. It is whatever ``convolve`` takes, a pytree::
+
+        net = build("vgg13", num_classes=10, layout="HWNC", conv=partial(PatternConv, convolve=pattern_conv))
+        net.apply({"params": p, "batch_stats": b, "structures": {"Conv_1": {"kernel": structure}}}, x, train=False)
+
+    Attributes:
+        features: number of filters.
+        kernel_size: (kh, kw).
+        strides: (rows, columns).
+        padding: ((top, bottom), (left, right)).
+        use_bias: must be False; the nets here have BatchNorm instead.
+        dtype: what is computed in; the kernel is kept in float32.
+        kernel_init: initializer of the kernel.
+        layout: of the input and of the output; the nets say theirs.
+        convolve: called as ``convolve(x, w, structure, strides=, padding=, layout=)``, with x and w of ``dtype``.
+        dense: a `DenseConvolution` for a layer without structure: `xla_convolution` or `patch_convolution`.
+    """
+
+    features: int
+    kernel_size: Sequence[int]
+    strides: Sequence[int] = (1, 1)
+    padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0))
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    kernel_init: Any = nn.initializers.lecun_normal()
+    layout: Layout = "NHWC"
+    convolve: Callable[..., jax.Array] | None = None
+    dense: DenseConvolution = xla_convolution
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, height, width, cin) -> (batch, rows, columns, features) in ``dtype``; or both in HWNC.
+
+        Raises:
+            ValueError: if a bias is asked for, the layout is unknown, or there is a structure but no ``convolve``.
+        """
+        kernel = _kernel(self, x)
+        settings = {"strides": self.strides, "padding": self.padding, "layout": self.layout}
+        structure = self.get_variable(STRUCTURES, "kernel")
+        if structure is None:
+            return self.dense(x.astype(self.dtype), kernel, **settings)
+        if self.convolve is None:
+            raise ValueError(
+                f"{'/'.join(self.path)!r} has a structure but no function that uses it: hand in "
+                "partial(PatternConv, convolve=...), such as pallas_kernels.pattern_conv"
+            )
+        return self.convolve(x.astype(self.dtype), kernel, structure, **settings)
+
+
+def _kernel(module: PatchConv | PatternConv, x: jax.Array) -> jax.Array:
+    """A module's kernel in the dtype that it computes in; the kept one is float32."""
+    if module.use_bias:
+        raise ValueError(f"{type(module).__name__} has no bias: use_bias=True is for flax.linen.Conv")
+    shape = (*module.kernel_size, x.shape[-1], module.features)
+    return module.param("kernel", module.kernel_init, shape, jnp.float32).astype(module.dtype)

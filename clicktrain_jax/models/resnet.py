@@ -19,6 +19,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from clicktrain_jax.models.layout import (
+    Layout,
+    conv_in_layout,
+    from_nhwc,
+    max_pool,
+    per_axis,
+    spatial_axes,
+)
 from clicktrain_jax.models.sizes import ModuleDef, check_images, scaled_width
 
 _BOTTLENECK_EXPANSION = 4
@@ -50,9 +58,10 @@ def _batch_norm(train: bool, dtype: Any) -> ModuleDef:
     )
 
 
-def _padded_shortcut(x: jax.Array, features: int, strides: int) -> jax.Array:
+def _padded_shortcut(x: jax.Array, features: int, strides: int, layout: Layout) -> jax.Array:
     """Option A of He et al.: every strides-th pixel, new channels of zeros on both sides."""
-    x = x[:, ::strides, ::strides, :]
+    step = slice(None, None, strides)
+    x = x[per_axis(layout, step, step, slice(None))]
     new = features - x.shape[-1]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
 
@@ -67,7 +76,8 @@ class ResidualBlock(nn.Module):
         shortcut: what joins input and output where their shapes differ: ``"projection"``, a 1x1
             convolution with BatchNorm, or ``"pad"``, without parameters.
         dtype: what the layers compute in.
-        conv: the convolution, called as `nn.Conv` is.
+        conv: the convolution, called as `nn.Conv` is; one that knows layouts must hold this one.
+        layout: of the block's input and output.
     """
 
     features: int
@@ -76,10 +86,11 @@ class ResidualBlock(nn.Module):
     shortcut: Literal["projection", "pad"] = "projection"
     dtype: Any = jnp.float32
     conv: ModuleDef = nn.Conv
+    layout: Layout = "NHWC"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps (batch, height, width, cin) to (batch, height / strides, width / strides, cout)."""
+        """Maps (batch, height, width, cin) to (batch, height / strides, width / strides, cout), or both in HWNC."""
         norm = _batch_norm(train, self.dtype)
         inner, strides = self.features, self.strides
         if self.kind == "basic":
@@ -97,7 +108,7 @@ class ResidualBlock(nn.Module):
         features = layers[-1][0]
         if strides != 1 or x.shape[-1] != features:
             if self.shortcut == "pad":
-                x = _padded_shortcut(x, features, strides)
+                x = _padded_shortcut(x, features, strides, self.layout)
             else:
                 x = _convolve(self.conv, x, features, 1, strides, self.dtype, "shortcut")
                 x = norm(name="shortcut_BatchNorm")(x)
@@ -119,6 +130,7 @@ class ResNet(nn.Module):
             stays four times its inner width.
         dtype: what the layers compute in; parameters, BatchNorm statistics and logits are float32.
         conv: the convolution, called as `nn.Conv` is.
+        layout: of the maps inside; a convolution for HWNC must take it (`layout.conv_in_layout`).
     """
 
     num_classes: int
@@ -130,6 +142,7 @@ class ResNet(nn.Module):
     width: float = 1.0
     dtype: Any = jnp.float32
     conv: ModuleDef = nn.Conv
+    layout: Layout = "NHWC"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -144,18 +157,20 @@ class ResNet(nn.Module):
             float32 logits, (batch, num_classes).
 
         Raises:
-            ValueError: if `x` is not a batch of floating-point images, or if a setting of the net
-                is not one of those listed above.
+            ValueError: if `x` is not a batch of floating-point images, if a setting of the net is
+                not one of those listed above, or if `conv` does not know the layout.
         """
         check_images(x)
         self._check_settings()
+        conv = conv_in_layout(self.conv, self.layout)
+        x = from_nhwc(x, self.layout)
         widths = [scaled_width(features, self.width) for features in self.stage_widths]
 
         size, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
-        x = _convolve(self.conv, x, widths[0], size, strides, self.dtype, "Conv_0")
+        x = _convolve(conv, x, widths[0], size, strides, self.dtype, "Conv_0")
         x = nn.relu(_batch_norm(train, self.dtype)(name="BatchNorm_0")(x))
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool(x, 3, 2, self.layout, padding=((1, 1), (1, 1)))
 
         index = 0
         for stage, (count, features) in enumerate(zip(self.blocks_per_stage, widths, strict=True)):
@@ -166,12 +181,13 @@ class ResNet(nn.Module):
                     kind=self.kind,
                     shortcut=self.shortcut,
                     dtype=self.dtype,
-                    conv=self.conv,
+                    conv=conv,
+                    layout=self.layout,
                     name=f"Block_{index}",
                 )(x, train=train)
                 index += 1
 
-        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        x = jnp.mean(x, axis=spatial_axes(self.layout), dtype=jnp.float32)
         bound = 1 / math.sqrt(x.shape[-1])
         # The last layer costs next to nothing, so its logits are not rounded to a short dtype.
         return nn.Dense(

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 # Called as nn.Conv is, with (features, kernel_size, strides=, padding=, use_bias=, dtype=,
-# kernel_init=, name=) and nothing else; padding is ((top, bottom), (left, right)).
+# kernel_init=, name=) and nothing else but layout=, where it has such a parameter; padding is
+# ((top, bottom), (left, right)).
 ModuleDef = Callable[..., nn.Module]
 
 _WIDTH_STEP = 8  # narrow nets stay friendly to vector units and to tiles of 8 filters
@@ -104,7 +105,9 @@ def _trace(
         out = next_fun(*args, **kwargs)
         module = context.module
         if context.method_name == "__call__" and module.has_variable("params", "kernel"):
-            positions = out.shape[1:-1]  # (H, W) of a map, nothing after a flattened Dense
+            # (H, W) of a map, nothing after a flattened Dense.
+            in_hwnc = out.ndim == 4 and getattr(module, "layout", "NHWC") == "HWNC"
+            positions = out.shape[:2] if in_hwnc else out.shape[1:-1]
             size = (math.prod(positions[:-1]), math.prod(positions[-1:]))
             path = "/".join((*module.path, "kernel"))
             if sizes.setdefault(path, size) != size:

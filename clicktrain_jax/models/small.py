@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from clicktrain_jax.models.layout import Layout, conv_in_layout, from_nhwc, max_pool, spatial_axes
 from clicktrain_jax.models.sizes import ModuleDef, check_images, scaled_width
 
 _WIDTHS = (32, 64, 64, 128)
@@ -32,12 +33,14 @@ class SmallCNN(nn.Module):
         width: multiplies every width (`scaled_width`).
         dtype: what the layers compute in; parameters, BatchNorm statistics and logits are float32.
         conv: the convolution, called as `nn.Conv` is.
+        layout: of the maps inside; a convolution for HWNC must take it (`layout.conv_in_layout`).
     """
 
     num_classes: int
     width: float = 1.0
     dtype: Any = jnp.float32
     conv: ModuleDef = nn.Conv
+    layout: Layout = "NHWC"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -51,7 +54,8 @@ class SmallCNN(nn.Module):
             float32 logits, (batch, num_classes).
 
         Raises:
-            ValueError: if `x` is not a batch of floating-point images of at least 4x4.
+            ValueError: if `x` is not a batch of floating-point images of at least 4x4, or if `conv`
+                does not know the layout.
         """
         check_images(x)
         if min(x.shape[1:3]) < _SMALLEST_IMAGE:
@@ -59,8 +63,10 @@ class SmallCNN(nn.Module):
                 f"this net takes images of {_SMALLEST_IMAGE}x{_SMALLEST_IMAGE} or larger, "
                 f"got {x.shape[1]}x{x.shape[2]}"
             )
+        conv = conv_in_layout(self.conv, self.layout)
+        x = from_nhwc(x, self.layout)
         for index, features in enumerate(_WIDTHS):
-            x = self.conv(
+            x = conv(
                 scaled_width(features, self.width),
                 (3, 3),
                 strides=(1, 1),
@@ -79,6 +85,6 @@ class SmallCNN(nn.Module):
             )(x)
             x = nn.relu(x)
             if index in _POOL_AFTER:
-                x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+                x = max_pool(x, 2, 2, self.layout)
+        x = jnp.mean(x, axis=spatial_axes(self.layout), dtype=jnp.float32)
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="Dense_0")(x)

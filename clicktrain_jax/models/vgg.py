@@ -13,6 +13,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from clicktrain_jax.models.layout import (
+    Layout,
+    avg_pool,
+    conv_in_layout,
+    from_nhwc,
+    max_pool,
+    to_nhwc,
+)
 from clicktrain_jax.models.sizes import ModuleDef, check_images, scaled_width
 
 _IMAGE_SIZE = (32, 32)
@@ -41,6 +49,7 @@ class VGG(nn.Module):
         width: multiplies every width, the hidden layers of the classifier too (`scaled_width`).
         dtype: what the layers compute in; parameters, BatchNorm statistics and logits are float32.
         conv: the convolution, called as `nn.Conv` is.
+        layout: of the maps inside; a convolution for HWNC must take it (`layout.conv_in_layout`).
         dropout: rate before each of the classifier's first two layers.
     """
 
@@ -50,6 +59,7 @@ class VGG(nn.Module):
     dtype: Any = jnp.float32
     conv: ModuleDef = nn.Conv
     dropout: float = 0.5
+    layout: Layout = "NHWC"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -64,22 +74,24 @@ class VGG(nn.Module):
             float32 logits, (batch, num_classes).
 
         Raises:
-            ValueError: if `x` is not a batch of floating-point images of 32x32, or if there is not
-                one entry of `convs_per_stage` for each stage.
+            ValueError: if `x` is not a batch of floating-point images of 32x32, if there is not one
+                entry of `convs_per_stage` for each stage, or if `conv` does not know the layout.
         """
         check_images(x, size=_IMAGE_SIZE)
         if len(self.convs_per_stage) != len(_STAGE_WIDTHS):
             raise ValueError(
                 f"convs_per_stage needs {len(_STAGE_WIDTHS)} entries, got {self.convs_per_stage}"
             )
+        conv = conv_in_layout(self.conv, self.layout)
+        x = from_nhwc(x, self.layout)
         index = 0
         for stage, (count, features) in enumerate(
             zip(self.convs_per_stage, _STAGE_WIDTHS, strict=True)
         ):
             if stage > 0:
-                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+                x = max_pool(x, 2, 2, self.layout)
             for _ in range(count):
-                x = self.conv(
+                x = conv(
                     scaled_width(features, self.width),
                     (3, 3),
                     strides=(1, 1),
@@ -100,7 +112,8 @@ class VGG(nn.Module):
                 x = nn.relu(x)
                 index += 1
 
-        x = nn.avg_pool(x, (2, 2), strides=(2, 2))
+        # Back to NHWC, so that the classifier finds its features in one order.
+        x = to_nhwc(avg_pool(x, 2, self.layout), self.layout)
         x = x.reshape(x.shape[0], -1)
         dense_init = _dense_init if self.width == 1 else _scaled_dense_init
         for layer in range(2):

@@ -98,8 +98,13 @@ class LoopConfig:
         epoch_program: "scan": an epoch is one compiled loop on the device. "steps": the host calls one compiled
             update after the other. "auto": scan, but steps on a CPU, where an epoch can take minutes: the progress
             bar moves and Ctrl-C is heeded between updates, at no measurable cost.
-        convolution: "xla": `flax.linen.Conv`. "patches": `clicktrain_jax.models.PatchConv`, several times faster in
-            training on a CPU. "auto": patches on a CPU, else xla.
+        convolution: "xla": `flax.linen.Conv`. "direct": `pallas_kernels.dense_conv`, XLA's without its slow cases on a
+            CPU. "patches": `clicktrain_jax.models.PatchConv`, for compiled loops on a CPU, where XLA's is far slower.
+            "auto": on a CPU patches in a loop and direct otherwise, elsewhere xla.
+        pruned_convolution: how the pruned phase runs its convolutions. "dense": as before, under masks. "pattern": by
+            `pallas_kernels.pattern_conv`, where a layer should gain by it. "pattern_hwnc": so, with the batch inside.
+            "auto": whichever is the fastest on whole updates, measured at the phase's begin and cached; a run whose
+            masks promise no gain, such as those of the paper's form on a CPU, stays dense.
         checkpoint_every_epochs: save after every so many epochs, and after the last; a resumed run repeats the
             epochs since.
         keep_checkpoints: how many of the newest epochs' checkpoints stay on disk.
@@ -109,7 +114,8 @@ class LoopConfig:
     """
 
     epoch_program: Literal["auto", "scan", "steps"] = "auto"
-    convolution: Literal["auto", "xla", "patches"] = "auto"
+    convolution: Literal["auto", "xla", "direct", "patches"] = "auto"
+    pruned_convolution: Literal["auto", "dense", "pattern", "pattern_hwnc"] = "auto"
     checkpoint_every_epochs: int = 1
     keep_checkpoints: int = 2
     eval_every_epochs: int = 1

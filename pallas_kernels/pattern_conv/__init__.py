@@ -1,6 +1,23 @@
 """A convolution compiled for the patterns of its kernel."""
 
-from pallas_kernels.pattern_conv.api import BACKENDS, pattern_conv, supported
+from pallas_kernels.pattern_conv.api import (
+    BACKENDS,
+    LEAST_GAIN,
+    dense_conv,
+    estimated_gain,
+    pattern_conv,
+    supported,
+)
 from pallas_kernels.pattern_conv.structure import Structure, make_structure, mask_of
 
-__all__ = ["BACKENDS", "Structure", "make_structure", "mask_of", "pattern_conv", "supported"]
+__all__ = [
+    "BACKENDS",
+    "LEAST_GAIN",
+    "Structure",
+    "dense_conv",
+    "estimated_gain",
+    "make_structure",
+    "mask_of",
+    "pattern_conv",
+    "supported",
+]

@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.pattern_conv.dense import convolve
 from pallas_kernels.pattern_conv.geometry import Geometry, Padding, make_geometry
 from pallas_kernels.pattern_conv.pieces import dense_work, work
 from pallas_kernels.pattern_conv.structure import Structure
@@ -17,7 +18,7 @@ Backend = Literal["reference", "dense", "xla", "mosaic_gpu"]
 BACKENDS = ("reference", "dense", "xla", "mosaic_gpu")
 
 # An estimate must promise this much before the dense convolution is left.
-_LEAST_GAIN = 1.15
+LEAST_GAIN = 1.15
 
 
 def pattern_conv(
@@ -61,9 +62,6 @@ def pattern_conv(
     """
     _check(x, w, structure)
     geometry = make_geometry(x.shape, structure.shape[:2], strides, padding, layout)
-    cin = x.shape[3]
-    if cin != structure.shape[2]:
-        raise ValueError(f"x of shape {x.shape} has {cin} channels, a kernel {structure.shape} takes {structure.shape[2]}")
     batch = x.shape[geometry.batch_axis]
     for name, vector in (("scale", scale), ("bias", bias)):
         if vector is not None and jnp.shape(vector) != (structure.shape[3],):
@@ -78,6 +76,37 @@ def pattern_conv(
     return epilogue(y, scale, bias, relu)
 
 
+def dense_conv(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    strides: Sequence[int] = (1, 1),
+    padding: Padding = "SAME",
+    layout: Literal["NHWC", "HWNC"] = "NHWC",
+) -> jax.Array:
+    """The plain convolution in the device's fastest form: what `pattern_conv` must beat. Differentiable.
+
+    Args:
+        x: floating point, (batch, height, width, cin), or (height, width, batch, cin) for "HWNC".
+        w: (kh, kw, cin, cout) of the same dtype.
+        strides: (rows, columns).
+        padding: "SAME", "VALID", or ((top, bottom), (left, right)).
+        layout: of ``x`` and of the result.
+
+    Raises:
+        ValueError: as `pattern_conv`.
+    """
+    if jnp.ndim(w) != 4:
+        raise ValueError(f"w is (kh, kw, cin, cout), got {jnp.shape(w)}")
+    _check_arrays(x, w)
+    return convolve(x, w, make_geometry(x.shape, w.shape[:2], strides, padding, layout))
+
+
+def estimated_gain(structure: Structure) -> float:
+    """How many times faster than dense the portable form should be, by counting its work; 0.9 and less: slower."""
+    return dense_work(structure.shape) / max(work(structure.pieces, structure.tile[0]), 1.0)
+
+
 def supported(structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch: int) -> dict[str, str | None]:
     """For each backend why it cannot do this convolution here, or None where it can."""
     return {name: _why_not(name, structure, geometry, dtype, batch) for name in BACKENDS}
@@ -87,8 +116,7 @@ def choose(structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch: in
     """The backend that is taken when none is named: the fastest by estimate, dense included."""
     if _why_not("mosaic_gpu", structure, geometry, dtype, batch) is None:
         return "mosaic_gpu"
-    gain = dense_work(structure.shape) / max(work(structure.pieces, structure.tile[0]), 1.0)
-    return "xla" if gain > _LEAST_GAIN else "dense"
+    return "xla" if estimated_gain(structure) > LEAST_GAIN else "dense"
 
 
 def epilogue(y: jax.Array, scale: jax.Array | None, bias: jax.Array | None, relu: bool) -> jax.Array:
@@ -121,9 +149,15 @@ def _why_not(backend: str, structure: Structure, geometry: Geometry, dtype: jnp.
 def _check(x: jax.Array, w: jax.Array, structure: Structure) -> None:
     if not isinstance(structure, Structure):
         raise ValueError(f"structure comes from make_structure(mask), got {type(structure).__name__}")
-    if jnp.ndim(x) != 4:
-        raise ValueError(f"x has four axes, (batch, height, width, channels) or as its layout says, got {jnp.shape(x)}")
     if jnp.shape(w) != structure.shape:
         raise ValueError(f"w has shape {jnp.shape(w)}, the structure was made for {structure.shape}")
+    _check_arrays(x, w)
+
+
+def _check_arrays(x: jax.Array, w: jax.Array) -> None:
+    if jnp.ndim(x) != 4:
+        raise ValueError(f"x has four axes, (batch, height, width, channels) or as its layout says, got {jnp.shape(x)}")
+    if x.shape[3] != w.shape[2]:
+        raise ValueError(f"x of shape {x.shape} has {x.shape[3]} channels, a kernel {w.shape} takes {w.shape[2]}")
     if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x and w have one floating dtype, got {x.dtype} and {w.dtype}: cast one of them")

@@ -21,6 +21,8 @@ Piece = tuple[tuple[int, int, int, int], Taps]
 _READ = 28.0
 # Another small convolution costs about as much as this many multiply-adds a pixel.
 _CALL = 2000.0
+# All covers are searched for kernels of up to so many taps: 51 remainders for 3x3, 4000 for 5x5, no end for 7x7.
+_SEARCHED = 12
 
 
 @functools.partial(
@@ -72,6 +74,8 @@ def cover(taps: Taps, size: tuple[int, int], filters: int) -> tuple[float, tuple
     if not taps:
         return 0.0, ()
     kh, kw = size
+    if kh * kw > _SEARCHED:
+        return _cover_simply(taps, kw, filters)
     best: tuple[float, tuple[Piece, ...]] = (float("inf"), ())
     for rows in range(1, kh + 1):
         for columns in range(1, kw + 1):
@@ -89,6 +93,17 @@ def cover(taps: Taps, size: tuple[int, int], filters: int) -> tuple[float, tuple
                     if cost < best[0] - 1e-9:
                         best = cost, (((row, column, rows, columns), inside), *pieces)
     return best
+
+
+def _cover_simply(taps: Taps, kw: int, filters: int) -> tuple[float, tuple[Piece, ...]]:
+    """The taps' bounding box, or each tap for itself."""
+    rows, columns = [tap // kw for tap in taps], [tap % kw for tap in taps]
+    box = (min(rows), min(columns), max(rows) - min(rows) + 1, max(columns) - min(columns) + 1)
+    whole = box[2] * box[3] + _READ / filters
+    single = len(taps) * (1 + _READ / filters)
+    if whole <= single:
+        return whole, ((box, taps),)
+    return single, tuple(((row, column, 1, 1), (tap,)) for row, column, tap in zip(rows, columns, taps))
 
 
 def make_pieces(codes: np.ndarray, shape: tuple[int, ...], tile: tuple[int, int]) -> tuple[Pieces, ...]:

@@ -9,11 +9,15 @@ that new masks of like size fit the same program.
 import dataclasses
 import functools
 import math
+import numbers
 
 import jax
 import numpy as np
 
 from pallas_kernels.pattern_conv.pieces import Pieces, Taps, make_pieces, round_up, taps_of
+
+# A block's taps are the bits of one int64.
+_MOST_TAPS = 62
 
 
 @functools.partial(
@@ -79,13 +83,15 @@ def make_structure(mask: np.ndarray, *, tile: tuple[int | None, int | None] | No
         A `Structure` whose arrays are numpy's.
 
     Raises:
-        ValueError: the mask is not bool, not 4-D or empty, or is not shared as ``tile`` says (the nearest tile that
-            holds is named).
+        ValueError: the mask is not bool, not 4-D, empty or of more than 62 taps, or is not shared as ``tile`` says (the
+            nearest tile that holds is named).
     """
     mask = np.asarray(mask)
     if mask.ndim != 4 or mask.dtype != bool or 0 in mask.shape:
         raise ValueError(f"a mask is bool (kh, kw, cin, cout), got {mask.dtype} {mask.shape}")
     kh, kw, cin, cout = mask.shape
+    if kh * kw > _MOST_TAPS:
+        raise ValueError(f"a kernel has at most {_MOST_TAPS} taps, got {(kh, kw)}: leave this convolution dense")
     largest = _largest_tile(mask)
     tile = _check_tile(largest if tile is None else tile, largest, mask.shape)
     filters, channels = tile
@@ -138,12 +144,14 @@ def _largest_tile(mask: np.ndarray) -> tuple[int, int]:
 def _check_tile(
     tile: tuple[int | None, int | None], largest: tuple[int, int], shape: tuple[int, ...]
 ) -> tuple[int, int]:
+    if not isinstance(tile, tuple | list) or len(tile) != 2:
+        raise ValueError(f"tile holds (filters, channels), positive or None, got {tile}")
     checked = []
     for name, size, widest, length in zip(("filters", "channels"), tile, largest, (shape[3], shape[2])):
         size = length if size is None else size
-        if not isinstance(size, int) or size < 1:
+        if not isinstance(size, numbers.Integral) or size < 1:
             raise ValueError(f"tile holds (filters, channels), positive or None, got {tile}")
-        size = min(size, length)
+        size = min(int(size), length)
         # A widest of the whole axis never changes, so any size holds.
         if widest != length and widest % size:
             raise ValueError(

@@ -1,6 +1,11 @@
-"""One differentiable operator from a backend's three functions: value, input gradient, weight gradient."""
+"""One differentiable operator from a backend's three functions: value, input gradient, weight gradient.
+
+Each is linear in both of its arguments, and its derivatives are the other two: so derivatives of any order are the
+backend's own. Its insides are not asked for theirs: kernels have none, and those of bits are silently zero.
+"""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,16 +22,50 @@ def differentiable(x: jax.Array, w: jax.Array, structure: Structure, geometry: G
     return backend.forward(x, w, structure, geometry)
 
 
-def _forward(x: jax.Array, w: jax.Array, structure: Structure, geometry: Geometry, backend: Any) -> tuple:
-    return backend.forward(x, w, structure, geometry), (x, w, structure)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _input_gradient(dy: jax.Array, w: jax.Array, structure: Structure, geometry: Geometry, backend: Any) -> jax.Array:
+    return backend.input_gradient(dy, w, structure, geometry)
 
 
-def _backward(geometry: Geometry, backend: Any, kept: tuple, dy: jax.Array) -> tuple:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _weight_gradient(x: jax.Array, dy: jax.Array, structure: Structure, geometry: Geometry, backend: Any) -> jax.Array:
+    return backend.weight_gradient(x, dy, structure, geometry)
+
+
+def _keeping(function: Callable) -> Callable:
+    """The forward rule of ``function``: its value, and its arguments for the backward rule."""
+
+    def forward(*args):
+        return function(*args), args[:3]
+
+    return forward
+
+
+def _forward_backward(geometry: Geometry, backend: Any, kept: tuple, dy: jax.Array) -> tuple:
     x, w, structure = kept
-    dx = backend.input_gradient(dy, w, structure, geometry).astype(x.dtype)
-    dw = backend.weight_gradient(x, dy, structure, geometry).astype(w.dtype)
-    # Integers have no gradient: jax wants float0 for them.
-    return dx, dw, jax.tree.map(lambda leaf: np.zeros(jnp.shape(leaf), jax.dtypes.float0), structure)
+    dx = _input_gradient(dy, w, structure, geometry, backend).astype(x.dtype)
+    dw = _weight_gradient(x, dy, structure, geometry, backend).astype(w.dtype)
+    return dx, dw, _nothing(structure)
 
 
-differentiable.defvjp(_forward, _backward)
+def _input_gradient_backward(geometry: Geometry, backend: Any, kept: tuple, ct: jax.Array) -> tuple:
+    dy, w, structure = kept
+    to_w = _weight_gradient(ct, dy, structure, geometry, backend).astype(w.dtype)
+    return differentiable(ct, w, structure, geometry, backend), to_w, _nothing(structure)
+
+
+def _weight_gradient_backward(geometry: Geometry, backend: Any, kept: tuple, ct: jax.Array) -> tuple:
+    x, dy, structure = kept
+    ct = ct.astype(x.dtype)
+    to_x = _input_gradient(dy, ct, structure, geometry, backend).astype(x.dtype)
+    return to_x, differentiable(x, ct, structure, geometry, backend), _nothing(structure)
+
+
+def _nothing(structure: Structure) -> Structure:
+    """Integers have no gradient: jax wants float0 for them."""
+    return jax.tree.map(lambda leaf: np.zeros(jnp.shape(leaf), jax.dtypes.float0), structure)
+
+
+differentiable.defvjp(_keeping(differentiable), _forward_backward)
+_input_gradient.defvjp(_keeping(_input_gradient), _input_gradient_backward)
+_weight_gradient.defvjp(_keeping(_weight_gradient), _weight_gradient_backward)

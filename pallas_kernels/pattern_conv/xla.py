@@ -234,7 +234,8 @@ class _Order:
 
     def after(self, value: jax.Array) -> jax.Array:
         """Note that ``value`` comes before whatever `hold` is given next."""
-        self.last = value
+        if value.size:
+            self.last = value
         return value
 
     def hold(self, indices: jax.Array) -> jax.Array:
@@ -271,7 +272,7 @@ def _chunks(batch: int, structure: Structure, geometry: Geometry, dtype: jnp.dty
     weight_bytes *= _filters(structure) * itemsize
     convolutions = _num_tiles(structure) * len(structure.pieces)
     wanted = -(-batch * image_bytes // max(_CACHE_BYTES, 2 * weight_bytes))
-    count = min(wanted, max(1, _MOST_CONVOLUTIONS // convolutions), batch)
+    count = max(1, min(wanted, _MOST_CONVOLUTIONS // convolutions, batch))
     bounds = [batch * index // count for index in range(count + 1)]
     return list(zip(bounds[:-1], bounds[1:]))
 

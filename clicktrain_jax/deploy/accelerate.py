@@ -1,0 +1,327 @@
+"""A user's own net, its pruned convolutions run by their patterns; the net's code stays as it is.
+
+    fast = ct.accelerate(lambda variables, x: model.apply(variables, x, train=False), ct.masks_of(opt_state))
+    logits = jax.jit(fast)(variables, images)
+    fast = fast.tuned(variables, images)      # measures this net on this device: dense, by patterns, or layer by layer
+    print(fast.report(variables, images).to_text())
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from clicktrain_jax.deploy import interception, layers
+from clicktrain_jax.deploy.arguments import Frame, is_module, parameter_names, state_of, take_apart, write_back
+from clicktrain_jax.masks import Masks, combine
+from clicktrain_jax.trees import Tree, named_leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvolutionReport:
+    """One convolution of the net.
+
+    Attributes:
+        name: its kernel's leaf, ``"Conv_1/kernel"``; empty when the kernel is no parameter of
+            the masks' tree, or computed from one.
+        kernel_shape: in the order in which the net has it.
+        image_shape: of its input, likewise.
+        retained: share of its weights that the mask keeps; None without mask.
+        runs: "dense" or "sparse".
+        layout: in which it runs by its structure; empty when dense.
+        backend: of `pallas_kernels.pattern_conv`; empty when dense.
+        why: what decided.
+    """
+
+    name: str
+    kernel_shape: tuple[int, ...]
+    image_shape: tuple[int, ...]
+    retained: float | None
+    runs: str
+    layout: str
+    backend: str
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class AccelerateReport:
+    """What runs how.
+
+    Attributes:
+        convolutions: in the order in which the net calls them; one that is called twice stands here twice.
+        seconds: ``{what was measured: median seconds of a call}`` of `Accelerated.tuned`; None where nothing was.
+        device: the kind of device that it was measured on; empty where nothing was.
+    """
+
+    convolutions: tuple[ConvolutionReport, ...]
+    seconds: Mapping[str, float] | None = None
+    device: str = ""
+
+    def to_text(self) -> str:
+        """A table, one line a convolution."""
+        rows = [("convolution", "kernel", "input", "kept", "runs", "why")]
+        for conv in self.convolutions:
+            runs = " ".join(word for word in (conv.runs, conv.backend, conv.layout) if word)
+            kept = "" if conv.retained is None else f"{conv.retained:.1%}"
+            shapes = ("x".join(map(str, shape)) for shape in (conv.kernel_shape, conv.image_shape))
+            rows.append((conv.name or "(another kernel)", *shapes, kept, runs, conv.why))
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[5]]).rstrip() for row in rows]
+        if self.seconds is not None:
+            times = ", ".join(f"{name} {1e3 * seconds:.3f} ms" for name, seconds in self.seconds.items())
+            lines.append(f"measured on {self.device}: {times}")
+        return "\n".join(lines)
+
+
+class Accelerated:
+    """A function like the one it was made of; made by `accelerate`."""
+
+    def __init__(
+        self,
+        apply_fn: Callable[..., Any],
+        masks: Mapping[str, np.ndarray | None],
+        *,
+        backend: str | None = None,
+        pruned: bool = False,
+        wanted: Mapping[str, layers.Run] | None = None,
+        seconds: Mapping[str, float] | None = None,
+        device: str = "",
+    ):
+        functools.update_wrapper(self, apply_fn, updated=())
+        self._apply_fn = apply_fn
+        self._masks = masks
+        self._backend = backend
+        self._pruned = pruned
+        self._wanted = wanted or {}
+        self._seconds, self._device = seconds, device
+        self._structures: dict[tuple, Any] = {}
+        # A jitted function is one to be compiled as a whole; op by op, as it would be run here, it would crawl.
+        is_jitted = hasattr(apply_fn, "lower") and hasattr(apply_fn, "trace")
+        self._run = jax.jit(self._evaluate, static_argnums=0) if is_jitted else self._evaluate
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function; arguments and result are its own.
+
+        Raises:
+            ValueError: a mask meets no convolution, or the named backend cannot run a layer.
+        """
+        frame, arrays, modules = take_apart(args, kwargs)
+        results, changed = self._run(frame, arrays)
+        write_back(modules, changed)
+        return results
+
+    def report(self, *args: Any, **kwargs: Any) -> AccelerateReport:
+        """How each convolution would run in a call; nothing is computed.
+
+        Args:
+            *args: of the function; arrays may be `jax.ShapeDtypeStruct`.
+            **kwargs: of the function.
+
+        Raises:
+            ValueError: as the call.
+        """
+        met = [self._row(conv, plan) for conv, _, plan in self.met(*args, **kwargs)]
+        return AccelerateReport(tuple(met), self._seconds, self._device)
+
+    def tuned(
+        self, *args: Any, within: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None, **kwargs: Any
+    ) -> "Accelerated":
+        """Measure the whole net on this device, dense and by patterns, and keep what is fastest.
+
+        The answer is kept in the cache of `pallas_kernels.tuning`, per kind of device.
+
+        Args:
+            *args: of the function, concrete and of the shapes that matter.
+            within: makes of the function what is to be timed, ``lambda f: jax.grad(lambda p, x: loss(f(p, x)))``
+                for a training step; None times the function itself.
+            **kwargs: of the function.
+
+        Returns:
+            The same function with another choice; all dense if nothing was faster.
+
+        Raises:
+            ValueError: as the call.
+        """
+        from clicktrain_jax.deploy.whole_net import tune
+
+        wanted, seconds, device = tune(self, within, args, kwargs)
+        return self.with_choice(wanted, seconds, device)
+
+    def with_choice(
+        self, wanted: Mapping[str, layers.Run], seconds: Mapping[str, float] | None = None, device: str = ""
+    ) -> "Accelerated":
+        """The same function with layers run as told, ``{name: "dense", "NHWC" or "HWNC"}``; others choose themselves.
+
+        Raises:
+            ValueError: a name without mask, or an unknown way to run.
+        """
+        for name, run in wanted.items():
+            if name not in self._masks or run not in ("dense", "NHWC", "HWNC"):
+                raise ValueError(
+                    f"choice {name!r}: {run!r}; expected the name of a mask, and 'dense', 'NHWC' or 'HWNC'"
+                )
+        return Accelerated(
+            self._apply_fn,
+            self._masks,
+            backend=self._backend,
+            pruned=self._pruned,
+            wanted=wanted,
+            seconds=seconds,
+            device=device,
+        )
+
+    def met(self, *args: Any, **kwargs: Any) -> list[tuple[interception.Convolution, layers.Layer | None, layers.Plan]]:
+        """The convolutions of a call, in order; the layer is None for one that can only be dense."""
+        frame, arrays, _ = take_apart(args, kwargs)
+        seen: list = []
+        jax.eval_shape(lambda arrays: self._evaluate(frame, arrays, seen), arrays)
+        return seen
+
+    def structure(self, name: str, mask: np.ndarray) -> Any:
+        """The `pallas_kernels.Structure` of a layer's mask (kh, kw, cin, cout)."""
+        import pallas_kernels
+
+        key = (name, mask.shape, mask.strides)  # one leaf may stand in several orders of its axes
+        if key not in self._structures:
+            self._structures[key] = pallas_kernels.make_structure(mask)
+        return self._structures[key]
+
+    @property
+    def backend(self) -> str | None:
+        """The backend that was named."""
+        return self._backend
+
+    def _row(self, conv: interception.Convolution, plan: layers.Plan) -> ConvolutionReport:
+        mask = self._masks.get(conv.name)
+        dense = plan.run == "dense"
+        return ConvolutionReport(
+            name=conv.name,
+            kernel_shape=conv.kernel_shape,
+            image_shape=conv.x_shape,
+            retained=None if mask is None else float(mask.mean()),
+            runs="dense" if dense else "sparse",
+            layout="" if dense else plan.run,
+            backend=plan.backend,
+            why=plan.why,
+        )
+
+    def _evaluate(self, frame: Frame, arrays: list[Any], seen: list | None = None) -> tuple[Any, dict]:
+        """The results, and ``{path: value}`` of the variables of NNX modules that changed."""
+        changed_paths: list = []
+
+        def traced(arrays: list[Any]) -> tuple[Any, list[Any]]:
+            args, kwargs, modules = frame.join(arrays)
+            before = state_of(modules)
+            results = self._apply_fn(*args, **kwargs)
+            changed = {path: leaf for path, leaf in state_of(modules).items() if leaf is not before.get(path)}
+            changed_paths.extend(changed)
+            return results, list(changed.values())
+
+        closed, shapes = jax.make_jaxpr(traced, return_shape=True)(arrays)
+        names = parameter_names(frame, [np.shape(array) for array in arrays], self._masks)
+        masks = {} if self._pruned else self._masks
+        arguments = [
+            interception.Kernel(name, array, masks.get(name)) if name else array for name, array in zip(names, arrays)
+        ]
+        seen = [] if seen is None else seen
+        leaves, met = interception.run(closed, arguments, functools.partial(self._replace, seen))
+        self._check_met(met, seen, names)
+        results, changed = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+        return results, dict(zip(changed_paths, changed))
+
+    def _replace(self, seen: list, conv: interception.Convolution, x: Any) -> Any:
+        layer, plan = self._planned(conv)
+        seen.append((conv, layer, plan))
+        if plan.run == "dense":
+            return None
+        return layer.convolve(x, conv.kernel.value, self.structure(conv.name, layer.mask), plan)
+
+    def _planned(self, conv: interception.Convolution) -> tuple[layers.Layer | None, layers.Plan]:
+        mask = self._masks.get(conv.name)
+        if mask is None or mask.all():
+            why = "its kernel is computed, or no parameter of the masks' tree"
+            return None, layers.Plan("dense", "", "nothing of it is removed" if conv.name else why)
+        why = layers.why_dense(conv)
+        if why is not None:
+            return None, layers.Plan("dense", "", why)
+        layer = layers.Layer(conv, mask)
+        structure = self.structure(conv.name, layer.mask)
+        try:
+            plan = layers.plan_layer(layer, structure, self._backend, self._wanted.get(conv.name))
+        except ValueError as error:
+            raise ValueError(f"{conv.name!r}: {error}") from error
+        return layer, plan
+
+    def _check_met(self, met: set[str], seen: list, names: list[str]) -> None:
+        missed = [name for name, mask in self._masks.items() if mask is not None and name not in met]
+        if not missed:
+            return
+        name = missed[0]
+        where = "it is among the arguments, but no convolution takes it" if name in names else "no argument has it"
+        found = [f"{conv.name or 'another kernel'} {conv.kernel_shape}" for conv, _, _ in seen]
+        raise ValueError(
+            f"masks: {name!r} {self._masks[name].shape} meets no convolution ({where}); so do {len(missed) - 1} more. "
+            f"Convolutions found: {', '.join(found) or 'none'}. Arguments must hold the parameters that the masks were "
+            "made for, passed in a call, not closed over"
+        )
+
+
+def accelerate(
+    apply_fn: Callable[..., Any], masks: Masks | Tree, *, backend: str | None = None, pruned: bool = False
+) -> Accelerated:
+    """Run the pruned convolutions of a net by their patterns, without a change to its code.
+
+    The function is traced when it is called. Convolutions whose kernels are parameters with a mask are run by
+    `pallas_kernels.pattern_conv`; all else stays. Grouped, dilated, transposed and one- or three-dimensional
+    convolutions stay dense, those inside of loops and branches too. The result is that of the function on
+    ``apply_masks(params, masks)``. Call it under `jax.jit`; it may be differentiated (differentiate the accelerated
+    function, do not accelerate a gradient) and vmapped.
+
+    Args:
+        apply_fn: any function that jax can trace, such as linen's ``model.apply``, one that takes an ``nnx.Module`` or
+            merges a state: ``lambda model, x: model(x)``. The parameters must be among its arguments. Arguments that
+            are no arrays (``train=True``) are static.
+        masks: `Masks` of the parameters, or one tree of bool arrays and None; concrete.
+        backend: of `pallas_kernels.pattern_conv`: one that is named runs every pruned layer, or is refused; None
+            takes what is best for each.
+        pruned: promise that the parameters passed have exact zeros where the masks remove, as they have after the
+            prune. Layers that run dense then cost nothing extra; their gradients are not masked.
+
+    Returns:
+        An `Accelerated`, called as ``apply_fn`` is. ``.report(*args)`` tells what runs how, ``.tuned(*args)`` gives
+        one whose choices are measured.
+
+    Raises:
+        ValueError: a mask that is traced or not bool; no mask at all; a module in place of a function.
+    """
+    if is_module(apply_fn):
+        raise ValueError(
+            f"apply_fn is a {type(apply_fn).__name__}, a module: its parameters would not be seen; "
+            "use accelerate(lambda model, x: model(x), masks), called as fast(model, x)"
+        )
+    return Accelerated(apply_fn, concrete_masks(masks), backend=backend, pruned=pruned)
+
+
+def concrete_masks(masks: Masks | Tree) -> dict[str, np.ndarray | None]:
+    """``{leaf name: bool array, or None}`` of `Masks` or of one tree.
+
+    Raises:
+        ValueError: a mask that is traced or not bool; no mask at all.
+    """
+    tree = combine(masks) if isinstance(masks, Masks) else masks
+    named = {name: None if leaf is None else _concrete(name, leaf) for name, leaf in named_leaves(tree)}
+    if not any(mask is not None for mask in named.values()):
+        raise ValueError("masks: no leaf has a mask; expected Masks such as masks_of(opt_state)")
+    return named
+
+
+def _concrete(name: str, leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.core.Tracer):
+        raise ValueError(f"masks: {name!r} is traced; the structure is made from values: call accelerate outside jit")
+    mask = np.asarray(leaf)
+    if mask.dtype != bool:
+        raise ValueError(f"masks: {name!r} is {mask.dtype} {mask.shape}, expected bool")
+    return mask

@@ -1,0 +1,176 @@
+"""How one convolution of a net is to be run: dense, or by its structure; and running it so."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from clicktrain_jax.deploy.interception import Convolution
+
+Run = Literal["dense", "NHWC", "HWNC"]
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Backends that do the retained share of the work, the fastest first.
+_SPARSE_BACKENDS = ("mosaic_gpu", "xla")
+_DENSE_BACKENDS = ("dense", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a layer runs.
+
+    Attributes:
+        run: "dense", or the layout in which it runs by its structure.
+        backend: of `pallas_kernels.pattern_conv`; empty when dense.
+        why: in words.
+    """
+
+    run: Run
+    backend: str
+    why: str
+
+
+class Layer:
+    """A convolution whose kernel has a mask, seen in the axes' order that `pallas_kernels.pattern_conv` takes.
+
+    Attributes:
+        mask: bool (kh, kw, cin, cout).
+        x_shape: of the images, as the net has them.
+        dtype: of images and kernel.
+        own_layout: the layout that the net runs it in, if it is one of the two; NHWC otherwise.
+    """
+
+    def __init__(self, convolution: Convolution, mask: np.ndarray):
+        numbers = convolution.params["dimension_numbers"]
+        batch, channels, rows, columns = numbers.lhs_spec
+        self._x_order = {"NHWC": (batch, rows, columns, channels), "HWNC": (rows, columns, batch, channels)}
+        outputs, inputs, window_rows, window_columns = numbers.rhs_spec
+        self._kernel_order = (window_rows, window_columns, inputs, outputs)
+        self._out_spec = numbers.out_spec
+        self._params = convolution.params
+        self.x_shape = convolution.x_shape
+        self.dtype = convolution.dtype
+        self.mask = mask.transpose(convolution.kernel.axes).transpose(self._kernel_order)
+        self.own_layout: Run = "HWNC" if self._x_order["HWNC"] == (0, 1, 2, 3) else "NHWC"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Strides and padding."""
+        return {"strides": self._params["window_strides"], "padding": self._params["padding"]}
+
+    def facts(self, structure: Any) -> tuple:
+        """What the speed depends on: layers of equal facts are run alike."""
+        retained = round(float(self.mask.mean()), 2)
+        x_shape = tuple(self.x_shape[axis] for axis in self._x_order["NHWC"])
+        geometry = (tuple(self._params["window_strides"]), tuple(map(tuple, self._params["padding"])))
+        return (x_shape, self.mask.shape, geometry, str(self.dtype), structure.tile, structure.patterns, retained)
+
+    def work(self) -> float:
+        """Multiply-adds when it is run dense, roughly: the padding is not looked at."""
+        batch, rows, columns, _ = (self.x_shape[axis] for axis in self._x_order["NHWC"])
+        return batch * rows * columns * self.mask.size / math.prod(self._params["window_strides"])
+
+    def refusal(self, structure: Any, layout: str, backend: str) -> str | None:
+        """Why a backend cannot run the layer in a layout; None if it can."""
+        from pallas_kernels.pattern_conv import api
+
+        return api.supported(*self._place(structure, layout))[backend]
+
+    def choice(self, structure: Any, layout: str) -> str:
+        """The backend that `pattern_conv` takes when it is left open."""
+        from pallas_kernels.pattern_conv import api
+
+        return api.choose(*self._place(structure, layout))
+
+    def _place(self, structure: Any, layout: str) -> tuple:
+        """(structure, geometry, dtype, batch), as the backends are asked."""
+        from pallas_kernels.pattern_conv import geometry
+
+        x_shape = tuple(self.x_shape[axis] for axis in self._x_order[layout])
+        place = geometry.make_geometry(x_shape, structure.shape[:2], layout=layout, **self.settings)
+        return structure, place, self.dtype, x_shape[place.batch_axis]
+
+    def convolve(self, x: Any, kernel: Any, structure: Any, plan: Plan) -> Any:
+        """The convolution by structure; images, kernel and result in the order that the net has them in."""
+        import pallas_kernels
+
+        x = _transposed(x, self._x_order[plan.run])
+        kernel = _transposed(kernel, self._kernel_order)
+        y = pallas_kernels.pattern_conv(x, kernel, structure, layout=plan.run, backend=plan.backend, **self.settings)
+        here = {letter: axis for axis, letter in enumerate(plan.run)}
+        wanted = dict(zip(self._out_spec, "NCHW"))
+        return _transposed(y, tuple(here[wanted[axis]] for axis in range(4)))
+
+
+def why_dense(convolution: Convolution) -> str | None:
+    """Why a convolution cannot run by a structure, whatever backend there is; None if it can."""
+    params = convolution.params
+    if convolution.inside:
+        return f"it stands inside of {convolution.inside!r}, which is left as it is"
+    rank = len(convolution.x_shape) - 2
+    if rank != 2:
+        return f"it is {rank}-dimensional"
+    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+        return f"it has {max(params['feature_group_count'], params['batch_group_count'])} groups"
+    if any(step != 1 for step in params["lhs_dilation"]):
+        return "it is transposed (its input is dilated)"
+    if any(step != 1 for step in params["rhs_dilation"]):
+        return f"it is dilated by {tuple(params['rhs_dilation'])}"
+    if any(place < 0 for pair in params["padding"] for place in pair):
+        return f"its padding {tuple(params['padding'])} cuts the image"
+    dtypes = [str(convolution.dtype), str(convolution.kernel_dtype)]
+    wanted = params["preferred_element_type"]
+    if wanted is not None:
+        dtypes.append(str(jnp.dtype(wanted)))
+    if len(set(dtypes)) > 1 or dtypes[0] not in _DTYPES:
+        return f"images, kernel and result are {', '.join(dtypes)}, not of one floating dtype"
+    return None
+
+
+def plan_layer(layer: Layer, structure: Any, backend: str | None, wanted: Run | None) -> Plan:
+    """How a layer that can run by its structure is run.
+
+    Args:
+        layer: the layer.
+        structure: of `pallas_kernels.make_structure`.
+        backend: one that is named must be able to run it; None leaves it open.
+        wanted: what was measured to be best, None where nothing was.
+
+    Raises:
+        ValueError: the named backend can run it in neither layout.
+    """
+    if wanted == "dense":
+        return Plan("dense", "", "measured on the whole net: dense is as fast")
+    own: Run = layer.own_layout
+    other: Run = "HWNC" if own == "NHWC" else "NHWC"
+    layouts = (own, other) if wanted is None else (wanted,)
+    if wanted is None and backend is None:
+        chosen = layer.choice(structure, own)
+        if chosen in _DENSE_BACKENDS:
+            return Plan("dense", "", "pattern_conv takes the dense form for this shape")
+        return Plan(own, chosen, "pattern_conv's own choice, not measured")
+    backends = _SPARSE_BACKENDS if backend is None else (backend,)
+    reasons = []
+    for layout in layouts:
+        for name in backends:
+            reason = layer.refusal(structure, layout, name)
+            if reason is None:
+                why = "named" if backend is not None else "measured on the whole net"
+                return Plan(layout, name, why)
+            reasons.append(f"{name} in {layout}: {reason}")
+    raise ValueError(f"cannot run a kernel {structure.shape} on images {layer.x_shape}: {'; '.join(reasons)}")
+
+
+def can_run(layer: Layer, structure: Any, backend: str | None) -> tuple[Run, ...]:
+    """All the ways in which a layer can be run, dense first."""
+    names = _SPARSE_BACKENDS if backend is None else (backend,)
+    layouts: tuple[Run, ...] = ("NHWC", "HWNC")
+    return (
+        "dense",
+        *(layout for layout in layouts if any(layer.refusal(structure, layout, name) is None for name in names)),
+    )
+
+
+def _transposed(array: Any, order: tuple[int, ...]) -> Any:
+    return array if order == (0, 1, 2, 3) else jnp.transpose(array, order)

@@ -1,0 +1,188 @@
+"""Whole training steps, dense against pruned, in one run: what pruning is worth in the end.
+
+    python -m experiments bench step --net vgg13 --batch-size 32
+
+Every step is the training loop's own update: gather, augment, forward, backward, optimizer, masks. The masks are what
+the library's selection makes of random scores, at 8x in tiles of (64, 1). The dense baseline is the fastest of the
+dense forms, and all other rows are given against it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import clicktrain_jax as ct
+from clicktrain_jax import models
+from clicktrain_jax.encoding import encode, fill_masks
+from clicktrain_jax.phases import Phase
+from clicktrain_jax.selection import select_layers
+from experiments import configs
+from experiments.configs.base import PruneConfig, TrainConfig
+from experiments.data import Dataset
+from experiments.pruned_phase import gaining_structures
+from experiments.step import Trainer, decode
+from experiments.train_state import Held
+
+TARGET = 8.0
+TILE = (64, 1)
+GOAL = 1.3
+
+# What each dense form of the loop is called in the table.
+_DENSE = {"xla": "flax.linen.Conv", "patches": "PatchConv", "direct": "pallas_kernels.dense_conv"}
+
+
+def measure(
+    net: str,
+    width: float,
+    batch_size: int,
+    time_together: Callable[[dict[str, Callable[[], Any]]], dict[str, list[float]]],
+    *,
+    precision: str = "float32",
+    tile: tuple[int | None, int | None] = TILE,
+    target: float = TARGET,
+) -> list[dict[str, Any]]:
+    """Seconds of whole updates.
+
+    Args:
+        net: a name of `clicktrain_jax.models.names`.
+        width: multiplies its widths.
+        batch_size: images of an update.
+        time_together: ``{name: function} -> {name: seconds}``, calls them in turns.
+        precision: what the net computes in.
+        tile: of patterns and of removal, (filters, channels).
+        target: compression of the convolutions.
+
+    Returns:
+        Rows ``{"name", "seconds", "images_per_s", "ratio"}``, the fastest dense one first; ratio is how many times
+        faster than that one.
+
+    Raises:
+        ValueError: nothing gains by its structure, or the target is out of reach.
+    """
+    trainers = {name: _trainer(net, width, batch_size, precision, form, tile, target) for form, name in _DENSE.items()}
+    trainer = trainers[_DENSE["direct"]]
+    state, _ = trainer.init(0)
+    pruned, masks, structures = _pruned_state(trainer)
+    if not structures:
+        raise ValueError(f"{net} in tiles of {tile}: no layer gains by its structure")
+    args = _arguments(trainer)
+
+    def runner(of: Trainer, phase: Phase, state: Any, held: Any, way: str = "dense") -> Callable[[], Any]:
+        program = jax.jit(of.update_step(phase, False, batch_size, way=way))
+        return lambda: program(state, *args, held)
+
+    functions = {f"dense, {name}": runner(each, Phase.DENSE, state, None) for name, each in trainers.items()}
+    functions["pruned, dense under masks"] = runner(trainer, Phase.PRUNED, pruned, Held(masks, {}))
+    ways = {"pattern": "NHWC"} | ({} if jax.default_backend() == "cpu" else {"pattern_hwnc": "HWNC"})
+    for way, layout in ways.items():
+        held = Held(masks, structures)
+        functions[f"pruned, by pattern, {layout}"] = runner(trainer, Phase.PRUNED, pruned, held, way)
+    seconds = time_together(functions)
+    base = min((name for name in functions if name.startswith("dense")), key=lambda name: np.median(seconds[name]))
+    order = [base, *(name for name in functions if name != base)]
+    return [
+        {
+            "name": name,
+            "seconds": seconds[name],
+            "images_per_s": batch_size / float(np.median(seconds[name])),
+            # Of neighbours in time: a slow spell of the machine meets both.
+            "ratio": float(np.median([other / mine for mine, other in zip(seconds[name], seconds[base])])),
+        }
+        for name in order
+    ]
+
+
+def follow(config: TrainConfig, dataset: Dataset, steps: int) -> dict[str, list[float]]:
+    """Train the pruned phase from one state in several ways, on the same batches.
+
+    Rounding grows from update to update, and jumps where a max pool or a ReLU decides otherwise: two dense forms part
+    as well, so both are here to compare with.
+
+    Args:
+        config: with ``prune``; its masks come from random scores.
+        dataset: what it trains on.
+        steps: number of updates.
+
+    Returns:
+        ``{"dense": losses, "dense, by patches": losses, "pattern": losses}``.
+    """
+    losses = {}
+    for name, form, way in (
+        ("dense", "direct", "dense"), ("dense, by patches", "patches", "dense"), ("pattern", "direct", "pattern")
+    ):
+        loop = dataclasses.replace(config.loop, convolution=form)
+        trainer = Trainer(dataclasses.replace(config, loop=loop), dataset)
+        state, masks, structures = _pruned_state(trainer)
+        held = Held(masks, structures if way == "pattern" else {})
+        program = jax.jit(trainer.update_step(Phase.PRUNED, False, config.batch_size, way=way))
+        metrics, data, order, _, key = _arguments(trainer)
+        losses[name] = []
+        for step in range(steps):
+            index = np.int32(step % trainer.steps_per_epoch)
+            state, metrics, _ = program(state, metrics, data, order, index, key, held)
+            losses[name].append(float(metrics[index, 0]))
+    return losses
+
+
+def _pruned_state(trainer: Trainer) -> tuple[Any, Any, dict[str, Any]]:
+    """``(state, masks, structures)`` after a selection from random scores with heavy tails, as scores have."""
+    state, encoded = trainer.init(0)
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(state.params))))
+    scores = jax.tree.map(lambda leaf: jnp.exp(2 * jax.random.normal(next(keys), leaf.shape)), state.params)
+
+    def select(tree: Any) -> dict[str, Any]:
+        return {name: encode(choice) for name, choice in select_layers(tree, trainer.plan, trainer.patterns).items()}
+
+    encoded = fill_masks(encoded, jax.jit(select)(scores))
+    masks = decode(encoded)
+    pruned = state._replace(params=ct.apply_masks(state.params, masks))
+    return pruned, masks, gaining_structures(encoded, trainer.plan)
+
+
+def _trainer(
+    net: str,
+    width: float,
+    batch_size: int,
+    precision: str,
+    form: str,
+    tile: tuple[int | None, int | None],
+    target: float,
+) -> Trainer:
+    config = configs.get("slim-vgg11-cifar10-dense")
+    # Small nets cannot reach 8x in wide tiles and keep every channel.
+    prune = PruneConfig(
+        fractions=(), target=target, coeff=1e-4, select_epoch=1, prune_epoch=2, tile=tile, floor=False
+    )
+    config = dataclasses.replace(
+        config,
+        net=net,
+        width=width,
+        batch_size=batch_size,
+        precision=precision,
+        dropout=None,
+        mixup_epoch=None,
+        prune=prune,
+        loop=dataclasses.replace(config.loop, convolution=form),
+    )
+    return Trainer(config, _images(net, batch_size))
+
+
+@functools.cache
+def _images(net: str, batch_size: int) -> Dataset:
+    rng = np.random.default_rng(0)
+    count = 4 * batch_size
+    images = rng.integers(0, 256, (count, *models.default_image_shape(net)), np.uint8)
+    labels = rng.integers(0, 10, count).astype(np.int32)
+    return Dataset("random", images, labels, images, labels, 10, (0.5,) * 3, (0.25,) * 3, "test", "raw", "none")
+
+
+def _arguments(trainer: Trainer) -> tuple[Any, ...]:
+    """(metrics, data, order, index, key) of an update."""
+    metrics = jnp.zeros((trainer.steps_per_epoch, 2), jnp.float32)
+    order = jnp.arange(len(trainer.train_data.labels))
+    return metrics, trainer.train_data, order, np.int32(0), jax.random.key(0)

@@ -1,0 +1,199 @@
+"""How the pruned phase's convolutions are run: dense under masks, or by `pallas_kernels.pattern_conv`.
+
+The masks are known from the selection on, so the programs of the pruned phase are compiled in the background while
+the regularize phase trains. At the first pruned update the ways are timed side by side on whole updates of copies of
+the state, and the fastest is kept; what was found is cached for this kind of device.
+"""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+import clicktrain_jax as ct
+import pallas_kernels as pk
+from clicktrain_jax.deploy.structures import structures as make_structures
+from clicktrain_jax.encoding import decode_masks
+from clicktrain_jax.masks import combine
+from clicktrain_jax.plan import Plan
+from clicktrain_jax.trees import map_named, path_keys
+from pallas_kernels.tuning import Cache
+
+Way = Literal["dense", "pattern", "pattern_hwnc"]
+# Two of the pruned updates in a hundred must be saved by a way before it is taken over dense ones.
+_MARGIN = 0.02
+_ROUNDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was chosen for one set of masks.
+
+    Attributes:
+        way: how the pruned phase is run.
+        structures: the variables of `clicktrain_jax.models.PatternConv`; empty when dense.
+        seconds: median of one timed run by way, an update or a few of them, where it was measured.
+        source: "asked for", "measured", "cached", or "estimated" where no layer gains by its structure.
+    """
+
+    way: Way
+    structures: dict[str, Any]
+    seconds: dict[str, float]
+    source: str
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the kernels that have a structure."""
+        leaves = jax.tree_util.tree_flatten_with_path(self.structures, is_leaf=lambda x: isinstance(x, pk.Structure))[0]
+        return ["/".join(path_keys(path)) for path, _ in leaves]
+
+
+def gaining_structures(encoded: Any, plan: Plan) -> dict[str, Any]:
+    """The structures of all layers that should gain by them, as a linen collection.
+
+    A layer whose kernels choose their own patterns among a tile's superset is run by the superset: what it computes
+    beyond the masks is multiplied by weights that are zero.
+    """
+    masks = combine(decode_masks(encoded))
+    layers = plan.by_name()
+
+    def widened(name: str, mask: Any) -> np.ndarray | None:
+        if mask is None or name not in layers:
+            return None
+        return _shared(np.asarray(mask), layers[name].tile if layers[name].superset is not None else (1, 1))
+
+    found = make_structures(map_named(widened, masks))
+    return _gaining(found)
+
+
+class PrunedPhase:
+    """The choice of a way, made once for each set of masks.
+
+    Args:
+        asked: a way, or "auto" to measure.
+        plan: the run's.
+        facts: what the measurement depends on, beside the masks: the key of the cache.
+        hwnc: whether the layout with the batch inside is tried.
+    """
+
+    def __init__(self, asked: str, plan: Plan | None, facts: Mapping[str, Any], *, hwnc: bool) -> None:
+        self.configured, self.asked, self.plan, self.facts = asked, asked, plan, dict(facts)
+        self.ways: tuple[Way, ...] = ("dense", "pattern", "pattern_hwnc") if hwnc else ("dense", "pattern")
+        self.waited_seconds = 0.0
+        self._masks: Any = None
+        self.choice: Choice | None = None
+        self._candidates: tuple[Way, ...] = ()
+        self._structures: dict[str, Any] = {}
+        self._compiling: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def begin(self, way: Way | None = None) -> None:
+        """Start a run; a resumed one says how it was run before."""
+        self.asked, self._masks, self.choice = way or self.configured, None, None
+
+    def prepare(self, encoded: Any, compile_way: Callable[[Way, dict[str, Any]], None]) -> None:
+        """Start compiling what may be needed, for these masks; does nothing when they are known.
+
+        Args:
+            encoded: masks as the state holds them.
+            compile_way: compiles the pruned update of a way; is called from another thread.
+        """
+        if encoded is self._masks:
+            return
+        self._wait()
+        self._masks, self.choice = encoded, None
+        self._structures = {} if self.asked == "dense" else gaining_structures(encoded, self.plan)
+        if not self._structures:
+            self.choice = Choice("dense", {}, {}, "asked for" if self.asked == "dense" else "estimated")
+            return
+        known = self.asked if self.asked != "auto" else (Cache().get(self.facts) or {}).get("way")
+        self._candidates = (known,) if known in self.ways else self.ways
+
+        def work() -> None:
+            try:
+                for way in self._candidates:
+                    compile_way(way, {} if way == "dense" else self._structures)
+            except BaseException as error:  # handed to the thread that waits
+                self._failure = error
+
+        self._compiling = threading.Thread(target=work, name="compile the pruned phase")
+        self._compiling.start()
+
+    def choose(self, run: Callable[[Way, dict[str, Any]], None]) -> Choice:
+        """The way for the masks of the last `prepare`.
+
+        Args:
+            run: runs one pruned update of a way on a copy of the state, to its end.
+        """
+        if self.choice is not None:
+            return self.choice
+        start = time.perf_counter()
+        self._wait()
+        if len(self._candidates) == 1:
+            source = "asked for" if self.asked != "auto" else "cached"
+            self.choice = self._as_choice(self._candidates[0], {}, source)
+        else:
+            seconds = self._measure(run)
+            best = min(seconds, key=seconds.__getitem__)
+            way = best if seconds[best] < (1 - _MARGIN) * seconds["dense"] else "dense"
+            Cache().put(self.facts, {"way": way, "seconds": seconds})
+            self.choice = self._as_choice(way, seconds, "measured")
+        self.waited_seconds += time.perf_counter() - start
+        return self.choice
+
+    def _as_choice(self, way: Way, seconds: dict[str, float], source: str) -> Choice:
+        return Choice(way, {} if way == "dense" else self._structures, seconds, source)
+
+    def _measure(self, run: Callable[[Way, dict[str, Any]], None]) -> dict[str, float]:
+        times: dict[Way, list[float]] = {way: [] for way in self._candidates}
+        for turn in range(_ROUNDS + 1):
+            for way in self._candidates:
+                start = time.perf_counter()
+                run(way, {} if way == "dense" else self._structures)
+                if turn:  # the first one of each warms up
+                    times[way].append(time.perf_counter() - start)
+        return {way: float(np.median(seconds)) for way, seconds in times.items()}
+
+    def _wait(self) -> None:
+        if self._compiling is not None:
+            self._compiling.join()
+            self._compiling = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+
+def _shared(mask: np.ndarray, tile: tuple[int, int]) -> np.ndarray:
+    """bool (kh, kw, cin, cout) made alike in tiles of (filters, channels): what any kernel of a tile retains."""
+    filters, channels = tile
+    for axis, size in ((3, filters), (2, channels)):
+        starts = np.arange(0, mask.shape[axis], size)
+        blocks = np.logical_or.reduceat(mask, starts, axis=axis)
+        mask = np.repeat(blocks, size, axis=axis).take(np.arange(mask.shape[axis]), axis=axis)
+    return mask
+
+
+def _gaining(found: dict[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for key, value in found.items():
+        if isinstance(value, pk.Structure):
+            if pk.estimated_gain(value) > pk.LEAST_GAIN:
+                kept[key] = jax.tree.map(jax.numpy.asarray, value)
+        elif inner := _gaining(value):
+            kept[key] = inner
+    return kept
+
+
+def facts_of(config: Any, plan: Plan | None) -> dict[str, Any]:
+    """What decides the speed of a run's pruned updates."""
+    return {
+        "pruned update": config.net,
+        "width": config.width,
+        "batch": config.batch_size,
+        "precision": config.precision,
+        "plan": str(ct.Plan(plan.layers, (), plan.target)) if plan is not None else "",
+    }
