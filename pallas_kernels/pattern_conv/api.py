@@ -12,7 +12,7 @@ from pallas_kernels.pattern_conv.dense import convolve
 from pallas_kernels.pattern_conv.geometry import Geometry, Padding, make_geometry
 from pallas_kernels.pattern_conv.pieces import dense_work, work
 from pallas_kernels.pattern_conv.structure import Structure
-from pallas_kernels.pattern_conv.vjp import differentiable
+from pallas_kernels.pattern_conv.vjp import differentiable, epilogue, with_epilogue
 
 Backend = Literal["reference", "dense", "xla", "mosaic_gpu"]
 BACKENDS = ("reference", "dense", "xla", "mosaic_gpu")
@@ -46,8 +46,8 @@ def pattern_conv(
         padding: "SAME", "VALID", or ((top, bottom), (left, right)).
         layout: of ``x`` and of the result.
         backend: "reference" (dense with masked weights, in full precision), "dense" (the same in the device's fastest
-            form), "xla" (any device, any structure) or "mosaic_gpu" (Hopper and later, 16-bit, HWNC, blocks). One that is named is used or refused; None takes the best that is
-            supported, the dense convolution included.
+            form), "xla" (any device, any structure) or "mosaic_gpu" (Hopper and later, 16-bit, HWNC, blocks). One that
+            is named is used or refused; None takes the best that is supported, the dense convolution included.
         scale: (cout,), multiplies the output; None for 1.
         bias: (cout,), is added after it; None for 0.
         relu: whether negative outputs become 0.
@@ -72,8 +72,9 @@ def pattern_conv(
     reason = module.why_not(structure, geometry, x.dtype, batch)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot do this convolution: {reason}")
-    y = differentiable(x, w, structure, geometry, module)
-    return epilogue(y, scale, bias, relu)
+    if getattr(module, "FUSES_EPILOGUE", False) and (relu or scale is not None or bias is not None):
+        return with_epilogue(x, w, scale, bias, structure, relu, geometry, module)
+    return epilogue(differentiable(x, w, structure, geometry, module), scale, bias, relu)
 
 
 def dense_conv(
@@ -117,16 +118,6 @@ def choose(structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch: in
     if _why_not("mosaic_gpu", structure, geometry, dtype, batch) is None:
         return "mosaic_gpu"
     return "xla" if estimated_gain(structure) > LEAST_GAIN else "dense"
-
-
-def epilogue(y: jax.Array, scale: jax.Array | None, bias: jax.Array | None, relu: bool) -> jax.Array:
-    """ReLU(y * scale + bias) in y's dtype, computed in float32 or wider."""
-    if scale is None and bias is None:
-        return jax.nn.relu(y) if relu else y
-    wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
-    wide = wide if scale is None else wide * scale
-    wide = wide if bias is None else wide + bias
-    return (jax.nn.relu(wide) if relu else wide).astype(y.dtype)
 
 
 def module_of(backend: str) -> ModuleType:

@@ -69,3 +69,49 @@ def _nothing(structure: Structure) -> Structure:
 differentiable.defvjp(_keeping(differentiable), _forward_backward)
 _input_gradient.defvjp(_keeping(_input_gradient), _input_gradient_backward)
 _weight_gradient.defvjp(_keeping(_weight_gradient), _weight_gradient_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def with_epilogue(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    structure: Structure,
+    relu: bool,
+    geometry: Geometry,
+    backend: Any,
+) -> jax.Array:
+    """`differentiable` and `epilogue` in one, for a backend whose `forward` applies it: ``backend.FUSES_EPILOGUE``.
+
+    Where a gradient is taken the two run one after the other, as the gradient needs what lies between.
+    """
+    return backend.forward(x, w, structure, geometry, scale=scale, bias=bias, relu=relu)
+
+
+def epilogue(y: jax.Array, scale: jax.Array | None, bias: jax.Array | None, relu: bool) -> jax.Array:
+    """ReLU(y * scale + bias) in y's dtype, computed in float32 or wider."""
+    if scale is None and bias is None:
+        return jax.nn.relu(y) if relu else y
+    wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    wide = wide if scale is None else wide * scale
+    wide = wide if bias is None else wide + bias
+    return (jax.nn.relu(wide) if relu else wide).astype(y.dtype)
+
+
+def _forward_with_epilogue(
+    x: Any, w: Any, scale: Any, bias: Any, structure: Any, relu: bool, geometry: Geometry, backend: Any
+) -> tuple:
+    def apart(x: Any, w: Any, scale: Any, bias: Any) -> jax.Array:
+        return epilogue(differentiable(x, w, structure, geometry, backend), scale, bias, relu)
+
+    y, pull_back = jax.vjp(apart, x, w, scale, bias)
+    return y, (pull_back, structure)
+
+
+def _backward_with_epilogue(relu: bool, geometry: Geometry, backend: Any, kept: tuple, dy: jax.Array) -> tuple:
+    pull_back, structure = kept
+    return *pull_back(dy), jax.tree.map(lambda leaf: np.zeros(jnp.shape(leaf), jax.dtypes.float0), structure)
+
+
+with_epilogue.defvjp(_forward_with_epilogue, _backward_with_epilogue)
