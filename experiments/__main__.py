@@ -24,7 +24,7 @@ USAGE = """usage: python -m experiments COMMAND ...
                        what each option of the selection costs or wins, by successive halving
   importance --out FILE [--data.dir DIR] [--quick]
                        how well each criterion predicts what removing a kernel does to the loss
-  bench WHAT           ratios measured side by side: steps, loop, selection
+  bench WHAT           ratios measured side by side: steps, step, loop, selection, conv
   table [--write]      RESULTS.md and BENCHMARKS.md from the committed records
   pack-data --out FILE --data.dir DIR [--data.name NAME]
                        a data set as one archive, readable without TFDS

@@ -3,6 +3,9 @@
     python -m experiments bench steps      (make bench)
     python -m experiments bench loop
     python -m experiments bench selection
+    python -m experiments bench step --net vgg13 --batch-size 32
+
+Convolutions, layer by layer, are measured by `experiments.bench_conv`.
 """
 
 import dataclasses
@@ -28,7 +31,7 @@ from experiments.data import Dataset
 from experiments.recipe import make_optimizer
 from experiments.records import setting, write_json
 from experiments.step import Trainer
-from experiments.tables.benchmarks import bench_table
+from experiments.tables.benchmarks import tables_of
 
 _PATTERNS = 12
 _FRACTION = 0.65
@@ -39,7 +42,8 @@ def run(what: str, net: str, width: float, batch_size: int, repeats: int, out: P
     """Measure, save the record when ``out`` is given, and return a table to print."""
     if not 1 <= repeats <= 500:  # more would walk out of the phase that is measured
         raise ValueError(f"repeats={repeats}: expected 1 to 500")
-    measure = {"steps": measure_steps, "loop": measure_loop, "selection": measure_selection}[what]
+    measures = {"steps": measure_steps, "loop": measure_loop, "selection": measure_selection, "step": measure_step}
+    measure = measures[what]
     results = measure(net, width, batch_size, repeats)
     record = {
         "what": what,
@@ -51,7 +55,7 @@ def run(what: str, net: str, width: float, batch_size: int, repeats: int, out: P
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
-    return bench_table(results)
+    return tables_of(record)
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -157,6 +161,41 @@ def measure_steps(net: str, width: float, batch_size: int, repeats: int) -> list
     selection = interleaved({"select": lambda: select(grads, params)}, repeats)["select"]
     name = f"selection, {len(plan.layers)} layers, {_PATTERNS} patterns, compiled"
     return [*rows, _row(name, selection, None, "under 1 s on 2 cores")]
+
+
+def measure_step(
+    net: str,
+    width: float,
+    batch_size: int,
+    repeats: int,
+    precision: str = "float32",
+    tile: tuple[int | None, int | None] | None = None,
+) -> list[dict[str, Any]]:
+    """Whole training updates, dense in several forms against pruned by patterns; see `experiments.bench_step`.
+
+    Args:
+        net: its name.
+        width: multiplies its widths.
+        batch_size: images of an update.
+        repeats: calls of each.
+        precision: what the net computes in.
+        tile: (filters, channels) of patterns and of removal; on a GPU blocks for its kernels when None.
+    """
+    from experiments import bench_step
+
+    # On a GPU blocks, which tensor cores take; what is asked of a step there is of an H200.
+    default, goal = ((64, 64), 1.33) if jax.default_backend() == "gpu" else (bench_step.TILE, bench_step.GOAL)
+    rows = []
+    for row in bench_step.measure(
+        net, width, batch_size, lambda functions: interleaved(functions, repeats), precision=precision,
+        tile=tile or default,
+    ):
+        p20, median, p80 = np.percentile(row["seconds"], (20, 50, 80)).tolist()
+        # Here a ratio is how many times faster; the goal is for any of the forms by patterns.
+        facts = {"times_faster": row["ratio"], "goal": goal if row["name"].startswith("pruned, by") else None}
+        what = {"name": row["name"], "precision": precision, "images_per_s": row["images_per_s"]}
+        rows.append({**what, "median": median, "p20": p20, "p80": p80, **facts})
+    return rows
 
 
 # (what, options of the plan, patterns) of one selection each; the first is the reference's.

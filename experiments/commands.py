@@ -225,24 +225,38 @@ def importance(arguments: list[str]) -> int:
 def bench(arguments: list[str]) -> int:
     """Measure ratios side by side, and save them as a record when asked to."""
     from experiments import bench as benches
+    from experiments import bench_conv
 
     @dataclasses.dataclass(frozen=True)
     class Bench:
         """Measure side by side in one process."""
 
-        what: tyro.conf.Positional[Literal["steps", "loop", "selection"]] = "steps"
+        what: tyro.conf.Positional[Literal["steps", "step", "loop", "selection", "conv"]] = "steps"
         """steps: VGG-16 updates of every phase against the plain optax step, and the selection.
+        step: whole training updates, dense against pruned by patterns.
         loop: an epoch as one compiled loop against one call an update.
-        selection: the choice of the masks alone, with each option."""
+        selection: the choice of the masks alone, with each option.
+        conv: convolutions and their gradients by patterns against the dense ones, layer by layer."""
         net: str = "vgg16"
+        """Of steps, step, loop and selection, as the next three."""
         width: float = 1.0
         batch_size: int = 64
         repeats: int = 7
+        which: Literal["cpu", "gpu", "auto"] = "auto"
+        """Of conv, as the next two: which list of layers."""
+        filter: str = ""
+        """Only layers whose name holds this regular expression."""
+        rounds: int = 20
+        """Samples of each function."""
         out: Path | None = None
         """A JSON file to save the record in."""
 
     asked = _parse(Bench, arguments, "bench")
-    print(benches.run(**dataclasses.asdict(asked)))
+    if asked.what == "conv":
+        print(bench_conv.run(asked.which, asked.filter, asked.rounds, asked.out))
+    else:
+        sizes = (asked.net, asked.width, asked.batch_size, asked.repeats)
+        print(benches.run(asked.what, *sizes, asked.out))
     return 0
 
 

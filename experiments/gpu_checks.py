@@ -1,16 +1,18 @@
 """Every check and measurement that wants a GPU, in under ten minutes, one JSON record each.
 
-    python -m experiments.gpu_checks --out DIR [--packed FILE] [--only NAME ...] [--smoke]
+    python -m experiments.gpu_checks --out DIR [--packed FILE] [--only NAME ...] [--minutes M] [--smoke]
 
 Needs jax, flax, optax and orbax, nothing else: images are random unless ``--packed`` names an archive made by
 `python -m experiments pack-data`. ``--smoke`` runs everything at a tiny size on any device, to test this file.
 A check that fails is recorded as failed and the next one runs; the exit code is then 1. Each check has a process of
-its own: those that compare bits ask XLA for deterministic programs, those that measure speed must not.
+its own, for a limited time: those that compare bits ask XLA for deterministic programs, those that measure speed must
+not. What the minutes do not reach is named, with the command that does it; the exit code is then 1 too.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import subprocess
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,11 @@ import jax
 import numpy as np
 
 import clicktrain_jax as ct
-from experiments import bench, configs
+from experiments import bench, configs, gpu_conv_checks
 from experiments.configs import TrainConfig
 from experiments.data import DataConfig, Dataset, load
 from experiments.loop import Interrupted, train
-from experiments.records import setting, write_json
+from experiments.records import read_json, setting, write_json
 from experiments.step import Trainer
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "clicktrain_jax" / "golden_small.npz"
@@ -170,7 +172,42 @@ def measure_training(smoke: bool, packed: str | None) -> dict[str, Any]:
     return {"images_per_second": rates}
 
 
-CHECKS: dict[str, Callable[[bool, str | None], dict[str, Any]]] = {
+# Seconds that a check's process may take at most. The first six come first and fit ten minutes together.
+LIMITS_S = {
+    "conv-correctness": 90,
+    "conv-shift": 60,
+    "conv-sweeps": 75,
+    "conv-dense": 90,
+    "conv-mosaic": 150,
+    "steps": 90,
+    "masks": 60,
+    "loop-programs": 120,
+    "resume": 120,
+    "update-costs": 180,
+    "selection": 120,
+    "training": 180,
+}
+# Of those, for a process to start and to end what it has begun.
+_AROUND_S = 25
+
+
+def _within(name: str, function: Callable[[bool, float], Iterator[dict[str, Any]]]) -> Callable[..., Any]:
+    """The check, told how long it may go on beginning new things."""
+
+    @functools.wraps(function)
+    def check(smoke: bool, packed: str | None) -> Iterator[dict[str, Any]]:
+        return function(smoke, LIMITS_S[name] - _AROUND_S)
+
+    return check
+
+
+CHECKS: dict[str, Callable[[bool, str | None], dict[str, Any] | Iterator[dict[str, Any]]]] = {
+    "conv-correctness": _within("conv-correctness", gpu_conv_checks.check_correctness),
+    "conv-shift": _within("conv-shift", gpu_conv_checks.measure_shift),
+    "conv-sweeps": _within("conv-sweeps", gpu_conv_checks.measure_sweeps),
+    "conv-dense": _within("conv-dense", gpu_conv_checks.measure_dense),
+    "conv-mosaic": _within("conv-mosaic", gpu_conv_checks.measure_mosaic),
+    "steps": _within("steps", gpu_conv_checks.measure_steps),
     "masks": check_masks,
     "loop-programs": check_loop_programs,
     "resume": check_resume,
@@ -178,26 +215,71 @@ CHECKS: dict[str, Callable[[bool, str | None], dict[str, Any]]] = {
     "selection": measure_selection,
     "training": measure_training,
 }
-_COMPARE_BITS = ("loop-programs", "resume")
+_FLAGS = {
+    "loop-programs": "--xla_gpu_deterministic_ops=true",
+    "resume": "--xla_gpu_deterministic_ops=true",
+    # Hundreds of small programs whose speed nobody asks for.
+    "conv-correctness": "--xla_gpu_autotune_level=0",
+}
+_SHARE_PROGRAMS = ("conv-shift", "conv-sweeps", "conv-dense", "conv-mosaic")
 
 
 def run_check(name: str, out: Path, smoke: bool, packed: str | None) -> bool:
     """Run one check in this process and write its record; returns whether it passed."""
     start = time.perf_counter()
+    facts = {"check": name, "what": (CHECKS[name].__doc__ or "").strip(), "smoke": smoke, "setting": setting()}
+    found: dict[str, Any] = {}
+
+    def write(**outcome: Any) -> None:
+        write_json(out / f"{name}.json", facts | {"seconds": time.perf_counter() - start, **outcome, **found})
+
+    unfinished = {"ok": False, "error": "it was stopped before its end"}
+    write(**unfinished)
     try:
-        outcome = {"ok": True, **CHECKS[name](smoke, packed)}
+        result = CHECKS[name](smoke, packed)
+        for part in [result] if isinstance(result, dict) else result:
+            found = part
+            write(**unfinished)
+        outcome: dict[str, Any] = {"ok": True}
     except Interrupted:
         raise
     except Exception:  # a record of what went wrong is the point
         outcome = {"ok": False, "error": traceback.format_exc()}
-    seconds = time.perf_counter() - start
-    what = (CHECKS[name].__doc__ or "").strip()
-    record = {"check": name, "what": what, "smoke": smoke, "seconds": seconds, "setting": setting(), **outcome}
-    write_json(out / f"{name}.json", record)
-    print(f"{name}: {'ok' if outcome['ok'] else 'FAILED'} in {seconds:.1f} s", flush=True)
+    write(**outcome)
+    said = "ok" if outcome["ok"] else "FAILED"
+    said = f"skipped, {found['skipped']}" if outcome["ok"] and "skipped" in found else said
+    left_out = f"; left out: {', '.join(found['left_out'])}" if found.get("left_out") else ""
+    print(f"{name}: {said} in {time.perf_counter() - start:.1f} s{left_out}", flush=True)
     if not outcome["ok"]:
         print(outcome["error"], flush=True)
     return outcome["ok"]
+
+
+def run_apart(name: str, out: Path, options: Sequence[str], limit_s: float | None, programs: str) -> bool:
+    """Run one check in a process of its own; returns whether it passed.
+
+    Args:
+        name: of the check.
+        out: folder of the records; an older one of this check is removed.
+        options: further ones of the command line.
+        limit_s: the process is killed after this; None for no limit. What it had found so far is kept.
+        programs: folder where compiled programs are kept for the next check.
+    """
+    record = out / f"{name}.json"
+    record.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "experiments.gpu_checks", "--here", "--out", str(out), "--only", name, *options]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS.get(name, '')}".strip()
+    environment = os.environ | {"XLA_FLAGS": flags}
+    if name in _SHARE_PROGRAMS:
+        environment |= {"JAX_COMPILATION_CACHE_DIR": programs, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    try:
+        return subprocess.run(command, env=environment, check=False, timeout=limit_s).returncode == 0
+    except subprocess.TimeoutExpired:
+        print(f"{name}: FAILED, stopped after {limit_s:.0f} s", flush=True)
+        # None yet: the device itself did not answer.
+        facts = read_json(record) if record.exists() else {"check": name, "ok": False, "smoke": "--smoke" in options}
+        write_json(record, facts | {"error": f"stopped after {limit_s:.0f} s"})
+        return False
 
 
 def main(arguments: list[str]) -> int:
@@ -206,20 +288,28 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--packed", help="packed CIFAR-10 archive")
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS))
+    parser.add_argument("--minutes", type=float, default=9.7, help="in all; no limit with --smoke")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--here", action="store_true", help="in this process")
     asked = parser.parse_args(arguments)
     asked.out.mkdir(parents=True, exist_ok=True)
     if asked.here:
         return int(not all([run_check(name, asked.out, asked.smoke, asked.packed) for name in asked.only]))
-    failed = 0
-    for name in asked.only:
-        command = [sys.executable, "-m", "experiments.gpu_checks", "--here", "--out", str(asked.out), "--only", name]
-        command += ["--smoke"] * asked.smoke + (["--packed", asked.packed] if asked.packed else [])
-        flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true" * (name in _COMPARE_BITS)
-        environment = os.environ | {"XLA_FLAGS": flags.strip()}
-        failed |= subprocess.run(command, env=environment, check=False).returncode != 0
-    return int(failed)
+    options = ["--smoke"] * asked.smoke + (["--packed", asked.packed] if asked.packed else [])
+    end = time.monotonic() + 60 * asked.minutes
+    failed, late = 0, []
+    with tempfile.TemporaryDirectory() as programs:
+        for name in asked.only:
+            limit_s = None if asked.smoke else min(LIMITS_S[name], end - time.monotonic())
+            # Less than a start takes would be a sure failure.
+            if limit_s is not None and limit_s < 2 * _AROUND_S:
+                late.append(name)
+                continue
+            failed += not run_apart(name, asked.out, options, limit_s, programs)
+    if late:
+        again = f"python -m experiments.gpu_checks --out {asked.out} --only {' '.join(late)}"
+        print(f"no time was left for {', '.join(late)}; they run with: {again}", flush=True)
+    return int(bool(failed or late))
 
 
 if __name__ == "__main__":

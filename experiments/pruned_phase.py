@@ -181,7 +181,7 @@ def _gaining(found: dict[str, Any]) -> dict[str, Any]:
     kept = {}
     for key, value in found.items():
         if isinstance(value, pk.Structure):
-            if pk.estimated_gain(value) > pk.LEAST_GAIN:
+            if pk.estimated_gain(value, "training") > pk.LEAST_GAIN:
                 kept[key] = jax.tree.map(jax.numpy.asarray, value)
         elif inner := _gaining(value):
             kept[key] = inner

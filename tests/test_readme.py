@@ -4,6 +4,7 @@ import inspect
 import re
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -38,8 +39,29 @@ def test_the_example_runs_and_prunes(capsys):
     assert "all convolutions" in capsys.readouterr().out
 
 
+def test_the_accelerated_net_computes_what_the_masked_one_does(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLICKTRAIN_CACHE", str(tmp_path))
+    code = snippets()[2]
+    model = nn.Conv(128, (3, 3), use_bias=False)
+    images = jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
+    params = model.init(jax.random.key(1), images)["params"]
+    plan = ct.make_plan(params, {"kernel": 0.5}, tile=(64, 1))
+    masks = ct.select_masks(jax.tree.map(jnp.abs, params), plan, ct.patterns.fixed_set(4))
+
+    class Model:
+        @staticmethod
+        def apply(variables, x, train):
+            return model.apply(variables, x)
+
+    names = {"ct": ct, "jax": jax, "model": Model, "masks": masks, "params": params, "images": images}
+    exec(code, names)  # the README's own code
+    wanted = model.apply({"params": ct.apply_masks(params, masks)}, images)
+    assert jnp.abs(names["logits"] - wanted).max() < 1e-5
+    assert "kernel" in capsys.readouterr().out
+
+
 def test_the_options_example_makes_an_optimizer():
-    _, code = snippets()
+    code = snippets()[1]
     shapes = [(3, 3, 3, 16), (3, 3, 16, 32), (3, 3, 32, 32)]
     params = {f"Conv_{index}": {"kernel": jnp.ones(shape)} for index, shape in enumerate(shapes)}
     names = {"params": params, "ct": ct, "optax": optax}
@@ -67,8 +89,8 @@ def test_every_config_it_names_exists():
 
 def test_every_room_it_names_exists():
     text = README.read_text()
-    for room in ("clicktrain_jax/", "clicktrain_jax/models/", "clicktrain_jax/patterns/", "clicktrain_jax/selection/",
-                 "experiments/", "tests/"):
+    for room in ("clicktrain_jax/", "clicktrain_jax/deploy/", "clicktrain_jax/models/", "clicktrain_jax/patterns/",
+                 "clicktrain_jax/selection/", "pallas_kernels/", "experiments/", "tests/"):
         assert f"`{room}`" in text and (README.parent / room).is_dir()
     for module in ("plan", "targets", "importance", "masks", "encoding", "regularization", "phases", "transform",
                    "channels", "accounting"):

@@ -4,12 +4,19 @@ from pathlib import Path
 from typing import Any
 
 from experiments.records import read_json
+from experiments.tables.conv import conv_tables, gpu_tables, sweep_table, worst_errors
 from experiments.tables.results import RECORDS, machine
 from experiments.tables.statistics import markdown_table
 
 BENCHMARKS_FILE = Path(__file__).parents[2] / "BENCHMARKS.md"
 # What `experiments.gpu_checks` runs, named here so that a table can say what is missing without a GPU's imports.
 GPU_CHECKS = {
+    "conv-correctness": "convolutions by patterns, all backends and directions, against float64",
+    "conv-shift": "one pattern a channel: shift and a dense 2x2 convolution, without a kernel of our own",
+    "conv-sweeps": "tiles of 16 and 32, and how the kernels' tiles use the second cache",
+    "conv-dense": "the dense convolutions of VGG-16 and ResNet-50, NHWC and HWNC",
+    "conv-mosaic": "the Hopper kernels on the layers of VGG-16 and ResNet-50, against dense",
+    "steps": "whole training steps, dense against pruned",
     "masks": "masks of the reference, bit for bit",
     "loop-programs": "epoch loop against single updates; equal runs give equal bits",
     "resume": "a resumed run ends with equal bits",
@@ -20,8 +27,8 @@ GPU_CHECKS = {
 _HEADER = """# Benchmarks
 
 Generated from records by `python -m experiments table --write`; no figure here is typed. Every ratio compares functions
-that were called in turns in one process: the median of the ratios of neighbouring calls. Machines are shared and noisy;
-a row that repeats the first one shows how much.
+that were called in turns in one process: the median of the ratios of neighbouring calls, for convolutions the ratio of
+the medians. Machines are shared and noisy; a row that repeats the first one shows how much.
 """
 
 
@@ -48,11 +55,32 @@ def bench_table(rows: list[dict[str, Any]]) -> str:
     ])
 
 
+def step_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of `experiments.bench.measure_step`: whole updates, how many times faster than the fastest dense one."""
+    header = ("what", "precision", "median s", "20%", "80%", "images/s", "times faster", "goal")
+    lines = []
+    for row in rows:
+        seconds = (f"{row[key]:.4g}" for key in ("median", "p20", "p80"))
+        goal = ""
+        if row["goal"]:
+            goal = f"{row['goal']:g}: {'met' if row['times_faster'] >= row['goal'] else 'not met'}"
+        rates = (f"{row['images_per_s']:,.0f}", f"{row['times_faster']:.2f}")
+        lines.append((row["name"], row["precision"], *seconds, *rates, goal))
+    return markdown_table(header, lines)
+
+
+def tables_of(record: dict[str, Any]) -> str:
+    """What `python -m experiments bench` prints, of a record of any kind."""
+    if record["what"] == "conv":
+        return conv_tables(record)
+    return step_table(record["results"]) if record["what"] == "step" else bench_table(record["results"])
+
+
 def _section(record: dict[str, Any]) -> str:
     where = record["setting"]
     return (
         f"## {record['what']}\n\n`{record['command']}`; {machine(record)}; jax {where['versions']['jax']}, Python "
-        f"{where['python']}; {where['date'][:10]}\n\n{bench_table(record['results'])}"
+        f"{where['python']}; {where['date'][:10]}\n\n{tables_of(record)}"
     )
 
 
@@ -61,16 +89,38 @@ def _gpu(folder: Path) -> str:
     rows, details = [], []
     for name, what in GPU_CHECKS.items():
         path = folder / f"{name}.json"
-        if not path.exists():
+        if not path.exists() or read_json(path)["smoke"]:
             rows.append((name, what, "not measured", "", ""))
             continue
         record = read_json(path)
         outcome = "passed" if record["ok"] else "FAILED"
-        rows.append((name, what, outcome, machine(record), record["setting"]["date"][:10]))
-        if record.get("rows"):
-            details.append(f"\n### {name}\n\n{bench_table(record['rows'])}")
-        if record.get("images_per_second"):
-            rates = [(run, f"{rate:,.0f}") for run, rate in record["images_per_second"].items()]
-            details.append(f"\n### {name}\n\n{markdown_table(('run', 'images a second'), rates)}")
+        if record["ok"] and "skipped" in record:
+            outcome = f"not measured: {record['skipped']}"
+        if record.get("left_out"):
+            outcome += f", without {', '.join(record['left_out'])}"
+        # A process that was stopped before it had its device knows nothing of it.
+        known = "setting" in record
+        where = (machine(record), record["setting"]["date"][:10]) if known else ("", "")
+        rows.append((name, what, outcome, *where))
+        details += [f"\n### {name}\n\n{text}" for text in _details(record)]
     table = markdown_table(("check", "what", "outcome", "device", "date"), rows)
     return "\n".join(lines) + "\n" + table + "".join(details)
+
+
+def _details(record: dict[str, Any]) -> list[str]:
+    """The tables of one check's record."""
+    tables = []
+    if record.get("judged"):
+        tables.append(worst_errors(record["judged"]))
+    if record.get("conv_rows"):
+        tables.append(gpu_tables(record))
+    if record.get("sweeps"):
+        tables.append(sweep_table(record["sweeps"]))
+    if record.get("steps"):
+        tables.append(step_table(record["steps"]))
+    if record.get("rows"):
+        tables.append(bench_table(record["rows"]))
+    if record.get("images_per_second"):
+        rates = [(run, f"{rate:,.0f}") for run, rate in record["images_per_second"].items()]
+        tables.append(markdown_table(("run", "images a second"), rates))
+    return tables

@@ -1,5 +1,6 @@
 """The door: check what is given, choose a backend or refuse with the reason."""
 
+import dataclasses
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
@@ -10,11 +11,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.pattern_conv.dense import convolve
 from pallas_kernels.pattern_conv.geometry import Geometry, Padding, make_geometry
-from pallas_kernels.pattern_conv.pieces import dense_work, work
+from pallas_kernels.pattern_conv.pieces import Direction, dense_work, work
 from pallas_kernels.pattern_conv.structure import Structure
 from pallas_kernels.pattern_conv.vjp import differentiable, epilogue, with_epilogue
 
 Backend = Literal["reference", "dense", "xla", "mosaic_gpu"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "input_gradient", "weight_gradient")
 BACKENDS = ("reference", "dense", "xla", "mosaic_gpu")
 
 # An estimate must promise this much before the dense convolution is left.
@@ -67,11 +69,13 @@ def pattern_conv(
         if vector is not None and jnp.shape(vector) != (structure.shape[3],):
             raise ValueError(f"{name} has one entry a filter, ({structure.shape[3]},), got {jnp.shape(vector)}")
     if backend is None:
-        backend = choose(structure, geometry, x.dtype, batch)
-    module = module_of(backend)
-    reason = module.why_not(structure, geometry, x.dtype, batch)
-    if reason is not None:
-        raise ValueError(f"backend {backend!r} cannot do this convolution: {reason}")
+        module = Mixed(*(choose(structure, geometry, x.dtype, batch, direction) for direction in DIRECTIONS))
+        module = module_of(module.forward_by) if module.alike else module
+    else:
+        module = module_of(backend)
+        reason = module.why_not(structure, geometry, x.dtype, batch)
+        if reason is not None:
+            raise ValueError(f"backend {backend!r} cannot do this convolution: {reason}")
     if getattr(module, "FUSES_EPILOGUE", False) and (relu or scale is not None or bias is not None):
         return with_epilogue(x, w, scale, bias, structure, relu, geometry, module)
     return epilogue(differentiable(x, w, structure, geometry, module), scale, bias, relu)
@@ -103,9 +107,16 @@ def dense_conv(
     return convolve(x, w, make_geometry(x.shape, w.shape[:2], strides, padding, layout))
 
 
-def estimated_gain(structure: Structure) -> float:
-    """How many times faster than dense the portable form should be, by counting its work; 0.9 and less: slower."""
-    return dense_work(structure.shape) / max(work(structure.pieces, structure.tile[0]), 1.0)
+def estimated_gain(structure: Structure, direction: Direction | Literal["training"] = "forward") -> float:
+    """How many times faster than dense the portable form should be on a CPU, by counting its work; below 1: slower.
+
+    Args:
+        structure: what is retained.
+        direction: of one of the three computations; "training": of all three together.
+    """
+    directions = DIRECTIONS if direction == "training" else (direction,)
+    needed = [work(structure.pieces, structure.tile[0], structure.shape[2], each) for each in directions]
+    return len(directions) * dense_work(structure.shape) / max(sum(needed), 1.0)
 
 
 def supported(structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch: int) -> dict[str, str | None]:
@@ -113,11 +124,39 @@ def supported(structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch:
     return {name: _why_not(name, structure, geometry, dtype, batch) for name in BACKENDS}
 
 
-def choose(structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch: int) -> Backend:
+def choose(
+    structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch: int, direction: Direction = "forward"
+) -> Backend:
     """The backend that is taken when none is named: the fastest by estimate, dense included."""
     if _why_not("mosaic_gpu", structure, geometry, dtype, batch) is None:
         return "mosaic_gpu"
-    return "xla" if estimated_gain(structure) > LEAST_GAIN else "dense"
+    return "xla" if estimated_gain(structure, direction) > LEAST_GAIN else "dense"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    """A backend whose three directions are run by different ones."""
+
+    forward_by: Backend
+    input_gradient_by: Backend
+    weight_gradient_by: Backend
+
+    @property
+    def alike(self) -> bool:
+        """Whether they are one and the same."""
+        return len(set(dataclasses.astuple(self))) == 1
+
+    def forward(self, x: jax.Array, w: jax.Array, structure: Structure, geometry: Geometry) -> jax.Array:
+        """As every backend's."""
+        return module_of(self.forward_by).forward(x, w, structure, geometry)
+
+    def input_gradient(self, dy: jax.Array, w: jax.Array, structure: Structure, geometry: Geometry) -> jax.Array:
+        """As every backend's."""
+        return module_of(self.input_gradient_by).input_gradient(dy, w, structure, geometry)
+
+    def weight_gradient(self, x: jax.Array, dy: jax.Array, structure: Structure, geometry: Geometry) -> jax.Array:
+        """As every backend's."""
+        return module_of(self.weight_gradient_by).weight_gradient(x, dy, structure, geometry)
 
 
 def module_of(backend: str) -> ModuleType:

@@ -66,7 +66,8 @@ def make_geometry(
     """
     if layout not in ("NHWC", "HWNC"):
         raise ValueError(f"layout is 'NHWC' or 'HWNC', got {layout!r}")
-    if len(strides) != 2 or not all(isinstance(s, numbers.Integral) and s >= 1 for s in strides):
+    two = isinstance(strides, Sequence) and len(strides) == 2
+    if not two or not all(isinstance(s, numbers.Integral) and s >= 1 for s in strides):
         raise ValueError(f"strides are two positive integers (rows, columns), got {strides}")
     strides = (int(strides[0]), int(strides[1]))
     image = tuple(x_shape[1:3]) if layout == "NHWC" else tuple(x_shape[0:2])
@@ -89,7 +90,8 @@ def _explicit(
             total = max((-(-length // stride) - 1) * stride + size - length, 0)
             pads.append((total // 2, total - total // 2))
         return pads[0], pads[1]
-    pads = tuple(tuple(pair) for pair in padding)
+    nested = isinstance(padding, Sequence) and all(isinstance(pair, Sequence) for pair in padding)
+    pads = tuple(tuple(pair) for pair in padding) if nested else ()
     if [len(pair) for pair in pads] != [2, 2] or not all(
         isinstance(n, numbers.Integral) and n >= 0 for pair in pads for n in pair
     ):
