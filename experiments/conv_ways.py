@@ -157,7 +157,7 @@ def ways(
             backend = name
             if name == OPEN:
                 kind = jnp.dtype(case.dtype)
-                backend = note = api.choose(structure, geometry, kind, case.batch, direction)
+                backend = note = api.choose(structure, geometry, kind, case.batch, direction.replace(" ", "_"))
             reason = api.module_of(backend).why_not(structure, geometry, jnp.dtype(case.dtype), case.batch)
             if reason is not None:
                 refused[name] = reason

@@ -1,0 +1,47 @@
+"""The names that differ between the versions of jax, in one place."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
+
+# Mosaic GPU kernels as they are written here, and their interpretation on the CPU, are public from this version on.
+HAS_MOSAIC_GPU = VERSION >= (0, 11, 2)
+MOSAIC_GPU_NEEDS = "the Mosaic GPU kernels need jax 0.11.2 or later"
+
+
+@contextlib.contextmanager
+def interpreted(**params: object) -> Iterator[None]:
+    """Mosaic GPU kernels traced inside are interpreted on the CPU; ``params`` of `plgpu.InterpretGPUParams`.
+
+    Raises:
+        RuntimeError: jax is older than `MOSAIC_GPU_NEEDS` says.
+    """
+    if not HAS_MOSAIC_GPU:
+        raise RuntimeError(f"{MOSAIC_GPU_NEEDS}; this is {jax.__version__}")
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**params)):
+        yield
+
+
+@contextlib.contextmanager
+def traced_for(device_kind: str = "NVIDIA H200", multiprocessors: int = 132) -> Iterator[None]:
+    """Functions traced and lowered inside are for such a GPU, whether there is one here or not."""
+    device = jax.sharding.AbstractDevice(device_kind=device_kind, platform="gpu", num_cores=multiprocessors)
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+def multiprocessors(x: jax.Array) -> int:
+    """Of the GPU that ``x`` is traced for; 2 where none is known, since a kernel can then be interpreted only."""
+    for mesh in (jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()):
+        device = getattr(mesh, "abstract_device", None)
+        if device is not None and device.platform == "gpu" and device.num_cores:
+            return device.num_cores
+    if jax.default_backend() == "gpu":
+        return jax.devices()[0].core_count
+    return 2

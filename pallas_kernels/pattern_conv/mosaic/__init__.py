@@ -1,0 +1,1 @@
+"""Kernels for Hopper GPUs and later, on batches that lie beside the channels (HWNC)."""

@@ -1,0 +1,105 @@
+"""The Hopper kernels lower for CUDA: what their interpreter lets pass and the compiler does not is found here."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat
+from pallas_kernels.pattern_conv import config, mosaic_gpu
+from pallas_kernels.pattern_conv.cases import Case, resnet50, resnet50_1x1, structure_of, vgg16
+
+pytestmark = pytest.mark.skipif(not compat.HAS_MOSAIC_GPU, reason=compat.MOSAIC_GPU_NEEDS)
+
+LAYERS = [*vgg16(128), *vgg16(512), *resnet50(128), *resnet50_1x1(128)]
+# One of each kind by default.
+FIRST = ("vgg16-n512-8x8-256-256", "resnet50-n128-56x56-128-128-s2", "resnet50-n128-1x1-28x28-512-128")
+
+
+def lowered(function, *arguments):
+    """The program's text for an H200."""
+    with compat.traced_for("NVIDIA H200", 132):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def calls(text):
+    """The names of its Mosaic GPU kernels."""
+    return re.findall(r"custom_call @(mosaic_gpu\w*)", text)
+
+
+def directions(case):
+    """For each direction the function and its arguments."""
+    structure, geometry = structure_of(case, np.random.default_rng(0)), case.geometry()
+    x, w, dy = (jax.ShapeDtypeStruct(shape, case.dtype) for shape in (case.x_shape, case.w_shape, case.y_shape))
+    return {
+        "forward": (lambda x, w, s: mosaic_gpu.forward(x, w, s, geometry), x, w, structure),
+        "input gradient": (lambda dy, w, s: mosaic_gpu.input_gradient(dy, w, s, geometry), dy, w, structure),
+        "weight gradient": (lambda x, dy, s: mosaic_gpu.weight_gradient(x, dy, s, geometry), x, dy, structure),
+    }
+
+
+@pytest.mark.parametrize("direction", ["forward", "input gradient", "weight gradient"])
+@pytest.mark.parametrize(
+    "case", [case if case.name in FIRST else pytest.param(case, marks=pytest.mark.slow) for case in LAYERS], ids=str
+)
+def test_layers_of_real_nets_lower(case, direction):
+    assert mosaic_gpu.why_not(structure_of(case, np.random.default_rng(0)), case.geometry(), jnp.bfloat16, 128) is None
+    assert len(calls(lowered(*directions(case)[direction]))) == 1
+
+
+def test_the_named_first_layers_exist():
+    assert {case.name for case in LAYERS} >= set(FIRST)
+
+
+@pytest.mark.parametrize(
+    "tile", [(48, 64), *(pytest.param(tile, marks=pytest.mark.slow) for tile in ((16, 64), (64, 32), (192, 128)))]
+)
+def test_other_tiles_lower(tile):
+    case = Case("tile", (3, 4), 64, 384, 384, tile=tile, removed=0.5, dtype="float16", layout="HWNC")
+    for function, *arguments in directions(case).values():
+        assert len(calls(lowered(function, *arguments))) == 1
+
+
+def test_the_epilogue_lowers_with_either_side_as_rows():
+    case = Case("epilogue", (3, 4), 128, 128, 128, tile=(64, 64), dtype="bfloat16", layout="HWNC")
+    structure, geometry = structure_of(case, np.random.default_rng(0)), case.geometry()
+    x, w = (jax.ShapeDtypeStruct(shape, case.dtype) for shape in (case.x_shape, case.w_shape))
+    vector = jax.ShapeDtypeStruct((128,), jnp.float32)
+    for outputs_first in (True, False):
+        tiles = config.ProductTiles(128, 64, outputs_first=outputs_first)
+
+        def forward(x, w, s, scale, bias, tiles=tiles):
+            return mosaic_gpu.forward(x, w, s, geometry, scale, bias, relu=True, tiles=tiles)
+
+        assert len(calls(lowered(forward, x, w, structure, vector, vector))) == 1
+
+
+@pytest.mark.slow
+def test_strips_lower():
+    case = Case("strips", (14, 14), 128, 128, 128, tile=(64, 64), dtype="bfloat16", layout="HWNC")
+    structure, geometry = structure_of(case, np.random.default_rng(0)), case.geometry()
+    x, w = (jax.ShapeDtypeStruct(shape, case.dtype) for shape in (case.x_shape, case.w_shape))
+    tiles = config.strip_tiles(128, (14, 14), 64, 64, 3)
+    for function in (mosaic_gpu.forward, mosaic_gpu.input_gradient):
+
+        def direction(x, w, s, function=function):
+            return function(x, w, s, geometry, tiles=tiles)
+
+        assert len(calls(lowered(direction, x, w, structure))) == 1
+
+
+def test_one_block_a_multiprocessor_is_launched():
+    from pallas_kernels.pattern_conv.mosaic.ring import blocks_for
+
+    def blocks(items):
+        launched = []
+        jax.eval_shape(lambda x: launched.append(blocks_for(x, items, warpgroups=2)), jnp.zeros(()))
+        return launched[0]
+
+    for multiprocessors in (132, 78):
+        with compat.traced_for("NVIDIA H200", multiprocessors):
+            assert (blocks(1000), blocks(5), blocks(1)) == (multiprocessors, 3, 1)
+    # Where no GPU is known the kernel can be interpreted only: few blocks are quicker.
+    assert blocks(1000) == 2

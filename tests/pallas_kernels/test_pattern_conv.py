@@ -1,0 +1,439 @@
+"""What `pattern_conv` computes, whatever the backend: values and gradients against plain numpy in float64.
+
+Weights that are not retained are NaN or infinite here: none of them may reach a value or a gradient.
+"""
+
+import dataclasses
+import functools
+import itertools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+import pallas_kernels as pk
+from pallas_kernels.pattern_conv import api, cases, dense, pieces, xla
+from pallas_kernels.pattern_conv.cases import Case
+from pallas_kernels.pattern_conv.vjp import epilogue
+
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+BOUNDS = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+
+MORE = (
+    Case("smaller-than-the-window", (2, 1), 2, 5, 6, padding=((1, 0), (2, 2)), tile=(2, 1)),
+    Case("smaller-than-a-5x5-window", (2, 4), 2, 4, 6, (5, 5), (1, 2), patterns=((0, 12, 24), (6, 7)), tile=(3, 2)),
+    Case("batch-1-hwnc", (4, 5), 1, 5, 6, tile=(4, 1), removed=0.5, layout="HWNC"),
+    Case("stride-over-the-window", (7, 8), 2, 4, 6, strides=(4, 3), padding="VALID", tile=(3, 1)),
+    Case("1x1-padded", (3, 4), 2, 4, 6, window=(1, 1), padding=((1, 0), (0, 2)), tile=(2, 2), patterns=(), removed=0.5),
+)
+ALL = {case.name: case for case in (*cases.SMALL, *MORE)}
+# One of each kind: the default layer's choice where all would take long.
+SOME = ("per-channel-hwnc", "per-kernel-removed", "short-last-tiles", "stride-2", "wide-padding", "free-patterns")
+GEOMETRIES = (
+    *("per-channel-hwnc", "short-last-tiles", "stride-2", "stride-2-even-padded", "stride-2-by-1-hwnc", "valid"),
+    *("lopsided-padding", "wide-padding", "one-pixel", "window-5x5", "window-2x2", "1x1-stride-2", "all-removed"),
+    *(case.name for case in MORE),
+)
+
+
+def some(*names):
+    """All cases, but these alone by default."""
+    assert set(names) <= set(ALL)
+    return [case if name in names else pytest.param(case, marks=pytest.mark.slow) for name, case in ALL.items()]
+
+
+def draw(case, dtype, seed=0):
+    """(x, w, dy, mask, structure); what is not retained of w is NaN here, infinite there."""
+    rng = np.random.default_rng(seed)
+    mask = cases.make_mask(case, rng)
+    x, w, dy = (array.astype(jnp.dtype(dtype)) for array in cases.make_inputs(case, rng))
+    w[~mask] = np.resize([np.nan, np.inf, -np.inf], (~mask).sum()).astype(w.dtype)
+    return x, w, dy, mask, pk.make_structure(mask, tile=case.tile)
+
+
+def expected(x, w, dy, mask, geometry):
+    """(y, dx, dw) in float64, a tap at a time."""
+    x, w, dy = (np.asarray(array, np.float64) for array in (x, w, dy))
+    if geometry.layout == "HWNC":
+        x, dy = np.moveaxis(x, 2, 0), np.moveaxis(dy, 2, 0)
+    w = np.where(mask, w, 0.0)
+    (top, bottom), (left, right) = geometry.padding
+    padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    y, dpadded, dw = np.zeros(dy.shape), np.zeros(padded.shape), np.zeros(w.shape)
+    (rows, columns), (down, across) = dy.shape[1:3], geometry.strides
+    for i, j in itertools.product(*map(range, w.shape[:2])):
+        at = (slice(None), slice(i, i + (rows - 1) * down + 1, down), slice(j, j + (columns - 1) * across + 1, across))
+        y += padded[at] @ w[i, j]
+        dpadded[at] += dy @ w[i, j].T
+        dw[i, j] = np.einsum("nhwc,nhwf->cf", padded[at], dy)
+    dx = dpadded[:, top : top + x.shape[1], left : left + x.shape[2]]
+    if geometry.layout == "HWNC":
+        y, dx = np.moveaxis(y, 0, 2), np.moveaxis(dx, 0, 2)
+    return y, dx, np.where(mask, dw, 0.0)
+
+
+def convolve(x, w, structure, case, backend, **more):
+    how = dict(strides=case.strides, padding=case.padding, layout=case.layout, backend=backend)
+    return pk.pattern_conv(x, w, structure, **how, **more)
+
+
+def value_and_gradients(x, w, dy, structure, case, backend):
+    y, transposed = jax.vjp(lambda x, w: convolve(x, w, structure, case, backend), x, w)
+    return y, *transposed(dy)
+
+
+def check(result, wanted, bound, what):
+    result = np.asarray(result, np.float64)
+    assert result.shape == wanted.shape, what
+    assert np.isfinite(result).all(), f"{what}: something that is not retained came through"
+    error = np.abs(result - wanted).max() / max(np.abs(wanted).max(), 1e-30)
+    assert error < bound, f"{what}: {error:.2g}"
+
+
+def check_case(case, dtype, backend, seed=0):
+    """Value and both gradients, by one compiled program; the structure's arrays are its arguments."""
+    with jax.enable_x64(dtype == "float64"):
+        x, w, dy, mask, structure = draw(case, dtype, seed)
+        compute = functools.partial(value_and_gradients, case=case, backend=backend)
+        results = jax.device_get(quick_jit(compute)(x, w, dy, structure))
+    wanted = expected(x, w, dy, mask, case.geometry())
+    for what, result, exact in zip(("value", "input gradient", "weight gradient"), results, wanted):
+        assert result.dtype == x.dtype
+        check(result, exact, BOUNDS[dtype], what)
+    assert not results[2][~mask].any(), "the weight gradient is exactly zero off the structure"
+
+
+def test_a_tap_at_a_time_is_the_definition():
+    case = dataclasses.replace(ALL["lopsided-padding"], strides=(2, 1))
+    x, w, dy, mask, _ = draw(case, "float64")
+    geometry = case.geometry()
+    y, dx, dw = np.zeros(dy.shape), np.zeros(x.shape), np.zeros(w.shape)
+    for n, r, s, f in np.ndindex(dy.shape):
+        for i, j, c in np.ndindex(w.shape[:3]):
+            row = r * case.strides[0] + i - case.padding[0][0]
+            column = s * case.strides[1] + j - case.padding[1][0]
+            if mask[i, j, c, f] and 0 <= row < case.image[0] and 0 <= column < case.image[1]:
+                y[n, r, s, f] += x[n, row, column, c] * w[i, j, c, f]
+                dx[n, row, column, c] += dy[n, r, s, f] * w[i, j, c, f]
+                dw[i, j, c, f] += x[n, row, column, c] * dy[n, r, s, f]
+    for result, wanted in zip(expected(x, w, dy, mask, geometry), (y, dx, dw)):
+        check(result, wanted, 1e-13, "a tap at a time")
+
+
+@pytest.mark.parametrize("case", ALL.values(), ids=str)
+def test_value_and_gradients(case):
+    check_case(case, "float64", "xla")
+
+
+# So small, neighbouring tiles are merged into one by the estimate of their work: here they are not, or in pairs.
+@pytest.mark.parametrize("case", some("short-last-tiles-hwnc", "free-patterns", "1x1-stride-2", "stride-2"), ids=str)
+@pytest.mark.parametrize("merged", [1, 2])
+def test_value_and_gradients_by_single_tiles(case, merged, monkeypatch):
+    monkeypatch.setattr(pieces, "_best_merge", lambda codes, size, tile, cout: min(merged, codes.shape[1]))
+    structure = cases.structure_of(case, np.random.default_rng(0))
+    assert all(piece.merged == min(merged, case.grid[1]) for piece in structure.pieces)
+    check_case(case, "float64", "xla")
+
+
+# Every stride, padding and window; to a dense convolution one mask is as good as another.
+@pytest.mark.parametrize("case", some(*GEOMETRIES), ids=str)
+@pytest.mark.parametrize("backend", ["reference", "dense"])
+def test_value_and_gradients_of_the_dense_forms(case, backend):
+    check_case(case, "float64", backend)
+
+
+@pytest.mark.parametrize("case", some(*SOME[:4]), ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lower_precision(case, dtype):
+    for backend in ("xla", "dense", "reference") if case.name == SOME[0] else ("xla",):
+        check_case(case, dtype, backend, seed=1)
+
+
+def test_float16():
+    check_case(ALL["short-last-tiles-hwnc"], "float16", "xla")
+
+
+@pytest.mark.parametrize("few_pixels", [0, 128])
+def test_16_bit_outputs_are_rounded_once(few_pixels, monkeypatch):
+    monkeypatch.setattr(xla, "_FEW_PIXELS", few_pixels)
+    case = ALL["window-5x5"]
+    x, w, dy, mask, structure = draw(case, "bfloat16")
+    y = quick_jit(lambda x, w, structure: convolve(x, w, structure, case, "xla"))(x, w, structure)
+    wanted = expected(x, w, dy, mask, case.geometry())[0]
+    # Many pieces are added up: sums in 16 bits would be off by far more where they cancel. Half a step is 2**-8.
+    assert sum(len(piece.rooms) for piece in structure.pieces) > 2 or structure.pieces[0].merged > 1
+    assert (np.abs(np.asarray(y, np.float64) - wanted) <= 1.01 * 2**-8 * np.abs(wanted) + 1e-5).all()
+
+
+# Small sums are products of matrices; larger ones are convolutions.
+@pytest.mark.parametrize("case", some(*SOME, "valid", "1x1-stride-2", "stride-2-by-1-hwnc"), ids=str)
+def test_sums_over_many_pixels(case, monkeypatch):
+    monkeypatch.setattr(xla, "_FEW_PIXELS", 0)
+    with jax.enable_x64(True):
+        x, w, dy, mask, structure = draw(case, "float64")
+        forward = quick_jit(lambda x, w, structure: convolve(x, w, structure, case, "xla"))
+        assert "convolution" in forward.lower(x, w, structure).as_text()
+        check(forward(x, w, structure), expected(x, w, dy, mask, case.geometry())[0], 1e-12, "value")
+
+
+# What is for CPUs alone, order and ranges of images, is left out elsewhere.
+@pytest.mark.parametrize("case", some("short-last-tiles-hwnc", "stride-2-even-padded"), ids=str)
+def test_the_form_for_other_devices(case, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for dtype in ("float64", "float32"):
+        check_case(case, dtype, "xla")
+        check_case(case, dtype, "dense")
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "HWNC"])
+@pytest.mark.parametrize("few_pixels", [0, 128])
+def test_a_few_images_at_a_time(layout, few_pixels, monkeypatch):
+    case = Case("c", (6, 5), 7, 6, 8, strides=(2, 1), tile=(4, 1), removed=0.3, layout=layout)
+    bounds = []
+    chunks = xla._chunks
+    monkeypatch.setattr(xla, "_CACHE_BYTES", 1)
+    monkeypatch.setattr(xla, "_FEW_PIXELS", few_pixels)
+    monkeypatch.setattr(xla, "_MOST_CONVOLUTIONS", 9)
+    monkeypatch.setattr(xla, "_chunks", lambda *args: bounds.append(chunks(*args)) or bounds[-1])
+    check_case(case, "float64", "xla")
+    # Ranges of unlike lengths, that leave out no image.
+    for ranges in bounds:
+        assert len(ranges) == 4 and len({end - begin for begin, end in ranges}) == 2
+        assert [n for begin, end in ranges for n in range(begin, end)] == list(range(7))
+    assert len(bounds) >= 3
+
+
+def test_images_are_not_split_finer_than_there_are_and_weights_are_not_read_too_often(monkeypatch):
+    case = Case("c", (6, 5), 3, 6, 8, tile=(None, 1))
+    structure = cases.structure_of(case, np.random.default_rng(0))
+    assert xla._chunks(3, structure, case.geometry(), jnp.float32) == [(0, 3)]
+    monkeypatch.setattr(xla, "_CACHE_BYTES", 1)
+    assert len(xla._chunks(3, structure, case.geometry(), jnp.float32)) in (2, 3)
+    assert len(xla._chunks(1000, structure, case.geometry(), jnp.float32)) <= xla._MOST_CONVOLUTIONS
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert xla._chunks(1000, structure, case.geometry(), jnp.float32) == [(0, 1000)]
+
+
+@pytest.mark.parametrize("retained", ["nothing in the middle tile", "one weight"])
+def test_filters_that_retain_nothing_are_exact_zeros(retained):
+    case = Case("c", (4, 4), 2, 6, 48, tile=(16, 1))
+    mask = cases.make_mask(case, np.random.default_rng(0))
+    if retained == "one weight":
+        mask = np.zeros_like(mask)
+        mask[1, 2, 3, 16:32] = True
+        silent = np.r_[:16, 32:48]
+    else:
+        mask[..., 16:32] = False
+        silent = np.r_[16:32]
+    rng = np.random.default_rng(1)
+    x, _, dy = cases.make_inputs(case, rng)
+    w = np.where(mask, 1.0, np.nan).astype(np.float32)
+    structure = pk.make_structure(mask, tile=(16, 1))
+    y, dx, dw = quick_jit(functools.partial(value_and_gradients, case=case, backend="xla"))(x, w, dy, structure)
+    for what, result, wanted in zip("y dx dw".split(), (y, dx, dw), expected(x, w, dy, mask, case.geometry())):
+        check(result, wanted, 1e-5, what)
+    assert not np.asarray(y)[..., silent].any() and not np.asarray(dw)[~mask].any()
+    if retained == "one weight":
+        assert not np.asarray(dx)[..., [0, 1, 2, 4, 5]].any()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+@pytest.mark.slow
+def test_any_convolution(data):
+    def one(*values):
+        return data.draw(st.sampled_from(values))
+
+    window = one((1, 1), (3, 3), (3, 3), (2, 3), (5, 1))
+    pads = st.integers(0, 3)
+    taps = window[0] * window[1]
+    pattern = st.lists(st.integers(0, taps - 1), min_size=1, unique=True).map(lambda taps: tuple(sorted(taps)))
+    case = Case(
+        "any",
+        (data.draw(st.integers(window[0], 7)), data.draw(st.integers(window[1], 6))),
+        one(1, 2, 5),
+        one(1, 3, 8),
+        one(1, 5, 16),
+        window=window,
+        strides=(one(1, 2, 3), one(1, 2)),
+        padding=one("SAME", "VALID", tuple((data.draw(pads), data.draw(pads)) for _ in range(2))),
+        tile=(one(1, 2, 5, None), one(1, 2, None)),
+        patterns=tuple(data.draw(st.lists(pattern, max_size=4))),
+        removed=one(0.0, 0.3, 0.8),
+        layout=one("NHWC", "HWNC"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xla, "_FEW_PIXELS", one(0, 128))
+        patch.setattr(xla, "_CACHE_BYTES", one(1, 512 * 1024))
+        check_case(case, "float64", "xla", seed=data.draw(st.integers(0, 99)))
+
+
+def finite(case, dtype="float64", seed=0):
+    """(x, w, structure, scale, bias) without poison, for whatever adds up all that is there."""
+    x, w, _, _, structure = draw(case, dtype, seed)
+    scale, bias = np.random.default_rng(seed).standard_normal((2, case.cout)).astype(dtype)
+    return x, np.where(np.isfinite(w), w, 1).astype(w.dtype), structure, scale, bias
+
+
+@pytest.mark.parametrize("backend", ["dense", "xla"])
+@pytest.mark.parametrize("name", ["one-pixel", "stride-2-by-1-hwnc", "per-kernel-removed", "1x1"])
+def test_finite_differences(name, backend):
+    with jax.enable_x64(True):
+        case = ALL[name]
+        x, w, structure, scale, bias = finite(case)
+
+        @jax.jit
+        def function(x, w, scale, bias):
+            return convolve(x, w, structure, case, backend, scale=scale, bias=bias, relu=True)
+
+        check_grads(function, (x, w, scale, bias), order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("backend", ["reference", "dense", "xla"])
+def test_second_derivatives(backend):
+    case = ALL["1x1-stride-2"]
+    with jax.enable_x64(True):
+        x, w, structure, *_ = finite(case)
+
+        def function(x, w):
+            return jnp.sum(jnp.sin(convolve(x, w, structure, case, backend)))
+
+        check_grads(jax.jit(jax.grad(function, (0, 1))), (x, w), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("scaled", "biased", "relu"), [*itertools.product((False, True), repeat=3)])
+def test_the_epilogue(scaled, biased, relu):
+    case = ALL["per-channel"]
+    with jax.enable_x64(True):
+        x, w, structure, scale, bias = finite(case)
+        how = dict(scale=scale if scaled else None, bias=bias if biased else None, relu=relu)
+        y = convolve(x, w, structure, case, "dense", **how)
+        wanted = np.asarray(convolve(x, w, structure, case, "dense"))
+    wanted = wanted * (scale if scaled else 1.0) + (bias if biased else 0.0)
+    assert (wanted < 0).any()
+    check(y, np.maximum(wanted, 0) if relu else wanted, 1e-14, "epilogue")
+
+
+def test_left_open_the_result_is_the_same():
+    # One that is sparse, one that is dense; see test_api for the choice.
+    sparse = Case("sparse", (4, 4), 2, 32, 128, tile=(64, 1), removed=0.6)
+    for case, chosen in ((sparse, "xla"), (ALL["per-kernel"], "dense")):
+        structure = cases.structure_of(case, np.random.default_rng(0))
+        assert api.choose(structure, case.geometry(), jnp.float64, case.batch) == chosen
+        check_case(case, "float64", None)
+
+
+@pytest.mark.parametrize("ways", [("xla", "dense", "xla"), ("dense", "xla", "dense")])
+def test_each_direction_by_a_backend_of_its_own(ways, monkeypatch):
+    ways, ran = dict(zip(("forward", "input_gradient", "weight_gradient"), ways)), set()
+    monkeypatch.setattr(api, "choose", lambda *args: ways[args[4]])
+    for name, module in (("xla", xla), ("dense", dense)):
+        for direction in ways:
+            function = getattr(module, direction)
+            called = lambda *args, f=function, n=(direction, name): ran.add(n) or f(*args)  # noqa: E731
+            monkeypatch.setattr(module, direction, called)
+    check_case(ALL["short-last-tiles"], "float64", None)
+    assert ran == set(ways.items())
+
+
+def test_a_backend_that_applies_the_epilogue_itself(monkeypatch):
+    case = ALL["per-channel"]
+    forwards = []
+
+    def forward(x, w, structure, geometry, scale=None, bias=None, relu=False):
+        forwards.append((scale is not None, bias is not None, relu))
+        return epilogue(dense.forward(x, w, structure, geometry), scale, bias, relu)
+
+    with jax.enable_x64(True):
+        x, w, structure, scale, bias = finite(case)
+        fused = types.SimpleNamespace(**{**vars(dense), "forward": forward}, FUSES_EPILOGUE=True)
+
+        def function(x, w, scale, bias):
+            return convolve(x, w, structure, case, "dense", scale=scale, bias=bias, relu=True)
+
+        def value_and_all_gradients(*args):
+            return function(*args), *jax.grad(lambda *args: jnp.sum(function(*args) ** 2), (0, 1, 2, 3))(*args)
+
+        wanted = jax.jit(lambda *args: value_and_all_gradients(*args))(x, w, scale, bias)
+        monkeypatch.setattr(api, "module_of", lambda name: fused)
+        for result, exact in zip(jax.jit(value_and_all_gradients)(x, w, scale, bias), wanted):
+            check(result, np.asarray(exact), 1e-13, "fused")
+    # Fused where the value is all that is asked for; apart where a gradient wants what lies between.
+    assert forwards == [(True, True, True), (False, False, False)]
+
+
+def test_eager_on_numpy_arrays_and_with_the_structure_as_a_constant():
+    case = ALL["1x1"]
+    x, w, dy, mask, structure = draw(case, "float32")
+    wanted = expected(x, w, dy, mask, case.geometry())
+    for backend in ("reference", "dense", "xla"):
+        check(convolve(x, w, structure, case, backend), wanted[0], 1e-5, backend)
+    constant = quick_jit(lambda x, w, dy: value_and_gradients(x, w, dy, structure, case, "xla"))(x, w, dy)
+    for what, result, exact in zip(("value", "input gradient", "weight gradient"), constant, wanted):
+        check(result, exact, 1e-5, what)
+
+
+def test_no_images():
+    case = ALL["short-last-tiles"]
+    x, w, dy, _, structure = draw(case, "float32")
+    for backend in ("reference", "dense", "xla"):
+        compute = quick_jit(functools.partial(value_and_gradients, case=case, backend=backend))
+        y, dx, dw = compute(x[:0], w, dy[:0], structure)
+        assert (y.shape, dx.shape) == (dy[:0].shape, x[:0].shape)
+        assert dw.shape == w.shape and not np.asarray(dw).any()
+
+
+@pytest.mark.parametrize("backend", ["dense", "xla"])
+def test_transformations(backend):
+    """vmap over images and weights, checkpoint, scan: each as the plain loop."""
+    case = ALL["tiles-one-channel"]
+    x, w, dy, mask, structure = draw(case, "float32")
+    rng = np.random.default_rng(5)
+    xs = rng.standard_normal((3, *x.shape)).astype(np.float32)
+    ws = np.where(mask, rng.standard_normal((3, *w.shape)), np.nan).astype(np.float32)
+    gradients = functools.partial(value_and_gradients, case=case, backend=backend)
+    every = [expected(x, w, dy, mask, case.geometry()) for x, w in zip(xs, ws)]
+    mapped = quick_jit(jax.vmap(gradients, (0, 0, None, None)))(xs, ws, dy, structure)
+    shared = quick_jit(jax.vmap(gradients, (0, None, None, None)))(xs, ws[0], dy, structure)
+    for number in range(3):
+        for what, result, exact in zip("y dx dw".split(), mapped, every[number]):
+            check(result[number], exact, 1e-5, f"vmap {what}")
+        wanted = expected(xs[number], ws[0], dy, mask, case.geometry())
+        for what, result, exact in zip("y dx dw".split(), shared, wanted):
+            check(result[number], exact, 1e-5, f"vmap, shared weights, {what}")
+
+    def loss(x, w):
+        return jnp.sum(convolve(x, w, structure, case, backend) * dy)
+
+    again = quick_jit(jax.grad(jax.checkpoint(loss), (0, 1)))(xs[0], ws[0])
+    for what, result, exact in zip(("dx", "dw"), again, every[0][1:]):
+        check(result, exact, 1e-5, f"checkpoint {what}")
+
+    def total(xs, ws):
+        return jax.lax.scan(lambda carry, both: (carry + loss(*both), None), 0.0, (xs, ws))[0]
+
+    dxs, dws = quick_jit(jax.grad(total, (0, 1)))(xs, ws)
+    for number in range(3):
+        check(dxs[number], every[number][1], 1e-5, "scan dx")
+        check(dws[number], every[number][2], 1e-5, "scan dw")
+
+
+@pytest.mark.parametrize("name", ["per-kernel-removed", "short-last-tiles-hwnc", "all-removed"])
+def test_packed_weights_do_the_same(name):
+    case = ALL[name]
+    x, w, dy, mask, structure = draw(case, "float32")
+    packed = quick_jit(xla.pack)(w, structure)
+    assert all(np.isfinite(weights).all() for tiles in packed for weights in tiles)
+    # Each retained weight once, and zeros.
+    retained = np.sort(w[np.isfinite(w)])
+    entries = np.concatenate([np.ravel(weights) for tiles in packed for weights in tiles] or [np.zeros(0)])
+    np.testing.assert_array_equal(np.sort(entries[entries != 0]), retained)
+    geometry = case.geometry()
+    y = quick_jit(lambda *args: xla.forward_packed(*args, geometry))(x, packed, structure)
+    np.testing.assert_array_equal(y, quick_jit(lambda *args: xla.forward(*args, geometry))(x, w, structure))
+    check(y, expected(x, w, dy, mask, geometry)[0], 1e-5, "packed")
