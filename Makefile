@@ -33,6 +33,8 @@ bench: $(READY)
 	$(VENV)/bin/python -m experiments bench steps
 	$(VENV)/bin/python -m experiments bench loop
 	$(VENV)/bin/python -m experiments bench selection
+	$(VENV)/bin/python -m experiments bench conv
+	$(VENV)/bin/python -m experiments bench step --net vgg13 --batch-size 32
 
 table: $(READY)
 	$(VENV)/bin/python -m experiments table --write
