@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal
@@ -107,16 +108,19 @@ def dense_conv(
     return convolve(x, w, make_geometry(x.shape, w.shape[:2], strides, padding, layout))
 
 
-def estimated_gain(structure: Structure, direction: Direction | Literal["training"] = "forward") -> float:
+def estimated_gain(
+    structure: Structure, direction: Direction | Literal["training"] = "forward", pixels: float = math.inf
+) -> float:
     """How many times faster than dense the portable form should be on a CPU, by counting its work; below 1: slower.
 
     Args:
         structure: what is retained.
         direction: of one of the three computations; "training": of all three together.
+        pixels: output pixels of all images; for few of them, what is done once a call counts.
     """
     directions = DIRECTIONS if direction == "training" else (direction,)
-    needed = [work(structure.pieces, structure.tile[0], structure.shape[2], each) for each in directions]
-    return len(directions) * dense_work(structure.shape) / max(sum(needed), 1.0)
+    needed = [work(structure.pieces, structure.tile[0], structure.shape, each, pixels) for each in directions]
+    return len(directions) * dense_work(structure.shape, pixels) / max(sum(needed), 1.0)
 
 
 def supported(structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch: int) -> dict[str, str | None]:
@@ -130,7 +134,8 @@ def choose(
     """The backend that is taken when none is named: the fastest by estimate, dense included."""
     if _why_not("mosaic_gpu", structure, geometry, dtype, batch) is None:
         return "mosaic_gpu"
-    return "xla" if estimated_gain(structure, direction) > LEAST_GAIN else "dense"
+    gain = estimated_gain(structure, direction, batch * math.prod(geometry.output))
+    return "xla" if gain > LEAST_GAIN else "dense"
 
 
 @dataclasses.dataclass(frozen=True)

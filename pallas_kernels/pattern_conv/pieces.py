@@ -7,6 +7,7 @@ scattered taps may be read as four 1x1 windows, or inside their bounding box, wh
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -27,6 +28,9 @@ _READ_AGAIN = 190.0
 _COLLECT = 95.0
 # Another small convolution costs about as much as this many multiply-adds a pixel.
 _CALL = 2000.0
+# What a call does once, whatever the number of pixels: starting a small convolution, and moving one weight.
+_CALL_ONCE = 500_000.0
+_PACK = 48.0
 # All covers are searched for kernels of up to so many taps: 51 remainders for 3x3, 4000 for 5x5, no end for 7x7.
 _SEARCHED = 12
 
@@ -149,29 +153,35 @@ def taps_of(code: int) -> Taps:
     return tuple(tap for tap in range(code.bit_length()) if code >> tap & 1)
 
 
-def work(pieces: Sequence[Pieces], filters: int, cin: int, direction: Direction = "forward") -> float:
-    """What the pieces cost on a CPU, in multiply-adds a pixel, reading included; compare `dense_work`.
+def work(
+    pieces: Sequence[Pieces], filters: int, shape: tuple[int, ...], direction: Direction, pixels: float
+) -> float:
+    """What the pieces cost on a CPU, in multiply-adds a pixel, all else included; compare `dense_work`.
 
     Args:
         pieces: of a structure.
         filters: in a tile of it.
-        cin: input channels.
+        shape: (kh, kw, cin, cout) of the kernel.
         direction: of which of the three computations.
+        pixels: output pixels of all images, which share what is done once a call.
     """
     read = {"forward": _READ, "input_gradient": 0.0, "weight_gradient": _READ_AGAIN}[direction]
     # Every input channel looks into what every filter tile gives, found or not.
-    collect = _COLLECT * cin if direction == "input_gradient" else 0.0
-    return sum(
-        room * (piece.window[0] * piece.window[1] * _lanes(filters * piece.merged) + read) + collect + _CALL
-        for piece in pieces
-        for room in piece.rooms
-    )
+    collect = _COLLECT * shape[2] if direction == "input_gradient" else 0.0
+    total = 0.0
+    for piece in pieces:
+        window, wide = piece.window[0] * piece.window[1], filters * piece.merged
+        for room in piece.rooms:
+            total += room * (window * _lanes(wide) + read) + collect + max(_CALL, _CALL_ONCE / pixels)
+            # Short rows of weights are gathered the slower.
+            total += room * window * max(wide, 64) * _PACK / pixels
+    return total + (_PACK * math.prod(shape) / pixels if direction == "weight_gradient" else 0.0)
 
 
-def dense_work(shape: tuple[int, ...]) -> float:
+def dense_work(shape: tuple[int, ...], pixels: float) -> float:
     """What a dense convolution costs, in multiply-adds a pixel."""
     kh, kw, cin, cout = shape
-    return kh * kw * cin * _lanes(cout)
+    return kh * kw * cin * _lanes(cout) + max(_CALL, _CALL_ONCE / pixels)
 
 
 def round_up(count: int) -> int:

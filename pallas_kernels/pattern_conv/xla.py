@@ -22,7 +22,9 @@ from pallas_kernels.pattern_conv.structure import Structure
 
 # On a CPU one gathered array should stay in a core's second cache.
 _CACHE_BYTES = 512 * 1024
-# Up to so many output pixels a matrix product is faster than a convolution there.
+# Tiles are computed one after another where what they read is more than this in all; else two cores share them.
+_ORDER_BYTES = 4 * 1024 * 1024
+# Up to so many output pixels a matrix product is faster than a convolution there, if it is the only one.
 _FEW_PIXELS = 128
 # More small convolutions than this in one program take too long to compile.
 _MOST_CONVOLUTIONS = 64
@@ -38,7 +40,7 @@ def why_not(structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch: i
 
 def forward(x: jax.Array, w: jax.Array, structure: Structure, geometry: Geometry) -> jax.Array:
     """x in the geometry's layout, w (kh, kw, cin, cout) of its dtype -> y of that dtype, summed in float32."""
-    order = _Order()
+    order = _order(x, structure, geometry)
     if len(_chunks(x.shape[geometry.batch_axis], structure, geometry, x.dtype)) > 1:
         packed = pack(w, structure)
         return _forward(x, lambda index, tile: packed[index][tile], structure, geometry, order)
@@ -48,7 +50,7 @@ def forward(x: jax.Array, w: jax.Array, structure: Structure, geometry: Geometry
 
 def pack(w: jax.Array, structure: Structure) -> Packed:
     """The retained weights in the order in which they are read, zeros in unused room."""
-    packer = _Packer(w, structure, _Order())
+    packer = _Packer(w, structure, None)
     return tuple(
         tuple(packer(index, tile) for tile in range(len(piece.rooms))) for index, piece in enumerate(structure.pieces)
     )
@@ -56,7 +58,7 @@ def pack(w: jax.Array, structure: Structure) -> Packed:
 
 def forward_packed(x: jax.Array, packed: Packed, structure: Structure, geometry: Geometry) -> jax.Array:
     """`forward` on weights that `pack` has prepared."""
-    return _forward(x, lambda index, tile: packed[index][tile], structure, geometry, _Order())
+    return _forward(x, lambda index, tile: packed[index][tile], structure, geometry, _order(x, structure, geometry))
 
 
 def _forward(
@@ -100,7 +102,7 @@ def input_gradient(dy: jax.Array, w: jax.Array, structure: Structure, geometry: 
     batch = dy.shape[0]
     packed = pack(w, structure)
     total = jnp.zeros((cin, *geometry.image, batch), wide)
-    order = _Order()
+    order = _Order(structure, geometry, batch, dy.dtype)
     for tile in range(_num_tiles(structure)):
         first = tile * _filters(structure)
         part = dy[..., first : first + _tile_width(structure, tile)]
@@ -125,7 +127,7 @@ def weight_gradient(x: jax.Array, dy: jax.Array, structure: Structure, geometry:
     kh, kw, cin, _ = structure.shape
     wide = jnp.promote_types(x.dtype, jnp.float32)
     dy = dy if geometry.layout == "NHWC" else jnp.transpose(dy, (2, 0, 1, 3))
-    padded, order = _pad(x, geometry), _Order()
+    padded, order = _pad(x, geometry), _order(x, structure, geometry)
     sums: dict[tuple[int, int], jax.Array] = {}
     for begin, end in _chunks(len(dy), structure, geometry, x.dtype):
         for tile in range(_num_tiles(structure)):
@@ -159,7 +161,7 @@ def _window_strides(piece: Pieces, geometry: Geometry) -> tuple[int, int]:
 class _Packer:
     """Weights of one piece and tile, (rows, columns, entries, filters), gathered from the kernel when asked for."""
 
-    def __init__(self, w: jax.Array, structure: Structure, order: "_Order") -> None:
+    def __init__(self, w: jax.Array, structure: Structure, order: "_Order | None") -> None:
         self.structure, self.order = structure, order
         filters, tiles = _filters(structure), _num_tiles(structure)
         # One row for each (tap, channel, tile): a gather of whole rows is several times faster than of elements.
@@ -174,7 +176,8 @@ class _Packer:
         rows = jnp.asarray(piece.rows)[tile, :room] + taps // wide
         columns = jnp.asarray(piece.columns)[tile, :room] + taps % wide
         numbers = (rows * kw + columns) * cin + jnp.asarray(piece.channels)[tile, :room]
-        numbers = self.order.hold(numbers * _num_tiles(self.structure) + tile)
+        numbers = numbers * _num_tiles(self.structure) + tile
+        numbers = numbers if self.order is None else self.order.hold(numbers)
         valid = _by_filter(jnp.asarray(piece.valid)[tile, :, :room], self.structure)
         chosen = _keep(_take(self.rows, numbers), valid)
         return chosen.reshape(high, wide, room, _filters(self.structure))[..., : _tile_width(self.structure, tile)]
@@ -198,7 +201,8 @@ def _convolve(read: jax.Array, weights: jax.Array, piece: Pieces, geometry: Geom
     wide = jnp.promote_types(read.dtype, jnp.float32)
     strides = _window_strides(piece, geometry)
     rows, columns = geometry.output
-    if jax.default_backend() == "cpu" and len(read) * rows * columns <= _FEW_PIXELS:
+    few = len(piece.rooms) == 1 and len(read) * rows * columns <= _FEW_PIXELS
+    if few and jax.default_backend() == "cpu":
         patches = jnp.concatenate(
             [
                 read[:, row : row + (rows - 1) * strides[0] + 1 : strides[0]][
@@ -228,8 +232,10 @@ class _Order:
     the result itself would copy it, and one on an element that nobody uses is removed by the compiler.
     """
 
-    def __init__(self) -> None:
-        self.wanted = jax.default_backend() == "cpu"
+    def __init__(self, structure: Structure, geometry: Geometry, batch: int, dtype: jnp.dtype) -> None:
+        room = sum(room for piece in structure.pieces for room in piece.rooms)
+        read_bytes = batch * math.prod(geometry.output) * room * jnp.dtype(dtype).itemsize
+        self.wanted = jax.default_backend() == "cpu" and read_bytes > _ORDER_BYTES
         self.last: jax.Array | None = None
 
     def after(self, value: jax.Array) -> jax.Array:
@@ -245,6 +251,10 @@ class _Order:
         element = jax.lax.slice(self.last, (0,) * self.last.ndim, (1,) * self.last.ndim).reshape(())
         never = jnp.isnan(element) & jnp.isinf(element)
         return jax.lax.optimization_barrier(indices + never.astype(indices.dtype))
+
+
+def _order(x: jax.Array, structure: Structure, geometry: Geometry) -> _Order:
+    return _Order(structure, geometry, x.shape[geometry.batch_axis], x.dtype)
 
 
 def _filters(structure: Structure) -> int:

@@ -112,18 +112,18 @@ def test_a_backend_that_is_named_is_the_one_that_runs(monkeypatch):
 
 
 PAYS = (
-    Case("tiles", (8, 8), 1, 64, 128, tile=(64, 1), removed=0.6),
-    Case("blocks", (8, 8), 1, 128, 128, tile=(64, 64), removed=0.6),
-    Case("channels", (8, 8), 1, 64, 64, tile=(None, 1)),
-    Case("1x1", (8, 8), 1, 128, 128, window=(1, 1), tile=(64, 64), patterns=(), removed=0.75),
-    Case("nearly-empty", (8, 8), 1, 64, 64, tile=(1, 1), removed=0.99),
-    Case("empty", (8, 8), 1, 64, 64, tile=(16, 1), removed=1.0),
+    Case("tiles", (8, 8), 64, 64, 128, tile=(64, 1), removed=0.6),
+    Case("blocks", (8, 8), 64, 128, 128, tile=(64, 64), removed=0.6),
+    Case("channels", (8, 8), 64, 64, 64, tile=(None, 1)),
+    Case("1x1", (8, 8), 64, 128, 128, window=(1, 1), tile=(64, 64), patterns=(), removed=0.75),
+    Case("nearly-empty", (8, 8), 64, 64, 64, tile=(1, 1), removed=0.99),
+    Case("empty", (8, 8), 64, 64, 64, tile=(16, 1), removed=1.0),
 )
 DOES_NOT = (
-    Case("per-kernel", (8, 8), 1, 64, 64, tile=(1, 1)),
-    Case("per-kernel-removed", (8, 8), 1, 64, 64, tile=(1, 1), removed=0.3),
-    Case("whole-kernels", (8, 8), 1, 64, 64, tile=(None, None), patterns=()),
-    Case("1x1-per-kernel", (8, 8), 1, 64, 64, window=(1, 1), tile=(1, 1), patterns=(), removed=0.5),
+    Case("per-kernel", (8, 8), 64, 64, 64, tile=(1, 1)),
+    Case("per-kernel-removed", (8, 8), 64, 64, 64, tile=(1, 1), removed=0.3),
+    Case("whole-kernels", (8, 8), 64, 64, 64, tile=(None, None), patterns=()),
+    Case("1x1-per-kernel", (8, 8), 64, 64, 64, window=(1, 1), tile=(1, 1), patterns=(), removed=0.5),
 )
 
 
@@ -134,6 +134,15 @@ def test_sparse_is_chosen_where_it_pays(case):
     assert (pk.estimated_gain(structure) > pk.LEAST_GAIN) is (case in PAYS)
     if case.name == "whole-kernels":
         assert pk.estimated_gain(structure) <= 1
+
+
+def test_few_pixels_do_not_pay_for_what_a_call_does_once():
+    case = Case("tiles of 16", (8, 8), 1, 512, 512, tile=(16, 1), removed=0.6)
+    structure, geometry = structure_of(case), case.geometry()
+    assert api.choose(structure, geometry, jnp.float32, 1) == "dense"
+    assert api.choose(structure, geometry, jnp.float32, 32) == "xla"
+    # What one direction gains another one loses.
+    assert api.choose(structure, geometry, jnp.float32, 32, "input_gradient") == "dense"
 
 
 def test_tensor_cores_are_chosen_where_they_are(monkeypatch):
