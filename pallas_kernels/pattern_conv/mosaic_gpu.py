@@ -199,8 +199,11 @@ def _products(
     strip = isinstance(tiles, StripTiles)
     if strip and (geometry.strides != (1, 1) or tiles.window != geometry.window[1]):
         raise ValueError(f"strips of a window {tiles.window} wide at stride 1 do not fit {geometry}")
+    # A strip reads columns outside as a pixel past the end, which a single pixel has none of (see `mosaic.ring`).
     if strip and (1, 1) in (geometry.image, geometry.output):
         raise ValueError(f"strips want images of more than one pixel, got {geometry}")
+    # A tile over a list's end would take another list's weights. Images past the batch are read as zeros only where the
+    # batch is longer than a tile: the copy's box is no larger than the array.
     if output_tile % tiles.outputs or depth_tile % tiles.depth or tiles.images > batch:
         raise ValueError(
             f"tiles of {tiles.images} images, {tiles.outputs} outputs, {tiles.depth} deep do not fit {batch} images "

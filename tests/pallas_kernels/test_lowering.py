@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels.pattern_conv import cases
+from pallas_kernels.pattern_conv import cases, xla
 from pallas_kernels.pattern_conv.cases import BLOCK, Case
 
 CASES = {
@@ -48,6 +48,7 @@ def convolutions(text):
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_value_and_gradients_lower(case, dtype, platform, monkeypatch):
+    monkeypatch.setattr(xla, "_ORDER_BYTES", -1)
     monkeypatch.setattr(jax, "default_backend", lambda: {"cuda": "gpu"}.get(platform, platform))
     forward, backward, structure = lowered(case, dtype, platform)
     # A small convolution for each window and tile: no more for both gradients, as each image is read once.
@@ -61,7 +62,8 @@ def test_value_and_gradients_lower(case, dtype, platform, monkeypatch):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_what_was_traced_for_a_cpu_lowers_too(platform):
+def test_what_was_traced_for_a_cpu_lowers_too(platform, monkeypatch):
+    monkeypatch.setattr(xla, "_ORDER_BYTES", -1)
     forward, backward, _ = lowered(CASES["tiles"], "float32", platform)
     assert "optimization_barrier" in forward and "optimization_barrier" in backward
 

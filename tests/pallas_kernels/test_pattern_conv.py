@@ -29,6 +29,7 @@ MORE = (
     Case("smaller-than-a-5x5-window", (2, 4), 2, 4, 6, (5, 5), (1, 2), patterns=((0, 12, 24), (6, 7)), tile=(3, 2)),
     Case("batch-1-hwnc", (4, 5), 1, 5, 6, tile=(4, 1), removed=0.5, layout="HWNC"),
     Case("stride-over-the-window", (7, 8), 2, 4, 6, strides=(4, 3), padding="VALID", tile=(3, 1)),
+    Case("one-window-stride-2-by-1", (6, 7), 2, 4, 6, strides=(2, 1)),
     Case("1x1-padded", (3, 4), 2, 4, 6, window=(1, 1), padding=((1, 0), (0, 2)), tile=(2, 2), patterns=(), removed=0.5),
 )
 ALL = {case.name: case for case in (*cases.SMALL, *MORE)}
@@ -134,6 +135,8 @@ def test_value_and_gradients(case):
 @pytest.mark.parametrize("case", some("short-last-tiles-hwnc", "free-patterns", "1x1-stride-2", "stride-2"), ids=str)
 @pytest.mark.parametrize("merged", [1, 2])
 def test_value_and_gradients_by_single_tiles(case, merged, monkeypatch):
+    # One tile after another, as large ones are, or free.
+    monkeypatch.setattr(xla, "_ORDER_BYTES", -1 if merged == 1 else 1 << 30)
     monkeypatch.setattr(pieces, "_best_merge", lambda codes, size, tile, cout: min(merged, codes.shape[1]))
     structure = cases.structure_of(case, np.random.default_rng(0))
     assert all(piece.merged == min(merged, case.grid[1]) for piece in structure.pieces)
@@ -190,13 +193,13 @@ def test_the_form_for_other_devices(case, monkeypatch):
         check_case(case, dtype, "dense")
 
 
-@pytest.mark.parametrize("layout", ["NHWC", "HWNC"])
-@pytest.mark.parametrize("few_pixels", [0, 128])
+@pytest.mark.parametrize(("layout", "few_pixels"), [("NHWC", 0), ("HWNC", 128)])
 def test_a_few_images_at_a_time(layout, few_pixels, monkeypatch):
     case = Case("c", (6, 5), 7, 6, 8, strides=(2, 1), tile=(4, 1), removed=0.3, layout=layout)
     bounds = []
     chunks = xla._chunks
     monkeypatch.setattr(xla, "_CACHE_BYTES", 1)
+    monkeypatch.setattr(xla, "_ORDER_BYTES", -1)
     monkeypatch.setattr(xla, "_FEW_PIXELS", few_pixels)
     monkeypatch.setattr(xla, "_MOST_CONVOLUTIONS", 9)
     monkeypatch.setattr(xla, "_chunks", lambda *args: bounds.append(chunks(*args)) or bounds[-1])
@@ -280,7 +283,7 @@ def finite(case, dtype="float64", seed=0):
     return x, np.where(np.isfinite(w), w, 1).astype(w.dtype), structure, scale, bias
 
 
-@pytest.mark.parametrize("backend", ["dense", "xla"])
+@pytest.mark.parametrize("backend", [pytest.param("dense", marks=pytest.mark.slow), "xla"])
 @pytest.mark.parametrize("name", ["one-pixel", "stride-2-by-1-hwnc", "per-kernel-removed", "1x1"])
 def test_finite_differences(name, backend):
     with jax.enable_x64(True):
@@ -378,8 +381,9 @@ def test_eager_on_numpy_arrays_and_with_the_structure_as_a_constant():
         check(result, exact, 1e-5, what)
 
 
-def test_no_images():
-    case = ALL["short-last-tiles"]
+def test_no_images(monkeypatch):
+    monkeypatch.setattr(xla, "_ORDER_BYTES", -1)
+    case = ALL["free-patterns"]
     x, w, dy, _, structure = draw(case, "float32")
     for backend in ("reference", "dense", "xla"):
         compute = quick_jit(functools.partial(value_and_gradients, case=case, backend=backend))
@@ -389,8 +393,9 @@ def test_no_images():
 
 
 @pytest.mark.parametrize("backend", ["dense", "xla"])
-def test_transformations(backend):
+def test_transformations(backend, monkeypatch):
     """vmap over images and weights, checkpoint, scan: each as the plain loop."""
+    monkeypatch.setattr(xla, "_ORDER_BYTES", -1)
     case = ALL["tiles-one-channel"]
     x, w, dy, mask, structure = draw(case, "float32")
     rng = np.random.default_rng(5)

@@ -28,7 +28,11 @@ def blocks_for(x: jax.Array, items: int, warpgroups: int) -> int:
 
 
 def swizzle_of(*lengths: int) -> int:
-    """Elements of a swizzled row of 16-bit numbers: the most that divides all these minor axes, in memory or slots."""
+    """Elements of a swizzled row of 16-bit numbers: the most that divides all these minor axes, in memory or slots.
+
+    Mosaic cuts the array in memory like the slot: channels in all that a row does not divide (96 by 64) are refused
+    when the kernel is lowered, even where it divides the tiles. The interpreter takes them.
+    """
     return next(elements for elements in (64, 32, 16) if all(length % elements == 0 for length in lengths))
 
 
