@@ -38,7 +38,8 @@ from experiments.kernel_removal import draw_kernels, kernel_sums, loss_changes, 
 from experiments.parts import Parts, plain
 from experiments.recipe import make_optimizer, prune_rules
 from experiments.records import setting, write_json
-from experiments.step import Trainer, TrainState
+from experiments.step import Trainer
+from experiments.train_state import Held, TrainState
 
 _NETS = ("slim-vgg11-cifar10-dense", "slim-vgg11-cifar10-8.6x")
 GRADIENT_CRITERIA = ("taylor", "group_taylor")
@@ -351,7 +352,7 @@ class _Bench:
                 order = jax.random.permutation(jax.random.fold_in(key, epoch), len(tuner.train_data.labels))
                 for index in range(self._full_batches):
                     pruned, metrics, _ = self.tune_step(
-                        pruned, metrics, tuner.train_data, order, np.int32(index), key, masks
+                        pruned, metrics, tuner.train_data, order, np.int32(index), key, Held(masks, {})
                     )
             report = ct.report(pruned.params, masks)
             loss, top1 = tuner.evaluate(pruned)

@@ -15,7 +15,8 @@ import clicktrain_jax as ct
 from clicktrain_jax.phases import Phase
 from clicktrain_jax.trees import Tree, named_leaves
 from experiments.data import normalise
-from experiments.step import Trainer, TrainState
+from experiments.step import Trainer
+from experiments.train_state import TrainState
 
 _BATCH = 500
 _SPLITS = 20  # random halves of the images that the noise of the truth is estimated from

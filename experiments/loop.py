@@ -80,7 +80,8 @@ def train(
             saved, (state, masks) = restored
         lines = folder.keep_epochs(saved)
         # A resumed run goes on in the way that it began, whatever would be measured now.
-        trainer.pruned.begin(next((line["convolution"] for line in lines if "convolution" in line), None))
+        before = _pruned_convolution(lines)
+        trainer.pruned.begin(None if before is None else before["way"])
         bar = stack.enter_context(_progress(config, saved, trainer.steps_per_epoch))
         events = stack.enter_context(_event_log(config, folder.path, saved))
         stop = stack.enter_context(_signals())
@@ -142,7 +143,7 @@ def _epoch(
         "train_seconds": time.perf_counter() - start - compiled,
     }
     if trainer.pruned.choice is not None and "pruned" in line["phases"]:
-        line["convolution"] = trainer.pruned.choice.way
+        line["convolution"] = trainer.pruned.choice.record()
     if not np.isfinite(metrics[:, 0]).all():
         raise NonFinite(f"the loss of update {np.flatnonzero(~np.isfinite(metrics[:, 0]))[0]} is not finite")
     # The last update may be the one that diverged: its loss was taken before it.
@@ -211,18 +212,15 @@ def summarise(
         "compile_seconds": compile_seconds,
         "train_and_compile_seconds": train_seconds + compile_seconds,
         "eval_seconds": sum(line.get("eval_seconds", 0.0) for line in lines),
-        "pruned_convolution": _pruned_convolution(trainer),
+        "pruned_convolution": _pruned_convolution(lines),
         "params_sha256": digest(state.params),
         "masks_sha256": None if encoded is None else digest(encoded),
     }
 
 
-def _pruned_convolution(trainer: Trainer) -> dict[str, Any] | None:
-    """How the pruned phase was run, and what was measured for it."""
-    choice = trainer.pruned.choice
-    if choice is None:
-        return None
-    return {"way": choice.way, "source": choice.source, "seconds": choice.seconds, "layers": choice.layers}
+def _pruned_convolution(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """How the pruned phase was run from its begin on, and what was measured for it; None before."""
+    return next((line["convolution"] for line in lines if "convolution" in line), None)
 
 
 def _pattern_counts(encoded: Any, name: str) -> dict[str, int] | None:

@@ -45,6 +45,10 @@ class Choice:
     seconds: dict[str, float]
     source: str
 
+    def record(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"way": self.way, "source": self.source, "seconds": self.seconds, "layers": self.layers}
+
     @property
     def layers(self) -> list[str]:
         """Names of the kernels that have a structure."""

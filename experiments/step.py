@@ -319,6 +319,9 @@ class Trainer:
         def step(
             state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, held: Any
         ) -> tuple[TrainState, Any, Any]:
+            # Masks are a pair as well: taken for one another they would train on, wrongly.
+            if held is not None and not isinstance(held, Held):
+                raise TypeError(f"held is Held(masks, structures) or None, got {type(held).__name__}")
             masks, structures = (None, {}) if held is None else held
             step_key = jax.random.fold_in(jax.random.fold_in(key, _STEP), state.step)
             augment_key, mixup_key, dropout_key = jax.random.split(step_key, 3)

@@ -176,7 +176,7 @@ def test_a_resumed_run_goes_on_in_its_way(tmp_path, digits):
     with pytest.raises(Stop):
         train(config, folder, dataset=digits, trainer=trainer)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line.get("convolution") for line in lines] == [None, None, "pattern"]
+    assert [line.get("convolution", {}).get("way") for line in lines] == [None, None, "pattern"]
     pruned_phase.Cache().put(pruned_phase.facts_of(config, trainer.plan), {"way": "dense"})
     resumed = train(config, folder, dataset=digits)
     assert resumed["pruned_convolution"]["way"] == "pattern"
