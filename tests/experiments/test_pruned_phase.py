@@ -61,7 +61,9 @@ def selected(shape, **options):
     return fill_masks(empty_masks(params, plan, 4), layers), plan
 
 
-@pytest.mark.parametrize("precision, tolerance", [("float32", 1e-4), ("bfloat16", 5e-2)])
+@pytest.mark.parametrize(
+    "precision, tolerance", [("float32", 1e-4), pytest.param("bfloat16", 5e-2, marks=pytest.mark.slow)]
+)
 def test_a_hundred_updates_by_pattern_follow_the_dense_masked_ones(digits, precision, tolerance):
     # At larger rates two dense forms part by more than this: a max pool that decides otherwise is enough.
     config = dataclasses.replace(CONFIG, precision=precision, learning_rate=0.001, epochs=30)
@@ -155,6 +157,7 @@ def test_a_whole_run_by_pattern_prunes_and_learns_like_the_dense_one(tmp_path, d
     assert by_pattern["conv_retained"] == dense["conv_retained"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_its_way(tmp_path, digits):
     """Whatever the cache says by now: a run is not half one program and half another."""
     folder = tmp_path / "halved"
