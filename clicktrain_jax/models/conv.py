@@ -1,12 +1,12 @@
 """Convolutions to hand to the nets in place of `flax.linen.Conv`, called the same way and with its parameters.
 
-`PatchConv` is for CPUs, where XLA's own convolutions are slow as training needs them most: their weight gradients,
-and every convolution inside a compiled loop (jax issue 12868: some 60 times slower there). As slices and a matrix
-product the same function trains a full-width VGG-16 3 to 4 times faster on two cores, in a loop or out of one
-(`python -m experiments bench loop`). Its price is memory: the patches, kh * kw times the input, are kept for the
-backward pass. On a GPU, cuDNN is the right choice: hand `flax.linen.Conv` to the models there.
-
 `PatternConv` runs the layers that have a structure by a function that was handed in, and the others dense.
+
+`PatchConv` is for CPUs, where XLA's own convolutions are slow on images smaller than the kernel and inside every
+compiled loop (jax issue 12868: some 60 times slower there). As slices and a matrix product the same function trains a
+VGG several times faster, in a loop or out of one (`python -m experiments bench loop`, `bench step`); out of one,
+`pallas_kernels.dense_conv` is faster still. Its price is memory: the patches, kh * kw times the input, are kept for
+the backward pass. On a GPU, cuDNN is the right choice: hand `flax.linen.Conv` to the models there.
 """
 
 from collections.abc import Callable, Sequence
@@ -69,42 +69,6 @@ def patch_convolution(
     return jnp.einsum("abck,kf->abcf", patches, w.reshape(-1, features))
 
 
-class PatchConv(nn.Module):
-    """`flax.linen.Conv` by patches, called the same way by the models here, with the same parameters.
-
-    Attributes:
-        features: number of filters.
-        kernel_size: (kh, kw).
-        strides: (rows, columns).
-        padding: ((top, bottom), (left, right)).
-        use_bias: must be False; the nets here have BatchNorm instead.
-        dtype: what is computed in; the kernel is kept in float32.
-        kernel_init: initializer of the kernel.
-        layout: of the input and of the output.
-    """
-
-    features: int
-    kernel_size: Sequence[int]
-    strides: Sequence[int] = (1, 1)
-    padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0))
-    use_bias: bool = False
-    dtype: Any = jnp.float32
-    kernel_init: Any = nn.initializers.lecun_normal()
-    layout: Layout = "NHWC"
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, height, width, cin) -> (batch, rows, columns, features) in ``dtype``; or both in HWNC.
-
-        Raises:
-            ValueError: if a bias is asked for, or the layout is unknown.
-        """
-        kernel = _kernel(self, x)
-        return patch_convolution(
-            x.astype(self.dtype), kernel, strides=self.strides, padding=self.padding, layout=self.layout
-        )
-
-
 class PatternConv(nn.Module):
     """A convolution that runs by its structure where it has one, and dense where it has none.
 
@@ -158,7 +122,13 @@ class PatternConv(nn.Module):
         return self.convolve(x.astype(self.dtype), kernel, structure, **settings)
 
 
-def _kernel(module: PatchConv | PatternConv, x: jax.Array) -> jax.Array:
+class PatchConv(PatternConv):
+    """`PatternConv` whose dense form is patches: in place of `flax.linen.Conv` where XLA's convolutions are slow."""
+
+    dense: DenseConvolution = patch_convolution
+
+
+def _kernel(module: PatternConv, x: jax.Array) -> jax.Array:
     """A module's kernel in the dtype that it computes in; the kept one is float32."""
     if module.use_bias:
         raise ValueError(f"{type(module).__name__} has no bias: use_bias=True is for flax.linen.Conv")

@@ -17,32 +17,15 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.pattern_conv.config import StripTiles
-from pallas_kernels.pattern_conv.geometry import Geometry
+from pallas_kernels.pattern_conv.mosaic.products import Plan
 from pallas_kernels.pattern_conv.mosaic.ring import COPY_REGISTERS, compute_registers, digits, swizzle_of, swizzled
 
 
 @dataclasses.dataclass(frozen=True)
-class StripPlan:
-    """The static facts of one launch; as of `products.Plan`."""
+class StripPlan(Plan):
+    """`products.Plan` with a strip of pixels in place of one."""
 
-    geometry: Geometry
     tiles: StripTiles
-    transposed: bool
-    output_tile: int
-    depth_tile: int
-    batch: int
-    outputs: int
-    blocks: int
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(rows, columns) of the result."""
-        return self.geometry.image if self.transposed else self.geometry.output
-
-    @property
-    def source_size(self) -> tuple[int, int]:
-        """(rows, columns) of what is read."""
-        return self.geometry.output if self.transposed else self.geometry.image
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
