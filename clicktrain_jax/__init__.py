@@ -6,7 +6,8 @@ transformation that composes them.
 
 from clicktrain_jax import channels, importance, patterns
 from clicktrain_jax.accounting import Report, report
-from clicktrain_jax.deploy import accelerate  # imports pallas_kernels when it is called
+from clicktrain_jax.compact import masks_from_zeros
+from clicktrain_jax.deploy import accelerate, export, load  # they import pallas_kernels when they are called
 from clicktrain_jax.masks import Masks, apply_masks
 from clicktrain_jax.phases import Phase, PhaseSchedule
 from clicktrain_jax.plan import Plan, make_plan
@@ -29,9 +30,12 @@ __all__ = [
     "apply_masks",
     "channels",
     "clicktrain",
+    "export",
     "group_lasso",
     "importance",
+    "load",
     "make_plan",
+    "masks_from_zeros",
     "masks_of",
     "patterns",
     "phase_updates",

@@ -15,7 +15,9 @@ USAGE = """usage: python -m experiments COMMAND ...
   train NAME [--seed N] [--workdir DIR] [--data.dir DIR] [any field of the config]
                        train a named config; an existing run folder of the same config is resumed
                        (train NAME --help lists the fields)
-  evaluate RUN         accuracy of a run's newest checkpoint on its evaluation set
+  evaluate PATH        accuracy of a run's newest checkpoint, or of an export, on the run's evaluation set
+  export RUN [--out DIR] [--dtype float32|bfloat16|float16|int8] [--onnx] [--no-timing]
+                       a finished run as a small folder, ready to be run, with a page about it
   list                 the named configs: what each costs and is expected to reach
   demo                 dense and ClickTrain on embedded images, three seeds, one table, one plot
   patterns RUN [--out FILE]
@@ -68,6 +70,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
     return {
         "train": commands.train,
         "evaluate": commands.evaluate,
+        "export": commands.export,
         "list": commands.list_configs,
         "demo": commands.demo,
         "patterns": commands.patterns,

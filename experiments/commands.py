@@ -10,7 +10,7 @@ import tyro
 
 from experiments import configs
 from experiments.configs import TrainConfig
-from experiments.data import DataConfig, load
+from experiments.data import DataConfig
 from experiments.tables.overview import overview
 
 
@@ -67,39 +67,59 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 def evaluate(arguments: list[str]) -> int:
-    """Evaluate a run folder's newest checkpoint on its own evaluation set."""
-    from experiments.checkpoints import Checkpoints
-    from experiments.records import RunFolder, read_config
-    from experiments.step import Trainer
+    """Evaluate a run folder's newest checkpoint, or an export, on the run's own evaluation set."""
+    from experiments.deployment import export as exports
 
-    run, rest = _name_argument(arguments, "evaluate", "a run folder RUN")
+    path, rest = _name_argument(arguments, "evaluate", "a run folder or an export PATH")
 
     @dataclasses.dataclass(frozen=True)
     class Evaluate:
-        """Evaluate a run folder's newest checkpoint."""
+        """Evaluate a run folder's newest checkpoint, or an export."""
 
         data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
         """Where the images are now, if not where they were."""
 
-    asked = _parse(Evaluate, rest, f"evaluate {run}")
-    config = read_config(Path(run))
-    data = config.data if asked.data_dir is None else dataclasses.replace(config.data, dir=asked.data_dir)
-    dataset = load(data)
-    folder = RunFolder(Path(run))
-    folder.check(config, dataset.fingerprint)
-    trainer = Trainer(config, dataset)
-    if not folder.checkpoints.exists():
-        raise ValueError(f"{run} holds no checkpoint to evaluate")
-    checkpoints = Checkpoints(folder.checkpoints, read_only=True)
-    restored = checkpoints.restore_newest(trainer.init(config.seed))
-    checkpoints.close()
-    if restored is None:
-        raise ValueError(f"{run} holds no checkpoint to evaluate")
-    epochs_done, (state, _) = restored
-    loss, top1 = trainer.evaluate(state)
-    split = f"{trainer.dataset.eval_split} set of {len(trainer.dataset.eval_labels)}"
-    done = f"{config.name} after {epochs_done} of {config.epochs} epochs"
+    asked = _parse(Evaluate, rest, f"evaluate {path}")
+    if exports.is_export(Path(path)):
+        found = exports.evaluate_export(Path(path), asked.data_dir)
+        print(exports.describe_evaluation(found))
+        return 0 if found["top1"] == found["exported_top1"] else 1
+    run = exports.restore(Path(path), asked.data_dir)
+    loss, top1 = run.trainer.evaluate(run.state)
+    split = f"{run.dataset.eval_split} set of {len(run.dataset.eval_labels)}"
+    done = f"{run.config.name} after {run.epochs_done} of {run.config.epochs} epochs"
     print(f"{done}, {split}: top-1 {100 * top1:.2f}, loss {loss:.4f}")
+    return 0
+
+
+def export(arguments: list[str]) -> int:
+    """Export a finished run: compact weights, StableHLO, and a page about it."""
+    from experiments.deployment import export as exports
+
+    run, rest = _name_argument(arguments, "export", "a run folder RUN")
+
+    @dataclasses.dataclass(frozen=True)
+    class Export:
+        """Export a finished run: compact weights, StableHLO, and a page about it."""
+
+        out: Path | None = None
+        """The export's folder; by default RUN/export."""
+        dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+        """Of the stored weights; what it costs in accuracy is measured."""
+        onnx: bool = False
+        """Add net.onnx (dense; wants jax2onnx)."""
+        timing: bool = True
+        """Measure the net on this machine, for the page and for later loads."""
+        data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
+        """Where the images are now, if not where they were."""
+
+    asked = _parse(Export, rest, f"export {run}")
+    out = asked.out or Path(run) / "export"
+    manifest = exports.export_run(
+        Path(run), out, dtype=asked.dtype, data_dir=asked.data_dir, onnx=asked.onnx, is_timed=asked.timing
+    )
+    print(exports.describe(out, manifest))
+    print(f"  page: {out / exports.REPORT}")
     return 0
 
 

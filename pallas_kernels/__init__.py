@@ -8,6 +8,8 @@ from pallas_kernels.pattern_conv import (
     estimated_gain,
     make_structure,
     mask_of,
+    pack,
+    packed_conv,
     pattern_conv,
     supported,
 )
@@ -20,6 +22,8 @@ __all__ = [
     "estimated_gain",
     "make_structure",
     "mask_of",
+    "pack",
+    "packed_conv",
     "pattern_conv",
     "supported",
 ]

@@ -6,6 +6,21 @@ from clicktrain_jax.deploy.accelerate import (
     ConvolutionReport,
     accelerate,
 )
+from clicktrain_jax.deploy.export import export
+from clicktrain_jax.deploy.inference import InferenceNet
+from clicktrain_jax.deploy.load import inference_net, load
+from clicktrain_jax.deploy.portable import PortableNet
 from clicktrain_jax.deploy.structures import structures
 
-__all__ = ["AccelerateReport", "Accelerated", "ConvolutionReport", "accelerate", "structures"]
+__all__ = [
+    "AccelerateReport",
+    "Accelerated",
+    "ConvolutionReport",
+    "InferenceNet",
+    "PortableNet",
+    "accelerate",
+    "export",
+    "inference_net",
+    "load",
+    "structures",
+]

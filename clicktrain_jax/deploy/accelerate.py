@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clicktrain_jax.deploy import interception, layers
+from clicktrain_jax.deploy import interception, layers, whole_net
 from clicktrain_jax.deploy.arguments import Frame, is_module, parameter_names, state_of, take_apart, write_back
 from clicktrain_jax.masks import Masks, combine
 from clicktrain_jax.trees import Tree, named_leaves
@@ -145,10 +145,25 @@ class Accelerated:
         Raises:
             ValueError: as the call.
         """
-        from clicktrain_jax.deploy.whole_net import tune
+        open_ended = self.with_choice({})
+        sites = [
+            (conv.name, layer, open_ended.structure(conv.name, layer.mask))
+            for conv, layer, _ in open_ended.met(*args, **kwargs)
+            if layer is not None
+        ]
 
-        wanted, seconds, device = tune(self, within, args, kwargs)
-        return self.with_choice(wanted, seconds, device)
+        def timed(choice: whole_net.Choice) -> tuple[Callable[[list[Any]], Any], list[Any]]:
+            function = open_ended.with_choice(choice)
+            return _of_arrays(function if within is None else within(function), args, kwargs)
+
+        def compiled(choice: whole_net.Choice) -> Callable[[], Any]:
+            function, arrays = timed(choice)
+            program = jax.jit(function)
+            return lambda: program(arrays)
+
+        # What is timed, as text: it tells the net, the shapes and what it stands within.
+        facts = {"whole net": whole_net.digest(*timed(dict.fromkeys((name for name, _, _ in sites), "dense")))}
+        return self.with_choice(*whole_net.tune(sites, compiled, facts, self._backend))
 
     def with_choice(
         self, wanted: Mapping[str, layers.Run], seconds: Mapping[str, float] | None = None, device: str = ""
@@ -188,11 +203,6 @@ class Accelerated:
         if key not in self._structures:
             self._structures[key] = pallas_kernels.make_structure(mask)
         return self._structures[key]
-
-    @property
-    def backend(self) -> str | None:
-        """The backend that was named."""
-        return self._backend
 
     def _row(self, conv: interception.Convolution, plan: layers.Plan) -> ConvolutionReport:
         mask = self._masks.get(conv.name)
@@ -303,6 +313,18 @@ def accelerate(
             "use accelerate(lambda model, x: model(x), masks), called as fast(model, x)"
         )
     return Accelerated(apply_fn, concrete_masks(masks), backend=backend, pruned=pruned)
+
+
+def _of_arrays(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> tuple[Callable, list[Any]]:
+    """``(function of arrays, arrays)``: a call without its static arguments and modules."""
+    frame, arrays, _ = take_apart(args, kwargs)
+
+    def call(arrays: list[Any]) -> list[Any]:
+        args, kwargs, _ = frame.join(arrays)
+        # What is no array (a gradient in the form of a module's state is one of arrays) cannot leave a jit.
+        return [leaf for leaf in jax.tree.leaves(function(*args, **kwargs)) if hasattr(leaf, "dtype")]
+
+    return call, arrays
 
 
 def concrete_masks(masks: Masks | Tree) -> dict[str, np.ndarray | None]:

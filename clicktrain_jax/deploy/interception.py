@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+
+from clicktrain_jax.deploy.jaxprs import CONVOLUTION, bind, is_literal
 
 _CALLS = frozenset("jit pjit closed_call core_call".split())
 _REMAT = frozenset("checkpoint remat remat2".split())
@@ -22,7 +23,6 @@ _CUSTOM = frozenset("custom_jvp_call custom_vjp_call".split())
 _PASSING = frozenset(
     "convert_element_type copy copy_p device_put name optimization_barrier reduce_precision sharding_constraint".split()
 )
-CONVOLUTION = "conv_general_dilated"
 
 
 class Kernel:
@@ -134,7 +134,7 @@ class _Runner:
         env.update(zip(jaxpr.invars, arguments, strict=True))
 
         def read(atom: Any) -> Any:
-            if not isinstance(atom, jax.extend.core.Literal):
+            if not is_literal(atom):
                 return env[atom]
             return _Zeros(atom.val) if _is_zero(atom.val) else atom.val
 
@@ -149,7 +149,7 @@ class _Runner:
         if name == CONVOLUTION:
             return [self._convolution(equation, *values)]
         if name in ("broadcast_in_dim", "convert_element_type") and isinstance(values[0], _Zeros):
-            return [_Zeros(*_bind(equation, [_raw(value) for value in values]))]
+            return [_Zeros(*bind(equation, [_raw(value) for value in values]))]
         kernels = [value for value in values if isinstance(value, Kernel)]
         if kernels:
             kept = self._keep(equation, values)
@@ -166,31 +166,31 @@ class _Runner:
                 return self._custom(equation, values)
             for convolution in found:
                 self.replace(convolution, None)
-        return _bind(equation, [_plain(value) for value in values])
+        return bind(equation, [_plain(value) for value in values])
 
     def _keep(self, equation: Any, values: list[Any]) -> list[Any] | None:
         """The results of an operation through which a kernel stays the same leaf; None if it is no such one."""
         name = equation.primitive.name
         first = values[0]
         if name in _PASSING and len(values) == len(equation.outvars):
-            arrays = _bind(equation, [_raw(value) for value in values])
+            arrays = bind(equation, [_raw(value) for value in values])
             return [_with_value(value, array) for value, array in zip(values, arrays)]
         if name == "transpose":
             axes = tuple(first.axes[axis] for axis in equation.params["permutation"])
-            return [first.like(_bind(equation, [first.value])[0], axes)]
+            return [first.like(bind(equation, [first.value])[0], axes)]
         if name in ("mul", "div", "neg"):
             # What is zero stays zero, whatever it is multiplied with; a divisor alone is no factor.
             factor = first if isinstance(first, Kernel) else None if name == "div" else values[1]
             if factor is not None and np.shape(factor.value) == equation.outvars[0].aval.shape:
                 arrays = [value.value if value is factor else _plain(value) for value in values]
-                return [factor.like(_bind(equation, arrays)[0])]
+                return [factor.like(bind(equation, arrays)[0])]
         if name == "select_n":
             # `where(mask, kernel, 0)`, as in `apply_masks`: zeros more than there were.
             cases = values[1:]
             forms = {(case.name, case.axes) for case in cases if isinstance(case, Kernel)}
             if len(forms) == 1 and all(isinstance(case, (Kernel, _Zeros)) for case in cases):
                 kernel = next(case for case in cases if isinstance(case, Kernel))
-                return [kernel.like(_bind(equation, [_raw(value) for value in values])[0])]
+                return [kernel.like(bind(equation, [_raw(value) for value in values])[0])]
         return None
 
     def _convolution(self, equation: Any, x: Any, weights: Any) -> Any:
@@ -198,7 +198,7 @@ class _Runner:
         x = _plain(x)
         self.names.update({kernel.name} if kernel else ())
         result = self.replace(Convolution(equation, kernel.name if kernel else "", kernel=kernel), x)
-        return _bind(equation, [x, _plain(weights)])[0] if result is None else result
+        return bind(equation, [x, _plain(weights)])[0] if result is None else result
 
     def _rematerialise(self, equation: Any, values: list[Any]) -> list[Any]:
         """The same inside of `jax.checkpoint`, which forgets and computes again."""
@@ -218,7 +218,7 @@ class _Runner:
             return self._inside(closed.jaxpr, values, arrays, closed.consts)
 
         def original(*arrays: Any) -> list[Any]:
-            return _bind(equation, [_plain(_with_value(*pair)) for pair in zip(values, arrays)])
+            return bind(equation, [_plain(_with_value(*pair)) for pair in zip(values, arrays)])
 
         if equation.primitive.name == "custom_jvp_call":
             function = jax.custom_jvp(value)
@@ -234,12 +234,6 @@ class _Runner:
         """Arrays from a jaxpr of arrays in the place of what ``values`` remember."""
         arguments = [_with_value(*pair) for pair in zip(values, arrays)]
         return [_plain(result) for result in self.run(jaxpr, consts, arguments)]
-
-
-def _bind(equation: Any, arrays: Sequence[Any]) -> list[Any]:
-    """The equation as it is."""
-    results = equation.primitive.bind(*arrays, **equation.primitive.get_bind_params(equation.params))
-    return list(results) if equation.primitive.multiple_results else [results]
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
@@ -268,7 +262,7 @@ def _convolutions(jaxpr: Any, names: Sequence[str], inside: str) -> list[Convolu
     known = dict(zip(jaxpr.invars, names))
     found = []
     for equation in jaxpr.eqns:
-        variables = (None if isinstance(atom, jax.extend.core.Literal) else atom for atom in equation.invars)
+        variables = (None if is_literal(atom) else atom for atom in equation.invars)
         operands = [known.get(variable, "") for variable in variables]
         primitive = equation.primitive.name
         if primitive == CONVOLUTION:

@@ -77,11 +77,11 @@ class Layer:
 
         return api.supported(*self._place(structure, layout))[backend]
 
-    def choice(self, structure: Any, layout: str) -> str:
-        """The backend that `pattern_conv` takes when it is left open."""
+    def choice(self, structure: Any, layout: str, is_prepared: bool = False) -> str:
+        """The backend that `pattern_conv` takes when it is left open, its weights prepared before or in each call."""
         from pallas_kernels.pattern_conv import api
 
-        return api.choose(*self._place(structure, layout))
+        return api.choose(*self._place(structure, layout), is_packed=is_prepared)
 
     def _place(self, structure: Any, layout: str) -> tuple:
         """(structure, geometry, dtype, batch), as the backends are asked."""
@@ -91,6 +91,34 @@ class Layer:
         place = geometry.make_geometry(x_shape, structure.shape[:2], layout=layout, **self.settings)
         return structure, place, self.dtype, x_shape[place.batch_axis]
 
+    def prepared(self, kernel: Any, structure: Any, plan: Plan) -> Any:
+        """What `convolve_prepared` takes, for weights that change no more; numpy's for a numpy kernel.
+
+        Args:
+            kernel: in the order that the net has it in.
+            structure: of the layer.
+            plan: how it runs.
+        """
+        import pallas_kernels
+
+        kernel = kernel.transpose(self._kernel_order)
+        return pallas_kernels.pack(kernel, structure) if plan.backend == "xla" else kernel
+
+    def convolve_prepared(self, x: Any, prepared: Any, structure: Any, plan: Plan) -> Any:
+        """`convolve` on what `prepared` made of the kernel; dense where the plan says so."""
+        import pallas_kernels
+
+        layout = self.own_layout if plan.run == "dense" else plan.run
+        x = _transposed(x, self._x_order[layout])
+        if plan.run == "dense":
+            y = pallas_kernels.dense_conv(x, prepared, layout=layout, **self.settings)
+        elif plan.backend == "xla":
+            y = pallas_kernels.packed_conv(x, prepared, structure, layout=layout, **self.settings)
+        else:
+            settings = {"layout": layout, "backend": plan.backend, **self.settings}
+            y = pallas_kernels.pattern_conv(x, prepared, structure, **settings)
+        return self._as_the_net_has_it(y, layout)
+
     def convolve(self, x: Any, kernel: Any, structure: Any, plan: Plan) -> Any:
         """The convolution by structure; images, kernel and result in the order that the net has them in."""
         import pallas_kernels
@@ -98,7 +126,10 @@ class Layer:
         x = _transposed(x, self._x_order[plan.run])
         kernel = _transposed(kernel, self._kernel_order)
         y = pallas_kernels.pattern_conv(x, kernel, structure, layout=plan.run, backend=plan.backend, **self.settings)
-        here = {letter: axis for axis, letter in enumerate(plan.run)}
+        return self._as_the_net_has_it(y, plan.run)
+
+    def _as_the_net_has_it(self, y: Any, layout: str) -> Any:
+        here = {letter: axis for axis, letter in enumerate(layout)}
         wanted = dict(zip(self._out_spec, "NCHW"))
         return _transposed(y, tuple(here[wanted[axis]] for axis in range(4)))
 
@@ -128,7 +159,9 @@ def why_dense(convolution: Convolution) -> str | None:
     return None
 
 
-def plan_layer(layer: Layer, structure: Any, backend: str | None, wanted: Run | None) -> Plan:
+def plan_layer(
+    layer: Layer, structure: Any, backend: str | None, wanted: Run | None, is_prepared: bool = False
+) -> Plan:
     """How a layer that can run by its structure is run.
 
     Args:
@@ -136,6 +169,7 @@ def plan_layer(layer: Layer, structure: Any, backend: str | None, wanted: Run | 
         structure: of `pallas_kernels.make_structure`.
         backend: one that is named must be able to run it; None leaves it open.
         wanted: what was measured to be best, None where nothing was.
+        is_prepared: whether the weights are laid out before, once for all calls.
 
     Raises:
         ValueError: the named backend can run it in neither layout.
@@ -146,7 +180,7 @@ def plan_layer(layer: Layer, structure: Any, backend: str | None, wanted: Run | 
     other: Run = "HWNC" if own == "NHWC" else "NHWC"
     layouts = (own, other) if wanted is None else (wanted,)
     if wanted is None and backend is None:
-        chosen = layer.choice(structure, own)
+        chosen = layer.choice(structure, own, is_prepared)
         if chosen in _DENSE_BACKENDS:
             return Plan("dense", "", "pattern_conv takes the dense form for this shape")
         return Plan(own, chosen, "pattern_conv's own choice, not measured")
@@ -160,6 +194,15 @@ def plan_layer(layer: Layer, structure: Any, backend: str | None, wanted: Run | 
                 return Plan(layout, name, why)
             reasons.append(f"{name} in {layout}: {reason}")
     raise ValueError(f"cannot run a kernel {structure.shape} on images {layer.x_shape}: {'; '.join(reasons)}")
+
+
+def portable_plan(structure: Any) -> Plan:
+    """How a layer runs where nothing is known of the device and of the number of images."""
+    import pallas_kernels
+
+    if pallas_kernels.estimated_gain(structure) > pallas_kernels.LEAST_GAIN:
+        return Plan("NHWC", "xla", "estimated, for any device")
+    return Plan("dense", "", "its pattern promises no gain on any device")
 
 
 def can_run(layer: Layer, structure: Any, backend: str | None) -> tuple[Run, ...]:

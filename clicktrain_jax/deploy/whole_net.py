@@ -8,19 +8,14 @@ only if the net gets faster with it. What is left is compared with the dense net
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 
 from clicktrain_jax.deploy import layers
-from clicktrain_jax.deploy.arguments import take_apart
-
-if TYPE_CHECKING:
-    from clicktrain_jax.deploy.accelerate import Accelerated
 
 Choice = dict[str, layers.Run]
-Within = Callable[[Callable[..., Any]], Callable[..., Any]] | None
 
 DENSE = "all dense"
 CHOSEN = "chosen"
@@ -34,48 +29,75 @@ _ROUNDS = 15
 _BUDGET_S = 20.0  # of one comparison, once all is compiled
 
 
+Site = tuple[str, layers.Layer, Any]  # name, layer, its `pallas_kernels.Structure`
+
+
 def tune(
-    accelerated: "Accelerated", within: Within, args: tuple, kwargs: dict[str, Any]
+    sites: Sequence[Site],
+    compiled: Callable[[Choice], Callable[[], Any]],
+    facts: Mapping[str, Any],
+    backend: str | None = None,
 ) -> tuple[Choice, dict[str, float], str]:
-    """``(choice, seconds, device)`` of `Accelerated.tuned`; from the cache if it has been measured before."""
+    """Find the fastest choice by measurement, or in the cache if it has been measured before.
+
+    Args:
+        sites: the convolutions that can be run by their structure, in the order of the net.
+        compiled: makes a choice the function that is timed, of no arguments.
+        facts: what tells this net, its images and what it stands within from others: the key of the cache.
+        backend: one that is named, or None.
+
+    Returns:
+        ``(choice, seconds by what was measured, kind of device)``.
+    """
     from pallas_kernels.tuning import Cache
 
-    open_ended = accelerated.with_choice({})
-    groups = _groups(open_ended, args, kwargs)
+    groups = _groups(sites, backend)
     ways = {names: runs for names, (_, runs) in groups.items()}
     cache = Cache()
-    # What is timed, as text: it tells the net, the shapes and what it stands within.
-    all_dense = open_ended.with_choice({name: "dense" for names in ways for name in names})
-    facts = {
-        "whole net": _digest(*_timed(all_dense, within, args, kwargs)),
-        "ways": [[list(names), str(facts), list(runs)] for names, (facts, runs) in groups.items()],
-        "backend": open_ended.backend,
-    }
-    entry = cache.get(facts)
+    known = key_facts(facts, groups, backend)
+    entry = cache.get(known)
     if entry is not None and entry.get("choice", {}).keys() == {name for names in ways for name in names}:
         return dict(entry["choice"]), dict(entry["seconds"]), cache.kind
-    choice, seconds = search(ways, _timer(open_ended, within, args, kwargs))
-    cache.put(facts, {"choice": choice, "seconds": seconds})
+    choice, seconds = search(ways, _timer(compiled))
+    cache.put(known, {"choice": choice, "seconds": seconds})
     return choice, seconds, cache.kind
 
 
-def _groups(accelerated: "Accelerated", args: tuple, kwargs: dict[str, Any]) -> dict[tuple[str, ...], tuple]:
+def cached(
+    sites: Sequence[Site], facts: Mapping[str, Any], backend: str | None = None
+) -> tuple[Choice, dict[str, float], str] | None:
+    """What `tune` found before; None where nothing was measured."""
+    from pallas_kernels.tuning import Cache
+
+    groups = _groups(sites, backend)
+    cache = Cache()
+    entry = cache.get(key_facts(facts, groups, backend))
+    if entry is None or entry.get("choice", {}).keys() != {name for names in groups for name in names}:
+        return None
+    return dict(entry["choice"]), dict(entry["seconds"]), cache.kind
+
+
+def key_facts(facts: Mapping[str, Any], groups: Mapping[tuple[str, ...], tuple], backend: str | None) -> dict[str, Any]:
+    """The key of the cache."""
+    ways = [[list(names), str(likeness), list(runs)] for names, (likeness, runs) in groups.items()]
+    return {**facts, "ways": ways, "backend": backend}
+
+
+def _groups(sites: Sequence[Site], backend: str | None) -> dict[tuple[str, ...], tuple]:
     """``{names of like layers: (facts, ways to run them)}``, of layers that have more than one; most work first."""
     by_name: dict[str, list] = {}
-    for conv, layer, _ in accelerated.met(*args, **kwargs):
-        if layer is not None:
-            structure = accelerated.structure(conv.name, layer.mask)
-            by_name.setdefault(conv.name, []).append((layer, structure))
+    for name, layer, structure in sites:
+        by_name.setdefault(name, []).append((layer, structure))
     groups: dict[tuple, list[str]] = {}
     work: dict[tuple, float] = {}
-    for name, sites in by_name.items():
+    for name, places in by_name.items():
         # One leaf that several convolutions share runs in one way, which all of them can.
-        ways = [layers.can_run(*site, accelerated.backend) for site in sites]
+        ways = [layers.can_run(*place, backend) for place in places]
         runs = tuple(run for run in ways[0] if all(run in other for other in ways))
         if len(runs) > 1:
-            key = (tuple(layer.facts(structure) for layer, structure in sites), runs)
+            key = (tuple(layer.facts(structure) for layer, structure in places), runs)
             groups.setdefault(key, []).append(name)
-            work[key] = work.get(key, 0.0) + sum(layer.work() for layer, _ in sites)
+            work[key] = work.get(key, 0.0) + sum(layer.work() for layer, _ in places)
     return {tuple(groups[key]): key for key in sorted(groups, key=work.__getitem__, reverse=True)}
 
 
@@ -131,45 +153,26 @@ def _label(names: tuple[str, ...], run: str) -> str:
     return f"{names[0]} {run}"
 
 
-def _timer(
-    accelerated: "Accelerated", within: Within, args: tuple, kwargs: dict[str, Any]
-) -> Callable[[Mapping[str, Choice]], dict[str, float]]:
+def _timer(compiled: Callable[[Choice], Callable[[], Any]]) -> Callable[[Mapping[str, Choice]], dict[str, float]]:
     """A function that times nets, each compiled once."""
     from pallas_kernels.tuning import time_together
 
-    compiled: dict[tuple, Callable[[], Any]] = {}
+    programs: dict[tuple, Callable[[], Any]] = {}
 
     def timer(choices: Mapping[str, Choice]) -> dict[str, float]:
         functions = {}
         for name, choice in choices.items():
             key = tuple(sorted(choice.items()))
-            if key not in compiled:
-                function, arrays = _timed(accelerated.with_choice(choice), within, args, kwargs)
-                program = jax.jit(function)
-                compiled[key] = lambda program=program, arrays=arrays: program(arrays)
-            functions[name] = compiled[key]
+            if key not in programs:
+                programs[key] = compiled(dict(choice))
+            functions[name] = programs[key]
         timings = time_together(functions, rounds=_ROUNDS, budget_s=_BUDGET_S)
         return {name: timing.median_s for name, timing in timings.items()}
 
     return timer
 
 
-def _timed(
-    accelerated: "Accelerated", within: Within, args: tuple, kwargs: dict[str, Any]
-) -> tuple[Callable[[list[Any]], Any], list[Any]]:
-    """``(function of arrays, arrays)``: what is timed, without its static arguments and modules."""
-    function = accelerated if within is None else within(accelerated)
-    frame, arrays, _ = take_apart(args, kwargs)
-
-    def call(arrays: list[Any]) -> list[Any]:
-        args, kwargs, _ = frame.join(arrays)
-        # What is no array (a gradient in the form of a module's state is one of arrays) cannot leave a jit.
-        return [leaf for leaf in jax.tree.leaves(function(*args, **kwargs)) if hasattr(leaf, "dtype")]
-
-    return call, arrays
-
-
-def _digest(function: Callable[[list[Any]], Any], arrays: list[Any]) -> str:
+def digest(function: Callable[[list[Any]], Any], arrays: list[Any]) -> str:
     """A number for what is computed: alike for alike programs in other processes."""
     text = re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(function)(arrays)))
     return hashlib.sha256(text.encode()).hexdigest()[:24]

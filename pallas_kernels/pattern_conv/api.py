@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import math
+import numbers
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal
@@ -15,6 +16,7 @@ from pallas_kernels.pattern_conv.geometry import Geometry, Padding, make_geometr
 from pallas_kernels.pattern_conv.pieces import Direction, dense_work, work
 from pallas_kernels.pattern_conv.structure import Structure
 from pallas_kernels.pattern_conv.vjp import differentiable, epilogue, with_epilogue
+from pallas_kernels.pattern_conv.xla import Packed, forward_packed
 
 Backend = Literal["reference", "dense", "xla", "mosaic_gpu"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "input_gradient", "weight_gradient")
@@ -82,6 +84,35 @@ def pattern_conv(
     return epilogue(differentiable(x, w, structure, geometry, module), scale, bias, relu)
 
 
+def packed_conv(
+    x: jax.Array,
+    packed: Packed,
+    structure: Structure,
+    *,
+    strides: Sequence[int] = (1, 1),
+    padding: Padding = "SAME",
+    layout: Literal["NHWC", "HWNC"] = "NHWC",
+) -> jax.Array:
+    """The forward pass of backend "xla" on weights that `pack` has prepared, for weights that change no more.
+
+    Args:
+        x: floating point, (batch, height, width, cin), or (height, width, batch, cin) for the layout "HWNC". Under
+            `jax.export` the batch of "NHWC" may be symbolic.
+        packed: of `pack`, from weights of x's dtype.
+        structure: that they were packed for.
+        strides: (rows, columns).
+        padding: "SAME", "VALID", or ((top, bottom), (left, right)).
+        layout: of ``x`` and of the result.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if jnp.ndim(x) != 4 or x.shape[3] != structure.shape[2]:
+        raise ValueError(f"x of shape {jnp.shape(x)} does not fit a kernel {structure.shape}")
+    geometry = make_geometry(x.shape, structure.shape[:2], strides, padding, layout)
+    return forward_packed(x, packed, structure, geometry)
+
+
 def dense_conv(
     x: jax.Array,
     w: jax.Array,
@@ -129,12 +160,24 @@ def supported(structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch:
 
 
 def choose(
-    structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch: int, direction: Direction = "forward"
+    structure: Structure,
+    geometry: Geometry,
+    dtype: jnp.dtype,
+    batch: int,
+    direction: Direction = "forward",
+    *,
+    is_packed: bool = False,
 ) -> Backend:
-    """The backend that is taken when none is named: the fastest by estimate, dense included."""
+    """The backend that is taken when none is named: the fastest by estimate, dense included.
+
+    What is done once a call counts less the more pixels there are, and not at all for weights packed before.
+    """
     if _why_not("mosaic_gpu", structure, geometry, dtype, batch) is None:
         return "mosaic_gpu"
-    gain = estimated_gain(structure, direction, batch * math.prod(geometry.output))
+    # A symbolic batch may be anything: many images, then.
+    is_counted = isinstance(batch, numbers.Integral) and not is_packed
+    pixels = batch * math.prod(geometry.output) if is_counted else math.inf
+    gain = estimated_gain(structure, direction, pixels)
     return "xla" if gain > LEAST_GAIN else "dense"
 
 

@@ -49,7 +49,10 @@ def forward(x: jax.Array, w: jax.Array, structure: Structure, geometry: Geometry
 
 
 def pack(w: jax.Array, structure: Structure) -> Packed:
-    """The retained weights in the order in which they are read, zeros in unused room."""
+    """The retained weights in the order in which they are read, zeros in unused room.
+
+    Numpy weights with a structure of numpy arrays are packed by numpy: at once, with nothing to compile.
+    """
     packer = _Packer(w, structure, None)
     return tuple(
         tuple(packer(index, tile) for tile in range(len(piece.rooms))) for index, piece in enumerate(structure.pieces)
@@ -164,8 +167,9 @@ class _Packer:
     def __init__(self, w: jax.Array, structure: Structure, order: "_Order | None") -> None:
         self.structure, self.order = structure, order
         filters, tiles = _filters(structure), _num_tiles(structure)
+        self.numpy = np if isinstance(w, np.ndarray) else jnp
         # One row for each (tap, channel, tile): a gather of whole rows is several times faster than of elements.
-        self.rows = jnp.pad(w, ((0, 0),) * 3 + ((0, tiles * filters - structure.shape[3]),)).reshape(-1, filters)
+        self.rows = self.numpy.pad(w, ((0, 0),) * 3 + ((0, tiles * filters - structure.shape[3]),)).reshape(-1, filters)
 
     def __call__(self, index: int, tile: int) -> jax.Array:
         """The weights of one piece, in one tile."""
@@ -173,13 +177,17 @@ class _Packer:
         piece = self.structure.pieces[index]
         room, (high, wide) = piece.rooms[tile], piece.window
         taps = np.arange(high * wide)[:, None]
-        rows = jnp.asarray(piece.rows)[tile, :room] + taps // wide
-        columns = jnp.asarray(piece.columns)[tile, :room] + taps % wide
-        numbers = (rows * kw + columns) * cin + jnp.asarray(piece.channels)[tile, :room]
+        asarray = self.numpy.asarray
+        rows = asarray(piece.rows)[tile, :room] + taps // wide
+        columns = asarray(piece.columns)[tile, :room] + taps % wide
+        numbers = (rows * kw + columns) * cin + asarray(piece.channels)[tile, :room]
         numbers = numbers * _num_tiles(self.structure) + tile
         numbers = numbers if self.order is None else self.order.hold(numbers)
-        valid = _by_filter(jnp.asarray(piece.valid)[tile, :, :room], self.structure)
-        chosen = _keep(_take(self.rows, numbers), valid)
+        valid = _by_filter(asarray(piece.valid)[tile, :, :room], self.structure)
+        if self.numpy is np:
+            chosen = np.where(valid, self.rows[numbers], np.zeros((), self.rows.dtype))
+        else:
+            chosen = _keep(_take(self.rows, numbers), valid)
         return chosen.reshape(high, wide, room, _filters(self.structure))[..., : _tile_width(self.structure, tile)]
 
 
@@ -193,7 +201,7 @@ def _keep(values: jax.Array, valid: jax.Array) -> jax.Array:
 
 def _by_filter(valid: jax.Array, structure: Structure) -> jax.Array:
     """(..., merged) -> (..., filters), or (..., 1) where all filters of the tile are alike."""
-    return jnp.repeat(valid, structure.tile[0], axis=-1) if valid.shape[-1] > 1 else valid
+    return valid.repeat(structure.tile[0], axis=-1) if valid.shape[-1] > 1 else valid
 
 
 def _convolve(read: jax.Array, weights: jax.Array, piece: Pieces, geometry: Geometry) -> jax.Array:
@@ -201,7 +209,8 @@ def _convolve(read: jax.Array, weights: jax.Array, piece: Pieces, geometry: Geom
     wide = jnp.promote_types(read.dtype, jnp.float32)
     strides = _window_strides(piece, geometry)
     rows, columns = geometry.output
-    few = len(piece.rooms) == 1 and len(read) * rows * columns <= _FEW_PIXELS
+    images = read.shape[0]
+    few = len(piece.rooms) == 1 and _is_static(images) and images * rows * columns <= _FEW_PIXELS
     if few and jax.default_backend() == "cpu":
         patches = jnp.concatenate(
             [
@@ -234,8 +243,9 @@ class _Order:
 
     def __init__(self, structure: Structure, geometry: Geometry, batch: int, dtype: jnp.dtype) -> None:
         room = sum(room for piece in structure.pieces for room in piece.rooms)
+        # Of a symbolic batch nothing is known: it is taken for a large one.
         read_bytes = batch * math.prod(geometry.output) * room * jnp.dtype(dtype).itemsize
-        self.wanted = jax.default_backend() == "cpu" and read_bytes > _ORDER_BYTES
+        self.wanted = jax.default_backend() == "cpu" and (not _is_static(batch) or read_bytes > _ORDER_BYTES)
         self.last: jax.Array | None = None
 
     def after(self, value: jax.Array) -> jax.Array:
@@ -272,7 +282,7 @@ def _tile_width(structure: Structure, tile: int) -> int:
 
 def _chunks(batch: int, structure: Structure, geometry: Geometry, dtype: jnp.dtype) -> list[tuple[int, int]]:
     """Ranges of images computed together: on a CPU as many as fit the cache."""
-    if jax.default_backend() != "cpu" or not structure.pieces:
+    if jax.default_backend() != "cpu" or not structure.pieces or not _is_static(batch):
         return [(0, batch)]
     room = max(max(piece.rooms) for piece in structure.pieces)
     itemsize = jnp.dtype(dtype).itemsize
@@ -285,6 +295,11 @@ def _chunks(batch: int, structure: Structure, geometry: Geometry, dtype: jnp.dty
     count = max(1, min(wanted, _MOST_CONVOLUTIONS // convolutions, batch))
     bounds = [batch * index // count for index in range(count + 1)]
     return list(zip(bounds[:-1], bounds[1:]))
+
+
+def _is_static(batch: object) -> bool:
+    """Whether a number of images is a number: `jax.export` traces with symbols in its place."""
+    return isinstance(batch, (int, np.integer))
 
 
 def _pad(x: jax.Array, geometry: Geometry) -> jax.Array:
@@ -313,8 +328,9 @@ def _read(
     image_step, row_step, column_step = (
         (height * width, width, 1) if geometry.layout == "NHWC" else (1, width * batch, batch)
     )
+    images = np.arange(begin, end, dtype=np.int32) if _is_static(end) else jnp.arange(end, dtype=jnp.int32)
     base = (
-        np.arange(begin, end, dtype=np.int32)[:, None, None] * image_step
+        images[:, None, None] * image_step
         + row_at[:, None] * row_step
         + column_at * column_step
     ) * channels

@@ -1,0 +1,182 @@
+"""From trees to leaves by name, and back."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clicktrain_jax.compact.layers import LayerMask
+from clicktrain_jax.masks import Masks, check_shape
+from clicktrain_jax.trees import Tree, check_same_names, is_kernel_shape, key_name, map_named, named_leaves
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise a ValueError for names that nested dictionaries or a file's header cannot hold."""
+    known = set(names)
+    for name in known:
+        if not name.isprintable():
+            raise ValueError(f"leaf name {name!r} is not printable: rename it")
+        if name == "__metadata__":
+            raise ValueError("a leaf cannot be called '__metadata__': the file format keeps that name for itself")
+        keys = name.split("/")
+        for end in range(1, len(keys)):
+            if "/".join(keys[:end]) in known:
+                raise ValueError(f"{name!r} lies inside of the leaf {'/'.join(keys[:end])!r}: rename one of them")
+
+
+def find_prefix(names: Iterable[str], mask_names: list[str]) -> str:
+    """What stands before each mask's name in the name of its leaf: "", "params/" and the like.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    known = set(names)
+    if set(mask_names) <= known:
+        return ""
+    first = mask_names[0]
+    prefixes = sorted(name.removesuffix(first) for name in known if name.endswith("/" + first))
+    fitting = [prefix for prefix in prefixes if all(prefix + name in known for name in mask_names)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise ValueError(f"masks fit the variables below {fitting[0]!r} and {fitting[1]!r}: give all names")
+    check_same_names(sorted(known), mask_names, "masks")
+    raise AssertionError("names that are the same have the prefix ''")
+
+
+def masks_by_name(masks: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> tuple[str, dict[str, LayerMask | None]]:
+    """The masks' prefix (see `find_prefix`), and the masks by the variables' names; None at dense leaves.
+
+    Args:
+        masks: `Masks`, or one boolean tree.
+        shapes: of the variables, by name; None for a leaf that is None.
+
+    Raises:
+        ValueError: masks of another tree, of other shapes, or not bool.
+    """
+    if isinstance(masks, Masks):
+        pattern, kernel = (named_leaves(tree) for tree in masks)
+        check_same_names([name for name, _ in pattern], [name for name, _ in kernel], "masks.kernel")
+        kernels = dict(kernel)
+        pairs = {name: (leaf, kernels[name]) for name, leaf in pattern}
+    else:
+        pairs = {name: (leaf, None) for name, leaf in named_leaves(masks)}
+    if not pairs:
+        raise ValueError("masks have no leaves: give None for no masks")
+    prefix = find_prefix(shapes, list(pairs))
+    found: dict[str, LayerMask | None] = {}
+    for name, pair in pairs.items():
+        arrays = [None if leaf is None else _bools(prefix + name, leaf, shapes) for leaf in pair]
+        if arrays[0] is None and arrays[1] is None:
+            found[prefix + name] = None
+        elif isinstance(masks, Masks):
+            found[prefix + name] = LayerMask(*arrays)
+        else:
+            found[prefix + name] = split(arrays[0])
+    return prefix, found
+
+
+def _bools(name: str, leaf: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> np.ndarray:
+    mask = np.asarray(leaf)
+    if shapes[name] is None:
+        raise ValueError(f"there is a mask for {name!r}, and the leaf is None: expected None there too")
+    if mask.dtype != bool:
+        raise ValueError(f"the mask of {name!r} has dtype {mask.dtype}, expected bool: True where a weight stays")
+    check_shape(name, np.broadcast_to(False, shapes[name]), mask)
+    return mask
+
+
+def split(keep: np.ndarray) -> LayerMask:
+    """Pattern and kernel mask of one mask of weights: kernels without any weight are removed, patterns are the rest."""
+    if not is_kernel_shape(keep.shape):
+        return LayerMask(keep, None)
+    if keep.shape[0] * keep.shape[1] == 1:
+        return LayerMask(None, keep)
+    kernel = np.broadcast_to(keep.any(axis=(0, 1)), keep.shape)
+    return LayerMask(keep | ~kernel, kernel)
+
+
+def masks_from_zeros(params: Tree) -> Masks:
+    """The masks that a checkpoint's zeros tell of.
+
+    Args:
+        params: tree of arrays.
+
+    Returns:
+        `Masks` with the containers of ``params``, bool arrays at its 4-D floating leaves that hold exact zeros and
+        None elsewhere. A kernel that is zero at all taps is removed, and its pattern is all True; the others' patterns
+        are their taps that are not zero (NaN is not). 1x1 leaves have no pattern.
+    """
+    found: dict[str, LayerMask] = {}
+    for name, leaf in named_leaves(params):
+        if leaf is None or not is_kernel_shape(jnp.shape(leaf)) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue
+        keep = np.asarray(leaf) != 0
+        if not keep.all():
+            found[name] = split(keep)
+    dense = LayerMask(None, None)
+    return Masks(*(map_named(lambda name, _, part=part: getattr(found.get(name, dense), part), params)
+                   for part in LayerMask._fields))
+
+
+def nest(leaves: Mapping[str, Any]) -> Tree:
+    """Nested dictionaries of leaves by name; a leaf named "" is the whole tree."""
+    if set(leaves) == {""}:
+        return leaves[""]
+    nested: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *outer, last = name.split("/")
+        node = nested
+        for key in outer:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return nested
+
+
+def fill(like: Tree, leaves: Mapping[str, Any]) -> Tree:
+    """The containers of ``like`` with new leaves by name.
+
+    Raises:
+        ValueError: other names, shapes or dtypes than those of ``like``.
+    """
+    check_same_names([name for name, _ in named_leaves(like)], list(leaves), "like")
+
+    def put(name: str, expected: Any) -> Any:
+        leaf = leaves[name]
+        if (leaf is None) != (expected is None):
+            raise ValueError(f"like: {name!r} is None in one of 'like' and the export, not in the other")
+        if leaf is None:
+            return None
+        if jnp.shape(leaf) != jnp.shape(expected):
+            raise ValueError(f"like: {name!r} has shape {jnp.shape(expected)}, the export holds {jnp.shape(leaf)}")
+        if hasattr(expected, "dtype") and expected.dtype != leaf.dtype:
+            raise ValueError(f"like: {name!r} has dtype {expected.dtype}, the export holds {leaf.dtype}")
+        return leaf
+
+    return map_named(put, like)
+
+
+def fill_masks(like: Tree | None, prefix: str, masks: Mapping[str, LayerMask]) -> Masks:
+    """`Masks` by name in the containers that ``like`` has below the prefix.
+
+    They become nested dictionaries where there is no ``like``, or where its leaves are more than the masks'.
+    """
+    masks = {name.removeprefix(prefix): mask for name, mask in masks.items()}
+    parts = [{name: getattr(mask, part) for name, mask in masks.items()} for part in LayerMask._fields]
+    inner = None if like is None else _below(like, prefix)
+    if inner is None or {name for name, _ in named_leaves(inner)} != set(masks):
+        return Masks(*(nest(part) for part in parts))
+    return Masks(*(map_named(lambda name, _, part=part: part[name], inner) for part in parts))
+
+
+def _below(tree: Tree, prefix: str) -> Tree | None:
+    """The subtree below a prefix, found one level of containers at a time; None when there is none."""
+    for key in prefix.split("/")[:-1]:
+        children = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node, tree=tree: node is not tree)[0]
+        found = [child for path, child in children if path and key_name(path[0]) == key]
+        if len(found) != 1:
+            return None
+        tree = found[0]
+    return tree

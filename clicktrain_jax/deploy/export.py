@@ -1,0 +1,80 @@
+"""From masked variables to a folder: small, checked, and ready to run."""
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from clicktrain_jax import compact
+from clicktrain_jax.deploy.load import inference_net, zoo
+from clicktrain_jax.deploy.portable import STABLEHLO, to_stablehlo
+from clicktrain_jax.masks import Masks
+from clicktrain_jax.trees import Tree
+
+ONNX = "net.onnx"
+
+
+def export(
+    path: str | os.PathLike,
+    apply_fn: Callable[[Any, Any], Any],
+    variables: Tree,
+    masks: Masks | Tree,
+    *,
+    image_shape: Sequence[int],
+    normalise: Mapping[str, Sequence[float]] | None = None,
+    dtype: str = "float32",
+    net: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    stablehlo: bool = True,
+    onnx: bool = False,
+) -> dict[str, Any]:
+    """Write a pruned net into a folder that `load` reads.
+
+        variables = {"params": params, "batch_stats": batch_stats}
+        ct.export("net.export", lambda v, x: model.apply(v, x, train=False), variables, ct.masks_of(opt_state),
+                  image_shape=(32, 32, 3), normalise={"mean": [0.49, 0.48, 0.45], "std": [0.25, 0.24, 0.26]})
+
+    Args:
+        path: a new folder, or that of an earlier export, which is replaced.
+        apply_fn: ``(variables, images) -> logits``, as in evaluation: BatchNorm by its running statistics, no dropout.
+        variables: all that it takes: linen's variables, an ``nnx.State`` (merge it inside of ``apply_fn``), any tree.
+        masks: of the parameters among them; what they remove is stored as zero.
+        image_shape: (height, width, channels).
+        normalise: ``{"mean": ..., "std": ...}`` for each channel, of pixels in [0, 1], where ``apply_fn`` wants
+            normalised images: the exported net then takes pixels, uint8 or in [0, 1]. None: it takes floating images
+            as ``apply_fn`` does.
+        dtype: of the stored weights: "float32" (as they are), "bfloat16", "float16" or "int8".
+        net: ``{"name", "num_classes", "width", "precision"}`` of a net of `clicktrain_jax.models`, which then needs no
+            code to be loaded; None for any other.
+        facts: further plain data for ``manifest["facts"]``.
+        stablehlo: add ``net.stablehlo``, which runs in a process with jax alone.
+        onnx: add ``net.onnx`` (dense, BatchNorm folded), for which jax2onnx must be installed.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: ``net`` does not have these variables; masks of other parameters, a function that jax cannot fold, a folder that holds something else.
+    """
+    facts = {
+        **(facts or {}),
+        "net": None if net is None else dict(net),
+        "image_shape": [int(size) for size in image_shape],
+        "normalise": None if normalise is None else {key: [float(x) for x in normalise[key]] for key in normalise},
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        # Read back, so that what else is made holds the weights as they are stored, rounded if they are.
+        compact.write(temporary, variables, masks, facts=facts, dtype=dtype)
+        stored = compact.read(temporary, like=variables)
+    # A net that will be loaded by name must be the one of that name.
+    ready = inference_net(
+        apply_fn if net is None else zoo(net), stored.variables, stored.masks, image_shape=tuple(image_shape), normalise=facts["normalise"]
+    )
+    files = {}
+    if stablehlo:
+        files[STABLEHLO] = to_stablehlo(ready)
+    if onnx:
+        from clicktrain_jax.deploy.onnx import to_onnx
+
+        files[ONNX] = to_onnx(ready.folded, tuple(image_shape))
+    return compact.write(path, variables, masks, facts=facts, dtype=dtype, files=files)

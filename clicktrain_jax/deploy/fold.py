@@ -1,0 +1,383 @@
+"""A net made ready to be run: what its variables alone decide is computed once, and BatchNorm goes into the kernels.
+
+The function is traced, whatever library it is written with. Steps that no image reaches are computed at once. Where a
+convolution's result is only ever multiplied by or added to such a value, one for each filter, the factor goes into the
+kernel and the sum into one bias: BatchNorm by running statistics is four such steps. All other steps stay as they are.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clicktrain_jax.deploy.jaxprs import CONVOLUTION, bind, flattened, is_literal
+from clicktrain_jax.trees import named_leaves
+
+# How many images a net is first traced for.
+_FEW_IMAGES = 2
+_AFFINE = frozenset(("add", "sub", "mul", "div"))
+
+Arrays = dict[str, jax.Array]
+# Computes one convolution: its step, its images and its kernel -> its result, without the bias.
+Convolve = Callable[["ConvStep", Any, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvStep:
+    """A convolution of the folded net.
+
+    Attributes:
+        name: of its kernel among the arrays.
+        leaf: the leaf of the variables that the kernel is; empty where it is computed from several.
+        axes: axis i of the kernel is axis ``axes[i]`` of the leaf.
+        equation: as it was traced; its operands are ``(images, kernel)``.
+        images: the value that it takes.
+        bias: name of its bias among the arrays; None without.
+        dtype: of the result, once the bias is added.
+        result: the value that it gives.
+    """
+
+    name: str
+    leaf: str
+    axes: tuple[int, ...]
+    equation: Any
+    images: Any
+    bias: str | None
+    dtype: Any
+    result: Any
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the result that counts filters."""
+        return self.equation.params["dimension_numbers"].out_spec[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """Any other step: an equation and its operands, ``("array", name)``, ``("value", variable)`` or a literal."""
+
+    equation: Any
+    operands: tuple[tuple[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """A folded net for images of one shape.
+
+    Attributes:
+        input: the value that the images are.
+        steps: in order.
+        output: the operand that is the result.
+    """
+
+    input: Any
+    steps: tuple[Any, ...]
+    output: tuple[str, Any]
+
+    @property
+    def convolutions(self) -> tuple[ConvStep, ...]:
+        """The convolutions, in order."""
+        return tuple(step for step in self.steps if isinstance(step, ConvStep))
+
+    def run(self, arrays: Mapping[str, Any], images: Any, convolve: Convolve) -> Any:
+        """The result for ``images``, each convolution computed by ``convolve``."""
+        values = {self.input: images}
+
+        def read(operand: tuple[str, Any]) -> Any:
+            kind, what = operand
+            return arrays[what] if kind == "array" else values[what] if kind == "value" else what
+
+        for step in self.steps:
+            if isinstance(step, ConvStep):
+                y = convolve(step, values[step.images], arrays[step.name]).astype(step.dtype)
+                if step.bias is not None:
+                    shape = [1] * y.ndim
+                    shape[step.channel_axis] = -1
+                    y = y + jnp.asarray(arrays[step.bias]).reshape(shape)
+                values[step.result] = y
+                continue
+            values.update(zip(step.equation.outvars, bind(step.equation, [read(each) for each in step.operands])))
+        return read(self.output)
+
+
+class Folded:
+    """A net with its variables folded; made by `fold`.
+
+    Attributes:
+        arrays: what `function` takes, by name: kernels under the name of their leaf, biases, and values that no
+            image reaches.
+        image_shape: (height, width, channels).
+    """
+
+    def __init__(self, trace: Callable[[Any], Any], variables: Any, image_shape: tuple[int, ...]) -> None:
+        self._trace, self.image_shape = trace, image_shape
+        self._steps: dict[Any, Steps] = {}
+        self._variables = _abstract(variables)
+        # Of one image nothing would tell an array that is as large as the batch from any other.
+        traced = trace(_FEW_IMAGES)
+        self._equations = [(eqn.primitive.name, _is_computable(eqn)) for eqn in traced[0].jaxpr.eqns]
+        prepare, found = self._prepare(traced)
+        # One program: computed one by one, each of the many small steps would be compiled for itself.
+        self.arrays: Arrays = jax.jit(prepare)(variables)
+        self._shapes = {name: array.shape for name, array in self.arrays.items()}
+        self._steps[_FEW_IMAGES] = found[0]
+
+    def steps(self, batch: Any) -> Steps:
+        """The steps for a number of images, which may be symbolic (`jax.export.symbolic_shape`)."""
+        if batch not in self._steps:
+            traced = self._trace(batch)
+            same = [eqn.primitive.name for eqn in traced[0].jaxpr.eqns] == [name for name, _ in self._equations]
+            if same:
+                prepare, found = self._prepare(traced)
+                arrays = jax.eval_shape(prepare, self._variables)
+                same = {name: array.shape for name, array in arrays.items()} == self._shapes
+            if not same:
+                raise ValueError(
+                    f"the function does other things with its variables for a batch of {batch} than for "
+                    f"{_FEW_IMAGES}: it cannot be folded"
+                )
+            self._steps[batch] = found[0]
+        return self._steps[batch]
+
+    def _prepare(self, traced: tuple[Any, list[str]]) -> tuple[Callable[[Any], Arrays], list[Steps]]:
+        """A function that computes the arrays, and where it puts the steps when it is traced."""
+        computable = [is_computable for _, is_computable in self._equations]
+        found: list[Steps] = []
+
+        def prepare(variables: Any) -> Arrays:
+            arrays, steps = _take_apart(traced, variables, computable)
+            found.append(steps)
+            return arrays
+
+        return prepare, found
+
+    def function(self, arrays: Mapping[str, Any], images: Any, convolve: Convolve | None = None) -> Any:
+        """The net as a pure function of its arrays and of images, (batch, height, width, channels)."""
+        return self.steps(images.shape[0]).run(arrays, images, convolve or plain)
+
+
+def fold(
+    apply_fn: Callable[[Any, Any], Any], variables: Any, image_shape: Sequence[int], dtype: Any = jnp.float32
+) -> Folded:
+    """Fold a net's variables for inference.
+
+    Args:
+        apply_fn: ``(variables, images) -> logits``, a pure function that jax can trace, BatchNorm by its running
+            statistics and without dropout.
+        variables: its tree of arrays.
+        image_shape: (height, width, channels) of one image.
+        dtype: of the images.
+
+    Returns:
+        A `Folded`: ``folded.function(folded.arrays, images)`` is what ``apply_fn(variables, images)`` is, but for
+        rounding.
+
+    Raises:
+        ValueError: the function does not return one array, or changes with what it returned before.
+    """
+    shape = tuple(int(size) for size in image_shape)
+    if len(shape) != 3:
+        raise ValueError(f"image_shape={image_shape!r}: expected (height, width, channels)")
+    names = [name for name, leaf in named_leaves(variables) if leaf is not None]
+    abstract = _abstract(variables)
+
+    def trace(batch: Any) -> tuple[Any, list[str]]:
+        images = jax.ShapeDtypeStruct((batch, *shape), dtype)
+        closed, out = flattened(apply_fn, abstract, images)
+        if not hasattr(out, "shape"):
+            raise ValueError(f"the function returns {type(out).__name__}; expected one array of logits")
+        return closed, names
+
+    return Folded(trace, variables, shape)
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.asarray(leaf).dtype), tree)
+
+
+def plain(step: ConvStep, images: Any, kernel: Any) -> Any:
+    """The convolution as it was traced."""
+    return bind(step.equation, [images, kernel])[0]
+
+
+class _Known(NamedTuple):
+    """A value that no image reaches; ``leaf`` is the variable that it is, with ``axes`` in another order."""
+
+    value: Any
+    leaf: str = ""
+    axes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """``convolution(images, kernel * scale) + shift``, as long as it is not known what else will be done to it."""
+
+    equation: Any
+    images: Any
+    kernel: _Known
+    scale: Any
+    shift: Any
+    dtype: Any
+
+    @property
+    def out_channels(self) -> tuple[int, int]:
+        """(rank, the axis that counts filters) of the result."""
+        out_spec = self.equation.params["dimension_numbers"].out_spec
+        return len(out_spec), out_spec[1]
+
+    def after(self, name: str, factor: Any, first: bool, dtype: Any) -> "_Pending":
+        """The same after one affine step with a value (filters,); ``first``: the convolution is the first operand."""
+        scale = jnp.ones((), factor.dtype) if self.scale is None else self.scale
+        shift = jnp.zeros((), factor.dtype) if self.shift is None else self.shift
+        if name == "add":
+            shift = shift + factor
+        elif name == "sub" and first:
+            shift = shift - factor
+        elif name == "sub":
+            scale, shift = -scale, factor - shift
+        elif name == "mul":
+            scale, shift = scale * factor, shift * factor
+        else:
+            scale, shift = scale / factor, shift / factor
+        return dataclasses.replace(self, scale=scale, shift=shift, dtype=dtype)
+
+
+class _Folding:
+    """One walk through a jaxpr without calls: what is known is computed, the rest becomes steps."""
+
+    def __init__(self, jaxpr: Any, computable: Sequence[bool]) -> None:
+        self.known: dict[Any, _Known] = {}
+        self.arrays: Arrays = {}
+        self.steps: list[Any] = []
+        self._equations = list(zip(jaxpr.eqns, computable, strict=True))
+        self._output = jaxpr.outvars[0]
+        self._pending: dict[Any, _Pending] = {}
+        self._stored: dict[Any, str] = {}
+        atoms = [atom for equation in jaxpr.eqns for atom in equation.invars] + list(jaxpr.outvars)
+        self._uses = collections.Counter(atom for atom in atoms if not is_literal(atom))
+
+    def run(self) -> tuple[str, Any]:
+        """Walk; returns the operand that is the result."""
+        for equation, is_computable in self._equations:
+            knowns = [self._known(atom) for atom in equation.invars]
+            if None not in knowns and is_computable:
+                self._compute(equation, knowns)
+            elif equation.primitive.name == CONVOLUTION and knowns[0] is None and knowns[1] is not None:
+                images, result = self._value(equation.invars[0]), equation.outvars[0]
+                self._pending[result] = _Pending(equation, images, knowns[1], None, None, result.aval.dtype)
+            elif not self._absorb(equation, knowns):
+                self.steps.append(_Step(equation, tuple(self._operand(atom) for atom in equation.invars)))
+        return self._operand(self._output)
+
+    def _known(self, atom: Any) -> _Known | None:
+        return _Known(atom.val) if is_literal(atom) else self.known.get(atom)
+
+    def _operand(self, atom: Any) -> tuple[str, Any]:
+        if is_literal(atom):
+            return "literal", atom.val
+        known = self.known.get(atom)
+        if known is None:
+            return "value", self._value(atom)
+        if atom not in self._stored:
+            plain_leaf = known.leaf and known.axes == tuple(range(len(known.axes)))
+            self._stored[atom] = self._store(known.leaf if plain_leaf else f"value {len(self._stored)}", known.value)
+        return "array", self._stored[atom]
+
+    def _value(self, var: Any) -> Any:
+        """The variable itself, with a step that computes it."""
+        pending = self._pending.pop(var, None)
+        if pending is not None:
+            self._emit(pending, var)
+        return var
+
+    def _store(self, name: str, value: Any) -> str:
+        # A leaf may be used by several convolutions, each folded in its own way.
+        count = 1
+        free = name
+        while free in self.arrays:
+            count += 1
+            free = f"{name} ({count})"
+        self.arrays[free] = value
+        return free
+
+    def _compute(self, equation: Any, knowns: list[_Known]) -> None:
+        values = bind(equation, [known.value for known in knowns])
+        first, name = knowns[0], equation.primitive.name
+        leaf, axes = "", ()
+        if name in ("convert_element_type", "copy"):
+            leaf, axes = first.leaf, first.axes
+        elif name == "transpose" and first.leaf:
+            leaf, axes = first.leaf, tuple(first.axes[axis] for axis in equation.params["permutation"])
+        self.known.update((var, _Known(value, leaf, axes)) for var, value in zip(equation.outvars, values))
+
+    def _absorb(self, equation: Any, knowns: list[_Known | None]) -> bool:
+        """Take a step into the convolution before it, if it is one that can be."""
+        waiting = [atom for atom in equation.invars if not is_literal(atom) and atom in self._pending]
+        if len(waiting) != 1 or self._uses[waiting[0]] != 1:
+            return False
+        pending, name, result = self._pending[waiting[0]], equation.primitive.name, equation.outvars[0]
+        if not jnp.issubdtype(result.aval.dtype, jnp.floating):
+            return False
+        if name == "convert_element_type":
+            changed = dataclasses.replace(pending, dtype=result.aval.dtype)
+        elif name == "neg":
+            changed = pending.after("sub", jnp.zeros((), pending.dtype), False, result.aval.dtype)
+        elif name in _AFFINE:
+            first = equation.invars[0] is waiting[0]
+            other = knowns[1 if first else 0]
+            factor = None if other is None else _per_filter(other.value, *pending.out_channels)
+            if factor is None or (name == "div" and not first):
+                return False
+            changed = pending.after(name, factor, first, result.aval.dtype)
+        else:
+            return False
+        del self._pending[waiting[0]]
+        self._pending[result] = changed
+        return True
+
+    def _emit(self, pending: _Pending, result: Any) -> None:
+        kernel, equation = pending.kernel, pending.equation
+        value = kernel.value
+        if pending.scale is not None:
+            shape = [1] * value.ndim
+            shape[equation.params["dimension_numbers"].rhs_spec[0]] = -1
+            value = (value * pending.scale.reshape(shape)).astype(value.dtype)
+        name = self._store(kernel.leaf or f"kernel {len(self.arrays)}", value)
+        bias = None
+        if pending.shift is not None:
+            filters = result.aval.shape[pending.out_channels[1]]
+            bias = self._store(f"{name} bias", jnp.broadcast_to(pending.shift, (filters,)).astype(pending.dtype))
+        step = ConvStep(name, kernel.leaf, kernel.axes, equation, pending.images, bias, pending.dtype, result)
+        self.steps.append(step)
+
+
+def _is_computable(equation: Any) -> bool:
+    """Whether an equation of known values may be computed at once: not if its size may be that of the batch."""
+    sizes = [atom.aval.size for atom in equation.invars if not is_literal(atom)]
+    return bool(sizes) and all(var.aval.size <= max(sizes) for var in equation.outvars) and not equation.effects
+
+
+def _per_filter(value: Any, rank: int, axis: int) -> Any:
+    """A value as (filters,) or (1,), if that is all it is: of size 1 along every other axis."""
+    shape = np.shape(value)
+    if shape and (len(shape) != rank or any(size != 1 for place, size in enumerate(shape) if place != axis)):
+        return None
+    return jnp.asarray(value).reshape(-1)
+
+
+def _take_apart(
+    traced: tuple[Any, list[str]], variables: Any, computable: Sequence[bool]
+) -> tuple[Arrays, Steps]:
+    """The arrays, computed, and the steps that are left; ``computable`` tells which equations may be computed."""
+    closed, names = traced
+    *own, images = closed.jaxpr.invars
+    folding = _Folding(closed.jaxpr, computable)
+    folding.known.update((var, _Known(value)) for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    for var, name, leaf in zip(own, names, jax.tree.leaves(variables), strict=True):
+        folding.known[var] = _Known(leaf, name, tuple(range(np.ndim(leaf))))
+    output = folding.run()
+    return folding.arrays, Steps(images, tuple(folding.steps), output)

@@ -1,0 +1,313 @@
+"""A pruned net for inference: BatchNorm folded, weights laid out once as they are read, one compiled program a batch.
+
+How each convolution runs, dense or by its pattern, is an estimate until `InferenceNet.tuned` has measured the whole net
+for a batch size on this device; what it finds is kept for other processes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clicktrain_jax.deploy import layers, whole_net
+from clicktrain_jax.deploy.accelerate import AccelerateReport, ConvolutionReport
+from clicktrain_jax.deploy.fold import ConvStep, Folded, plain
+from clicktrain_jax.deploy.interception import Convolution, Kernel
+
+
+class Net(Protocol):
+    """What `load` returns: called with images, it gives logits."""
+
+    manifest: Mapping[str, Any]
+
+    def __call__(self, images: Any) -> jax.Array:
+        """uint8 or floating (batch, height, width, channels) -> float32 (batch, classes)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One convolution of a net for images of one batch size.
+
+    Attributes:
+        step: of the folded net.
+        layer: with its mask; None where it can only be dense as it was traced.
+        structure: `pallas_kernels.Structure` of the mask; None where nothing is removed.
+        plan: how it runs.
+    """
+
+    step: ConvStep
+    layer: layers.Layer | None
+    structure: Any
+    plan: layers.Plan
+
+    def run(self, images: Any, prepared: Any, structure: Any) -> Any:
+        """The convolution, without its bias, on what `InferenceNet.prepared` holds for it."""
+        if self.layer is None:
+            return plain(self.step, images, prepared)
+        return self.layer.convolve_prepared(images, prepared, structure, self.plan)
+
+
+class InferenceNet:
+    """A net with fixed weights, called with images; made by `clicktrain_jax.load`.
+
+    Attributes:
+        folded: the dense net, BatchNorm folded: `Folded.function` takes its arrays and images in [0, 1].
+        manifest: of the export; empty without one.
+    """
+
+    def __init__(
+        self,
+        folded: Folded,
+        masks: Mapping[str, np.ndarray],
+        *,
+        normalises: bool,
+        identity: str,
+        manifest: Mapping[str, Any] | None = None,
+        backend: str | None = None,
+        choices: Mapping[int, tuple[whole_net.Choice, dict[str, float], str]] | None = None,
+    ) -> None:
+        """Made by `clicktrain_jax.load`.
+
+        Args:
+            folded: the net.
+            masks: bool arrays by the name of the leaf.
+            normalises: whether images are pixels, uint8 or in [0, 1].
+            identity: tells this net from others in the cache of measurements.
+            manifest: of the export.
+            backend: of `pallas_kernels.pattern_conv` for all pruned layers; None leaves it open.
+            choices: ``(choice, seconds, device)`` by batch size, as measured.
+        """
+        self.folded, self.manifest = folded, manifest or {}
+        self._masks, self._normalises, self._identity, self._backend = masks, normalises, identity, backend
+        self._choices = dict(choices or {})
+        self._kernels = {name: np.asarray(array) for name, array in folded.arrays.items()}
+        self._structures: dict[tuple, Any] = {}
+        self._prepared: dict[tuple, Any] = {}
+        self._programs: dict[Any, Any] = {}
+
+    @property
+    def image_dtype(self) -> Any:
+        """Of images that need no conversion before: uint8 where the net normalises, else float32."""
+        return np.dtype(np.uint8 if self._normalises else np.float32)
+
+    def __call__(self, images: Any) -> jax.Array:
+        """Classify images.
+
+        Args:
+            images: (batch, height, width, channels): uint8, or floating in [0, 1]; what the net's own function takes
+                where the export has no normalisation. The program is compiled at the first call of each batch size.
+
+        Returns:
+            float32 logits (batch, classes).
+
+        Raises:
+            ValueError: images of another shape or dtype, or values outside [0, 1].
+        """
+        images = self._checked(images)
+        key = (images.shape[0], str(images.dtype))
+        if key not in self._programs:
+            self._programs[key] = self.program(images.shape[0])
+        function, prepared = self._programs[key]
+        return function(prepared, images)
+
+    def program(self, batch: int, choice: whole_net.Choice | None = None) -> tuple[Any, Any]:
+        """``(function, prepared)``: the jitted ``function(prepared, images)`` for a batch size.
+
+        Args:
+            batch: number of images.
+            choice: how layers run, by name; None for what was measured, or else estimated.
+        """
+        sites = self._sites(batch, self._choice(batch) if choice is None else choice)
+        return jax.jit(self._function(batch, sites)), jax.device_put(self.prepared(sites))
+
+    def portable(self, batch: Any) -> tuple[Any, Any]:
+        """As `program`, not compiled, of operations that run anywhere.
+
+        Args:
+            batch: may be symbolic (`jax.export.symbolic_shape`).
+        """
+        sites = self._sites(batch, None)
+        return self._function(batch, sites), self.prepared(sites)
+
+    def prepared(self, sites: Mapping[str, Site]) -> dict[str, Any]:
+        """The arrays of the net, each kernel as its convolution reads it, and the structures."""
+        arrays = dict(self._kernels)
+        structures = {}
+        for name, site in sites.items():
+            if site.layer is None:
+                continue
+            key = (name, site.plan)
+            if key not in self._prepared:
+                self._prepared[key] = site.layer.prepared(self._kernels[name], site.structure, site.plan)
+            arrays[name] = self._prepared[key]
+            if site.plan.run != "dense":
+                structures[name] = site.structure
+        return {"arrays": arrays, "structures": structures}
+
+    def convolutions(self, batch: int) -> tuple[Site, ...]:
+        """The convolutions for a batch size, in order, as they run."""
+        return tuple(self._sites(batch, self._choice(batch)).values())
+
+    def tuned(self, batch: int) -> "InferenceNet":
+        """Measure the whole net on this device, dense and by patterns, and keep what is fastest.
+
+        Args:
+            batch: number of images a call.
+
+        Returns:
+            The same net; the choice for other batch sizes stays. What was measured before is taken from the cache.
+        """
+        rng = np.random.default_rng(0)
+        images = jnp.asarray(rng.random((batch, *self.folded.image_shape), np.float32))
+
+        def compiled(choice: whole_net.Choice) -> Any:
+            function, prepared = self.program(batch, choice)
+            return lambda: function(prepared, images)
+
+        found = whole_net.tune(self._tunable(batch), compiled, self._facts(batch), self._backend)
+        return self._with_choices({**self._choices, batch: found})
+
+    def with_choice(self, batch: int, choice: whole_net.Choice) -> "InferenceNet":
+        """The same net with layers run as told for a batch size: ``{kernel name: "dense", "NHWC" or "HWNC"}``.
+
+        Raises:
+            ValueError: a name that is no pruned convolution, or an unknown way to run.
+        """
+        known = {name for name, _, _ in self._tunable(batch)}
+        for name, run in choice.items():
+            if name not in known or run not in ("dense", "NHWC", "HWNC"):
+                raise ValueError(
+                    f"choice {name!r}: {run!r}; expected one of {sorted(known)}, and 'dense', 'NHWC' or 'HWNC'"
+                )
+        return self._with_choices({**self._choices, batch: (dict(choice), {}, "")})
+
+    def dense(self, batch: int) -> "InferenceNet":
+        """The same net with every convolution dense for a batch size: what patterns must beat."""
+        return self.with_choice(batch, {name: "dense" for name, _, _ in self._tunable(batch)})
+
+    def report(self, batch: int) -> AccelerateReport:
+        """How each convolution runs for a batch size, and what was measured."""
+        rows = []
+        for site in self.convolutions(batch):
+            by_pattern = site.plan.run != "dense"
+            mask = self._masks.get(site.step.leaf)
+            rows.append(
+                ConvolutionReport(
+                    name=site.step.name,
+                    kernel_shape=tuple(site.step.equation.invars[1].aval.shape),
+                    image_shape=tuple(site.step.images.aval.shape),
+                    retained=None if mask is None else float(mask.mean()),
+                    runs="sparse" if by_pattern else "dense",
+                    layout=site.plan.run if by_pattern else "",
+                    backend=site.plan.backend,
+                    why=site.plan.why,
+                )
+            )
+        _, seconds, device = self._choices.get(batch, ({}, {}, ""))
+        return AccelerateReport(tuple(rows), seconds or None, device)
+
+    def _with_choices(self, choices: Mapping[int, Any]) -> "InferenceNet":
+        net = InferenceNet(
+            self.folded,
+            self._masks,
+            normalises=self._normalises,
+            identity=self._identity,
+            manifest=self.manifest,
+            backend=self._backend,
+            choices=choices,
+        )
+        net._kernels, net._structures, net._prepared = self._kernels, self._structures, self._prepared
+        return net
+
+    def _choice(self, batch: int) -> whole_net.Choice:
+        if batch not in self._choices:
+            found = whole_net.cached(self._tunable(batch), self._facts(batch), self._backend)
+            self._choices[batch] = found or ({}, {}, "")
+        return self._choices[batch][0]
+
+    def _facts(self, batch: int) -> dict[str, Any]:
+        return {"inference net": self._identity, "batch": batch}
+
+    def _tunable(self, batch: int) -> list[whole_net.Site]:
+        sites = self._sites(batch, {})
+        return [(name, s.layer, s.structure) for name, s in sites.items() if s.structure is not None]
+
+    def _sites(self, batch: Any, choice: Mapping[str, layers.Run] | None) -> dict[str, Site]:
+        """The convolutions by kernel name; portable ones for a choice of None."""
+        steps = self.folded.steps(batch).convolutions
+        return {step.name: self._site(step, choice if choice is None else choice.get(step.name, "")) for step in steps}
+
+    def _site(self, step: ConvStep, wanted: str | None) -> Site:
+        mask = self._masks.get(step.leaf)
+        shape = step.equation.invars[1].aval.shape
+        # A kernel that is computed from several leaves has no order but its own.
+        axes = step.axes or tuple(range(len(shape)))
+        everything = mask is None or bool(mask.all())
+        whole = np.ones(shape, bool).transpose(np.argsort(axes)) if everything else mask
+        convolution = Convolution(step.equation, step.name, kernel=Kernel(step.name, None, whole, axes))
+        why = layers.why_dense(convolution)
+        if why is not None:
+            return Site(step, None, None, layers.Plan("dense", "", why))
+        layer = layers.Layer(convolution, whole)
+        if everything:
+            return Site(step, layer, None, layers.Plan("dense", "", "nothing of it is removed"))
+        structure = self._structure(step.name, layer.mask)
+        if wanted is None:
+            return Site(step, layer, structure, layers.portable_plan(structure))
+        try:
+            plan = layers.plan_layer(layer, structure, self._backend, wanted or None, is_prepared=True)
+        except ValueError as error:
+            raise ValueError(f"{step.name!r}: {error}") from error
+        return Site(step, layer, structure, plan)
+
+    def _structure(self, name: str, mask: np.ndarray) -> Any:
+        import pallas_kernels
+
+        if name not in self._structures:
+            self._structures[name] = pallas_kernels.make_structure(mask)
+        return self._structures[name]
+
+    def _function(self, batch: Any, sites: Mapping[str, Site]) -> Any:
+        steps = self.folded.steps(batch)
+
+        def logits(prepared: Mapping[str, Any], images: Any) -> Any:
+            if images.dtype == jnp.uint8:
+                images = images.astype(jnp.float32) / 255.0
+            structures = prepared["structures"]
+
+            def convolve(step: ConvStep, x: Any, kernel: Any) -> Any:
+                return sites[step.name].run(x, kernel, structures.get(step.name))
+
+            return steps.run(prepared["arrays"], images, convolve).astype(jnp.float32)
+
+        return logits
+
+    def _checked(self, images: Any) -> Any:
+        shape, dtype = np.shape(images), getattr(images, "dtype", None)
+        if len(shape) != 4 or shape[1:] != self.folded.image_shape or shape[0] < 1:
+            expected = ", ".join(map(str, self.folded.image_shape))
+            raise ValueError(f"images have shape {shape}; expected (batch, {expected}), batch 1 or more")
+        if dtype == np.uint8 and self._normalises:
+            return images
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            wanted = "uint8, or floating in [0, 1]" if self._normalises else "floating, as the net's function takes it"
+            raise ValueError(f"images are {dtype}; expected {wanted}")
+        if self._normalises and _is_on_host(images):
+            host = np.asarray(images)
+            low, high = float(host.min()), float(host.max())
+            if not -0.01 <= low <= high <= 1.01:
+                raise ValueError(
+                    f"floating images range from {low:.3g} to {high:.3g}; expected pixels in [0, 1]: divide 0..255 by "
+                    "255, and do not normalise, the net does"
+                )
+        return images.astype(np.float32)
+
+
+def _is_on_host(images: Any) -> bool:
+    """Whether looking at the values costs no transfer."""
+    if isinstance(images, jax.core.Tracer):
+        return False
+    return not isinstance(images, jax.Array) or all(device.platform == "cpu" for device in images.devices())

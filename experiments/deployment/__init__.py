@@ -1,0 +1,1 @@
+"""Exported runs: made, timed beside other engines, and shown on a page."""
