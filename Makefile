@@ -16,8 +16,9 @@ GPU_COMPILE := .venv-gpu-compile
 demo: $(READY)
 	$(VENV)/bin/python -m experiments demo
 
+# A worker for each core, each test file in one piece: what its tests share is made once.
 test: $(READY)
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(READY)
 	$(VENV)/bin/python -m pytest -m slow

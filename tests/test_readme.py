@@ -7,9 +7,11 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import clicktrain_jax as ct
+from clicktrain_jax import models
 from experiments import configs
 
 README = Path(__file__).parents[1] / "README.md"
@@ -60,6 +62,24 @@ def test_the_accelerated_net_computes_what_the_masked_one_does(capsys, tmp_path,
     assert "kernel" in capsys.readouterr().out
 
 
+def test_the_exported_net_answers_as_the_masked_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLICKTRAIN_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    code = snippets()[3]
+    model = models.build("small", num_classes=10, width=0.25)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    variables = model.init(jax.random.key(1), jnp.zeros(images.shape), train=False)
+    plan = ct.make_plan(variables["params"], {"Conv_2/kernel": 0.5}, tile=(16, 1))
+    masks = ct.select_masks(jax.tree.map(jnp.abs, variables["params"]), plan, ct.patterns.fixed_set(4))
+    names = {"ct": ct, "model": model, "masks": masks, "images": images, **variables}
+    exec(code, names)  # the README's own code
+    mean, std = (np.float32(each) for each in ([0.49, 0.48, 0.45], [0.25, 0.24, 0.26]))
+    masked = {**variables, "params": ct.apply_masks(variables["params"], masks)}
+    wanted = model.apply(masked, (images.astype(np.float32) / 255 - mean) / std, train=False)
+    assert jnp.abs(names["logits"] - wanted).max() < 1e-4
+    assert jnp.abs(names["net"](images[:1]) - wanted[:1]).max() < 1e-4
+
+
 def test_the_options_example_makes_an_optimizer():
     code = snippets()[1]
     shapes = [(3, 3, 3, 16), (3, 3, 16, 32), (3, 3, 32, 32)]
@@ -89,8 +109,8 @@ def test_every_config_it_names_exists():
 
 def test_every_room_it_names_exists():
     text = README.read_text()
-    for room in ("clicktrain_jax/", "clicktrain_jax/deploy/", "clicktrain_jax/models/", "clicktrain_jax/patterns/",
-                 "clicktrain_jax/selection/", "pallas_kernels/", "experiments/", "tests/"):
+    for room in ("clicktrain_jax/", "clicktrain_jax/compact/", "clicktrain_jax/deploy/", "clicktrain_jax/models/",
+                 "clicktrain_jax/patterns/", "clicktrain_jax/selection/", "pallas_kernels/", "experiments/", "tests/"):
         assert f"`{room}`" in text and (README.parent / room).is_dir()
     for module in ("plan", "targets", "importance", "masks", "encoding", "regularization", "phases", "transform",
                    "channels", "accounting"):

@@ -54,7 +54,8 @@ def export(
         The manifest.
 
     Raises:
-        ValueError: ``net`` does not have these variables; masks of other parameters, a function that jax cannot fold, a folder that holds something else.
+        ValueError: ``net`` does not have these variables; masks of other parameters, a function that jax cannot fold, a
+            folder that holds something else.
     """
     facts = {
         **(facts or {}),
@@ -68,7 +69,11 @@ def export(
         stored = compact.read(temporary, like=variables)
     # A net that will be loaded by name must be the one of that name.
     ready = inference_net(
-        apply_fn if net is None else zoo(net), stored.variables, stored.masks, image_shape=tuple(image_shape), normalise=facts["normalise"]
+        apply_fn if net is None else zoo(net),
+        stored.variables,
+        stored.masks,
+        image_shape=tuple(image_shape),
+        normalise=facts["normalise"],
     )
     files = {}
     if stablehlo:

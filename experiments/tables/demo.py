@@ -1,4 +1,4 @@
-"""The demo: train dense and ClickTrain on embedded images, then one table and one plot."""
+"""The demo: train dense and ClickTrain on embedded images, one table, one plot, and an export with its page."""
 
 import dataclasses
 import shutil
@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments import configs
 from experiments.data import load
+from experiments.deployment import export
 from experiments.loop import train
 from experiments.records import read_metrics, setting
 from experiments.step import Trainer
@@ -17,7 +18,7 @@ _NAMES = ("digits-dense", "digits-clicktrain")
 
 
 def run(workdir: Path, seeds: int) -> str:
-    """Train, write ``table.md`` and ``plot.png`` into ``workdir``, and return the text to print.
+    """Train, write ``table.md``, ``plot.png`` and ``export/`` into ``workdir``, and return the text to print.
 
     Raises:
         ValueError: no seeds.
@@ -47,7 +48,10 @@ def run(workdir: Path, seeds: int) -> str:
     (workdir / "table.md").write_text(table)
     plot = workdir / "plot.png"
     compare_runs(finished["digits-dense"], finished["digits-clicktrain"], configs.get("digits-clicktrain"), plot)
-    return f"\n{table}\nPlot: {plot}\n"
+    exported = workdir / "export"
+    manifest = export.export_run(runs_folder / "digits-clicktrain-seed0", exported)
+    page = exported / export.REPORT
+    return f"\n{table}\nPlot: {plot}\nExported {export.describe(exported, manifest)}\nPage: {page}\n"
 
 
 def make_table(dense: list[Run], pruned: list[Run]) -> str:

@@ -46,7 +46,7 @@ def test_names_carry_the_compression_over_all_convolutions(config):
 
 
 def test_names_are_unique_and_every_pruned_config_has_its_dense_one():
-    families = (configs.demo, configs.slim, configs.published, configs.ablation)
+    families = (configs.demo, configs.slim, configs.published, configs.ablation, configs.deployed)
     families = [config for family in families for config in family.configs()]
     assert len(ALL) == len(families)
     for config in ALL.values():

@@ -1,0 +1,32 @@
+"""Full-width nets that are trained for minutes, for what does not depend on accuracy: size, speed, exactness.
+
+Command: python -m experiments train vgg13-short-8x-64x1 --data.dir DIR, then export and `bench deploy`.
+Their accuracy says nothing about the method: 2,000 images, 4 epochs.
+"""
+
+import dataclasses
+
+from experiments.configs.base import LoopConfig, PruneConfig, TrainConfig
+from experiments.data import DataConfig
+
+
+def configs() -> list[TrainConfig]:
+    """``vgg13-short-8x-64x1``, patterns shared by 64 filters, ``-1x1``, each kernel for itself, and the dense one."""
+    dense = TrainConfig(
+        name="vgg13-short-dense",
+        net="vgg13",
+        data=DataConfig("cifar10", train_examples=2000),
+        epochs=4,
+        batch_size=64,
+        partial_batch="drop",
+        learning_rate=0.03,
+        lr_schedule="cosine",
+        dropout=0.0,
+        loop=LoopConfig(eval_every_epochs=4),
+    )
+    tiled = PruneConfig((), coeff=2.5e-4, select_epoch=1, prune_epoch=2, target=8.0, tile=(64, 1))
+    return [
+        dense,
+        dataclasses.replace(dense, name="vgg13-short-8x-64x1", prune=tiled),
+        dataclasses.replace(dense, name="vgg13-short-8x-1x1", prune=dataclasses.replace(tiled, tile=(1, 1))),
+    ]

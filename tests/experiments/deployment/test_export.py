@@ -1,0 +1,104 @@
+"""Run, export, evaluate: the accuracy stays what it was, and the page is there."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+
+import clicktrain_jax as ct
+from experiments import loop
+from experiments.__main__ import main
+from experiments.deployment import export as exports
+from experiments.records import read_json
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("finished") / "run"
+    loop.train(tiny.CONFIG, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(finished):
+    path = finished.parent / "exported"
+    exports.export_run(finished, path, is_timed=False)
+    return path
+
+
+@pytest.fixture
+def capture(capsys):
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_the_export_is_as_accurate_as_its_run(finished, exported):
+    summary = read_json(finished / "summary.json")
+    accuracy = read_json(exported / "manifest.json")["facts"]["accuracy"]
+    assert accuracy["top1"] == accuracy["run_top1"] == summary["final_top1"]
+    assert (accuracy["split"], accuracy["examples"]) == (summary["eval_split"], summary["eval_examples"])
+    found = exports.evaluate_export(exported)
+    assert found["top1"] == found["exported_top1"] == summary["final_top1"]
+
+
+def test_logits_are_those_of_the_masked_net(finished, exported):
+    run = exports.restore(finished)
+    images = run.dataset.eval_images[:7]
+    variables = {"params": run.state.params, "batch_stats": run.state.batch_stats}
+    pixels = (images.astype(np.float32) / 255 - np.float32(run.dataset.mean)) / np.float32(run.dataset.std)
+    expected = run.trainer.model.apply(variables, pixels, train=False)
+    np.testing.assert_allclose(ct.load(exported)(images), expected, atol=1e-4)
+
+
+def test_the_page_tells_of_this_run(exported):
+    text = (exported / exports.REPORT).read_text()
+    assert "tiny" in text and "not measured" in text
+    assert f"{100 * read_json(exported / 'manifest.json')['facts']['accuracy']['top1']:.2f}" in text
+
+
+def test_commands(finished, exported, tmp_path, capture):
+    code, out, _ = capture("export", finished, "--out", tmp_path / "out", "--dtype", "int8", "--no-timing")
+    assert code == 0
+    assert "weights int8" in out and "top-1 on the test set of 599" in out
+    assert (tmp_path / "out" / "weights.safetensors").stat().st_size < (exported / "weights.safetensors").stat().st_size
+    code, out, _ = capture("evaluate", tmp_path / "out")
+    assert code == 0 and "as when it was exported" in out
+    code, out, _ = capture("evaluate", finished)
+    assert code == 0 and "after 5 of 5 epochs" in out
+
+
+def test_timing_is_in_the_page(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLICKTRAIN_CACHE", str(tmp_path / "cache"))
+    exports.export_run(finished, tmp_path / "out")
+    text = (tmp_path / "out" / exports.REPORT).read_text()
+    assert "dense (XLA)" in text and "this net" in text
+
+
+def test_what_cannot_be_exported(finished, tmp_path, capture):
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(finished, unfinished)
+    (unfinished / "summary.json").unlink()
+    for arguments, message in (
+        (("export", unfinished), "only a finished run is exported"),
+        (("export", tmp_path / "nowhere"), "no summary.json"),
+        (("export", finished, "--out", finished), "is no export and not empty"),
+        (("export",), "export needs a run folder RUN first"),
+    ):
+        code, _, err = capture(*arguments)
+        assert (code, message in err) == (2, True), err
+
+
+def test_a_changed_export_is_not_evaluated(exported, tmp_path, capture):
+    broken = tmp_path / "broken"
+    shutil.copytree(exported, broken)
+    manifest = read_json(broken / "manifest.json")
+    manifest["facts"]["accuracy"]["top1"] = 1.0
+    (broken / "manifest.json").write_text(json.dumps(manifest))
+    code, _, err = capture("evaluate", broken)
+    assert code == 2 and "manifest.json" in err
