@@ -77,7 +77,7 @@ def evaluate(arguments: list[str]) -> int:
         """Evaluate a run folder's newest checkpoint, or an export."""
 
         data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
-        """Where the images are now, if not where they were."""
+        """Where the images are now; a run folder knows where they were, an export does not."""
 
     asked = _parse(Evaluate, rest, f"evaluate {path}")
     if exports.is_export(Path(path)):
@@ -106,6 +106,8 @@ def export(arguments: list[str]) -> int:
         """The export's folder; by default RUN/export."""
         dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
         """Of the stored weights; what it costs in accuracy is measured."""
+        stablehlo: bool = True
+        """Add net.stablehlo; layers that run dense are dense in it."""
         onnx: bool = False
         """Add net.onnx (dense; wants jax2onnx)."""
         timing: bool = True
@@ -116,7 +118,13 @@ def export(arguments: list[str]) -> int:
     asked = _parse(Export, rest, f"export {run}")
     out = asked.out or Path(run) / "export"
     manifest = exports.export_run(
-        Path(run), out, dtype=asked.dtype, data_dir=asked.data_dir, onnx=asked.onnx, is_timed=asked.timing
+        Path(run),
+        out,
+        dtype=asked.dtype,
+        data_dir=asked.data_dir,
+        stablehlo=asked.stablehlo,
+        onnx=asked.onnx,
+        is_timed=asked.timing,
     )
     print(exports.describe(out, manifest))
     print(f"  page: {out / exports.REPORT}")
@@ -247,6 +255,9 @@ def bench(arguments: list[str]) -> int:
     from experiments import bench as benches
     from experiments import bench_conv
 
+    if arguments[:1] == ["dtypes"]:
+        return _bench_dtypes(arguments[1:])
+
     @dataclasses.dataclass(frozen=True)
     class Bench:
         """Measure side by side in one process."""
@@ -277,6 +288,25 @@ def bench(arguments: list[str]) -> int:
     else:
         sizes = (asked.net, asked.width, asked.batch_size, asked.repeats)
         print(benches.run(asked.what, *sizes, asked.out))
+    return 0
+
+
+def _bench_dtypes(arguments: list[str]) -> int:
+    from experiments.deployment import dtypes
+
+    run, rest = _name_argument(arguments, "bench dtypes", "a run folder RUN")
+
+    @dataclasses.dataclass(frozen=True)
+    class BenchDtypes:
+        """Accuracy and size of a finished run's weights, stored in each dtype."""
+
+        data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
+        """Where the images are now, if not where they were."""
+        out: Path | None = None
+        """A JSON file to save the record in."""
+
+    asked = _parse(BenchDtypes, rest, f"bench dtypes {run}")
+    print(dtypes.run(Path(run), asked.data_dir, asked.out))
     return 0
 
 

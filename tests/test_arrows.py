@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ORDER = ("pallas_kernels", "clicktrain_jax", "experiments", "tests")
 METHOD_NEEDS = {"jax", "optax", "numpy", "chex", "clicktrain_jax"}
 KERNELS_NEED = {"jax", "numpy", "pallas_kernels"}
-FILE_ROOMS = {"compact.py"}
+FILE_ROOMS = {"compact", "deploy"}
 CLOCKS = {"time", "datetime", "timeit"}
 
 
@@ -59,6 +59,14 @@ def test_imports_run_one_way(path):
     room = path.relative_to(ROOT).parts[0]
     later = set(ORDER[ORDER.index(room) + 1 :])
     assert not imports(parse(path)) & later, f"{room} must not import what stands on it"
+
+
+@pytest.mark.parametrize(
+    "path", [path for room in ORDER[:-1] for path in files_of(room)], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_nothing_is_pickled(path):
+    assert not imports(parse(path)) & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    assert "allow_pickle=True" not in path.read_text()
 
 
 @method_files
@@ -111,7 +119,7 @@ def test_no_printing_no_clock_no_files(path):
     tree = parse(path)
     assert "print" not in calls(tree)
     assert not imports(tree) & CLOCKS
-    if path.name not in FILE_ROOMS:
+    if path.parent.name not in FILE_ROOMS:
         assert "open" not in calls(tree)
         assert not imports(tree) & {"pathlib", "shutil", "tempfile", "io"}
         assert not {"save", "savez", "load"} & {

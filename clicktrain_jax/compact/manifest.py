@@ -258,7 +258,7 @@ def masks_digest(masks: Iterable[tuple[str, LayerMask]]) -> str:
     digest = hashlib.sha256()
     for name, mask in sorted(masks, key=lambda one: one[0]):
         combined = mask.combined()
-        kernel = combined[:0]
+        kernel = np.zeros(0, bool)
         if mask.parts == "both":
             kernel = mask.kernel.reshape(view_shape(combined.shape))
             # Whole kernels are the rule, and a ninth of the bits.

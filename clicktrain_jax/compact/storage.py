@@ -1,11 +1,8 @@
-"""The folder of an export: written whole or not at all, and read with every byte checked."""
+"""Exports written and read: a tree and its masks, to and from a manifest and the tensors of one file."""
 
-import contextlib
-import hashlib
 import os
 import platform
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax.compact import containers
+from clicktrain_jax.compact.folder import naming, place, read_checked, read_checked_manifest, sha256
 from clicktrain_jax.compact.layers import LayerMask, decode, encode
 from clicktrain_jax.compact.manifest import (
     FORMAT,
@@ -36,8 +34,6 @@ from clicktrain_jax.compact.values import DTYPES, STORABLE, narrow, stored_dtype
 from clicktrain_jax.masks import Masks
 from clicktrain_jax.trees import KERNEL_AXES, Tree, named_leaves
 
-# The manifest is read before anything of it is known.
-_MAX_MANIFEST_BYTES = 64 * 2**20
 # As safetensors names dtypes, and as this room does.
 _SAFETENSORS = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
@@ -99,9 +95,11 @@ def write(
     if not isinstance(facts, Mapping):
         raise ValueError(f"facts={facts!r}: expected a dictionary")
     leaves, tensors, stored_masks, prefix = _encode(variables, masks, dtype)
-    contents = {name: bytes(data) for name, data in (files or {}).items()}
-    for name in contents:
+    contents = dict(files or {})
+    for name, data in contents.items():
         check_file_name(name)
+        if not isinstance(data, (bytes, bytearray)):
+            raise ValueError(f"files: {name!r} is a {type(data).__name__}, expected its bytes")
         if name in (MANIFEST, WEIGHTS, REPORT):
             raise ValueError(f"files: {name!r} is a name that an export keeps for itself")
     contents[WEIGHTS] = save(tensors)
@@ -112,14 +110,14 @@ def write(
             "dtype": dtype,
             "kernel_axes": list(KERNEL_AXES),
             "facts": plain_data(dict(facts), "facts"),
-            "files": {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in contents.items()},
+            "files": {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in contents.items()},
             "leaves": {leaf.name: plain_data(leaf.to_json(), leaf.name) for leaf in leaves},
             "masks": None if masks is None else {"prefix": prefix, "sha256": masks_digest(stored_masks.items())},
             "software": _software(),
         }
     )
     parse(to_text(manifest))
-    _place(Path(folder), contents | {MANIFEST: to_text(manifest)})
+    place(Path(folder), contents | {MANIFEST: to_text(manifest)})
     return manifest
 
 
@@ -139,12 +137,14 @@ def read(folder: str | os.PathLike, like: Tree | None = None) -> Stored:
             another net.
     """
     folder = Path(folder)
-    manifest, leaves = _read_manifest(folder)
-    data = {name: _checked(folder, manifest, name) for name in sorted(manifest["files"])}[WEIGHTS]
-    with _naming(folder / WEIGHTS):
+    manifest, leaves = read_checked_manifest(folder)
+    for name in sorted(set(manifest["files"]) - {WEIGHTS}):
+        read_checked(folder, manifest, name)
+    data = read_checked(folder, manifest, WEIGHTS)
+    with naming(folder / WEIGHTS):
         arrays, masks = _decode(_tensors(data, leaves), leaves)
     if manifest["masks"] is not None:
-        with _naming(folder / WEIGHTS):
+        with naming(folder / WEIGHTS):
             if masks_digest(masks.items()) != manifest["masks"]["sha256"]:
                 raise ValueError("holds masks that are not those of its manifest: export again")
     variables = containers.nest(arrays) if like is None else containers.fill(like, arrays)
@@ -160,7 +160,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: it is missing, cut or changed.
     """
-    return _read_manifest(Path(folder))[0]
+    return read_checked_manifest(Path(folder))[0]
 
 
 def read_file(folder: str | os.PathLike, name: str) -> bytes:
@@ -172,11 +172,7 @@ def read_file(folder: str | os.PathLike, name: str) -> bytes:
     manifest = read_manifest(folder)
     if name not in manifest["files"]:
         raise ValueError(f"{Path(folder) / MANIFEST} lists no {name!r}: the export has {sorted(manifest['files'])}")
-    return _checked(Path(folder), manifest, name)
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return read_checked(Path(folder), manifest, name)
 
 
 def _software() -> dict[str, str]:
@@ -186,15 +182,6 @@ def _software() -> dict[str, str]:
 
     versions = {"clicktrain_jax": clicktrain_jax.__version__, "jax": jax.__version__, "numpy": np.__version__}
     return versions | {"python": platform.python_version(), "safetensors": safetensors.__version__}
-
-
-@contextlib.contextmanager
-def _naming(path: Path | str) -> Iterator[None]:
-    """Errors name the file, or the part of it."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _encode(
@@ -271,7 +258,7 @@ def _decode(tensors: Mapping[str, np.ndarray], leaves: list[Leaf]) -> tuple[dict
             continue
         keep = None
         if leaf.mask is not None:
-            with _naming(f"the mask of {leaf.name!r}"):
+            with naming(f"the mask of {leaf.name!r}"):
                 masks[leaf.name] = decode(leaf.mask, tensors[leaf.name + MASK_SUFFIX].tobytes(), leaf.shape)
                 keep = masks[leaf.name].combined()
                 if int(np.count_nonzero(keep)) != leaf.mask.kept:
@@ -287,77 +274,3 @@ def _wrap_key(leaf: Leaf, data: np.ndarray) -> jax.Array:
         return jax.random.wrap_key_data(jnp.asarray(data), impl=leaf.key)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{leaf.name!r} is no random key of {leaf.key!r} ({error})") from error
-
-
-def _read_manifest(folder: Path) -> tuple[dict[str, Any], list[Leaf]]:
-    path = folder / MANIFEST
-    with _naming(path):
-        if not folder.is_dir():
-            raise ValueError("the folder does not exist: expected that of an export")
-        data = _read_inside(folder, MANIFEST, _MAX_MANIFEST_BYTES)
-        return parse(data)
-
-
-def _read_inside(folder: Path, name: str, most: int) -> bytes:
-    """The bytes of a plain file that really lies in the folder."""
-    path = folder / name
-    if not path.exists():
-        raise ValueError("is missing")
-    if path.resolve().parent != folder.resolve() or not path.is_file():
-        raise ValueError("is not a plain file inside of its folder, but a link or a folder: refused")
-    size = path.stat().st_size
-    if size > most:
-        raise ValueError(f"has {size} bytes, at most {most} are expected: it was changed")
-    return path.read_bytes()
-
-
-def _checked(folder: Path, manifest: Mapping[str, Any], name: str) -> bytes:
-    entry = manifest["files"][name]
-    with _naming(folder / name):
-        data = _read_inside(folder, name, entry["bytes"])
-        if len(data) != entry["bytes"]:
-            raise ValueError(f"has {len(data)} bytes, expected {entry['bytes']}: it was cut")
-        if _sha256(data) != entry["sha256"]:
-            raise ValueError("is not the file of this manifest: a byte was changed, or it is another export's")
-        return data
-
-
-def _place(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Put files into a folder that appears whole, in place of an earlier export."""
-    folder = folder.resolve()
-    _check_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the folder, so that renaming it does not cross file systems.
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        new, earlier = Path(temporary) / "new", Path(temporary) / "earlier"
-        new.mkdir()
-        for name, data in contents.items():
-            (new / name).write_bytes(data)
-        try:
-            if folder.exists():
-                folder.rename(earlier)
-            new.rename(folder)
-        except BaseException:  # an interrupt too must not lose the earlier export with the temporary folder
-            if earlier.exists() and not folder.exists():
-                earlier.rename(folder)
-            raise
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Raise a ValueError unless the folder is new, empty, or an export and nothing more."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file: expected a folder for the export")
-    present = {path.name for path in folder.iterdir()}
-    if not present:
-        return
-    if MANIFEST not in present:
-        raise ValueError(f"{folder} is no export and not empty: choose another folder, or remove it")
-    try:
-        manifest = _read_manifest(folder)[0]
-    except ValueError as error:
-        raise ValueError(f"{folder} holds something else or a broken export ({error}): remove it yourself") from error
-    foreign = sorted(present - {MANIFEST, REPORT} - set(manifest["files"]))
-    if foreign:
-        raise ValueError(f"{folder} holds {foreign[0]!r} beside an export: move it away, it would be lost")

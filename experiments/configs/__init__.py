@@ -10,7 +10,8 @@ __all__ = ["LoopConfig", "PruneConfig", "TrainConfig", "all_configs", "from_dict
 
 def all_configs() -> dict[str, TrainConfig]:
     """Every named config, in the order of its family."""
-    return {config.name: config for family in (demo, slim, published, ablation, deployed) for config in family.configs()}
+    families = (demo, slim, published, ablation, deployed)
+    return {config.name: config for family in families for config in family.configs()}
 
 
 def get(name: str) -> TrainConfig:

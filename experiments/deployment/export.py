@@ -86,6 +86,7 @@ def export_run(
     *,
     dtype: str = "float32",
     data_dir: str | None = None,
+    stablehlo: bool = True,
     onnx: bool = False,
     is_timed: bool = True,
 ) -> dict[str, Any]:
@@ -96,7 +97,8 @@ def export_run(
         out: the export's folder.
         dtype: of the stored weights.
         data_dir: where the images are now, if not where they were.
-        onnx: add an ONNX file.
+        stablehlo: add ``net.stablehlo``.
+        onnx: add ``net.onnx``.
         is_timed: measure the net on this machine, for the page and for later loads.
 
     Returns:
@@ -135,8 +137,10 @@ def export_run(
             **options,
         )
 
+    # Where this machine keeps its images is no part of an export.
+    portable = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=None, cache_dir=None))
     facts = {
-        "run": {"name": config.name, "seed": config.seed, "config": to_dict(config)},
+        "run": {"name": config.name, "seed": config.seed, "config": to_dict(portable)},
         "data": {
             "name": dataset.name,
             "encoding": dataset.encoding,
@@ -154,7 +158,7 @@ def export_run(
         "top1": accuracy,
         "run_top1": summary["final_top1"],
     }
-    manifest = write(out, facts, onnx=onnx)
+    manifest = write(out, facts, stablehlo=stablehlo, onnx=onnx)
     timed = timing.measure(ct.load(out)) if is_timed else None
     write_page(run, out, manifest, timed)
     return manifest
@@ -186,7 +190,7 @@ def evaluate_export(path: Path, data_dir: str | None = None) -> dict[str, Any]:
 
     Args:
         path: its folder.
-        data_dir: where the images are now, if not where they were.
+        data_dir: where the images are; the export does not tell.
 
     Returns:
         ``{"name", "split", "examples", "top1", "exported_top1", "run_top1"}``: measured now, when it was exported, and
@@ -199,9 +203,7 @@ def evaluate_export(path: Path, data_dir: str | None = None) -> dict[str, Any]:
     facts = manifest["facts"]
     if not {"run", "data", "accuracy"} <= facts.keys():
         raise ValueError(f"{path} was not exported from a run folder: its data set is not known")
-    stored = facts["run"]["config"]["data"]
-    config = DataConfig(**{**stored, "dir": data_dir if data_dir is not None else stored["dir"]})
-    dataset = load(config)
+    dataset = load(DataConfig(**{**facts["run"]["config"]["data"], "dir": data_dir}))
     if dataset.fingerprint != facts["data"]["fingerprint"]:
         raise ValueError(
             f"{path} was evaluated on other images (fingerprint {facts['data']['fingerprint']}, "

@@ -15,9 +15,9 @@ from experiments.records import read_json
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, tiny_trainer):
     path = tmp_path_factory.mktemp("finished") / "run"
-    loop.train(tiny.CONFIG, path)
+    loop.train(tiny.CONFIG, path, trainer=tiny_trainer)
     return path
 
 
@@ -73,6 +73,7 @@ def test_commands(finished, exported, tmp_path, capture):
     assert code == 0 and "after 5 of 5 epochs" in out
 
 
+@pytest.mark.slow
 def test_timing_is_in_the_page(finished, tmp_path, monkeypatch):
     monkeypatch.setenv("CLICKTRAIN_CACHE", str(tmp_path / "cache"))
     exports.export_run(finished, tmp_path / "out")

@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from experiments.deployment.page_facts import Facts
-from experiments.deployment.page_markup import Html, el, items, join, pick
-from experiments.deployment.page_overview import NOT_RECORDED, missing
-from experiments.deployment.page_speed import BENCH
+from experiments.deployment.page.facts import Facts
+from experiments.deployment.page.markup import Html, el, items, join, pick
+from experiments.deployment.page.overview import NOT_RECORDED, missing
+from experiments.deployment.page.speed import BENCH
 
+# Where things lay on the machine of the run says nothing about the run.
+_LOCAL = ("data.dir", "data.cache_dir")
 _STABLEHLO, _ONNX = "net.stablehlo", "net.onnx"
 _LOAD = """import clicktrain_jax as ct
 
@@ -65,7 +67,8 @@ def provenance(facts: Facts) -> Html:
         "format": _format(manifest),
         "normalisation": _normalisation(facts),
     }
-    whole = _settings(dict(_flat(facts.config))) if facts.config else missing(f"Config: {NOT_RECORDED}.")
+    settings = {name: value for name, value in _flat(facts.config) if name not in _LOCAL}
+    whole = _settings(settings) if settings else missing(f"Config: {NOT_RECORDED}.")
     return join([_settings(rows), el("details", el("summary", "The whole config"), whole)])
 
 

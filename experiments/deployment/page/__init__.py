@@ -3,24 +3,24 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from experiments.deployment import page_overview, page_patterns, page_speed, page_usage
-from experiments.deployment.page_charts import hatches
-from experiments.deployment.page_facts import Facts
-from experiments.deployment.page_markup import Html, el, join
-from experiments.deployment.page_style import STYLE
+from experiments.deployment.page import overview, patterns, speed, usage
+from experiments.deployment.page.charts import hatches
+from experiments.deployment.page.facts import Facts
+from experiments.deployment.page.markup import Html, el, join
+from experiments.deployment.page.style import STYLE
 
 # Nothing is loaded and nothing is run, whatever the data holds.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 SECTIONS: dict[str, tuple[str, Callable[[Facts], Html]]] = {
-    "accuracy": ("Accuracy by epoch", page_overview.accuracy),
-    "sizes": ("File sizes", page_overview.sizes),
-    "latency": ("Latency", page_speed.latency),
-    "layers": ("Layer by layer", page_speed.layers),
-    "patterns": ("Patterns", page_patterns.gallery),
-    "shape": ("What this shape means for speed", page_speed.meaning),
-    "usage": ("How to use the files", page_usage.usage),
-    "provenance": ("Where it comes from", page_usage.provenance),
+    "accuracy": ("Accuracy by epoch", overview.accuracy),
+    "sizes": ("File sizes", overview.sizes),
+    "latency": ("Latency", speed.latency),
+    "layers": ("Layer by layer", speed.layers),
+    "patterns": ("Patterns", patterns.gallery),
+    "shape": ("What this shape means for speed", speed.meaning),
+    "usage": ("How to use the files", usage.usage),
+    "provenance": ("Where it comes from", usage.provenance),
 }
 
 
@@ -60,7 +60,7 @@ def render(data: Mapping[str, Any]) -> str:
         el("title", f"{facts.name}: exported"),
         el("style", Html(STYLE)),
     )
-    main = el("main", page_overview.head(facts), el("nav", *links, aria_label="Parts of this page"), *sections, _foot())
+    main = el("main", overview.head(facts), el("nav", *links, aria_label="Parts of this page"), *sections, _foot())
     return join([Html("<!doctype html>\n"), el("html", head, el("body", hatches(), main), lang="en"), "\n"])
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from experiments.deployment.page_markup import items, number, pick, records, times
+from experiments.deployment.page.markup import items, number, pick, records, times
 
 DENSE, NET = "dense (XLA)", "this net"
 # Ratios closer to 1 than this are called "as fast": medians of two runs of the same program differ as much.
@@ -117,8 +117,8 @@ class Facts:
         self.sizes = items(data.get("sizes"))
         self.timing = items(data.get("timing"))
         self.lines = sorted(
-            (line for line in records(data.get("metrics")) if (number(line.get("epoch")) or 0) >= 0),
-            key=lambda line: number(line.get("epoch")) or 0,
+            (line for line in records(data.get("metrics")) if number(line.get("epoch")) is not None),
+            key=lambda line: line["epoch"],
         )
 
     @property
@@ -217,7 +217,7 @@ def _timed(engines: Any) -> dict[str, Timed]:
     read = {}
     for name, seconds in items(engines).items():
         median, low, high = (number(pick(seconds, key)) for key in ("median_s", "low_s", "high_s"))
-        if median is not None and median > 0:
+        if median:
             read[str(name)] = Timed(median, median if low is None else low, median if high is None else high)
     first = [name for name in (DENSE, NET) if name in read]
     return {name: read[name] for name in (*first, *(name for name in read if name not in first))}
@@ -239,7 +239,7 @@ def _short(name: Any) -> str:
 
 
 def _shape(sizes: Any) -> tuple[int, ...] | None:
-    good = isinstance(sizes, list | tuple) and len(sizes) == 4 and all(number(s) is not None and s > 0 for s in sizes)
+    good = isinstance(sizes, list | tuple) and len(sizes) == 4 and all(map(number, sizes))
     return tuple(int(size) for size in sizes) if good else None
 
 

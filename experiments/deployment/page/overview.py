@@ -3,9 +3,9 @@
 import math
 from typing import Any
 
-from experiments.deployment.page_charts import Band, Curve, Event, Segment, bar, legend, line_chart
-from experiments.deployment.page_facts import DENSE, MANIFEST, NET, WEIGHTS, Facts
-from experiments.deployment.page_markup import (
+from experiments.deployment.page.charts import Band, Curve, Event, Segment, bar, legend, line_chart
+from experiments.deployment.page.facts import DENSE, MANIFEST, NET, WEIGHTS, Facts
+from experiments.deployment.page.markup import (
     Html,
     count_of,
     el,
@@ -22,7 +22,7 @@ from experiments.deployment.page_markup import (
 
 NOT_MEASURED, NOT_RECORDED = "not measured", "not recorded"
 _KINDS = {"regularize": "regularize", "prune": "pruned", "pruned": "pruned"}
-_EVENTS = {"select": "masks chosen", "prune": "pruned"}
+_EVENTS = {"select": "select: masks chosen", "prune": "prune: masked weights set to zero"}
 
 
 def missing(words: str) -> Html:
@@ -43,7 +43,7 @@ def head(facts: Facts) -> Html:
     cards = (_accuracy_card(facts), _conv_card(facts), _file_card(facts), _speed_card(facts))
     return el(
         "header",
-        el("p", "clicktrain-jax: a pruned net, exported", class_="eyebrow"),
+        el("p", "clicktrain-jax: an exported net", class_="eyebrow"),
         el("h1", facts.name),
         el("dl", *entries, class_="facts"),
         el("ul", *cards, class_="cards"),
@@ -111,8 +111,9 @@ def _conv_card(facts: Facts) -> Html:
     if smaller is None:
         known = (times(fewer), "fewer weights") if fewer else (None,)
         return _card("Convolutions", *known, f"bytes {NOT_RECORDED}" if fewer else "", otherwise=NOT_RECORDED)
-    words = f"smaller: {size(dense)} of float32 in {size(stored)}, indices and headers included"
-    return _card("Convolutions", times(smaller), words, weights)
+    big, word = _against_dense(smaller)
+    words = f"{word} dense float32: {size(dense)} in {size(stored)}, indices and headers included"
+    return _card("Convolutions", big, words, weights)
 
 
 def _fewer_weights(facts: Facts) -> float | None:
@@ -127,8 +128,15 @@ def _file_card(facts: Facts) -> Html:
     smaller = ratio(dense, loaded)
     if smaller is None:
         return _card("File", None, otherwise=NOT_RECORDED)
-    words = f"smaller than dense float32: {size(dense)} in {size(loaded)}, manifest included"
-    return _card("File", times(smaller), words)
+    big, word = _against_dense(smaller)
+    return _card("File", big, f"{word} dense float32: {size(dense)} in {size(loaded)}, manifest included")
+
+
+def _against_dense(smaller: float) -> tuple[str, str]:
+    """A ratio of sizes as a figure and words; what is stored as it is grows by its headers."""
+    if 0.99 < smaller < 1.01:
+        return times(smaller), "as large as"
+    return times(max(smaller, 1 / smaller)), "smaller than" if smaller > 1 else "larger than"
 
 
 def _speed_card(facts: Facts) -> Html:
@@ -149,10 +157,10 @@ def accuracy(facts: Facts) -> Html:
     lines = facts.lines
     if not lines:
         return missing(f"Accuracy by epoch: {NOT_RECORDED}. This export holds no metrics of a training run.")
-    x_end = max(number(line.get("epoch")) or 0 for line in lines) + 1
+    x_end = max(line["epoch"] for line in lines) + 1
     place = {"bands": _bands(lines), "events": _events(lines), "x_end": x_end, "x_name": "epochs trained"}
-    tested = Curve("top-1 of the evaluation set", _points(lines, "eval_top1", 100))
-    trained = Curve("top-1 in training (with augmentation and dropout, where used)", _points(lines, "train_top1", 100))
+    tested = Curve("top-1 of the evaluation set", _percents(lines, "eval_top1"))
+    trained = Curve("top-1 in training (with augmentation and dropout, where used)", _percents(lines, "train_top1"))
     losses = [
         Curve("loss of the evaluation set", _points(lines, "eval_loss")),
         Curve("loss in training", _points(lines, "train_loss")),
@@ -165,22 +173,26 @@ def accuracy(facts: Facts) -> Html:
     return join([*drawn, _epoch_table(lines)])
 
 
-def _points(lines: list, key: str, factor: float = 1) -> list[tuple[float, float]]:
+def _points(lines: list, key: str) -> list[tuple[float, float]]:
     """An epoch's line tells what holds when the epoch is over."""
-    values = ((number(line.get("epoch")) or 0, number(line.get(key))) for line in lines)
-    return [(epoch + 1, factor * value) for epoch, value in values if value is not None]
+    values = ((line["epoch"], number(line.get(key))) for line in lines)
+    return [(epoch + 1, value) for epoch, value in values if value is not None]
+
+
+def _percents(lines: list, key: str) -> list[tuple[float, float]]:
+    return [(epoch, 100 * value) for epoch, value in _points(lines, key) if value <= 1]
 
 
 def _phases(line: Any) -> list[str]:
     phases = line.get("phases")
-    return [str(phase) for phase in phases] if isinstance(phases, list | tuple) else []
+    return [phase for phase in phases if isinstance(phase, str)] if isinstance(phases, list | tuple) else []
 
 
 def _bands(lines: list) -> list[Band]:
     """A band for each stretch of epochs that end in the same phase."""
     bands: list[Band] = []
     for line in lines:
-        phases, epoch = _phases(line), number(line.get("epoch")) or 0
+        phases, epoch = _phases(line), line["epoch"]
         name = phases[-1] if phases else "phase not recorded"
         if bands and bands[-1].name == name:
             bands[-1] = bands[-1]._replace(end=epoch + 1)
@@ -192,7 +204,7 @@ def _bands(lines: list) -> list[Band]:
 def _events(lines: list) -> list[Event]:
     """What happens in one update: the choice of the masks (perhaps twice), and the pruning."""
     return [
-        Event(_EVENTS[phase], number(line.get("epoch")) or 0)
+        Event(_EVENTS[phase], line["epoch"])
         for line in lines for phase in _phases(line) if phase in _EVENTS
     ] 
 
@@ -236,7 +248,7 @@ def _epoch_table(lines: list) -> Html:
         cells = [_cell(line.get(key), percent) for key in ("eval_top1", "train_top1")]
         cells += [_cell(line.get(key), lambda value: f"{value:.4f}") for key in ("eval_loss", "train_loss")]
         cells.append(_cell(line.get("train_seconds"), figures))
-        epoch = f"{(number(line.get('epoch')) or 0) + 1:g}"
+        epoch = f"{line['epoch'] + 1:g}"
         first = el("th", epoch, scope="row"), el("td", ", ".join(_phases(line)), class_="tight")
         rows.append(el("tr", *first, *(el("td", cell, class_="num") for cell in cells)))
     header = (el("th", name, scope="col", class_="num" if index > 1 else None) for index, name in enumerate(columns))
@@ -262,7 +274,7 @@ def sizes(facts: Facts) -> Html:
     parts = _parts(facts)
     if loaded is not None:
         smaller = ratio(dense, loaded)
-        words = f"{times(smaller)} smaller" if smaller else ""
+        words = " ".join(_against_dense(smaller)).removesuffix(" than").removesuffix(" as") if smaller else ""
         bars.append(("this export", parts, words))
     bars += [(name, [Segment(name, "file", count)], "") for name, count in others.items()]
     scale = max(sum(part.amount for part in segments) for _, segments, _ in bars)

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _VOID = {"meta", "link", "br"}
+# More than any number that means something, and few enough digits to be written.
+_MOST = 1e18
 # Text of a JSON file may hold what no HTML document may: control characters, half of a surrogate pair.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -64,16 +66,15 @@ def records(data: Any) -> list[Mapping[str, Any]]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value
+    """A finite number, 0 or more, as are all that the page shows; None for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and 0 <= value < _MOST else None
 
 
 def ratio(above: Any, below: Any) -> float | None:
     """A quotient of two positive numbers, or None."""
     above, below = number(above), number(below)
-    return above / below if above and below and above > 0 and below > 0 else None
+    return above / below if above and below else None
 
 
 def figures(value: float, digits: int = 3) -> str:
@@ -95,8 +96,8 @@ def percent(fraction: float, places: int = 2) -> str:
 
 
 def times(value: float) -> str:
-    """A ratio: ``7.92×``, ``11.5×``."""
-    return f"{figures(value, 3 if value >= 1 else 2)}×"
+    """A ratio: ``7.92×``, ``11.5×``, ``0.93×``."""
+    return f"{value:.2f}×" if 0.1 <= value < 9.995 else f"{figures(value, 3 if value > 1 else 2)}×"
 
 
 def size(count: float) -> str:

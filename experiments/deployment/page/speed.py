@@ -1,8 +1,8 @@
 """How fast the net is: latency bars, a table of its layers, and in words what its shape means."""
 
-from experiments.deployment.page_charts import Segment, bar, mini_bar
-from experiments.deployment.page_facts import DENSE, NET, Facts, Layer, Timed, compare
-from experiments.deployment.page_markup import (
+from experiments.deployment.page.charts import Segment, bar, mini_bar
+from experiments.deployment.page.facts import DENSE, NET, Facts, Layer, Timed, compare
+from experiments.deployment.page.markup import (
     Html,
     count_of,
     el,
@@ -16,7 +16,7 @@ from experiments.deployment.page_markup import (
     size,
     times,
 )
-from experiments.deployment.page_overview import NOT_MEASURED, NOT_RECORDED, missing
+from experiments.deployment.page.overview import NOT_MEASURED, NOT_RECORDED, missing
 
 BENCH = "python -m experiments bench deploy EXPORT"
 # Filters that share a mask: from so many on a block fills a vector or matrix unit.
@@ -183,10 +183,13 @@ def _totals(found: list[Layer], has_bytes: bool, has_times: bool) -> Html:
 
 
 def _runs(found: list[Layer]) -> str:
-    by_pattern = sum(layer.runs not in (None, "dense") for layer in found)
-    dense = len(found) - by_pattern
-    return " and ".join(f"{count} run{'s' if count == 1 else ''} {how}" for count, how in
-                        ((by_pattern, "by pattern"), (dense, "dense")) if count)
+    """How so many layers run, as far as it is known."""
+    known = [layer.runs for layer in found if layer.runs is not None]
+    dense = known.count("dense")
+    counts = {"by pattern": len(known) - dense, "dense": dense}
+    if len(known) == len(found) > 1 and not all(counts.values()):
+        return f"all run {max(counts, key=counts.__getitem__)}"
+    return " and ".join(f"{count} run{'s' if count == 1 else ''} {how}" for how, count in counts.items() if count)
 
 
 def meaning(facts: Facts) -> Html:
@@ -237,19 +240,31 @@ def _alone(facts: Facts) -> list[str | Html]:
 def _wide(facts: Facts, shared: list[int]) -> list[str | Html]:
     kept = number(facts.summary.get("conv_compression"))
     work = f", here 1/{figures(kept)} of the weights" if kept else ""
-    return [
-        f"Blocks of up to {max(shared)} filters share each pattern and each removal ({_spread(shared)}). All filters "
-        "of a block read the same inputs at the same taps, so a block is a smaller dense convolution: it can be run by "
-        f"its pattern, which does the retained share of the work{work}."
-    ]
+    if facts.prune.get("superset"):
+        how = "which does the share of the work that the blocks' taps retain"
+    else:
+        how = f"which does the retained share of the work{work}"
+    return [f"{_blocks(facts, shared)} so a block is a smaller dense convolution: it can be run by its pattern, {how}."]
 
 
 def _narrow(facts: Facts, shared: list[int]) -> list[str | Html]:
     return [
-        f"Blocks of up to {max(shared)} filters share each pattern and each removal ({_spread(shared)}). A block is a "
-        "smaller dense convolution, but a narrow one: vector and matrix units are filled only in part.",
+        f"{_blocks(facts, shared)} so a block is a smaller dense convolution, but a narrow one: vector and matrix "
+        "units are filled only in part.",
         join(["Wider blocks gain more: ", el("code", "tile=(64, 1)"), " is the shape to choose when speed is wanted."]),
     ]
+
+
+def _blocks(facts: Facts, shared: list[int]) -> str:
+    """What a block of filters has in common; the sentence goes on."""
+    taps = number(facts.prune.get("superset"))
+    blocks, spread = f"Blocks of up to {max(shared)} filters share", _spread(shared)
+    if taps:
+        return (
+            f"{blocks} {taps:g} taps and each removal ({spread}); every kernel has its own pattern among those taps. "
+            f"All filters of a block read the same inputs at {taps:g} taps,"
+        )
+    return f"{blocks} each pattern and each removal ({spread}). All filters of a block read the same inputs and taps,"
 
 
 def _spread(shared: list[int]) -> str:
@@ -269,9 +284,12 @@ def _measured(facts: Facts) -> list[str | Html]:
     by_pattern = sum(layer.runs != "dense" for layer in ran)
     if ran:
         said.append(f"Of {count_of(len(ran), 'convolution')}, {_runs(ran)}.")
-    gains = any(comparison.word == "faster" for comparison in found.values())
-    if ran and not by_pattern and gains:
-        said.append("No convolution runs by its pattern, so that gain comes from elsewhere.")
-    elif not gains:
+    words_found = {comparison.word for comparison in found.values()}
+    if "faster" in words_found:
+        if ran and not by_pattern:
+            said.append("No convolution runs by its pattern, so that gain comes from elsewhere.")
+    elif "unclear" in words_found:
+        said.append("So the masks make this net smaller; that they make it faster here is not shown.")
+    else:
         said.append("So the masks make this net smaller here, not faster.")
     return said

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from experiments.deployment.page_charts import glyph
-from experiments.deployment.page_facts import Facts, Layer
-from experiments.deployment.page_markup import Html, count_of, el, join, percent
-from experiments.deployment.page_overview import missing
+from experiments.deployment.page.charts import glyph
+from experiments.deployment.page.facts import Facts, Layer
+from experiments.deployment.page.markup import Html, count_of, el, join, percent
+from experiments.deployment.page.overview import missing
 
 # More than these of the net stand behind a click; of a layer they are only counted.
 _SHOWN, _SHOWN_LAYER = 24, 12

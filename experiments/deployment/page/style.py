@@ -4,11 +4,13 @@ _LIGHT = """
   --paper: #fbfbfa; --card: #ffffff; --ink: #1b1f24; --soft: #57606a; --line: #d5d9de; --grid: #e6e9ec;
   --net: #1f6fb4; --dense: #7b8490; --index: #b35900; --rest: #5b4b9a; --file: #2f7d5b; --code: #f1f3f5;
   --band-dense: #f1f2f4; --band-regularize: #fdf0d5; --band-pruned: #dcebf7; --tap: #1f6fb4; --note: #eef5fb;
+  --shade: rgb(27 31 36 / .22);
 """
 _DARK = """
   --paper: #14171b; --card: #1c2026; --ink: #e8eaed; --soft: #a6afb9; --line: #3a424c; --grid: #2a3038;
   --net: #6fb3f0; --dense: #8b95a1; --index: #f0a656; --rest: #b3a4f0; --file: #6cc79c; --code: #23282f;
   --band-dense: #22262c; --band-regularize: #3a301c; --band-pruned: #1b3045; --tap: #6fb3f0; --note: #1a2836;
+  --shade: rgb(0 0 0 / .6);
 """
 
 STYLE = """
@@ -68,7 +70,7 @@ svg .band-name { fill: var(--ink); }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.3rem; font-size: .88rem; }
 .legend, .bars, .patterns { list-style: none; padding: 0; margin: .4rem 0; }
 .legend li { display: flex; align-items: center; gap: .45rem; }
-.legend svg { flex: none; }
+.legend svg { flex: none; } .legend rect { stroke: var(--line); }
 .bars { display: grid; gap: .7rem; font-size: .95rem; line-height: 1.3; }
 .bars li { display: grid; grid-template-columns: 10rem minmax(0, 1fr) 19rem; gap: 0 1rem; align-items: center; }
 .bars .figures { font-variant-numeric: tabular-nums; }
@@ -78,7 +80,15 @@ svg .band-name { fill: var(--ink); }
 .bar-file, .bar-other { fill: var(--file); }
 .track { fill: var(--grid); }
 .whisker { stroke: var(--ink); stroke-width: 1.5; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 10px; background: var(--card); }
+/* A shade on the side where there is more to see: covers that scroll along hide it at the ends. */
+.scroll {
+  overflow-x: auto; border: 1px solid var(--line); border-radius: 10px; background-color: var(--card);
+  background-image:
+    linear-gradient(to right, var(--card) 40%, transparent), linear-gradient(to left, var(--card) 40%, transparent),
+    linear-gradient(to right, var(--shade), transparent), linear-gradient(to left, var(--shade), transparent);
+  background-size: 3rem 100%, 3rem 100%, 1.1rem 100%, 1.1rem 100%; background-repeat: no-repeat;
+  background-position: left, right, left, right; background-attachment: local, local, scroll, scroll;
+}
 .scroll:focus-visible, summary:focus-visible, a:focus-visible { outline: 2px solid var(--net); outline-offset: 2px; }
 .tall { max-height: 26rem; overflow-y: auto; }
 table { border-collapse: collapse; font-size: .88rem; width: 100%; font-variant-numeric: tabular-nums; }
@@ -104,33 +114,35 @@ details { margin: .75rem 0; } summary { cursor: pointer; padding: .15rem 0; }
 .patterns svg { margin: 0 auto .35rem; }
 .patterns.small { grid-template-columns: repeat(auto-fill, minmax(4rem, 1fr)); margin: .5rem 0; }
 .patterns b { font-weight: 650; }
-.kept { fill: var(--tap); } .gone { fill: none; stroke: var(--line); }
+.kept { fill: var(--tap); } .gone { fill: none; stroke: var(--dense); stroke-width: .7; }
 .words { background: var(--note); border-left: 4px solid var(--net); padding: .6rem 1.1rem; }
 .words p { max-width: 50rem; }
 .settings th { font-weight: 500; color: var(--soft); width: 12rem; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
 .only-wide { display: none; }
 @media (min-width: 46rem) { .only-wide { display: inline; } }
-@media (max-width: 54rem) {
+@media screen and (max-width: 54rem) {
   .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .bars { gap: 1.1rem; }
-  .bars li { grid-template-columns: minmax(0, 3fr) minmax(0, 7fr); gap: .3rem .6rem; align-items: start; }
-  .bars .drawn { grid-column: 1 / -1; grid-row: 2; } .bars .figures { text-align: right; }
+  .bars li { display: flex; flex-wrap: wrap; gap: .3rem .6rem; align-items: start; }
+  .bars .name { flex: 1 1 5rem; } .bars .figures { text-align: right; } .bars .drawn { order: 1; width: 100%; }
 }
-@media (max-width: 30rem) {
+@media screen and (max-width: 30rem) {
   .layers .name { max-width: 8rem; }
+  .bars { font-size: .88rem; }
   th, td { padding: .35rem .55rem; }
   .settings th, .settings td { display: block; width: auto; border: 0; } .settings th { padding-bottom: 0; }
   .settings td { padding-top: 0; border-bottom: 1px solid var(--grid); }
 }
 @media print {
   :root { color-scheme: light; LIGHT --paper: #ffffff; }
-  body { font-size: 10pt; } main { max-width: none; padding: 0; }
+  body { font-size: 10pt; } .bars, .legend, figcaption { font-size: 8.5pt; } main { max-width: none; padding: 0; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  nav { display: none; } section { margin-top: 1.2rem; padding-top: .9rem; }
+  nav { display: none; } .bars li { grid-template-columns: 7rem minmax(0, 1fr) 14rem; }
+  section { margin-top: 1.2rem; padding-top: .9rem; }
   h2, h3, figcaption { break-after: avoid; }
   figure, .cards li, tr, .patterns li, .bars li, pre { break-inside: avoid; }
-  .scroll, .tall { overflow: visible; max-height: none; border: 0; } pre { white-space: pre-wrap; }
+  .scroll, .tall { overflow: visible; max-height: none; border: 0; background: none; } pre { white-space: pre-wrap; }
   table { font-size: 7.5pt; } th, td { padding: .15rem .3rem; } thead th { white-space: normal; }
   .layers .why { min-width: 0; } .layers th[scope=row] { position: static; box-shadow: none; }
 }

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments.deployment.page_markup import Html, el, figures, join
+from experiments.deployment.page.markup import Html, el, figures, join
 
 # Height of the strip with the names of the bands, in CSS pixels.
 _STRIP = 21
@@ -180,7 +180,7 @@ def _legend(curves: Sequence[Curve], bands: Sequence[Band], events: Sequence[Eve
         entries.append((mark, f"{index} {band.name}: {epochs}"))
     for event in events:
         line = el("line", x1="12", x2="12", y1="0", y2="12", class_="event")
-        entries.append((line, f"{event.name}: in epoch {int(event.at) + 1}"))
+        entries.append((line, f"{event.name}, in epoch {int(event.at) + 1}"))
     return legend(entries)
 
 
