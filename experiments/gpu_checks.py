@@ -31,6 +31,7 @@ import clicktrain_jax as ct
 from experiments import bench, configs, gpu_conv_checks
 from experiments.configs import TrainConfig
 from experiments.data import DataConfig, Dataset, load
+from experiments.deployment import gpu_check
 from experiments.loop import Interrupted, train
 from experiments.records import read_json, setting, write_json
 from experiments.step import Trainer
@@ -180,6 +181,7 @@ LIMITS_S = {
     "conv-dense": 90,
     "conv-mosaic": 150,
     "steps": 90,
+    "deploy": 120,
     "masks": 60,
     "loop-programs": 120,
     "resume": 120,
@@ -208,6 +210,7 @@ CHECKS: dict[str, Callable[[bool, str | None], dict[str, Any] | Iterator[dict[st
     "conv-dense": _within("conv-dense", gpu_conv_checks.measure_dense),
     "conv-mosaic": _within("conv-mosaic", gpu_conv_checks.measure_mosaic),
     "steps": _within("steps", gpu_conv_checks.measure_steps),
+    "deploy": _within("deploy", gpu_check.measure),
     "masks": check_masks,
     "loop-programs": check_loop_programs,
     "resume": check_resume,

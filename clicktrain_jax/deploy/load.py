@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +17,16 @@ from clicktrain_jax.masks import Masks, combine
 from clicktrain_jax.trees import Tree, named_leaves
 
 ApplyFn = Callable[[Any, Any], Any]
+Layout = Literal["NHWC", "HWNC"]
 
 
 def load(
-    path: str | os.PathLike, apply_fn: ApplyFn | None = None, like: Tree | None = None, *, backend: str | None = None
+    path: str | os.PathLike,
+    apply_fn: ApplyFn | None = None,
+    like: Tree | None = None,
+    *,
+    layout: Layout = "NHWC",
+    backend: str | None = None,
 ) -> InferenceNet | PortableNet:
     """Read an export, check every byte of it, and make it ready to run.
 
@@ -34,6 +40,8 @@ def load(
             name; any other runs without its code from its StableHLO, with nothing to tune.
         like: the containers that ``apply_fn`` wants its variables in, such as an ``nnx.State``; None for nested
             dictionaries.
+        layout: of the maps inside of a net that is known by name: "HWNC", the batch beside the channels, is what the
+            GPU kernels take; in an "NHWC" net a layer that runs so is transposed before and after. Images are NHWC.
         backend: of `pallas_kernels.pattern_conv`: one that is named runs every pruned layer, or is refused; None takes
             what is best for each.
 
@@ -53,7 +61,9 @@ def load(
     stored = compact.read(path, like)
     facts = stored.manifest["facts"]
     if apply_fn is None:
-        apply_fn = zoo(facts["net"])
+        apply_fn = zoo(facts["net"], layout)
+    elif layout != "NHWC":
+        raise ValueError(f"layout={layout!r} is for nets known by name; an apply_fn has its own")
     image_shape = _fact(stored.manifest, "image_shape")
     return inference_net(
         apply_fn,
@@ -120,11 +130,12 @@ def masks_by_leaf(masks: Masks | Tree | None, variables: Tree) -> dict[str, np.n
     return {prefix + name: np.asarray(mask) for name, mask in named if mask is not None}
 
 
-def zoo(net: Mapping[str, Any]) -> ApplyFn:
+def zoo(net: Mapping[str, Any], layout: Layout = "NHWC") -> ApplyFn:
     """The function of a net of `clicktrain_jax.models`.
 
     Args:
         net: ``{"name", "num_classes", "width", "precision"}``.
+        layout: of the maps inside.
 
     Raises:
         ValueError: there is no such net; when the function is called: variables of another net.
@@ -139,6 +150,8 @@ def zoo(net: Mapping[str, Any]) -> ApplyFn:
             num_classes=net["num_classes"],
             width=net["width"],
             dtype=jnp.dtype(net["precision"]),
+            conv=models.PatternConv,
+            layout=layout,
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"the manifest's net {dict(net)!r} cannot be built: {error!r}") from error

@@ -17,6 +17,7 @@ GPU_CHECKS = {
     "conv-dense": "the dense convolutions of VGG-16 and ResNet-50, NHWC and HWNC",
     "conv-mosaic": "the Hopper kernels on the layers of VGG-16 and ResNet-50, against dense",
     "steps": "whole training steps, dense against pruned",
+    "deploy": "exported VGG-13 against its dense form, both layouts, four batch sizes",
     "masks": "masks of the reference, bit for bit",
     "loop-programs": "epoch loop against single updates; equal runs give equal bits",
     "resume": "a resumed run ends with equal bits",

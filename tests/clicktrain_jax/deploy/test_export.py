@@ -107,6 +107,14 @@ def test_every_way_gives_the_same(case, path):
     np.testing.assert_allclose(ct.load(path, backend="reference")(images(3)), expected, atol=1e-4)
 
 
+def test_the_layout_inside_changes_nothing_outside(case, path):
+    net = ct.load(path, layout="HWNC")
+    np.testing.assert_allclose(net(images(3)), case.logits(images(3)), atol=1e-4)
+    assert {row.layout for row in net.report(3).convolutions if row.runs == "sparse"} == {"HWNC"}
+    with pytest.raises(ValueError, match="an apply_fn has its own"):
+        ct.load(path, case.apply_fn, layout="HWNC")
+
+
 def test_what_was_measured_is_found_by_the_next_process(case, path, monkeypatch):
     from clicktrain_jax.deploy import whole_net
 

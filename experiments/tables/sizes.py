@@ -1,0 +1,155 @@
+"""File sizes of every net of the zoo at the published recipes' sparsities, and their table.
+
+    python -m experiments.tables.sizes --out experiments/results/deploy/sizes.json
+
+Nothing is trained: the selection runs on freshly initialised nets, as accuracy plays no part in a file's size. The
+bytes are those of real exports, written and read back.
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import clicktrain_jax as ct
+from clicktrain_jax import compact, models
+from clicktrain_jax.masks import combine
+from clicktrain_jax.trees import named_leaves
+from experiments.configs import published
+from experiments.configs.base import PruneConfig
+from experiments.recipe import make_plan, pattern_source
+from experiments.records import setting, write_json
+from experiments.tables.statistics import markdown_table
+
+TILES = ((1, 1), (64, 1))
+DTYPES = ("float32", "int8")
+# Nets of the zoo that have no published recipe, and the share of kernels that makes 8x of patterns of 4 taps in 9.
+WITHOUT_RECIPE, SHARE = ("resnet18", "resnet32", "small"), 0.72
+_MB = 1e6
+
+
+def cases() -> list[tuple[str, str, PruneConfig]]:
+    """(name, net, how it is pruned) of every published recipe, then of the nets without one."""
+    found = [(config.name, config.net, config.prune) for config in published.configs() if config.prune is not None]
+    share = PruneConfig(fractions=(SHARE,), coeff=0.0, select_epoch=0, prune_epoch=1)
+    return found + [(f"{net}, no recipe, {100 * SHARE:g}%", net, share) for net in WITHOUT_RECIPE]
+
+
+def measure(
+    wanted: Iterable[tuple[str, str, PruneConfig]] | None = None,
+    log: Callable[[str], None] = lambda line: None,
+    *,
+    width: float = 1.0,
+) -> dict[str, Any]:
+    """Export nets and look at the bytes.
+
+    Args:
+        wanted: as from `cases`, by default all.
+        log: takes a line a net and tile.
+        width: of the nets.
+
+    Returns:
+        The record: plain data, ``{"setting": ..., "width": ..., "rows": [{"name", "net", "tile", "patterns",
+        "float32": {...}, "int8": {...}}]}`` with counts of weights and sizes in bytes.
+
+    Raises:
+        ValueError: an export read back is not what was written.
+    """
+    rows = []
+    initialised: dict[str, Any] = {}
+    for name, net, prune in cases() if wanted is None else wanted:
+        model = models.build(net, num_classes=10, width=width)
+        if net not in initialised:
+            initialised[net] = _initialised(model, models.default_image_shape(net))
+        variables = initialised[net]
+        for tile in TILES:
+            masks = _select(model, variables["params"], net, dataclasses.replace(prune, tile=tile))
+            row = {"name": name, "net": net, "tile": list(tile), "patterns": prune.num_patterns}
+            row |= {dtype: _export(variables, masks, dtype) for dtype in DTYPES}
+            rows.append(row)
+            log(f"{name}, tile {tile}: {ratio(row['float32']):.2f}x, int8 {ratio(row['int8']):.2f}x")
+    return {"setting": setting(), "width": width, "rows": rows}
+
+
+def ratio(part: dict[str, int]) -> float:
+    """Dense float32 convolutions over the exported ones with all of the manifest and the file's header."""
+    return 4 * part["weights"] / stored(part)
+
+
+def stored(part: dict[str, int]) -> int:
+    """Bytes of the exported convolutions: values, indices and scales, and all of the headers."""
+    return part["values"] + part["indices"] + part["scales"] + part["headers"]
+
+
+def generate(record: dict[str, Any]) -> str:
+    """The table, in Markdown, with a word on what it shows."""
+    by_name: dict[str, dict[tuple[int, int], dict[str, Any]]] = {}
+    for row in record["rows"]:
+        by_name.setdefault(row["name"], {})[tuple(row["tile"])] = row
+    header = ["convolutions of", "float32 MB", "weights kept"]
+    for tile in TILES:
+        header += [f"{tile} MB", "of it indices", "ratio", "int8 MB", "int8 ratio"]
+    body = []
+    for name, rows in by_name.items():
+        weights, kept = rows[TILES[0]]["float32"]["weights"], rows[TILES[0]]["float32"]["kept"]
+        line = [name, f"{4 * weights / _MB:.2f}", f"{100 * kept / weights:.1f}%"]
+        for tile in TILES:
+            whole, small = rows[tile]["float32"], rows[tile]["int8"]
+            line += [f"{stored(whole) / _MB:.2f}", f"{100 * whole['indices'] / stored(whole):.1f}%"]
+            line += [f"{ratio(whole):.2f}x", f"{stored(small) / _MB:.2f}", f"{ratio(small):.2f}x"]
+        body.append(tuple(line))
+    where = record["setting"]
+    return (
+        "Sizes of exports at the published recipes' sparsities (shares of kernels removed in each layer; the recipes' "
+        "own patterns), and of nets without a recipe at one share for all layers: in the paper's form, a choice for "
+        "every kernel, and the same shares in tiles of 64 filters that share pattern and removal. A ratio is dense "
+        "float32 over the export's convolutions with indices, scales, manifest and headers. Masks by the size of "
+        "freshly initialised weights: accuracy plays no part in sizes. "
+        f"jax {where['versions']['jax']}, {where['date'][:10]}.\n\n"
+        f"{markdown_table(tuple(header), body)}"
+    )
+
+
+def _initialised(model: Any, image_shape: tuple[int, ...]) -> Any:
+    init = jax.jit(functools.partial(model.init, train=False))
+    return init(jax.random.key(0), jnp.zeros((1, *image_shape), jnp.float32))
+
+
+def _select(model: Any, params: Any, net: str, prune: PruneConfig) -> ct.Masks:
+    plan = make_plan(prune, model, params, models.default_image_shape(net), net)
+    patterns = pattern_source(prune)
+    return jax.jit(lambda scores: ct.select_masks(scores, plan, patterns))(ct.importance.magnitude(params))
+
+
+def _export(variables: Any, masks: ct.Masks, dtype: str) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        compact.write(Path(folder) / "export", variables, masks, facts={}, dtype=dtype)
+        back = compact.read(Path(folder) / "export")
+    for (name, given), (_, found) in zip(named_leaves(combine(masks)), named_leaves(combine(back.masks))):
+        if given is not None and not bool((given == found).all()):
+            raise ValueError(f"the mask of {name!r} was not read back as it was written: sizes would mean nothing")
+    sizes = compact.sizes(back.manifest)
+    return sizes.convolutions._asdict() | {"headers": sizes.headers, "all_files": sum(sizes.files.values())}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure all cases, and save the record."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.tables.sizes", description="Export nets, count bytes.")
+    parser.add_argument("--out", type=Path, required=True, help="the record to write, sizes.json")
+    asked = parser.parse_args(arguments)
+    record = measure(log=lambda line: print(line, flush=True))
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(asked.out, record)
+    print(generate(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
