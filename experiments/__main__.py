@@ -28,6 +28,7 @@ USAGE = """usage: python -m experiments COMMAND ...
                        how well each criterion predicts what removing a kernel does to the loss
   bench WHAT           ratios measured side by side: steps, step, loop, selection, conv
   bench dtypes RUN     what storing a run's weights in fewer bits costs
+  bench sizes          bytes of the exports of every published recipe
   table [--write]      RESULTS.md and BENCHMARKS.md from the committed records
   pack-data --out FILE --data.dir DIR [--data.name NAME]
                        a data set as one archive, readable without TFDS

@@ -255,8 +255,9 @@ def bench(arguments: list[str]) -> int:
     from experiments import bench as benches
     from experiments import bench_conv
 
-    if arguments[:1] == ["dtypes"]:
-        return _bench_dtypes(arguments[1:])
+    of_exports = {"dtypes": _bench_dtypes, "sizes": _bench_sizes}
+    if arguments and arguments[0] in of_exports:
+        return of_exports[arguments[0]](arguments[1:])
 
     @dataclasses.dataclass(frozen=True)
     class Bench:
@@ -288,6 +289,20 @@ def bench(arguments: list[str]) -> int:
     else:
         sizes = (asked.net, asked.width, asked.batch_size, asked.repeats)
         print(benches.run(asked.what, *sizes, asked.out))
+    return 0
+
+
+def _bench_sizes(arguments: list[str]) -> int:
+    from experiments.deployment import sizes
+
+    @dataclasses.dataclass(frozen=True)
+    class BenchSizes:
+        """Bytes of the exports of every published recipe; nothing is trained. Takes 20 minutes."""
+
+        out: Path | None = None
+        """A JSON file to save the record in."""
+
+    print(sizes.run(_parse(BenchSizes, arguments, "bench sizes").out))
     return 0
 
 

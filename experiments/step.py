@@ -278,7 +278,8 @@ class Trainer:
         """The compiled program of a key; compiling that the run waits for is timed apart from running."""
         if key not in self._programs:
             start = time.perf_counter()
-            self._programs[key] = jax.jit(build(), donate_argnums=donate).lower(*args).compile()
+            lowered = jax.jit(build(), donate_argnums=donate).lower(*args)
+            self._programs[key] = lowered.compile(pk.compiler_options(self.config.precision))
             if not in_background:
                 self.compile_seconds += time.perf_counter() - start
         return self._programs[key]

@@ -1,5 +1,6 @@
 """Convolutions that do the retained share of the work: arrays in, arrays out, knowing nothing of training."""
 
+from pallas_kernels.compat import compiler_options
 from pallas_kernels.pattern_conv import (
     BACKENDS,
     LEAST_GAIN,
@@ -18,6 +19,7 @@ __all__ = [
     "BACKENDS",
     "LEAST_GAIN",
     "Structure",
+    "compiler_options",
     "dense_conv",
     "estimated_gain",
     "make_structure",

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 
 VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
 
@@ -45,3 +46,13 @@ def multiprocessors(x: jax.Array) -> int:
     if jax.default_backend() == "gpu":
         return jax.devices()[0].core_count
     return 2
+
+
+def compiler_options(dtype: jax.typing.DTypeLike) -> dict[str, str]:
+    """For ``jax.jit(..., compiler_options=)`` of a net that computes in ``dtype``.
+
+    On CPUs XLA of jax 0.12 fuses 16-bit additions and maxima into programs that read memory nobody has written: whole
+    nets give NaN (flax's own too). Without those fusions they do not.
+    """
+    is_short = jnp.dtype(dtype).itemsize < 4
+    return {"xla_cpu_experimental_ynn_fusion_type": ""} if is_short and jax.default_backend() == "cpu" else {}

@@ -120,8 +120,14 @@ class InferenceNet:
             batch: number of images.
             choice: how layers run, by name; None for what was measured, or else estimated.
         """
+        import pallas_kernels
+
         sites = self._sites(batch, self._choice(batch) if choice is None else choice)
-        return jax.jit(self._function(batch, sites)), jax.device_put(self.prepared(sites))
+        dtypes = (np.dtype(site.step.dtype) for site in sites.values())
+        shortest = min(dtypes, key=lambda dtype: dtype.itemsize, default=np.float32)
+        options = pallas_kernels.compiler_options(shortest)
+        function = jax.jit(self._function(batch, sites), compiler_options=options)
+        return function, jax.device_put(self.prepared(sites))
 
     def portable(self, batch: Any) -> tuple[Any, Any]:
         """As `program`, not compiled, of operations that run anywhere.

@@ -51,8 +51,8 @@ def measure(smoke: bool, budget_s: float) -> Iterator[dict[str, Any]]:
                 {"precision": precision, "layout": layout, "batch": batch, "error": float(error), "ways": ways}
                 | {"seconds": timing.seconds_of(functions)}
             )
-            yield {"rows": rows, "left_out": left_out}
-    yield {"rows": rows, "left_out": left_out}
+            yield {"deployed": rows, "left_out": left_out}
+    yield {"deployed": rows, "left_out": left_out}
 
 
 def _export(folder: Path, width: float, precision: str) -> Any:

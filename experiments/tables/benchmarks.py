@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from experiments.deployment import dtypes, sizes
 from experiments.records import read_json
 from experiments.tables.conv import conv_tables, gpu_tables, sweep_table, worst_errors
 from experiments.tables.results import RECORDS, machine
@@ -38,6 +39,7 @@ def generate(folder: Path = RECORDS) -> str:
     parts = [_HEADER]
     for path in sorted((folder / "bench").glob("*.json")):
         parts.append(_section(read_json(path)))
+    parts.append(_deployed(folder / "deploy"))
     parts.append(_gpu(folder / "gpu"))
     return "\n".join(parts)
 
@@ -108,6 +110,30 @@ def _gpu(folder: Path) -> str:
     return "\n".join(lines) + "\n" + table + "".join(details)
 
 
+def deployed_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of `experiments.deployment.gpu_check`: an exported net against its dense form."""
+    lines = []
+    for row in rows:
+        dense, ours = (row["seconds"][name]["median_s"] for name in ("dense (XLA)", "this net"))
+        sparse = sum(way.startswith("sparse") for way in row["ways"])
+        figures = (f"{1e3 * dense:.3f}", f"{1e3 * ours:.3f}", f"{row['batch'] / ours:,.0f}", f"{dense / ours:.2f}")
+        lines.append((row["precision"], row["layout"], row["batch"], f"{sparse} of {len(row['ways'])}", *figures))
+    header = ("precision", "layout", "N", "layers by pattern", "dense ms", "this net ms", "images/s", "times faster")
+    return markdown_table(header, lines)
+
+
+def _deployed(folder: Path) -> str:
+    """What exports weigh, and what they cost."""
+    parts = []
+    if (folder / "sizes.json").exists():
+        parts.append(f"## Size of exports\n\n`python -m experiments bench sizes`\n\n{sizes.generate(read_json(folder / 'sizes.json'))}")
+    for path in sorted(folder.glob("dtypes-*.json")):
+        record = read_json(path)
+        command = f"python -m experiments bench dtypes RUN --data.dir DIR, {machine(record)}"
+        parts.append(f"## Weights in fewer bits\n\n{command}; {record['setting']['date'][:10]}\n\n{dtypes.table(record)}")
+    return "\n".join(parts)
+
+
 def _details(record: dict[str, Any]) -> list[str]:
     """The tables of one check's record."""
     tables = []
@@ -119,6 +145,8 @@ def _details(record: dict[str, Any]) -> list[str]:
         tables.append(sweep_table(record["sweeps"]))
     if record.get("steps"):
         tables.append(step_table(record["steps"]))
+    if record.get("deployed"):
+        tables.append(deployed_table(record["deployed"]))
     if record.get("rows"):
         tables.append(bench_table(record["rows"]))
     if record.get("images_per_second"):

@@ -1,15 +1,13 @@
 """File sizes of every net of the zoo at the published recipes' sparsities, and their table.
 
-    python -m experiments.tables.sizes --out experiments/results/deploy/sizes.json
+    python -m experiments bench sizes --out experiments/results/deploy/sizes.json
 
 Nothing is trained: the selection runs on freshly initialised nets, as accuracy plays no part in a file's size. The
 bytes are those of real exports, written and read back.
 """
 
-import argparse
 import dataclasses
 import functools
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -139,17 +137,10 @@ def _export(variables: Any, masks: ct.Masks, dtype: str) -> dict[str, int]:
     return sizes.convolutions._asdict() | {"headers": sizes.headers, "all_files": sum(sizes.files.values())}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure all cases, and save the record."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.tables.sizes", description="Export nets, count bytes.")
-    parser.add_argument("--out", type=Path, required=True, help="the record to write, sizes.json")
-    asked = parser.parse_args(arguments)
+def run(out: Path | None) -> str:
+    """Measure all cases, save the record when asked to, and return the table."""
     record = measure(log=lambda line: print(line, flush=True))
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(asked.out, record)
-    print(generate(record))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, record)
+    return generate(record)

@@ -8,9 +8,9 @@ import pytest
 from clicktrain_jax import models
 from experiments.configs import published
 from experiments.configs.base import PruneConfig
-from experiments.tables import sizes
+from experiments.deployment import sizes
 
-RECORD = Path(__file__).parents[2] / "experiments" / "results" / "deploy" / "sizes.json"
+RECORD = Path(__file__).parents[3] / "experiments" / "results" / "deploy" / "sizes.json"
 
 
 @pytest.fixture(scope="module")
