@@ -27,6 +27,8 @@ USAGE = """usage: python -m experiments COMMAND ...
   importance --out FILE [--data.dir DIR] [--quick]
                        how well each criterion predicts what removing a kernel does to the loss
   bench WHAT           ratios measured side by side: steps, step, loop, selection, conv
+  bench deploy PATH [--torch-python PYTHON] [--quick] [--out FILE]
+                       an export beside dense engines: latency, throughput, memory, startup, size
   bench dtypes RUN     what storing a run's weights in fewer bits costs
   bench sizes          bytes of the exports of every published recipe
   table [--write]      RESULTS.md and BENCHMARKS.md from the committed records

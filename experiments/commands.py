@@ -255,7 +255,7 @@ def bench(arguments: list[str]) -> int:
     from experiments import bench as benches
     from experiments import bench_conv
 
-    of_exports = {"dtypes": _bench_dtypes, "sizes": _bench_sizes}
+    of_exports = {"deploy": _bench_deploy, "dtypes": _bench_dtypes, "sizes": _bench_sizes}
     if arguments and arguments[0] in of_exports:
         return of_exports[arguments[0]](arguments[1:])
 
@@ -289,6 +289,33 @@ def bench(arguments: list[str]) -> int:
     else:
         sizes = (asked.net, asked.width, asked.batch_size, asked.repeats)
         print(benches.run(asked.what, *sizes, asked.out))
+    return 0
+
+
+def _bench_deploy(arguments: list[str]) -> int:
+    from experiments.deployment import bench as deployed
+
+    path, rest = _name_argument(arguments, "bench deploy", "an export PATH")
+
+    @dataclasses.dataclass(frozen=True)
+    class BenchDeploy:
+        """An exported net beside dense engines: XLA, and whichever of onnxruntime, OpenVINO and PyTorch are here."""
+
+        latency: tuple[int, ...] = deployed.LATENCY
+        """Batch sizes for which seconds a call are of interest."""
+        throughput: tuple[int, ...] = deployed.THROUGHPUT
+        """Batch sizes for which images a second are."""
+        rounds: int = deployed.ROUNDS
+        """Samples of every form of every engine."""
+        quick: bool = False
+        """Few rounds, and no throughput."""
+        torch_python: str | None = None
+        """An interpreter that has PyTorch and NumPy, where this one has not."""
+        out: Path | None = None
+        """A JSON file to save the record in."""
+
+    asked = _parse(BenchDeploy, rest, f"bench deploy {path}")
+    print(deployed.run(Path(path), **dataclasses.asdict(asked)))
     return 0
 
 

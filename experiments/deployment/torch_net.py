@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812  (everybody's name for it)
 # The forms that a user can choose from without changing what is computed. torch.compile is left out: it is another
 # compiler, and wants one for C++.
 FORMS = ("eager", "eager, channels_last", "frozen", "frozen, channels_last", "oneDNN weights")
+GPU_FORMS = FORMS[:4]
 
 
 class Net(torch.nn.Module):

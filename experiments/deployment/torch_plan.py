@@ -204,7 +204,7 @@ def _cast(name: str, equation: Any, inputs: list[Any]) -> dict[str, Any]:
 
 def _shape(shape: Any) -> list[int]:
     """Sizes, -1 for the batch's, which is not known."""
-    sizes = [int(size) if jax.core.is_constant_dim(size) else -1 for size in shape]
+    sizes = [int(size) if isinstance(size, int | np.integer) else -1 for size in shape]
     if sizes.count(-1) > 1:
         raise ValueError(f"a shape {tuple(shape)} that has the batch twice is not written for PyTorch here")
     return sizes

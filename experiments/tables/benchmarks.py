@@ -5,6 +5,7 @@ from typing import Any
 
 from experiments.deployment import dtypes, sizes
 from experiments.records import read_json
+from experiments.tables import deploy
 from experiments.tables.conv import conv_tables, gpu_tables, sweep_table, worst_errors
 from experiments.tables.results import RECORDS, machine
 from experiments.tables.statistics import markdown_table
@@ -39,6 +40,7 @@ def generate(folder: Path = RECORDS) -> str:
     parts = [_HEADER]
     for path in sorted((folder / "bench").glob("*.json")):
         parts.append(_section(read_json(path)))
+    parts.append(deploy.generate(folder))
     parts.append(_deployed(folder / "deploy"))
     parts.append(_gpu(folder / "gpu"))
     return "\n".join(parts)
@@ -126,11 +128,12 @@ def _deployed(folder: Path) -> str:
     """What exports weigh, and what they cost."""
     parts = []
     if (folder / "sizes.json").exists():
-        parts.append(f"## Size of exports\n\n`python -m experiments bench sizes`\n\n{sizes.generate(read_json(folder / 'sizes.json'))}")
+        table = sizes.generate(read_json(folder / "sizes.json"))
+        parts.append(f"## Size of exports\n\n`python -m experiments bench sizes`\n\n{table}")
     for path in sorted(folder.glob("dtypes-*.json")):
         record = read_json(path)
-        command = f"python -m experiments bench dtypes RUN --data.dir DIR, {machine(record)}"
-        parts.append(f"## Weights in fewer bits\n\n{command}; {record['setting']['date'][:10]}\n\n{dtypes.table(record)}")
+        command = f"`python -m experiments bench dtypes RUN --data.dir DIR`; {record['setting']['date'][:10]}"
+        parts.append(f"## Weights in fewer bits\n\n{command}\n\n{dtypes.table(record)}")
     return "\n".join(parts)
 
 
