@@ -6,12 +6,13 @@ Their accuracy says nothing about the method: 2,000 images, 4 epochs.
 
 import dataclasses
 
+from experiments.configs import published
 from experiments.configs.base import LoopConfig, PruneConfig, TrainConfig
 from experiments.data import DataConfig
 
 
 def configs() -> list[TrainConfig]:
-    """``vgg13-short-8x-64x1``, patterns shared by 64 filters, ``-1x1``, each kernel for itself, and the dense one."""
+    """Dense; 8x in tiles of 64 filters, and for each kernel by itself; the fractions of the authors' 9.0x in tiles."""
     dense = TrainConfig(
         name="vgg13-short-dense",
         net="vgg13",
@@ -25,8 +26,14 @@ def configs() -> list[TrainConfig]:
         loop=LoopConfig(eval_every_epochs=4),
     )
     tiled = PruneConfig((), coeff=2.5e-4, select_epoch=1, prune_epoch=2, target=8.0, tile=(64, 1))
+    recipe = next(config for config in published.configs() if config.name == "vgg13-cifar10-9.0x")
     return [
         dense,
         dataclasses.replace(dense, name="vgg13-short-8x-64x1", prune=tiled),
         dataclasses.replace(dense, name="vgg13-short-8x-1x1", prune=dataclasses.replace(tiled, tile=(1, 1))),
+        dataclasses.replace(
+            dense,
+            name="vgg13-short-9.0x-64x1",
+            prune=dataclasses.replace(tiled, target=None, fractions=recipe.prune.fractions),
+        ),
     ]

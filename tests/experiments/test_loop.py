@@ -116,6 +116,7 @@ def test_the_loop_computes_what_the_transformation_does_in_a_users_own_loop(tiny
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scores_of_several_updates_and_a_second_selection(tiny_dataset, tmp_path, monkeypatch):
     """As in a user's own loop with the same options; and stopped inside a window of gathering, the same bits."""
     prune = dataclasses.replace(

@@ -147,6 +147,7 @@ def test_what_fails_in_the_background_is_raised_where_it_is_waited_for():
         phase.choose(lambda way, structures: None)
 
 
+@pytest.mark.slow
 def test_a_whole_run_by_pattern_prunes_and_learns_like_the_dense_one(tmp_path, digits):
     by_pattern = train(asked("pattern"), tmp_path / "pattern", dataset=digits)
     dense = train(asked("dense"), tmp_path / "dense", dataset=digits)

@@ -37,7 +37,16 @@ def primitives(steps):
     return [step.equation.primitive.name for step in steps.steps]
 
 
-@pytest.mark.parametrize("name", ["small", "vgg11", "resnet18", "resnet32", "resnet50_cifar"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "small",
+        "vgg11",
+        "resnet32",
+        pytest.param("resnet18", marks=pytest.mark.slow),
+        pytest.param("resnet50_cifar", marks=pytest.mark.slow),
+    ],
+)
 def test_every_net_has_its_batch_norms_folded(name):
     model = models.build(name, num_classes=10, width=0.125)
     shape = models.default_image_shape(name)

@@ -41,8 +41,15 @@ def outcome(model, variables, params, x):
     return jax.grad(loss, has_aux=True)(params)
 
 
-@pytest.mark.parametrize("layout", ["NHWC", "HWNC"])
-@pytest.mark.parametrize("dense", [models.xla_convolution, models.patch_convolution])
+@pytest.mark.parametrize(
+    ("dense", "layout"),
+    [
+        (models.xla_convolution, "NHWC"),
+        pytest.param(models.xla_convolution, "HWNC", marks=pytest.mark.slow),
+        pytest.param(models.patch_convolution, "NHWC", marks=pytest.mark.slow),
+        (models.patch_convolution, "HWNC"),
+    ],
+)
 def test_a_net_with_its_convolution_handed_in(layout, dense):
     plain, variables, x = net()
     convolve = functools.partial(pk.pattern_conv, backend="xla")
