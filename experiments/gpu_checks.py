@@ -2,8 +2,8 @@
 
     python -m experiments.gpu_checks --out DIR [--packed FILE] [--only NAME ...] [--minutes M] [--smoke]
 
-Needs jax, flax, optax and orbax, nothing else: images are random unless ``--packed`` names an archive made by
-`python -m experiments pack-data`. ``--smoke`` runs everything at a tiny size on any device, to test this file.
+Needs jax, flax, optax and orbax, and safetensors for one check: images are random unless ``--packed`` names an archive
+made by `python -m experiments pack-data`. ``--smoke`` runs everything at a tiny size on any device, to test this file.
 A check that fails is recorded as failed and the next one runs; the exit code is then 1. Each check has a process of
 its own, for a limited time: those that compare bits ask XLA for deterministic programs, those that measure speed must
 not. What the minutes do not reach is named, with the command that does it; the exit code is then 1 too.

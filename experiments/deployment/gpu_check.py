@@ -1,5 +1,6 @@
 """Exported nets on a GPU: are their logits right, and how many images a second do they take?"""
 
+import importlib.util
 import itertools
 import tempfile
 import time
@@ -17,19 +18,23 @@ from experiments.configs import PruneConfig
 from experiments.deployment import timing
 from experiments.recipe import make_plan
 
-# A net's logits may differ by this share of the largest one: bfloat16 has 8 bits, and sums are ordered otherwise.
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
+# A net's logits may differ by this share of the largest one: bfloat16 has 8 bits, and GPUs take 10 bits of float32.
+_TOLERANCE = {"float32": 0.01, "bfloat16": 0.05}
 _SMOKE_WIDTH = 0.25
 BATCHES = (1, 8, 128, 512)
 
 
 def measure(smoke: bool, budget_s: float) -> Iterator[dict[str, Any]]:
     """VGG-13 pruned 8x in tiles of (64, 1), exported and loaded again: against its own dense form, by batch size."""
+    if importlib.util.find_spec("safetensors") is None:
+        yield {"skipped": "safetensors is not installed"}
+        return
     end = time.monotonic() + budget_s
     rows: list[dict[str, Any]] = []
     left_out = []
     width, batches = (_SMOKE_WIDTH, (2,)) if smoke else (1.0, BATCHES)
-    for precision, layout in itertools.product(("bfloat16", "float32"), ("HWNC", "NHWC")):
+    nets = list(itertools.product(("bfloat16", "float32"), ("HWNC", "NHWC")))
+    for precision, layout in nets[::3] if smoke else nets:
         with tempfile.TemporaryDirectory() as folder:
             expected = _export(Path(folder), width, precision)
             net = ct.load(folder, layout=layout)
