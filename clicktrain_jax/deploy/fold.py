@@ -7,6 +7,7 @@ kernel and the sum into one bias: BatchNorm by running statistics is four such s
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -129,13 +130,9 @@ class Folded:
     def steps(self, batch: Any) -> Steps:
         """The steps for a number of images, which may be symbolic (`jax.export.symbolic_shape`)."""
         if batch not in self._steps:
-            traced = self._trace(batch)
-            same = [eqn.primitive.name for eqn in traced[0].jaxpr.eqns] == [name for name, _ in self._equations]
-            if same:
-                prepare, found = self._prepare(traced)
-                arrays = jax.eval_shape(prepare, self._variables)
-                same = {name: array.shape for name, array in arrays.items()} == self._shapes
-            if not same:
+            prepare, found = self._prepare(self._trace(batch))
+            arrays = jax.eval_shape(prepare, self._variables)
+            if {name: array.shape for name, array in arrays.items()} != self._shapes:
                 raise ValueError(
                     f"the function does other things with its variables for a batch of {batch} than for "
                     f"{_FEW_IMAGES}: it cannot be folded"
@@ -145,7 +142,11 @@ class Folded:
 
     def _prepare(self, traced: tuple[Any, list[str]]) -> tuple[Callable[[Any], Arrays], list[Steps]]:
         """A function that computes the arrays, and where it puts the steps when it is traced."""
-        computable = [is_computable for _, is_computable in self._equations]
+        equations = traced[0].jaxpr.eqns
+        # A symbolic batch may add equations of its own; what they compute is compared with the arrays that are known.
+        alike = [equation.primitive.name for equation in equations] == [name for name, _ in self._equations]
+        known = [is_computable for _, is_computable in self._equations]
+        computable = known if alike else [_is_computable(equation) for equation in equations]
         found: list[Steps] = []
 
         def prepare(variables: Any) -> Arrays:
@@ -357,8 +358,13 @@ class _Folding:
 
 def _is_computable(equation: Any) -> bool:
     """Whether an equation of known values may be computed at once: not if its size may be that of the batch."""
-    sizes = [atom.aval.size for atom in equation.invars if not is_literal(atom)]
-    return bool(sizes) and all(var.aval.size <= max(sizes) for var in equation.outvars) and not equation.effects
+    shapes = [atom.aval.shape for atom in equation.invars if not is_literal(atom)]
+    results = [var.aval.shape for var in equation.outvars]
+    if not shapes or equation.effects:
+        return False
+    if not all(isinstance(size, int) for shape in (*shapes, *results) for size in shape):
+        return False  # a symbolic batch
+    return max(map(math.prod, results), default=0) <= max(map(math.prod, shapes))
 
 
 def _per_filter(value: Any, rank: int, axis: int) -> Any:

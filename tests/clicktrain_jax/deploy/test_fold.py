@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -208,3 +209,15 @@ def test_flax_modules_with_mutable_state_and_constants():
     variables = model.init(jax.random.key(0), jnp.zeros((1, 6, 6, 2)))
     _, steps = check(model.apply, variables, (6, 6, 2))
     assert primitives(steps) == ["add", "conv_general_dilated"]
+
+
+@pytest.mark.parametrize("name", ["resnet32", "vgg11"])
+def test_a_symbolic_batch_has_the_same_arrays(name):
+    model = models.build(name, num_classes=10, width=0.125)
+    shape = models.default_image_shape(name)
+    variables = randomised(model.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False))
+    folded = fold(lambda variables, images: model.apply(variables, images, train=False), variables, shape)
+    (batch,) = jax.export.symbolic_shape("batch")
+    symbolic, known = folded.steps(batch), folded.steps(3)
+    assert [step.name for step in symbolic.convolutions] == [step.name for step in known.convolutions]
+    assert all(step.bias is not None for step in symbolic.convolutions)
