@@ -118,6 +118,7 @@ def faked(monkeypatch):
     monkeypatch.setattr(bench, "Worker", FakeWorker)
     monkeypatch.setattr(FakeWorker, "asked", [])
     monkeypatch.setattr(bench, "to_onnx", lambda *arguments: b"")
+    monkeypatch.setattr(bench, "_REST_S", 0)
     monkeypatch.setattr(bench.timing, "layers", lambda net, batch: [
         {"name": "a", "dense_s": 0.002, "pattern_s": 0.001, "runs": "pattern", "why": "measured"},
         {"name": "b", "dense_s": 0.002, "pattern_s": None, "runs": "dense", "why": "nothing of it is removed"},
