@@ -281,7 +281,8 @@ def test_the_exported_net_in_a_process_of_its_own(job):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the converter
-def test_every_engine_that_is_installed(exported, tmp_path):
+def test_every_engine_that_is_installed(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "_REST_S", 0)
     bench.run(exported, latency=(1, 3), quick=True, out=tmp_path / "record.json")
     record = read_json(tmp_path / "record.json")
     assert {THIS_NET, DENSE, PLAIN} <= set(record["engines"])
