@@ -1,7 +1,13 @@
 import os
+import tempfile
 
 # The interpreter of the Hopper kernels runs each warpgroup on a thread of XLA's CPU client and blocks it at barriers:
 # with no more threads than a small machine has cores (one is taken by the launch itself) the last warpgroup never
 # starts, and the test hangs. XLA reads this once, when its CPU client is made, so it must stand before any test does
 # anything with jax. Results of other tests do not depend on it, to the bit.
 os.environ.setdefault("NPROC", "16")
+
+# What is measured while a net runs is kept in the user's folder, and a test neither reads nor writes there. In the
+# environment, so that it holds in the tests' processes too.
+_CACHE = tempfile.TemporaryDirectory(prefix="clicktrain-tests-")
+os.environ["CLICKTRAIN_CACHE"] = _CACHE.name
