@@ -93,6 +93,7 @@ def phase_updates(
         ValueError: a negative coefficient, an unknown criterion, patterns that do not fit the plan.
     """
     patterns = check_patterns(plan, fixed_set(4) if patterns is None else patterns)
+    supported = optax.with_extra_args_support(inner)
     criterion = importance_lib.criterion(importance)
     if not isinstance(coeff, jax.Array) and not (isinstance(coeff, numbers.Real) and 0 <= coeff < math.inf):
         raise ValueError(f"coeff={coeff!r}: expected a finite number >= 0, the weight of the group lasso in the loss")
@@ -123,10 +124,10 @@ def phase_updates(
         }, finite
 
     def regularize(grads: Tree, state: Any, params: Tree, masks: Masks, **extra: Any) -> tuple[Tree, Any]:
-        return inner.update(add_group_lasso(grads, params, masks, coeff), state, params, **extra)
+        return supported.update(add_group_lasso(grads, params, masks, coeff), state, params, **extra)
 
     def prune(grads: Tree, state: Any, params: Tree, masks: Masks, **extra: Any) -> tuple[Tree, Any]:
-        updates, state = inner.update(grads, state, params, **extra)
+        updates, state = supported.update(grads, state, params, **extra)
         return enforce(updates, state, params, masks)
 
     def pruned(grads: Tree, state: Any, params: Tree, masks: Masks, **extra: Any) -> tuple[Tree, Any]:

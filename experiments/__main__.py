@@ -24,6 +24,8 @@ USAGE = """usage: python -m experiments COMMAND ...
                        a picture of a finished run's pattern set, and of where each pattern is used
   ablation [--data.dir DIR] [--workdir DIR] [--minutes M] [--workers W] [--records DIR]
                        what each option of the selection costs or wins, by successive halving
+  compare STUDY [--data.dir DIR] [--workdir DIR] [--minutes M] [--workers W] [--records DIR]
+                       ClickTrain beside dense, narrow, pruning after and during training; STUDY: digits, slim, vgg13
   importance --out FILE [--data.dir DIR] [--quick]
                        how well each criterion predicts what removing a kernel does to the loss
   bench WHAT           ratios measured side by side: steps, step, loop, selection, conv
@@ -31,7 +33,11 @@ USAGE = """usage: python -m experiments COMMAND ...
                        an export beside dense engines: latency, throughput, memory, startup, size
   bench dtypes RUN     what storing a run's weights in fewer bits costs
   bench sizes          bytes of the exports of every published recipe
-  table [--write]      RESULTS.md and BENCHMARKS.md from the committed records
+  bench torch [--torch-python PYTHON] [--net NAME] [--width W] [--out FILE]
+                       training in images a second beside an eager PyTorch loop with a host loader
+  table [--write]      RESULTS.md, BENCHMARKS.md and CSV files from the committed records
+  table --budget KIND-Nmin [--data.dir DIR] [--workdir DIR]
+                       train what is missing of the published tables, in order of worth; KIND: gpu or cpu
   pack-data --out FILE --data.dir DIR [--data.name NAME]
                        a data set as one archive, readable without TFDS
 """
@@ -79,6 +85,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "demo": commands.demo,
         "patterns": commands.patterns,
         "ablation": commands.ablation,
+        "compare": commands.compare,
         "importance": commands.importance,
         "bench": commands.bench,
         "table": commands.table,

@@ -43,7 +43,8 @@ class Checkpoints:
         """``(epochs done, tree)`` of the newest good checkpoint; None when there are no checkpoints.
 
         Args:
-            template: a tree of the same structure, shapes and dtypes.
+            template: a tree of the same structure, shapes and dtypes; or a function that makes it from the number of
+                epochs done, where shapes change along the run.
 
         Raises:
             ValueError: there are checkpoints, and none can be read; they stay where they are.
@@ -55,7 +56,7 @@ class Checkpoints:
         broken: dict[int, str] = {}
         for number in sorted(self._manager.all_steps(), reverse=True):
             try:
-                tree = self._restore(number, template)
+                tree = self._restore(number, template(number) if callable(template) else template)
             except Exception as error:  # whatever a damaged file makes orbax raise
                 broken[number] = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
                 continue

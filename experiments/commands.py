@@ -87,7 +87,7 @@ def evaluate(arguments: list[str]) -> int:
     run = exports.restore(Path(path), asked.data_dir)
     loss, top1 = run.trainer.evaluate(run.state)
     split = f"{run.dataset.eval_split} set of {len(run.dataset.eval_labels)}"
-    done = f"{run.config.name} after {run.epochs_done} of {run.config.epochs} epochs"
+    done = f"{run.config.name} after {run.epochs_done} of {run.config.total_epochs} epochs"
     print(f"{done}, {split}: top-1 {100 * top1:.2f}, loss {loss:.4f}")
     return 0
 
@@ -223,6 +223,51 @@ def ablation(arguments: list[str]) -> int:
     return 1 if result["failed"] else 0
 
 
+def compare(arguments: list[str]) -> int:
+    """Train the methods of a study, each tuned alike, and time their nets side by side."""
+    from experiments.comparison import run as harness
+    from experiments.configs.compare import study
+
+    name, rest = _name_argument(arguments, "compare", "a STUDY")
+    asked_study = study(name)
+
+    @dataclasses.dataclass(frozen=True)
+    class Compare:
+        """Tune every method of a study, train every cell with every seed, time the nets; a second call goes on."""
+
+        data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
+        """Where the images are."""
+        workdir: Path | None = None
+        """Run folders; by default runs/compare-STUDY."""
+        records: Path | None = None
+        """Copy the records of finished runs into this folder, below compare-STUDY."""
+        seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+        """Of the final runs."""
+        tuning_seeds: tuple[int, ...] = (100,)
+        """Of the trials on validation data."""
+        only: str = ""
+        """Only cells whose name holds this regular expression, and the dense one."""
+        minutes: float | None = None
+        """Start no new run after so many."""
+        workers: int = 1
+        """Processes at a time; several get one core each."""
+        timing: bool = True
+        """Measure the latency of the first seed's nets."""
+
+    asked = _parse(Compare, rest, f"compare {name}")
+    workdir = asked.workdir or Path("runs") / f"compare-{name}"
+    options = {
+        field: value for field, value in dataclasses.asdict(asked).items() if field not in ("workdir", "records")
+    }
+    result = harness.run(asked_study, workdir, **options)
+    if asked.records is not None:
+        harness.collect(asked_study, workdir, asked.records)
+    print(f"{result['finished']} runs finished, {result['missing']} to do")
+    for run, error in result["failed"].items():
+        print(f"{run} failed: {error}", file=sys.stderr)
+    return 1 if result["failed"] else 0
+
+
 def importance(arguments: list[str]) -> int:
     """Measure how well each criterion predicts the true change of loss."""
     from experiments import importance_study
@@ -255,9 +300,9 @@ def bench(arguments: list[str]) -> int:
     from experiments import bench as benches
     from experiments import bench_conv
 
-    of_exports = {"deploy": _bench_deploy, "dtypes": _bench_dtypes, "sizes": _bench_sizes}
-    if arguments and arguments[0] in of_exports:
-        return of_exports[arguments[0]](arguments[1:])
+    others = {"deploy": _bench_deploy, "dtypes": _bench_dtypes, "sizes": _bench_sizes, "torch": _bench_torch}
+    if arguments and arguments[0] in others:
+        return others[arguments[0]](arguments[1:])
 
     @dataclasses.dataclass(frozen=True)
     class Bench:
@@ -352,8 +397,35 @@ def _bench_dtypes(arguments: list[str]) -> int:
     return 0
 
 
+def _bench_torch(arguments: list[str]) -> int:
+    from experiments import bench_torch
+
+    @dataclasses.dataclass(frozen=True)
+    class BenchTorch:
+        """The training loop beside an eager PyTorch loop with a host loader, in images a second."""
+
+        torch_python: str | None = None
+        """An interpreter that has PyTorch, NumPy and Pillow, where this one has not."""
+        net: str = "vgg13"
+        width: float = 0.25
+        batch_size: int = 128
+        images: int = 2560
+        """Of an epoch."""
+        rounds: int = bench_torch.ROUNDS
+        """Epochs of each that count."""
+        workers: int | None = None
+        """Processes of PyTorch's loader; one for each core by default."""
+        out: Path | None = None
+        """A JSON file to save the record in."""
+
+    asked = _parse(BenchTorch, arguments, "bench torch")
+    print(bench_torch.run(**dataclasses.asdict(asked)))
+    return 0
+
+
 def table(arguments: list[str]) -> int:
-    """Generate RESULTS.md and BENCHMARKS.md from records."""
+    """Generate RESULTS.md, BENCHMARKS.md and the CSV files from records; first run what is missing, when asked to."""
+    from experiments import gpu_plan
     from experiments.tables import documents, results
 
     @dataclasses.dataclass(frozen=True)
@@ -361,17 +433,33 @@ def table(arguments: list[str]) -> int:
         """Tables from committed records."""
 
         write: bool = False
-        """Write RESULTS.md, BENCHMARKS.md and their pictures instead of printing the texts."""
+        """Write RESULTS.md, BENCHMARKS.md, their CSV files and pictures instead of printing the texts."""
+        budget: str | None = None
+        """Run what is missing of the plan for so long first, as gpu-30min or cpu-10min; a second call goes on."""
+        data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
+        """Where the images are, for a budget."""
+        workdir: Path | None = None
+        """Run folders of a budget; by default runs/plan-KIND."""
 
     asked = _parse(Table, arguments, "table")
+    failed = {}
+    if asked.budget is not None:
+        result = gpu_plan.run(asked.budget, asked.workdir, data_dir=asked.data_dir)
+        failed = result["failed"]
+        print(f"{result['finished']} runs finished, {result['missing']} to do; {result['collected']} records collected")
+        if not asked.write:
+            print("python -m experiments table --write puts them into the tables")
+            return 1 if failed else 0
+    elif asked.data_dir is not None or asked.workdir is not None:
+        raise ValueError("--data.dir and --workdir are for --budget: without it nothing is run")
     if asked.write:
         documents.draw()
     for path, text in documents.generate().items():
         if asked.write:
             print(f"{path.name}: {'written' if results.write(text, path) else 'unchanged'}")
-        else:
+        elif path.suffix == ".md":
             print(text)
-    return 0
+    return 1 if failed else 0
 
 
 def pack_data(arguments: list[str]) -> int:

@@ -22,9 +22,19 @@ from experiments.step import Trainer
 
 
 def fork_epoch(config: TrainConfig, steps_per_epoch: int) -> int:
-    """How many whole epochs a pruned config shares with its dense run: those before any score is gathered."""
-    first_scored = config.prune.select_epoch * steps_per_epoch - (config.prune.importance_steps - 1)
-    return max(0, first_scored // steps_per_epoch)
+    """How many whole epochs a config shares with its dense run: those before its method does anything."""
+    if config.prune is not None:
+        # Scores are gathered in the updates before the selecting one.
+        first_scored = config.prune.select_epoch * steps_per_epoch - (config.prune.importance_steps - 1)
+        return min(max(0, first_scored // steps_per_epoch), config.epochs - (config.total_epochs == config.epochs))
+    if config.sparse is not None and config.sparse.method == "gradual":
+        return config.sparse.begin_epoch
+    return 0
+
+
+def dense_of(config: TrainConfig) -> TrainConfig:
+    """The dense run that a config shares its first epochs with."""
+    return dataclasses.replace(config, prune=None, admm=None, retrain=None, sparse=None, channels=None)
 
 
 def train_forked(
@@ -66,13 +76,16 @@ def _numbers(checkpoints: Path) -> list[int]:
 def _fork(config: TrainConfig, run: RunFolder, trunk: Path, epochs: int, dataset: Dataset, trainer: Trainer) -> None:
     """Make the run folder look as if the cell had just finished its dense epochs."""
     dense = read_config(trunk)
-    for field, theirs, ours in differences(to_dict(dense), dataclasses.replace(config, prune=None, name=dense.name)):
+    for field, theirs, ours in differences(to_dict(dense), dataclasses.replace(dense_of(config), name=dense.name)):
         raise ValueError(f"{trunk} is no dense run of {config.name}: its {field} is {theirs!r}, the cell's {ours!r}")
     RunFolder(trunk).check(dense, dataset.fingerprint)
     state, masks = trainer.init(config.seed)
     shared, _ = _restore(dense, trunk, epochs, dataset)
     # By field: a state may hold more in a pruned run.
-    state = state._replace(**{name: getattr(shared, name) for name in ("step", "params", "batch_stats", "opt_state")})
+    state = state._replace(
+        **{name: getattr(shared, name) for name in ("step", "params", "batch_stats")},
+        opt_state=_adopted(state.opt_state, shared),
+    )
     run.open(config, dataset.fingerprint)
     path = run.path / "setting.json"
     mark = {"from": f"{dense.name}-seed{dense.seed}", "epochs": epochs, "params_sha256": digest(state.params)}
@@ -84,6 +97,13 @@ def _fork(config: TrainConfig, run: RunFolder, trunk: Path, epochs: int, dataset
     checkpoints = Checkpoints(run.checkpoints, config.loop.keep_checkpoints)
     checkpoints.save(epochs, (state, masks))
     checkpoints.close()
+
+
+def _adopted(fresh: Any, shared: Any) -> Any:
+    """An optimizer state as if its transformation had done nothing but count so far."""
+    if "inner_state" not in getattr(fresh, "_fields", ()):
+        return shared.opt_state
+    return fresh._replace(count=jax.numpy.asarray(shared.step, fresh.count.dtype), inner_state=shared.opt_state)
 
 
 def _restore(dense: TrainConfig, trunk: Path, epochs: int, dataset: Dataset) -> Any:

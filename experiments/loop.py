@@ -18,8 +18,9 @@ from clicktrain_jax import models
 from clicktrain_jax.encoding import decode_masks
 from experiments.checkpoints import Checkpoints, digest
 from experiments.configs.base import TrainConfig, to_dict
+from experiments.costs import multiply_adds
 from experiments.data import Dataset, load
-from experiments.records import RunFolder, differences
+from experiments.records import RunFolder, differences, read_metrics
 from experiments.step import Trainer
 from experiments.train_state import NonFinite, TrainState
 
@@ -75,7 +76,7 @@ def train(
         checkpoints = Checkpoints(folder.checkpoints, config.loop.keep_checkpoints)
         stack.callback(checkpoints.close)
         saved = 0
-        restored = checkpoints.restore_newest((state, masks))
+        restored = checkpoints.restore_newest(template(trainer, folder, (state, masks)))
         if restored is not None:
             saved, (state, masks) = restored
         lines = folder.keep_epochs(saved)
@@ -85,7 +86,7 @@ def train(
         bar = stack.enter_context(_progress(config, saved, trainer.steps_per_epoch))
         events = stack.enter_context(_event_log(config, folder.path, saved))
         stop = stack.enter_context(_signals())
-        for epoch in range(saved, config.epochs):
+        for epoch in range(saved, config.total_epochs):
             on_step = _watch(bar, stop, trainer.steps_per_epoch, saved)
             try:
                 state, masks, line = _epoch(trainer, state, masks, epoch, config, on_step)
@@ -101,13 +102,34 @@ def train(
                 saved = epoch + 1
             events(line)
             bar.set_postfix(loss=f"{line['train_loss']:.3f}", top1=f"{100 * line.get('eval_top1', math.nan):.2f}")
-            if epoch + 1 < config.epochs:
+            if epoch + 1 < config.total_epochs:
                 stop.check(saved)
         summary = summarise(trainer, config, state, masks, lines)
         folder.write_summary(summary)
         # One that came during the last epoch: the run is complete, but whoever sent it wants no further one.
         stop.check(saved)
     return summary
+
+
+def template(trainer: Trainer, folder: RunFolder, fresh: tuple[TrainState, Any]) -> Any:
+    """What `experiments.checkpoints.Checkpoints.restore_newest` wants for a run.
+
+    Args:
+        trainer: of the run.
+        folder: where its epochs' lines tell how a net became smaller.
+        fresh: what `Trainer.init` returns.
+    """
+    channels = trainer.method.channels
+    if channels is None:
+        return fresh
+    facts = {line["epoch"]: line["channels"] for line in read_metrics(folder.path) if "channels" in line}
+
+    def shaped(epochs_done: int) -> tuple[TrainState, Any]:
+        past = [epoch for epoch in facts if epoch < epochs_done]
+        state, masks = fresh
+        return (channels.template(state, facts[max(past)]) if past else state), masks
+
+    return shaped
 
 
 def _watch(bar: Any, stop: "_Stop", steps_per_epoch: int, saved: int) -> Callable[[int], None]:
@@ -126,13 +148,14 @@ def _watch(bar: Any, stop: "_Stop", steps_per_epoch: int, saved: int) -> Callabl
 
 
 def _due(epoch: int, every: int, config: TrainConfig) -> bool:
-    return (epoch + 1) % every == 0 or epoch + 1 == config.epochs
+    return (epoch + 1) % every == 0 or epoch + 1 == config.total_epochs
 
 
 def _epoch(
     trainer: Trainer, state: TrainState, masks: Any, epoch: int, config: TrainConfig, on_step: Callable[[int], None]
 ) -> tuple[TrainState, Any, dict[str, Any]]:
     compiled_before, start = trainer.compile_seconds, time.perf_counter()
+    state, reconfigured = trainer.between_epochs(state, epoch)
     state, masks, metrics = trainer.run_epoch(state, masks, epoch, config.seed, on_step)
     compiled = trainer.compile_seconds - compiled_before
     line: dict[str, Any] = {
@@ -142,6 +165,9 @@ def _epoch(
         "train_top1": float(metrics[:, 1].mean()),
         "train_seconds": time.perf_counter() - start - compiled,
     }
+    line["training_multiply_adds"] = multiply_adds(trainer, state, epoch, masks)
+    if reconfigured is not None:
+        line["channels"] = reconfigured
     if trainer.pruned.choice is not None and "pruned" in line["phases"]:
         line["convolution"] = trainer.pruned.choice.record()
     if not np.isfinite(metrics[:, 0]).all():
@@ -165,9 +191,9 @@ def summarise(
     trainer: Trainer, config: TrainConfig, state: TrainState, encoded: Any, lines: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The facts of a finished run. Accuracies are fractions, times are seconds."""
-    masks = ct.Masks(*(jax.tree.map(lambda _: None, state.params) for _ in range(2)))
-    if encoded is not None:
-        masks = decode_masks(encoded)
+    masks = trainer.masks(state, encoded)
+    if masks is None:
+        masks = ct.Masks(*(jax.tree.map(lambda _: None, state.params) for _ in range(2)))
     sizes = models.output_sizes(trainer.model, trainer.image_shape)
     report = ct.report(state.params, masks, output_sizes=sizes)
     evaluated = [line for line in lines if "eval_top1" in line]
@@ -180,13 +206,13 @@ def summarise(
         "net": config.net,
         "width": config.width,
         "seed": config.seed,
-        "epochs": config.epochs,
+        "epochs": config.total_epochs,
         "dataset": dataset.name,
         "encoding": dataset.encoding,
         "eval_split": dataset.eval_split,
         "train_examples": len(dataset.train_labels),
         "eval_examples": len(dataset.eval_labels),
-        "method": "dense" if config.prune is None else "clicktrain",
+        "method": method_name(config),
         "final_top1": evaluated[-1]["eval_top1"],
         "best_top1": max(line["eval_top1"] for line in evaluated),
         "best_pruned_top1": max(line["eval_top1"] for line in evaluated if line["epoch"] >= prune_epoch),
@@ -196,6 +222,8 @@ def summarise(
         "model_compression": report.model_compression,
         "conv_weights": report.conv_weights,
         "conv_retained": report.conv_retained,
+        "model_weights": report.model_weights,
+        "model_retained": report.model_retained,
         "multiply_adds": report.multiply_adds,
         "retained_multiply_adds": report.retained_multiply_adds,
         "layers": [
@@ -212,10 +240,28 @@ def summarise(
         "compile_seconds": compile_seconds,
         "train_and_compile_seconds": train_seconds + compile_seconds,
         "eval_seconds": sum(line.get("eval_seconds", 0.0) for line in lines),
+        "training_multiply_adds": sum(line.get("training_multiply_adds", 0) for line in lines),
+        "training_bytes": trainer.program_bytes,
         "pruned_convolution": _pruned_convolution(lines),
         "params_sha256": digest(state.params),
-        "masks_sha256": None if encoded is None else digest(encoded),
+        "masks_sha256": _masks_digest(trainer, state, encoded),
     }
+
+
+def method_name(config: TrainConfig) -> str:
+    """What a config does, in a word."""
+    if config.retrain is not None:
+        return "pruning after training"
+    if config.sparse is not None:
+        return config.sparse.method
+    if config.channels is not None:
+        return "prunetrain"
+    return "dense" if config.prune is None else "clicktrain"
+
+
+def _masks_digest(trainer: Trainer, state: TrainState, encoded: Any) -> str | None:
+    masks = encoded if encoded is not None else trainer.masks(state, None)
+    return None if masks is None else digest(masks)
 
 
 def _pruned_convolution(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -260,7 +306,7 @@ def _progress(config: TrainConfig, start_epoch: int, steps_per_epoch: int) -> An
     from tqdm import tqdm
 
     return tqdm(
-        total=config.epochs * steps_per_epoch,
+        total=config.total_epochs * steps_per_epoch,
         initial=start_epoch * steps_per_epoch,
         desc=f"{config.name} seed {config.seed}",
         unit="step",

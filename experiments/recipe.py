@@ -10,7 +10,27 @@ from experiments.configs.base import PruneConfig, TrainConfig
 
 
 def learning_rate(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
-    """The config's schedule, by update."""
+    """The config's schedule, by update: of the dense run, then ADMM's and that of retraining."""
+    dense, pieces, bounds = _dense_rate(config, steps_per_epoch), [], []
+    end = config.epochs * steps_per_epoch
+    if config.admm is not None:
+        pieces.append(optax.constant_schedule(config.admm.learning_rate))
+        bounds.append(end)
+        end += config.admm.epochs * steps_per_epoch
+    if config.retrain is not None:
+        steps = config.retrain.epochs * steps_per_epoch
+        first = config.epochs * steps_per_epoch - steps
+        rewound = config.retrain.schedule == "rewind"
+        pieces.append(
+            (lambda step: dense(first + step))
+            if rewound
+            else optax.cosine_decay_schedule(config.retrain.learning_rate, max(steps, 1))
+        )
+        bounds.append(end)
+    return optax.join_schedules([dense, *pieces], bounds) if pieces else dense
+
+
+def _dense_rate(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
     total = config.epochs * steps_per_epoch
     if config.lr_schedule == "cosine":
         warmup = max(1, total // 10)

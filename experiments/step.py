@@ -18,18 +18,22 @@ import optax
 import clicktrain_jax as ct
 import pallas_kernels as pk
 from clicktrain_jax import models
+from clicktrain_jax.baselines import random_scores
 from clicktrain_jax.encoding import decode_masks, empty_masks, fill_masks
 from clicktrain_jax.phases import Phase
 from clicktrain_jax.selection import num_patterns_of
 from clicktrain_jax.transform import empty_scores
 from experiments.configs.base import TrainConfig
-from experiments.data import Dataset, augment, mixup, normalise
+from experiments.costs import bytes_of
+from experiments.data import Dataset, normalise
+from experiments.methods import as_masks, make_method
 from experiments.pruned_phase import Choice, PrunedPhase, Way, facts_of
 from experiments.recipe import make_optimizer, make_plan, pattern_source
 from experiments.train_state import Held, Images, NonFinite, TrainState
+from experiments.update import change_of, gradient_of, update_step
 
 # Streams of random numbers, each folded into the run's key.
-_INIT, _ORDER, _STEP = range(3)
+_INIT, _ORDER = range(2)  # experiments.update has the third
 EVAL_BATCH = 500
 
 
@@ -40,6 +44,7 @@ class Trainer:
         steps_per_epoch: updates an epoch.
         schedule: phases in updates; None for a dense run.
         compile_seconds: host seconds spent in tracing and compiling so far.
+        program_bytes: memory that the largest update compiled so far asks for, data set included.
     """
 
     def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
@@ -64,13 +69,18 @@ class Trainer:
         # By pattern where a layer has a structure, else dense in the same way as all of them are before.
         dense = models.patch_convolution if convolution == "patches" else pk.dense_conv
         by_pattern = functools.partial(models.PatternConv, convolve=pk.pattern_conv, dense=dense)
-        self.model = build(conv=nn.Conv if convolution == "xla" else by_pattern)
+        whole = nn.Conv if convolution == "xla" else by_pattern
+        if config.channels is not None:
+            dense = models.xla_convolution if convolution == "xla" else dense
+            whole = functools.partial(models.NarrowConv, dense=dense)
+        self.model = build(conv=whole)
         self.models = {
             "dense": self.model,
             "pattern": build(conv=by_pattern),
             "pattern_hwnc": build(conv=by_pattern, layout="HWNC"),
         }
-        self.abstract_params = models.abstract_variables(self.model, image_shape)["params"]
+        abstract = models.abstract_variables(self.model, image_shape)
+        self.abstract_params = abstract["params"]
         self.train_data = Images(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels))
         self.eval_data = Images(jnp.asarray(dataset.eval_images), jnp.asarray(dataset.eval_labels))
 
@@ -84,24 +94,32 @@ class Trainer:
                 f"batch_size={config.batch_size} is larger than the {count} training images and partial_batch is "
                 "'drop': nothing would be trained; lower the batch size"
             )
-        self.optimizer = make_optimizer(config, self.steps_per_epoch)
         self.plan, self.schedule, self.updates = None, None, None
+        if config.prune is not None:
+            self.plan = make_plan(config.prune, self.model, self.abstract_params, image_shape, config.net)
+        self.method = make_method(
+            config, make_optimizer(config, self.steps_per_epoch), self.model, abstract, image_shape,
+            self.steps_per_epoch, self.plan,
+        )
+        self.optimizer = self.method.optimizer
         if config.prune is not None:
             self._set_up_pruning()
         self.pruned = PrunedPhase(
             config.loop.pruned_convolution, self.plan, facts_of(config, self.plan), hwnc=not on_cpu
         )
-        self.compile_seconds = 0.0
+        self.compile_seconds, self.program_bytes = 0.0, 0
         self._programs: dict[Any, Callable[..., Any]] = {}
 
     def _set_up_pruning(self) -> None:
         prune = self.config.prune
-        self.plan = make_plan(prune, self.model, self.abstract_params, self.image_shape, self.config.net)
         self.patterns = pattern_source(prune)
         per_epoch = self.steps_per_epoch
+        last = self.config.total_epochs * per_epoch - 1
+        # The prune is the update after the selection at the earliest, and the run's last one at the latest.
+        select = min(prune.select_epoch * per_epoch, last - 1)
         self.schedule = ct.PhaseSchedule(
-            prune.select_epoch * per_epoch,
-            prune.prune_epoch * per_epoch,
+            select,
+            min(max(prune.prune_epoch * per_epoch, select + 1), last),
             None if prune.reselect_epoch is None else prune.reselect_epoch * per_epoch,
             prune.importance_steps,
         )
@@ -110,7 +128,7 @@ class Trainer:
             self.plan,
             coeff=prune.coeff,
             patterns=self.patterns,
-            importance=prune.importance,
+            importance=random_scores if prune.importance == "random" else prune.importance,
             importance_steps=prune.importance_steps,
         )
 
@@ -175,7 +193,7 @@ class Trainer:
             if phase == Phase.PRUNED:
                 choice = self._choose_pruned(state, metrics, order, key, masks, mix)
                 way, held = choice.way, Held(masks, choice.structures)
-            for begin, stop, batch in self._by_batch_size(first, end):
+            for begin, stop, batch in self.by_batch_size(first, end):
                 looped = self.scan and stop - begin > 1
                 if looped:
                     args = (state, metrics, self.train_data, order, np.int32(begin), np.int32(stop), key, held)
@@ -201,12 +219,36 @@ class Trainer:
             end = min(begin + EVAL_BATCH, count)
             args = (state.params, state.batch_stats, self.eval_data, np.int32(begin))
             build = functools.partial(self._eval_batch, end - begin)
-            totals.append(self._compiled(("eval", end - begin), build, args, ())(*args))
+            key = ("eval", end - begin, *self._shapes(state.params))
+            totals.append(self._compiled(key, build, args, ())(*args))
         loss, correct = np.sum([np.asarray(total) for total in totals], axis=0, dtype=np.float64)
         return loss / count, correct / count
 
-    def _by_batch_size(self, first: int, end: int) -> list[tuple[int, int, int]]:
-        """Split updates [first, end) of an epoch by batch size: the last one may be smaller."""
+    def _shapes(self, params: Any) -> tuple[tuple[int, ...], ...]:
+        """What tells a narrowed net's programs apart."""
+        return () if self.method.channels is None else tuple(leaf.shape for leaf in jax.tree.leaves(params))
+
+    def between_epochs(self, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, Any] | None]:
+        """What happens before an epoch's first update: PruneTrain's smaller net, and facts about it."""
+        channels = self.method.channels
+        if channels is None or not channels.is_due(epoch):
+            return state, None
+        return channels.reconfigure(state)
+
+    def masks(self, state: TrainState, encoded: Any) -> ct.Masks | None:
+        """The masks of a run in any phase, of whichever method; None for a dense one."""
+        if encoded is not None:
+            return decode(encoded)
+        by_name = self.method.masks(state.params, state.opt_state)
+        return as_masks(state.params, by_name) if by_name else None
+
+    def variables(self, state: TrainState) -> dict[str, Any]:
+        """What the net answers with, as for `flax.linen.Module.apply`: 2:4 keeps more weights than it computes with."""
+        stats = {"batch_stats": state.batch_stats} if state.batch_stats else {}
+        return {"params": self.method.forward(state.params), **stats}
+
+    def by_batch_size(self, first: int, end: int) -> list[tuple[int, int, int]]:
+        """Split updates [first, end) of an epoch by batch size, (first, end, batch): the last one may be smaller."""
         full = self.steps_per_epoch - bool(self.tail)
         parts = [(first, min(end, full), self.config.batch_size), (max(first, full), end, self.tail)]
         return [(begin, stop, batch) for begin, stop, batch in parts if begin < stop]
@@ -259,13 +301,41 @@ class Trainer:
         args: tuple,
         in_background: bool = False,
     ) -> Callable[..., Any]:
-        def build() -> Callable[..., Any]:
-            body = self.update_step(phase, mix, batch, gathers, way)
-            return _looped(body) if looped else body
+        """An update, ``(state, metrics, data, order, ..., key, held) -> (state, metrics, chosen)``, or a loop of them.
 
-        # Structures of another size are another program.
-        key = (phase, gathers, mix, batch, looped, way, jax.tree.structure(args[-1]))
-        return self._compiled(key, build, args, (0, 1), in_background)
+        In a loop it is one program. An update by itself is two, so that all phases share the costly one, which has the
+        convolutions, and few have to wait for a compiler.
+        """
+        # Structures of another size, and nets that became narrower, are other programs.
+        held, narrowed = args[-1], self._shapes(args[0].params)
+        shapes = (jax.tree.structure(held.structures if held is not None else {}), *narrowed)
+        if looped:
+            return self._compiled(
+                (phase, gathers, mix, batch, way, held is None, *shapes),
+                lambda: _looped(self.update_step(phase, mix, batch, gathers, way)), args, (0, 1), in_background,
+            )
+
+        def run(state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, held: Any) -> Any:
+            masks, structures = (None, {}) if held is None else held
+            inputs = (state.params, state.batch_stats, state.step, data, order, index, key, structures)
+            gradient = self._compiled(
+                ("gradient", mix, batch, way, *shapes), lambda: gradient_of(self, mix, batch, way), inputs, (),
+                in_background,
+            )
+            if in_background:
+                found = jax.eval_shape(gradient_of(self, mix, batch, way), *inputs)
+            else:
+                found = gradient(*inputs)
+            changed = (state, metrics, index, found, masks)
+            change = self._compiled(
+                ("change", phase, gathers, *narrowed), lambda: change_of(self, phase, gathers), changed, (0, 1),
+                in_background,
+            )
+            return None if in_background else change(*changed)
+
+        if in_background:
+            run(*args)
+        return run
 
     def _compiled(
         self,
@@ -279,7 +349,8 @@ class Trainer:
         if key not in self._programs:
             start = time.perf_counter()
             lowered = jax.jit(build(), donate_argnums=donate).lower(*args)
-            self._programs[key] = lowered.compile(pk.compiler_options(self.config.precision))
+            program = self._programs[key] = lowered.compile(pk.compiler_options(self.config.precision))
+            self.program_bytes = max(self.program_bytes, bytes_of(program))
             if not in_background:
                 self.compile_seconds += time.perf_counter() - start
         return self._programs[key]
@@ -287,80 +358,16 @@ class Trainer:
     def update_step(
         self, phase: Phase, mix: bool, batch: int, gathers: bool = False, way: Way = "dense"
     ) -> Callable[..., Any]:
-        """One update as a pure function.
-
-        ``(state, metrics, data, order, index, key, held) -> (state, metrics, chosen)``; ``held`` is `Held` from the
-        regularize phase on, None before; ``way`` says how the convolutions are run; ``index`` counts updates
-        in the epoch and the batch is ``order[index * batch_size:][:batch]``; ``chosen`` is None except for
-        SELECT. In the dense phase the optimizer's update is called as it is: no mask, no conditional. With ``gathers``
-        the update's scores are added to the state's.
-        """
-        config, dataset, updates, model = self.config, self.dataset, self.updates, self.models[way]
-
-        def loss_of(
-            params: Any, batch_stats: Any, structures: Any, images: Any, labels: tuple, key: jax.Array
-        ) -> Any:
-            logits, new = model.apply(
-                {"params": params, "batch_stats": batch_stats} | ({"structures": structures} if structures else {}),
-                images,
-                train=True,
-                rngs={"dropout": key},
-                mutable=["batch_stats"],
-            )
-            first, second, lam = labels
-            losses = optax.softmax_cross_entropy_with_integer_labels
-            loss = losses(logits, first).mean()
-            guess = logits.argmax(-1)
-            top1 = (guess == first).mean()
-            if mix:
-                loss = lam * loss + (1 - lam) * losses(logits, second).mean()
-                top1 = lam * top1 + (1 - lam) * (guess == second).mean()
-            return loss, (new["batch_stats"], top1)
-
-        def step(
-            state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, held: Any
-        ) -> tuple[TrainState, Any, Any]:
-            # Masks are a pair as well: taken for one another they would train on, wrongly.
-            if held is not None and not isinstance(held, Held):
-                raise TypeError(f"held is Held(masks, structures) or None, got {type(held).__name__}")
-            masks, structures = (None, {}) if held is None else held
-            step_key = jax.random.fold_in(jax.random.fold_in(key, _STEP), state.step)
-            augment_key, mixup_key, dropout_key = jax.random.split(step_key, 3)
-            chosen_images = jax.lax.dynamic_slice(order, (index * config.batch_size,), (batch,))
-            images = augment(augment_key, data.images[chosen_images], pad=config.crop_padding, flip=config.flip)
-            images = normalise(images, dataset.mean, dataset.std)
-            labels = (data.labels[chosen_images], None, None)
-            if mix:
-                images, labels = mixup(mixup_key, images, labels[0], config.mixup_alpha)
-            (loss, (batch_stats, top1)), grads = jax.value_and_grad(loss_of, has_aux=True)(
-                state.params, state.batch_stats, structures, images, labels, dropout_key
-            )
-            arguments = (grads, state.opt_state, state.params)
-            chosen, scores = None, state.scores
-            if gathers:
-                scores = updates.gather(scores, grads, state.params)
-            if phase == Phase.SELECT:
-                chosen = updates.select(grads, state.params, scores)
-                scores = jax.tree.map(jnp.zeros_like, scores)
-            if phase <= Phase.SELECT:
-                change, opt_state = self.optimizer.update(*arguments)
-            else:
-                by_phase = {
-                    Phase.REGULARIZE: updates.regularize, Phase.PRUNE: updates.prune, Phase.PRUNED: updates.pruned,
-                }
-                change, opt_state = by_phase[phase](*arguments, masks)
-            params = optax.apply_updates(state.params, change)
-            metrics = metrics.at[index].set(jnp.stack([loss, top1]).astype(jnp.float32))
-            return TrainState(state.step + 1, params, batch_stats, opt_state, scores), metrics, chosen
-
-        return step
+        """One whole update as a pure function: `experiments.update.update_step` of this trainer."""
+        return update_step(self, phase, mix, batch, gathers, way)
 
     def _eval_batch(self, batch: int) -> Callable[..., Any]:
         def evaluate(params: Any, batch_stats: Any, data: Images, begin: Any) -> jax.Array:
             images = jax.lax.dynamic_slice_in_dim(data.images, begin, batch)
             labels = jax.lax.dynamic_slice_in_dim(data.labels, begin, batch)
             images = normalise(images, self.dataset.mean, self.dataset.std)
-            logits = self.model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
+            variables = {"params": self.method.forward(params), "batch_stats": batch_stats}
+            logits = self.model.apply(variables, images, train=False)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return jnp.stack([losses.sum(), (logits.argmax(-1) == labels).sum().astype(jnp.float32)])
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from clicktrain_jax.models.conv import PatchConv, PatternConv, patch_convolution, xla_convolution
+from clicktrain_jax.models.conv import NarrowConv, PatchConv, PatternConv, patch_convolution, xla_convolution
 from clicktrain_jax.models.layout import Layout, conv_in_layout
 from clicktrain_jax.models.resnet import ResNet
 from clicktrain_jax.models.sizes import (
@@ -33,6 +33,7 @@ __all__ = [
     "ConvLayer",
     "Layout",
     "ModuleDef",
+    "NarrowConv",
     "PatchConv",
     "PatternConv",
     "ResNet",

@@ -2,6 +2,8 @@
 
 `PatternConv` runs the layers that have a structure by a function that was handed in, and the others dense.
 
+`NarrowConv` has as many filters as its stored kernel: for nets that lose channels while they are trained.
+
 `PatchConv` is for CPUs, where XLA's own convolutions are slow on images smaller than the kernel and inside every
 compiled loop (jax issue 12868: some 60 times slower there). As slices and a matrix product the same function trains a
 VGG several times faster, in a loop or out of one (`python -m experiments bench loop`, `bench step`); out of one,
@@ -102,6 +104,10 @@ class PatternConv(nn.Module):
     convolve: Callable[..., jax.Array] | None = None
     dense: DenseConvolution = xla_convolution
 
+    def filters(self) -> int:
+        """Number of filters."""
+        return self.features
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(batch, height, width, cin) -> (batch, rows, columns, features) in ``dtype``; or both in HWNC.
@@ -122,6 +128,21 @@ class PatternConv(nn.Module):
         return self.convolve(x.astype(self.dtype), kernel, structure, **settings)
 
 
+class NarrowConv(PatternConv):
+    """`PatternConv` with the number of filters of its stored kernel, whatever ``features`` says.
+
+    A net whose parameters and statistics were sliced to fewer channels runs as it is: BatchNorm and linear layers
+    take their widths from their inputs. Without a stored kernel, as in ``init``, ``features`` holds::
+
+        net = build("vgg13", num_classes=10, conv=partial(NarrowConv, dense=patch_convolution))
+    """
+
+    def filters(self) -> int:
+        """Of the stored kernel; ``features`` where there is none."""
+        kernel = self.get_variable("params", "kernel")
+        return self.features if kernel is None else jnp.shape(kernel)[-1]
+
+
 class PatchConv(PatternConv):
     """`PatternConv` whose dense form is patches: in place of `flax.linen.Conv` where XLA's convolutions are slow."""
 
@@ -132,5 +153,5 @@ def _kernel(module: PatternConv, x: jax.Array) -> jax.Array:
     """A module's kernel in the dtype that it computes in; the kept one is float32."""
     if module.use_bias:
         raise ValueError(f"{type(module).__name__} has no bias: use_bias=True is for flax.linen.Conv")
-    shape = (*module.kernel_size, x.shape[-1], module.features)
+    shape = (*module.kernel_size, x.shape[-1], module.filters())
     return module.param("kernel", module.kernel_init, shape, jnp.float32).astype(module.dtype)

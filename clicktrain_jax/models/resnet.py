@@ -78,6 +78,8 @@ class ResidualBlock(nn.Module):
         dtype: what the layers compute in.
         conv: the convolution, called as `nn.Conv` is; one that knows layouts must hold this one.
         layout: of the block's input and output.
+        input_features: width of the input by design, which decides whether a shortcut is needed; None for the actual
+            one. They differ in a net whose convolutions have fewer filters than ``features``.
     """
 
     features: int
@@ -87,6 +89,7 @@ class ResidualBlock(nn.Module):
     dtype: Any = jnp.float32
     conv: ModuleDef = nn.Conv
     layout: Layout = "NHWC"
+    input_features: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -106,7 +109,7 @@ class ResidualBlock(nn.Module):
                 y = nn.relu(y)
 
         features = layers[-1][0]
-        if strides != 1 or x.shape[-1] != features:
+        if strides != 1 or (self.input_features or x.shape[-1]) != features:
             if self.shortcut == "pad":
                 x = _padded_shortcut(x, features, strides, self.layout)
             else:
@@ -172,7 +175,7 @@ class ResNet(nn.Module):
         if self.stem == "imagenet":
             x = max_pool(x, 3, 2, self.layout, padding=((1, 1), (1, 1)))
 
-        index = 0
+        index, before = 0, widths[0]
         for stage, (count, features) in enumerate(zip(self.blocks_per_stage, widths, strict=True)):
             for block in range(count):
                 x = ResidualBlock(
@@ -183,9 +186,10 @@ class ResNet(nn.Module):
                     dtype=self.dtype,
                     conv=conv,
                     layout=self.layout,
+                    input_features=before,
                     name=f"Block_{index}",
                 )(x, train=train)
-                index += 1
+                index, before = index + 1, features * (_BOTTLENECK_EXPANSION if self.kind == "bottleneck" else 1)
 
         x = jnp.mean(x, axis=spatial_axes(self.layout), dtype=jnp.float32)
         bound = 1 / math.sqrt(x.shape[-1])

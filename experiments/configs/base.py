@@ -8,6 +8,7 @@ import dataclasses
 import math
 from typing import Literal
 
+from experiments.configs.methods import AdmmConfig, ChannelConfig, RetrainConfig, SparseConfig
 from experiments.data import DataConfig
 
 
@@ -21,7 +22,8 @@ class PruneConfig:
             ``target`` decides.
         coeff: weight of the group lasso in the loss.
         select_epoch: masks are chosen at this epoch's first update.
-        prune_epoch: masked weights are zero from this epoch's first update on.
+        prune_epoch: masked weights are zero from this epoch's first update on; at select_epoch, from the update after
+            the selecting one on. Where no update is left for it, both fall on the run's last updates.
         num_patterns: size of the pattern set; 4, 8 or 12 of the published one.
         importance: criterion of the selection.
         tile: (filters, channels) that share one pattern and one removal; None for all.
@@ -47,7 +49,7 @@ class PruneConfig:
     select_epoch: int
     prune_epoch: int
     num_patterns: int = 4
-    importance: Literal["taylor", "group_taylor", "magnitude"] = "taylor"
+    importance: Literal["taylor", "group_taylor", "magnitude", "random"] = "taylor"
     tile: tuple[int | None, int | None] = (1, 1)
     target: float | None = None
     target_of: Literal["convolutions", "model", "multiply_adds"] = "convolutions"
@@ -70,10 +72,10 @@ class PruneConfig:
                 f"prune.fractions={self.fractions}, prune.target={self.target}: give one fraction, or one for each "
                 "prunable convolution, or else leave them empty and give a target"
             )
-        if not 0 <= self.select_epoch < self.prune_epoch:
+        if not 0 <= self.select_epoch <= self.prune_epoch:
             raise ValueError(
                 f"prune.select_epoch={self.select_epoch}, prune.prune_epoch={self.prune_epoch}: "
-                "expected 0 <= select_epoch < prune_epoch"
+                "expected 0 <= select_epoch <= prune_epoch"
             )
         if self.reselect_epoch is not None and not self.select_epoch < self.reselect_epoch < self.prune_epoch:
             raise ValueError(
@@ -138,7 +140,7 @@ class TrainConfig:
         width: multiplies every width of the net.
         dropout: the net's dropout rate; None for its own (0.5 in the VGGs).
         data: which images.
-        epochs: length of the run.
+        epochs: length of the run, or of the dense run that ``admm`` and ``retrain`` come after.
         batch_size: images an update.
         partial_batch: keep an epoch's last, smaller batch (391 updates a CIFAR epoch at 128) or drop it (390).
         learning_rate: at the start.
@@ -155,6 +157,10 @@ class TrainConfig:
         precision: what the net computes in; parameters, optimizer and losses stay float32.
         seed: decides initialisation, order of images, augmentation, dropout and mixup.
         prune: None trains dense.
+        admm: ADMM epochs after the dense ones; the masks are chosen at their end.
+        retrain: epochs after these, with the masks on.
+        sparse: another kind of sparse training instead of ``prune``.
+        channels: PruneTrain instead of ``prune``.
         loop: how the host runs it.
         expected: what is published about the run; `python -m experiments list` shows it beside what was measured.
     """
@@ -180,6 +186,10 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
     prune: PruneConfig | None = None
+    admm: AdmmConfig | None = None
+    retrain: RetrainConfig | None = None
+    sparse: SparseConfig | None = None
+    channels: ChannelConfig | None = None
     loop: LoopConfig = LoopConfig()
     expected: str = "not published"
 
@@ -200,13 +210,40 @@ class TrainConfig:
             raise ValueError(f"lr_milestones={self.lr_milestones}, lr_gamma={self.lr_gamma}: expected positive numbers")
         if self.mixup_epoch is not None and self.mixup_epoch < 0:
             raise ValueError(f"mixup_epoch={self.mixup_epoch}: expected 0 or more, or None for never")
+        if self.admm is not None and self.retrain is None:
+            raise ValueError("admm without retrain: say how long the pruned net is trained (retrain.epochs, 0 for not)")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: expected 0 to 2**32 - 1")
-        if self.prune is not None and self.prune.prune_epoch >= self.epochs:
+        if self.retrain is not None:
+            self._check_pruning_after()
+        elif self.prune is not None and self.prune.prune_epoch >= self.epochs:
             raise ValueError(
                 f"prune.prune_epoch={self.prune.prune_epoch} is not before epochs={self.epochs}: nothing would be "
                 "pruned; lengthen the run or prune earlier"
             )
+        if sum(part is not None for part in (self.prune, self.sparse, self.channels)) > 1:
+            raise ValueError("prune, sparse and channels are methods of their own: give one of them")
+        if self.sparse is not None and self.sparse.method != "n_of_m" and self.sparse.end_epoch > self.epochs:
+            raise ValueError(f"sparse.end_epoch={self.sparse.end_epoch} is after the last of epochs={self.epochs}")
+
+    def _check_pruning_after(self) -> None:
+        if self.prune is None:
+            raise ValueError("retrain without prune: there is nothing to prune before retraining")
+        after = self.epochs + (self.admm.epochs if self.admm else 0)
+        if not self.prune.select_epoch == self.prune.prune_epoch == after:
+            raise ValueError(
+                f"prune.select_epoch={self.prune.select_epoch}, prune.prune_epoch={self.prune.prune_epoch} with "
+                f"retrain: expected both {after}, where the dense epochs and those of ADMM end"
+            )
+        if self.retrain.schedule == "rewind" and self.retrain.epochs > self.epochs:
+            raise ValueError(
+                f"retrain.epochs={self.retrain.epochs} with 'rewind': expected at most the dense run's {self.epochs}"
+            )
+
+    @property
+    def total_epochs(self) -> int:
+        """Length of the whole run: the dense epochs, ADMM's and retraining's."""
+        return self.epochs + sum(part.epochs for part in (self.admm, self.retrain) if part is not None)
 
 
 # Fields that are no more, with the value that meant nothing: records that have it stay readable.
@@ -232,7 +269,10 @@ def from_dict(data: dict) -> TrainConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown config field {unknown[0]!r} for {cls.__name__}; known: {sorted(known)}")
-        parts = {"data": DataConfig, "loop": LoopConfig, "prune": PruneConfig}
+        parts = {
+            "data": DataConfig, "loop": LoopConfig, "prune": PruneConfig, "admm": AdmmConfig,
+            "retrain": RetrainConfig, "sparse": SparseConfig, "channels": ChannelConfig,
+        }
         fields = {}
         for key, value in values.items():
             if cls is TrainConfig and key in parts and value is not None:

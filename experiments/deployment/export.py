@@ -12,11 +12,11 @@ import numpy as np
 import clicktrain_jax as ct
 from clicktrain_jax import compact
 from clicktrain_jax.compact.manifest import MANIFEST, WEIGHTS
-from clicktrain_jax.encoding import decode_masks
 from experiments.checkpoints import Checkpoints
 from experiments.configs.base import TrainConfig, to_dict
 from experiments.data import DataConfig, Dataset, load
 from experiments.deployment import page, timing
+from experiments.loop import template
 from experiments.records import RunFolder, read_config, read_json, read_metrics
 from experiments.step import EVAL_BATCH, Trainer
 
@@ -33,7 +33,7 @@ class Restored:
         trainer: its programs.
         epochs_done: of the checkpoint.
         state: `experiments.train_state.TrainState`.
-        encoded: masks as the state holds them; None for a dense run.
+        encoded: masks as the state holds them; None where no phase of ClickTrain chose any.
     """
 
     config: TrainConfig
@@ -42,6 +42,16 @@ class Restored:
     epochs_done: int
     state: Any
     encoded: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the net answers with, on the host."""
+        return jax.tree.map(np.asarray, jax.device_get(self.trainer.variables(self.state)))
+
+    @property
+    def masks(self) -> ct.Masks | None:
+        """Of whichever method; None for a dense run."""
+        return jax.device_get(self.trainer.masks(self.state, self.encoded))
 
 
 def restore(run: Path, data_dir: str | None = None) -> Restored:
@@ -62,7 +72,7 @@ def restore(run: Path, data_dir: str | None = None) -> Restored:
     if not folder.checkpoints.exists():
         raise ValueError(f"{run} holds no checkpoint")
     checkpoints = Checkpoints(folder.checkpoints, read_only=True)
-    restored = checkpoints.restore_newest(trainer.init(config.seed))
+    restored = checkpoints.restore_newest(template(trainer, folder, trainer.init(config.seed)))
     checkpoints.close()
     if restored is None:
         raise ValueError(f"{run} holds no checkpoint")
@@ -112,11 +122,7 @@ def export_run(
         raise ValueError(f"{run} holds no summary.json: only a finished run is exported; train it to its end first")
     found = restore(run, data_dir)
     config, dataset, model = found.config, found.dataset, found.trainer.model
-    variables = {"params": found.state.params}
-    if found.state.batch_stats:
-        variables["batch_stats"] = found.state.batch_stats
-    variables = jax.tree.map(np.asarray, jax.device_get(variables))
-    masks = None if found.encoded is None else jax.device_get(decode_masks(found.encoded))
+    variables, masks = found.variables, found.masks
 
     def write(folder: Path, facts: Mapping[str, Any], **options: Any) -> dict[str, Any]:
         return ct.export(

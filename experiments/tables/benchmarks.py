@@ -38,8 +38,10 @@ the medians. Machines are shared and noisy; a row that repeats the first one sho
 def generate(folder: Path = RECORDS) -> str:
     """The text of BENCHMARKS.md."""
     parts = [_HEADER]
-    for path in sorted((folder / "bench").glob("*.json")):
-        parts.append(_section(read_json(path)))
+    records = [read_json(path) for path in sorted((folder / "bench").glob("*.json"))]
+    parts += [_section(record) for record in records]
+    if not any(record["what"] == "torch" for record in records):
+        parts.append("## torch\n\n`python -m experiments bench torch --torch-python ...`: not measured.\n")
     parts.append(deploy.generate(folder))
     parts.append(_deployed(folder / "deploy"))
     parts.append(_gpu(folder / "gpu"))
@@ -74,10 +76,37 @@ def step_table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(header, lines)
 
 
+def torch_table(record: dict[str, Any]) -> str:
+    """A record of `experiments.bench_torch`: the training loop beside eager PyTorch with a host loader."""
+    torch, net = record["torch"], record["net"]
+    loads = [f"{load[0]:.1f}" for load in record["load_average"]]
+    explained = (
+        f"{net['name']} of width {net['width']:g}, batches of {record['batch_size']}, float32, trained dense from the "
+        f"same weights on the same {record['images']:,} images with the same cores: ours with the images on the device "
+        f"and augmentation in the compiled update; {torch['version']}, eager, {torch['threads']} threads and "
+        f"{torch['workers']} workers of its loader, which crop, flip and normalise image by image. Whole epochs in "
+        f"turns, {record['rounds']} of each after a first one; medians. Load average {loads[0]} at the start, "
+        f"{loads[1]} at the end.\n"
+    )
+    rows = [
+        (
+            row["name"],
+            *(f"{row[key]:,.1f}" for key in ("images_per_s", "p20", "p80")),
+            f"{record['images'] / row['images_per_s']:.3g}",
+            f"{row['slower']:.2f}",
+        )
+        for row in record["results"]
+    ]
+    header = ("loop", "images/s", "20%", "80%", "seconds an epoch", "ours is times faster")
+    return f"{explained}\n{markdown_table(header, rows)}"
+
+
 def tables_of(record: dict[str, Any]) -> str:
     """What `python -m experiments bench` prints, of a record of any kind."""
     if record["what"] == "conv":
         return conv_tables(record)
+    if record["what"] == "torch":
+        return torch_table(record)
     return step_table(record["results"]) if record["what"] == "step" else bench_table(record["results"])
 
 

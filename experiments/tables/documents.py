@@ -1,30 +1,61 @@
-"""The generated documents: which tables make up RESULTS.md and BENCHMARKS.md, and the pictures beside the records."""
+"""The generated documents: what makes up RESULTS.md, BENCHMARKS.md and the CSV files, and which pictures are drawn."""
 
 from pathlib import Path
 from typing import Any
 
 from experiments.records import read_json
-from experiments.tables import ablation, benchmarks, importance, pattern_sheet, results
+from experiments.tables import (
+    ablation,
+    benchmarks,
+    comparison,
+    comparison_plots,
+    importance,
+    pattern_sheet,
+    published,
+    results,
+    studies,
+)
 
 _ROOT = results.RESULTS_FILE.parent
 
 
 def generate(records: Path = results.RECORDS) -> dict[Path, str]:
-    """The text of each document, by its path."""
-    parts = [results.generate(records, without=(ablation.GROUP,))]
+    """The text of each document, by its path.
+
+    Raises:
+        ValueError: records that contradict each other, or are of no config there is now.
+    """
+    found = results.records(records)
+    compared = [studies.read(folder) for folder in studies.folders(records)]
+    own_tables = (ablation.GROUP, published.GROUP, *(folder.name for folder in records.glob(f"{studies.PREFIX}*")))
+    parts = [
+        results.HEADER,
+        comparison.section([(study, _link(study.folder / comparison.PLOT)) for study in compared]),
+        published.generate(found),
+        results.generate(found, without=own_tables),
+    ]
     for path in _importance_records(records):
         parts.append(importance.generate(read_json(path), _link(path.with_suffix(".png"))))
-    found = ablation.records(records)
-    if found:
-        parts.append(f"{ablation.generate(found)}\n![Every cell's difference]({_link(ablation.PLOT)})\n")
-        for record in _with_sheet(found):
+    of_ablation = ablation.records(records)
+    if of_ablation:
+        parts.append(f"{ablation.generate(of_ablation)}\n![Every cell's difference]({_link(ablation.PLOT)})\n")
+        for record in _with_sheet(of_ablation):
             path = ablation.PLOT.with_name(_sheet_name(record))
             parts.append(f"![Patterns of {record['name']}, and where they are used]({_link(path)})\n")
-    return {results.RESULTS_FILE: "\n".join(parts), benchmarks.BENCHMARKS_FILE: benchmarks.generate()}
+    return {
+        results.RESULTS_FILE: "\n".join(part for part in parts if part),
+        benchmarks.BENCHMARKS_FILE: benchmarks.generate(),
+        records / published.CSV: published.to_csv(found),
+        **{study.folder / comparison.CSV: comparison.to_csv(study) for study in compared},
+    }
 
 
 def draw(records: Path = results.RECORDS) -> None:
     """Draw the pictures that the documents link to, beside their records."""
+    for folder in studies.folders(records):
+        study = studies.read(folder)
+        if study.some_run() is not None:
+            comparison_plots.draw(study, folder / comparison.PLOT)
     for path in _importance_records(records):
         importance.plot(read_json(path), path.with_suffix(".png"))
     found = ablation.records(records)

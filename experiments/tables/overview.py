@@ -22,7 +22,7 @@ def overview() -> str:
         net = config.net if config.width == 1 else f"{config.net} x{config.width:g}"
         when = "" if config.prune is None else f"{config.prune.select_epoch}, {config.prune.prune_epoch}"
         lines.append(
-            f"{config.name:<31}{net:<16}{config.epochs:>6}  {when:<14}{_work(config):<15}"
+            f"{config.name:<31}{net:<16}{config.total_epochs:>6}  {when:<14}{_work(config):<15}"
             f"{config.expected}; {measured(config, records)}"
         )
     lines.append(
@@ -56,5 +56,5 @@ def _multiply_adds(net: str, width: float, num_classes: int) -> int:
 def _work(config: TrainConfig) -> str:
     count, num_classes = _SETS[config.data.name]
     count = config.data.train_examples or count
-    total = 3 * _multiply_adds(config.net, config.width, num_classes) * count * config.epochs
+    total = 3 * _multiply_adds(config.net, config.width, num_classes) * count * config.total_epochs
     return f"{total / 1e12:,.1f} T" if total < 1e14 else f"{total / 1e12:,.0f} T"

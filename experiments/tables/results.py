@@ -1,21 +1,23 @@
 """RESULTS.md from the committed records: the run folders below experiments/results."""
 
-from collections.abc import Collection, Iterable
+import contextlib
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.configs import TrainConfig
+from experiments.configs import TrainConfig, from_dict, to_dict
 from experiments.records import differences, identity, read_json
 from experiments.tables.statistics import markdown_table, mean_spread, paired
 
 RECORDS = Path(__file__).parents[1] / "results"
 RESULTS_FILE = Path(__file__).parents[2] / "RESULTS.md"
-_HEADER = """# Results
+HEADER = """# Results
 
 Generated from the records in experiments/results by `python -m experiments table --write`; no figure here is typed.
-Accuracies are top-1 in percent, mean ± standard deviation over the seeds; "drop" is against the dense run of the same
-seed. "Best" is the best epoch after the prune (of all epochs for dense runs). Compression counts all convolutions,
-shortcuts too, and all trained parameters. CIFAR-10 as "jpeg" is a lossy re-encoding: accuracies on it do not compare
+The methods that ClickTrain is compared with come first, then the authors' recipes, then single studies. Accuracies are
+top-1 in percent, mean ± standard deviation over the seeds; "drop" is against the dense run of the same seed. "Best" is
+the best epoch after the prune (of all epochs for dense runs). Compression counts all convolutions, shortcuts too, and
+all trained parameters. CIFAR-10 as "jpeg" is a lossy re-encoding: accuracies on it do not compare
 with published ones, only the drops do. Ratios of speed are in BENCHMARKS.md.
 """
 _COLUMNS = ("run", "n", "final", "drop", "best", "conv", "model", "machine", "date")
@@ -48,13 +50,19 @@ def machine(record: dict[str, Any]) -> str:
     return f"{where['cpu']['model']}, {where['cpu']['cores']} cores"
 
 
-def generate(folder: Path = RECORDS, without: Collection[str] = ()) -> str:
-    """The runs' part of RESULTS.md; groups in ``without`` have tables of their own."""
-    found = [record for record in records(folder) if record["group"] not in without]
-    parts = [_HEADER]
-    for group in sorted({record["group"] for record in found}):
-        parts.append(_section(group, [record for record in found if record["group"] == group]))
-    return "\n".join(parts)
+def generate(found: Sequence[dict[str, Any]], without: Collection[str] = ()) -> str:
+    """The part of RESULTS.md on runs that stand by themselves, a section for each group; may be empty.
+
+    Args:
+        found: from `records`.
+        without: groups that have tables of their own.
+
+    Raises:
+        ValueError: several dense runs of one seed in a group.
+    """
+    found = [record for record in found if record["group"] not in without]
+    groups = sorted({record["group"] for record in found})
+    return "\n".join(_section(group, [record for record in found if record["group"] == group]) for group in groups)
 
 
 def write(text: str, path: Path = RESULTS_FILE) -> bool:
@@ -75,12 +83,19 @@ def _section(group: str, found: list[dict[str, Any]]) -> str:
     runs: dict[str, list[dict[str, Any]]] = {}
     for record in found:
         # One row for each config, its seed apart.
-        runs.setdefault(identity(record["config"]), []).append(record)
+        runs.setdefault(_identity(record["config"]), []).append(record)
     rows = []
     for members in sorted(runs.values(), key=lambda group: (_rate(group[0]), group[0]["method"] != "dense")):
         name = f"{members[0]['name']}, lr {_rate(members[0]):g}"
         rows.append(_row(name, members, _dense_beside(members[0], found)))
     return title + "\n" + markdown_table(_COLUMNS, rows)
+
+
+def _identity(stored: dict[str, Any]) -> str:
+    """Of a config, the fields added since it was stored having their defaults."""
+    with contextlib.suppress(ValueError):
+        stored = to_dict(from_dict(stored))
+    return identity(stored)
 
 
 def _rate(record: dict[str, Any]) -> float:

@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from clicktrain_jax import models
-from experiments import ablation, forks, loop
+from experiments import ablation, forks, jobs, loop
 from experiments.checkpoints import Checkpoints
 from experiments.configs import ablation as cells_of
 from experiments.configs import to_dict
@@ -127,7 +127,7 @@ def pretend(monkeypatch):
         done.append(job.folder.name)
         return {}
 
-    monkeypatch.setattr(ablation, "do", do)
+    monkeypatch.setattr(jobs, "do", do)
     return done
 
 
@@ -195,7 +195,7 @@ def test_a_cell_that_cannot_run_is_told_and_the_others_go_on(tmp_path, monkeypat
         RunFolder(job.folder).write_summary({"final_top1": 0.5})
         return {}
 
-    monkeypatch.setattr(ablation, "do", fail)
+    monkeypatch.setattr(jobs, "do", fail)
     lines = []
     result = ablation.run(FAMILY, tmp_path, seeds=(0,), workers=0, say=lines.append)
     assert result["failed"] == {"try-late-seed0": "no such tile"} and result["missing"] == 0

@@ -46,7 +46,7 @@ def run(arguments, capsys):
         (["train", "tiny", "--data.name", "mnist"], "mnist"),
         (["train", "tiny", "--prune.fractions", "1.5"], "outside"),
         (["train", "tiny", "--prune.fractions", "0.5", "0.5"], "has 2 values"),
-        (["train", "tiny", "--prune.select-epoch", "4"], "expected 0 <= select_epoch < prune_epoch"),
+        (["train", "tiny", "--prune.select-epoch", "4"], "expected 0 <= select_epoch <= prune_epoch"),
         (["train", "tiny", "--dropout", "0.5"], "small has no dropout"),
         (["evaluate", "nowhere"], "nowhere is no run folder"),
         (["bench", "nothing"], "nothing"),

@@ -20,13 +20,17 @@ def test_statistics_by_hand():
 def test_committed_tables_are_what_the_records_say():
     message = "run `python -m experiments table --write` and commit what it changes"
     texts = documents.generate()
-    assert {path.name for path in texts} == {"RESULTS.md", "BENCHMARKS.md"}
+    compared = [path / "joint.csv" for path in results.RECORDS.glob("compare-*") if (path / "study.json").exists()]
+    expected = {results.RESULTS_FILE, benchmarks.BENCHMARKS_FILE, results.RECORDS / "published.csv", *compared}
+    assert set(texts) == expected
     for path, text in texts.items():
         assert path.read_text() == text, message
 
 
 def test_pictures_that_the_documents_link_to_are_there():
     for path, text in documents.generate().items():
+        if path.suffix != ".md":
+            continue
         for link in re.findall(r"!\[.*?\]\((.*?)\)", text):
             assert (path.parent / link).exists(), link
 
@@ -55,7 +59,8 @@ def test_a_table_from_records_by_hand(tmp_path):
             "eval_split": "test", "eval_examples": 10, "net": "vgg11", "width": 0.25, "epochs": 3,
         }
         (run / "summary.json").write_text(json.dumps(summary))
-    text = results.generate(tmp_path)
+    text = results.generate(results.records(tmp_path))
+    assert results.generate(results.records(tmp_path), without=("group",)) == ""
     dense, pruned = [line for line in text.splitlines() if line.startswith("| net-")]
     assert dense.startswith("| net-dense") and pruned.startswith("| net-clicktrain")
     assert "81.00 ± 1.41" in dense

@@ -1,0 +1,232 @@
+"""The comparison's harness: tune every method alike on validation data, then train every cell with every seed.
+
+Cells that begin as the dense run does are forked from it (`experiments.forks`); no bit of the result differs, and the
+seconds of the shared epochs are those that the dense run took. Each process compiles a config once; the seconds of
+compiling are those of its first run there.
+"""
+
+import dataclasses
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import jobs
+from experiments.comparison import latency
+from experiments.configs.base import TrainConfig, to_dict
+from experiments.configs.compare import Cell, Study, Tuning
+from experiments.forks import dense_of
+from experiments.records import RunFolder, identity, read_json, write_json
+
+_DENSE_GROUP = "dense"
+
+
+def run(
+    study: Study,
+    workdir: Path,
+    *,
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    tuning_seeds: Sequence[int] = (100,),
+    minutes: float | None = None,
+    workers: int = 1,
+    data_dir: str | None = None,
+    only: str = "",
+    timing: bool = True,
+    say: Callable[[str], None] = jobs.say_line,
+) -> dict[str, Any]:
+    """Run a study, or go on where an earlier call stopped.
+
+    Args:
+        study: of `experiments.configs.compare`.
+        workdir: run folders NAME-seedN, ``tuning/``, ``study.json`` and ``latency.json``.
+        seeds: of the final runs, which are read on the test set; in this order, so that what there is stays paired.
+        tuning_seeds: of the trials, on validation data.
+        minutes: no new run is started after so many; None for no limit.
+        workers: processes that train at the same time, as for `experiments.jobs.crew`.
+        data_dir: where the images are.
+        only: a regular expression; cells that it is not found in are left out, the dense one apart.
+        timing: measure the nets of the first seed side by side.
+        say: is given a line about each run.
+
+    Returns:
+        ``{"finished": runs finished, "missing": runs left to do, "failed": {run: error}}``.
+
+    Raises:
+        ValueError: no seeds, negative numbers, or no cell left.
+        Interrupted, RuntimeError: as `experiments.ablation.run`.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={tuple(seeds)}: expected at least one, all different")
+    if workers < 0 or (minutes is not None and minutes < 0):
+        raise ValueError(f"workers={workers}, minutes={minutes}: expected 0 or more")
+    cells = [cell for cell in study.cells if cell is study.dense or re.search(only, cell.name)]
+    if len(cells) < 2:
+        raise ValueError(f"only={only!r} leaves no cell; the cells are {', '.join(c.name for c in study.cells)}")
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    workdir.mkdir(parents=True, exist_ok=True)
+    maker = _Maker(data_dir, quiet=workers > 0)
+    failed: dict[str, str] = {}
+    # Trials differ in few of their programs, and nobody asks how long they took to compile.
+    with jobs.crew(workers, cache=workdir / "tuning" / "compiled") as crew:
+        chosen, missing = _tune(study, cells, workdir / "tuning", tuning_seeds, maker, crew, deadline, failed, say)
+    wanted: list[jobs.Job] = []
+    if not missing:
+        tuned = {cell.name: with_field(cell.config, *chosen.get(cell.group, chosen[_DENSE_GROUP])) for cell in cells}
+        for cell in cells:  # what is pruned after training shares the dense run's learning rate, whatever is tuned
+            if cell.config.retrain is not None:
+                tuned[cell.name] = with_field(tuned[cell.name], *chosen[_DENSE_GROUP])
+        write_json(workdir / "study.json", _describe(study, cells, workdir / "tuning", tuning_seeds, chosen))
+        wanted = maker.jobs([(tuned[cell.name], seed) for seed in seeds for cell in cells], workdir)
+        with jobs.crew(workers) as crew:
+            jobs.do_all(wanted, crew, deadline, failed, say)
+    unfinished = [job for job in wanted if not job.finished() and job.folder.name not in failed]
+    if timing and wanted:
+        _time(study, cells, workdir, seeds[0], data_dir, say)
+    finished = sum(job.finished() for job in wanted)
+    return {"finished": finished, "missing": len(missing) + len(unfinished), "failed": failed}
+
+
+def collect(study: Study, workdir: Path, records: Path) -> int:
+    """Copy what is kept of a study into ``records/compare-NAME``; returns how many runs were copied."""
+    folder = records / f"compare-{study.name}"
+    count = jobs.collect(workdir, folder)
+    for name in ("study.json", "latency.json"):
+        if (workdir / name).exists():
+            write_json(folder / name, read_json(workdir / name))
+    return count
+
+
+def with_field(config: TrainConfig, field: str, value: Any) -> TrainConfig:
+    """A config with one field changed; a dot leads into a part of it."""
+    head, _, rest = field.partition(".")
+    if rest:
+        value = dataclasses.replace(getattr(config, head), **{rest: value})
+    return dataclasses.replace(config, **{head: value})
+
+
+class _Maker:
+    """Makes jobs of configs: where the images are, which run each forks from."""
+
+    def __init__(self, data_dir: str | None, quiet: bool) -> None:
+        self.data_dir, self.quiet = data_dir, quiet
+
+    def jobs(self, runs: Sequence[tuple[TrainConfig, int]], folder: Path) -> list[jobs.Job]:
+        """One job for each ``(config, seed)``; those that begin like a dense one among them fork from it."""
+        configs = [self._placed(config, seed) for config, seed in runs]
+        folders = [folder / f"{config.name}-seed{config.seed}" for config in configs]
+        trunks = {_key(config): path for config, path in zip(configs, folders) if config == dense_of(config)}
+        made = []
+        for config, path in zip(configs, folders):
+            trunk = trunks.get(_key(dense_of(config)))
+            if trunk == path:
+                # Others begin at any of its epochs.
+                loop = dataclasses.replace(
+                    config.loop, keep_checkpoints=config.total_epochs, checkpoint_every_epochs=1
+                )
+                config, trunk = dataclasses.replace(config, loop=loop), None
+            made.append(jobs.Job(config, path, trunk))
+        return made
+
+    def _placed(self, config: TrainConfig, seed: int) -> TrainConfig:
+        data = config.data if self.data_dir is None else dataclasses.replace(config.data, dir=self.data_dir)
+        loop = dataclasses.replace(config.loop, progress=False) if self.quiet else config.loop
+        return dataclasses.replace(config, seed=seed, data=data, loop=loop)
+
+
+def _key(config: TrainConfig) -> tuple[str, int]:
+    plain = json.loads(json.dumps(to_dict(dataclasses.replace(config, name="", expected=""))))
+    return identity(plain), config.seed
+
+
+def _tune(
+    study: Study, cells: Sequence[Cell], folder: Path, seeds: Sequence[int], maker: _Maker, crew: Any,
+    deadline: float | None, failed: dict[str, str], say: Callable[[str], None],
+) -> tuple[dict[str, tuple[str, Any]], list[Any]]:
+    """``({group: (field, best value)}, trials left to do)``."""
+    groups = {cell.group for cell in cells} | {_DENSE_GROUP}
+    tunings = [tuning for tuning in study.tunings if tuning.group in groups]
+    runs = []
+    for seed in seeds:
+        for index in range(max(len(tuning.values) for tuning in tunings)):
+            runs += [
+                (_trial(study, tuning, tuning.values[index]), seed)
+                for tuning in tunings
+                if index < len(tuning.values)
+            ]
+    wanted = maker.jobs(runs, folder)
+    jobs.do_all(wanted, crew, deadline, failed, say)
+    missing = [job for job in wanted if not job.finished() and job.folder.name not in failed]
+    if missing:
+        return {}, missing
+    return {tuning.group: (tuning.field, _best(study, tuning, folder, seeds)) for tuning in tunings}, []
+
+
+def _trial(study: Study, tuning: Tuning, value: Any) -> TrainConfig:
+    config = with_field(study.cell(tuning.cell).config, tuning.field, value)
+    data = dataclasses.replace(config.data, eval_split="validation")
+    return dataclasses.replace(config, name=f"{config.name}-{tuning.field}-{value:g}", data=data)
+
+
+def _scores(study: Study, tuning: Tuning, folder: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Mean validation top-1 of each trial; None where a run failed."""
+    trials = []
+    for value in tuning.values:
+        name = _trial(study, tuning, value).name
+        summaries = [RunFolder(folder / f"{name}-seed{seed}").summary() for seed in seeds]
+        done = [summary["final_top1"] for summary in summaries if summary is not None]
+        trials.append({"value": value, "top1": statistics.fmean(done) if len(done) == len(seeds) else None})
+    return trials
+
+
+def _best(study: Study, tuning: Tuning, folder: Path, seeds: Sequence[int]) -> Any:
+    trials = [trial for trial in _scores(study, tuning, folder, seeds) if trial["top1"] is not None]
+    if not trials:
+        raise ValueError(f"every trial of {tuning.group} failed; see {folder}")
+    return max(trials, key=lambda trial: trial["top1"])["value"]
+
+
+def _describe(
+    study: Study, cells: Sequence[Cell], folder: Path, seeds: Sequence[int], chosen: dict[str, tuple[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "name": study.name,
+        "title": study.title,
+        "command": f"python -m experiments compare {study.name}",
+        "dense": study.dense.config.name,
+        "epochs": study.dense.config.epochs,
+        "tuning_seeds": list(seeds),
+        "cells": [
+            {
+                "name": cell.config.name, "method": cell.method, "label": cell.label, "family": cell.family,
+                "group": cell.group,
+            }
+            for cell in cells
+        ],
+        "tuning": [
+            {
+                "cell": study.cell(tuning.cell).config.name, "group": tuning.group, "field": tuning.field,
+                "trials": _scores(study, tuning, folder, seeds), "chosen": chosen[tuning.group][1],
+            }
+            for tuning in study.tunings
+            if tuning.group in chosen
+        ],
+    }
+
+
+def _time(
+    study: Study, cells: Sequence[Cell], workdir: Path, seed: int, data_dir: str | None, say: Callable[[str], None]
+) -> None:
+    """Latencies of all finished nets of one seed, side by side, unless these very nets were timed before."""
+    folders = {cell.config.name: workdir / f"{cell.config.name}-seed{seed}" for cell in cells}
+    finished = {name: path for name, path in folders.items() if RunFolder(path).summary() is not None}
+    path = workdir / "latency.json"
+    shas = {name: RunFolder(folder).summary()["params_sha256"] for name, folder in finished.items()}
+    if path.exists():
+        earlier = read_json(path)
+        if {name: net["params_sha256"] for name, net in earlier["nets"].items()} == shas:
+            return
+    say(f"timing {len(finished)} nets")
+    write_json(path, latency.measure(finished, data_dir=data_dir))

@@ -1,0 +1,259 @@
+"""The comparison: ClickTrain beside dense and narrow nets, pruning after training (PAT) and during it (PDT).
+
+Command: python -m experiments compare digits   (or slim, or vgg13; the last two with --data.dir DIR)
+or, for any cell alone: python -m experiments train compare-digits-clicktrain-8x
+One study is one net, one data set, one length of training; its cells differ in the method and how much it prunes.
+"""
+
+import dataclasses
+from typing import Any
+
+from experiments.configs import published
+from experiments.configs.base import LoopConfig, PruneConfig, TrainConfig
+from experiments.configs.methods import AdmmConfig, ChannelConfig, RetrainConfig, SparseConfig
+from experiments.data import DataConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a study, its seed apart.
+
+    Attributes:
+        name: short; the config is called ``compare-STUDY-NAME``.
+        method: "ClickTrain", "PAT", "PDT", "dense", "narrow", "one-shot" or "random".
+        label: what tells it apart from others of its method.
+        family: cells of one family are points of one line.
+        group: cells of one group share what was tuned.
+        config: the whole run.
+    """
+
+    name: str
+    method: str
+    label: str
+    family: str
+    group: str
+    config: TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What is tuned for a group of cells, on validation data: as many trials for each group.
+
+    Attributes:
+        group: of `Cell`.
+        cell: the cell that is tried.
+        field: of the config, "learning_rate" or "admm.rho".
+        values: the trials.
+    """
+
+    group: str
+    cell: str
+    field: str
+    values: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A comparison.
+
+    Attributes:
+        name: short.
+        title: for people.
+        cells: in the order in which they run; the first one is the dense run.
+        tunings: one for each group of cells that is tuned; other groups take the dense run's learning rate.
+    """
+
+    name: str
+    title: str
+    cells: tuple[Cell, ...]
+    tunings: tuple[Tuning, ...]
+
+    @property
+    def dense(self) -> Cell:
+        """The run that all others are compared with."""
+        return self.cells[0]
+
+    def cell(self, name: str) -> Cell:
+        """The cell of this name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for cell in self.cells:
+            if cell.name == name:
+                return cell
+        raise ValueError(f"no cell {name!r}; the cells are {', '.join(cell.name for cell in self.cells)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """How a study is laid out: epochs of the phases, how much is pruned, what the narrow nets are."""
+
+    compression: float
+    others: tuple[float, ...]  # further compressions of the ClickTrain line
+    select: int
+    prune: int
+    early_select: int
+    early_prune: int
+    coeff: float
+    tile: tuple[int, int]
+    importance_steps: int
+    widths: tuple[float, ...]
+    retrain: tuple[int, ...]
+    admm: AdmmConfig
+    channels: tuple[ChannelConfig, ...]
+    every_updates: int
+    rates: tuple[float, ...]
+
+
+def studies() -> tuple[Study, ...]:
+    """The studies: two for 2 CPU cores, one for a GPU."""
+    return _digits(), _slim(), _vgg13()
+
+
+def study(name: str) -> Study:
+    """A study by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    known = {one.name: one for one in studies()}
+    if name not in known:
+        raise ValueError(f"no study {name!r}; the studies are {', '.join(known)}")
+    return known[name]
+
+
+def configs() -> list[TrainConfig]:
+    """Every cell of every study."""
+    return [cell.config for one in studies() for cell in one.cells]
+
+
+def _digits() -> Study:
+    dense = TrainConfig(
+        name="",
+        net="small",
+        data=DataConfig("digits"),
+        epochs=30,
+        batch_size=64,
+        partial_batch="drop",
+        lr_schedule="cosine",
+        crop_padding=1,
+        flip=False,
+        loop=LoopConfig(eval_every_epochs=30, checkpoint_every_epochs=30),
+    )
+    shape = _Shape(
+        compression=8.0, others=(4.0, 16.0, 32.0), select=10, prune=22, early_select=3, early_prune=6, coeff=1e-3,
+        tile=(32, 1), importance_steps=16, widths=(0.25, 0.375, 0.5, 0.75), retrain=(2, 5, 10, 20, 30),
+        admm=AdmmConfig(15, rho=1e-2, every_updates=18, learning_rate=0.02, num_patterns=8),
+        channels=(ChannelConfig(0.2, 3), *(ChannelConfig(ratio, 3, 1e-2) for ratio in (0.8, 0.9, 0.95))),
+        every_updates=18,
+        rates=(0.05, 0.1, 0.2),
+    )
+    return _study("digits", "Digits, the small net, 30 epochs", dense, shape)
+
+
+def _slim() -> Study:
+    dense = TrainConfig(
+        name="",
+        net="vgg11",
+        width=0.25,
+        dropout=0.0,
+        data=DataConfig("cifar10", train_examples=4_000),
+        epochs=8,
+        batch_size=64,
+        partial_batch="drop",
+        lr_schedule="cosine",
+        learning_rate=0.03,
+        mixup_epoch=7,
+        loop=LoopConfig(eval_every_epochs=8, checkpoint_every_epochs=4),
+    )
+    shape = _Shape(
+        compression=8.0, others=(4.0, 12.0), select=3, prune=6, early_select=1, early_prune=2, coeff=2.5e-4,
+        tile=(32, 1), importance_steps=16, widths=(0.0834, 0.125, 0.1875), retrain=(2, 4, 8),
+        admm=AdmmConfig(4, rho=1e-2, every_updates=62, learning_rate=0.01, num_patterns=8),
+        channels=(ChannelConfig(0.2, 2), *(ChannelConfig(ratio, 2, 1e-2) for ratio in (0.8, 0.9))), every_updates=31,
+        rates=(0.03, 0.1),
+    )
+    return _study("slim", "CIFAR-10, a quarter-width VGG-11, 8 epochs of 4,000 images", dense, shape)
+
+
+def _vgg13() -> Study:
+    recipe = next(config for config in published.configs() if config.name == "vgg13-cifar10-dense")
+    dense = dataclasses.replace(recipe, precision="bfloat16", loop=LoopConfig(eval_every_epochs=10))
+    shape = _Shape(
+        compression=9.0, others=(4.0, 6.2), select=60, prune=148, early_select=19, early_prune=38, coeff=6.5e-4,
+        tile=(64, 1), importance_steps=16, widths=(0.334, 0.5, 0.75), retrain=(19, 60, 120, 190),
+        admm=AdmmConfig(60, rho=1e-3, every_updates=391, learning_rate=0.01, num_patterns=8),
+        channels=(ChannelConfig(0.2, 10), ChannelConfig(0.4, 10)), every_updates=100, rates=(0.05, 0.1),
+    )
+    return _study("vgg13", "CIFAR-10, VGG-13, 190 epochs", dense, shape)
+
+
+def _study(name: str, title: str, base: TrainConfig, shape: _Shape) -> Study:
+    cells: list[Cell] = []
+
+    def add(cell: str, method: str, label: str, family: str, group: str, **changes: Any) -> None:
+        changes |= {"name": f"compare-{name}-{cell}", "expected": "a cell of the comparison"}
+        config = dataclasses.replace(base, **changes)
+        cells.append(Cell(cell, method, label, family, group, config))
+
+    ratio = f"{shape.compression:g}x"
+    tile = f"{shape.tile[0]}x{shape.tile[1]}"
+    late = PruneConfig((), shape.coeff, shape.select, shape.prune, target=shape.compression, floor=False)
+    early = dataclasses.replace(
+        late, select_epoch=shape.early_select, prune_epoch=shape.early_prune, importance="group_taylor",
+        importance_steps=shape.importance_steps,
+    )
+    early_share, late_share = (f"{100 * epoch / base.epochs:.0f}%" for epoch in (shape.early_prune, shape.prune))
+    end = base.epochs
+    after = PruneConfig(
+        (), 0.0, end, end, target=shape.compression, importance="magnitude", num_patterns=8, floor=False
+    )
+    add("dense", "dense", "", "dense", "dense")
+    add(f"clicktrain-{ratio}", "ClickTrain", f"{ratio}, pruned at {late_share}, as published", "ClickTrain, late",
+        "clicktrain", prune=late)
+    add(f"early-{ratio}", "ClickTrain", f"{ratio}, pruned at {early_share}", "ClickTrain, early", "early", prune=early)
+    add(f"early-tiles-{ratio}", "ClickTrain", f"{ratio}, pruned at {early_share}, tiles {tile}",
+        "ClickTrain, early, tiles", "early-tiles", prune=dataclasses.replace(early, tile=shape.tile))
+    for width in shape.widths:
+        add(f"narrow-{width:g}", "narrow", f"width {width:g}", "narrow", "narrow", width=width)
+    for epochs in shape.retrain:
+        add(f"rewind-{epochs}", "PAT", f"{ratio}, magnitude, {epochs} rewound epochs", "PAT, rewinding", "dense",
+            prune=after, retrain=RetrainConfig(epochs))
+    for epochs in shape.retrain[-2:]:
+        moved = dataclasses.replace(
+            after, select_epoch=end + shape.admm.epochs, prune_epoch=end + shape.admm.epochs
+        )
+        add(f"admm-{epochs}", "PAT", f"{ratio}, ADMM of {shape.admm.epochs} epochs, {epochs} rewound", "PAT, ADMM",
+            "admm", prune=moved, admm=shape.admm, retrain=RetrainConfig(epochs))
+    for channels in shape.channels:
+        label = f"PruneTrain, ratio {channels.ratio:g}, threshold {channels.threshold:g}"
+        add(f"prunetrain-{channels.ratio:g}", "PDT", label, "PDT, PruneTrain", "prunetrain", channels=channels)
+    add(f"gradual-{ratio}", "PDT", f"{ratio}, gradual magnitude, single weights", "PDT, gradual magnitude", "gradual",
+        sparse=SparseConfig("gradual", shape.compression, begin_epoch=shape.early_select,
+                            end_epoch=max(shape.early_select + 1, 3 * end // 4), every_updates=shape.every_updates))
+    add(f"rigl-{ratio}", "PDT", f"{ratio}, RigL, single weights", "PDT, RigL", "rigl",
+        sparse=SparseConfig("rigl", shape.compression, "erk", end_epoch=max(1, 3 * end // 4),
+                            every_updates=shape.every_updates))
+    add("two-of-four", "PDT", "2:4, straight-through", "PDT, 2:4", "two-of-four", sparse=SparseConfig("n_of_m"))
+    add(f"one-shot-{ratio}", "one-shot", f"{ratio}, magnitude, not retrained", "one-shot", "dense",
+        prune=after, retrain=RetrainConfig(0))
+    middle = shape.retrain[len(shape.retrain) // 2]
+    add(f"random-{ratio}", "random", f"{ratio}, random masks, {middle} rewound epochs", "random", "dense",
+        prune=dataclasses.replace(after, importance="random"), retrain=RetrainConfig(middle))
+    for other in shape.others:
+        more = {"target": other}
+        add(f"early-{other:g}x", "ClickTrain", f"{other:g}x, pruned at {early_share}", "ClickTrain, early", "early",
+            prune=dataclasses.replace(early, **more))
+        add(f"clicktrain-{other:g}x", "ClickTrain", f"{other:g}x, pruned at {late_share}, as published",
+            "ClickTrain, late", "clicktrain", prune=dataclasses.replace(late, **more))
+    tried = {
+        "dense": "dense", "clicktrain": f"clicktrain-{ratio}", "early": f"early-{ratio}",
+        "early-tiles": f"early-tiles-{ratio}", "narrow": f"narrow-{shape.widths[1]:g}",
+        "prunetrain": f"prunetrain-{shape.channels[-1].ratio:g}", "gradual": f"gradual-{ratio}",
+        "rigl": f"rigl-{ratio}", "two-of-four": "two-of-four",
+    }
+    tunings = [Tuning(group, cell, "learning_rate", shape.rates) for group, cell in tried.items()]
+    rhos = tuple(shape.admm.rho * 10.0 ** -power for power in range(len(shape.rates)))
+    tunings.append(Tuning("admm", f"admm-{shape.retrain[-2]}", "admm.rho", rhos))
+    return Study(name, title, tuple(cells), tuple(tunings))
