@@ -145,7 +145,7 @@ def _digits() -> Study:
         compression=8.0, others=(4.0, 16.0, 32.0), select=10, prune=22, early_select=3, early_prune=6, coeff=1e-3,
         tile=(32, 1), importance_steps=16, widths=(0.25, 0.375, 0.5, 0.75), retrain=(2, 5, 10, 20, 30),
         admm=AdmmConfig(15, rho=1e-2, every_updates=18, learning_rate=0.02, num_patterns=8),
-        channels=(ChannelConfig(0.2, 3), *(ChannelConfig(ratio, 3, 1e-2) for ratio in (0.8, 0.9, 0.95))),
+        channels=(ChannelConfig(0.2, 10), *(ChannelConfig(ratio, 10, 1e-2) for ratio in (0.8, 0.9, 0.95))),
         every_updates=18,
         rates=(0.05, 0.1, 0.2),
     )
