@@ -177,7 +177,7 @@ def _mirrored(names: Sequence[str], nodes: Sequence[ChannelNode], prefix: str) -
         splits[name] = [(root, end) for root, end in ends if end in known]
     counts = collections.Counter(root for found in splits.values() for root, _ in found)
     roots: list[tuple[str, ...]] = []
-    for root in counts:
+    for root in sorted(counts, key=lambda root: (-counts[root], len(root))):
         if not any(root == other[: len(root)] or other == root[: len(other)] for other in roots):
             roots.append(root)
     return {name: prefix + end for name, found in splits.items() for root, end in found if root in roots}
