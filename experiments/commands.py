@@ -448,7 +448,8 @@ def table(arguments: list[str]) -> int:
         failed = result["failed"]
         print(f"{result['finished']} runs finished, {result['missing']} to do; {result['collected']} records collected")
         if not asked.write:
-            print("python -m experiments table --write puts them into the tables")
+            if result["collected"]:
+                print("python -m experiments table --write puts them into the tables")
             return 1 if failed else 0
     elif asked.data_dir is not None or asked.workdir is not None:
         raise ValueError("--data.dir and --workdir are for --budget: without it nothing is run")
