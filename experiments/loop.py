@@ -197,7 +197,8 @@ def summarise(
     sizes = models.output_sizes(trainer.model, trainer.image_shape)
     report = ct.report(state.params, masks, output_sizes=sizes)
     evaluated = [line for line in lines if "eval_top1" in line]
-    prune_epoch = config.prune.prune_epoch if config.prune else 0
+    # One-shot pruning falls on the last updates of the last epoch.
+    prune_epoch = min(config.prune.prune_epoch, config.total_epochs - 1) if config.prune else 0
     train_seconds = sum(line["train_seconds"] for line in lines)
     compile_seconds = sum(line["compile_seconds"] for line in lines)
     dataset = trainer.dataset
