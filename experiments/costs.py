@@ -1,5 +1,7 @@
 """What training costs, beside seconds: multiply-adds and memory."""
 
+import functools
+import math
 from typing import Any
 
 import jax
@@ -8,6 +10,23 @@ import clicktrain_jax as ct
 from clicktrain_jax import models
 from clicktrain_jax.encoding import decode_masks
 from clicktrain_jax.phases import Phase
+from experiments.configs.base import TrainConfig
+
+# Training images of the whole sets.
+SET_SIZES = {"digits": 1_198, "cifar10": 50_000, "cifar100": 50_000, "imagenet2012": 1_281_167}
+
+
+def planned_multiply_adds(config: TrainConfig) -> int:
+    """Of a whole run's convolutions, forward and backward, as if every layer were dense all along."""
+    images = config.data.train_examples or SET_SIZES[config.data.name]
+    return 3 * _forward(config.net, config.width) * images * config.total_epochs
+
+
+@functools.cache
+def _forward(net: str, width: float) -> int:
+    layers = models.conv_layers(models.build(net, num_classes=10, width=width), models.default_image_shape(net))
+    by_path = {layer.path: layer for layer in layers}
+    return sum(math.prod((*layer.output_size, *layer.kernel_shape)) for layer in by_path.values())
 
 
 def multiply_adds(trainer: Any, state: Any, epoch: int, encoded: Any) -> int:

@@ -2,8 +2,8 @@
 
     python -m experiments table --budget gpu-30min [--data.dir DIR] [--workdir DIR]
 
-A run that the budget cuts off is saved; the same command goes on with it. No piece is longer than ten minutes: a
-machine that is lent for so long loses nothing.
+A run that the budget cuts off is saved; the same command goes on with it. No piece is longer than ten minutes:
+what a machine that goes away takes with it is an epoch.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clicktrain_jax import models
 from experiments import configs
 from experiments.configs import TrainConfig, compare
+from experiments.costs import planned_multiply_adds
 from experiments.records import RunFolder, read_metrics
 from experiments.tables import published, results
 from experiments.tables.statistics import markdown_table
@@ -39,7 +39,7 @@ MARGIN_S = 20.0
 _AGAIN_S = 1.0
 # Saving every epoch of a quarter of a second would be most of the time; a stop saves the epoch it comes in.
 _CHECKPOINT_EVERY = 10
-_SETS = {"cifar10": 50_000, "cifar100": 50_000}
+_SETS = ("cifar10", "cifar100")
 _FORM = re.compile(r"(gpu|cpu)-(\d+(?:\.\d+)?)min")
 
 
@@ -76,9 +76,9 @@ def parse(budget: str) -> tuple[str, float]:
 def plan(kind: str) -> list[Entry]:
     """All runs of a kind of machine, the most worthwhile first.
 
-    On a GPU, in bfloat16, 190 epochs each: VGG-13 dense and narrow, its three compressions, VGG-11, the other methods
-    on VGG-13, VGG-16, the wide ResNet-32, ResNet-50, all on CIFAR-10; then two more seeds of VGG-13. On a CPU the
-    quarter-width VGG-11's five seeds.
+    On a GPU, in bfloat16, 190 epochs each: VGG-13 dense and narrow, its three compressions and our own recipe, VGG-11,
+    the other methods on VGG-13, VGG-16, the wide ResNet-32, ResNet-50, all on CIFAR-10; then two more seeds of VGG-13.
+    On a CPU the quarter-width VGG-11's five seeds.
 
     Args:
         kind: "gpu" or "cpu".
@@ -96,6 +96,7 @@ def plan(kind: str) -> list[Entry]:
     vgg13 = ["vgg13-cifar10-dense", *_beside_vgg13("narrow"), *_recipes("vgg13", "4.0x", "6.2x", "9.0x")]
     first = [
         *vgg13,
+        *_recipes("vgg13", "own-9.0x", "own-9.0x-64x1"),
         *_recipes("vgg11", "dense", "8.7x", "10.3x"),
         *_beside_vgg13("PAT"),
         *_beside_vgg13("PDT"),
@@ -121,23 +122,6 @@ def _full(name: str, seed: int) -> Entry:
     return Entry(dataclasses.replace(config, seed=seed, precision="bfloat16", loop=loop), published.GROUP)
 
 
-@functools.cache
-def _multiply_adds(net: str, width: float) -> int:
-    """Of the convolutions, forward, for one image."""
-    layers = models.conv_layers(models.build(net, num_classes=10, width=width), models.default_image_shape(net))
-    by_path = {layer.path: layer for layer in layers}
-    return sum(
-        layer.output_size[0] * layer.output_size[1] * functools.reduce(int.__mul__, layer.kernel_shape)
-        for layer in by_path.values()
-    )
-
-
-def training_multiply_adds(config: TrainConfig) -> int:
-    """Of a whole run, forward and backward, as if every layer were dense all along."""
-    images = config.data.train_examples or _SETS[config.data.name]
-    return 3 * _multiply_adds(config.net, config.width) * images * config.total_epochs
-
-
 def estimate_seconds(config: TrainConfig, kind: str, device: str, found: Sequence[dict[str, Any]], cores: int) -> float:
     """Seconds of a whole run, compiling and evaluation among them.
 
@@ -156,12 +140,12 @@ def estimate_seconds(config: TrainConfig, kind: str, device: str, found: Sequenc
     same = [record for record in found if (record["name"], record["epochs"]) == (config.name, config.total_epochs)]
     if same:
         return statistics.fmean(map(whole, same))
-    work = training_multiply_adds(config)
+    work = planned_multiply_adds(config)
     known = configs.all_configs()
     measured = [record for record in found if record["name"] in known and known[record["name"]].data.name in _SETS]
     near = [record for record in measured if record["net"] == config.net] or measured
     if near:
-        return work * sum(map(whole, near)) / sum(training_multiply_adds(known[record["name"]]) for record in near)
+        return work * sum(map(whole, near)) / sum(planned_multiply_adds(known[record["name"]]) for record in near)
     if kind == "gpu":
         flops = SHARE_OF_PEAK * (published.peak_flops(device) or OTHER_PEAK_FLOPS)
     else:
@@ -226,7 +210,7 @@ def describe(standing: Sequence[Standing]) -> str:
         else:
             state = f"{one.epochs_done} of {config.total_epochs} epochs" if one.epochs_done else "missing"
             seconds, speed = f"about {one.seconds_left:.0f}", ""
-        work = f"{training_multiply_adds(config) / 1e12:,.0f}"
+        work = f"{planned_multiply_adds(config) / 1e12:,.0f}"
         rows.append((str(place), config.name, str(config.seed), work, state, seconds, speed))
     missing = [one for one in standing if not one.finished]
     minutes = sum(one.seconds_left for one in missing) / 60

@@ -93,7 +93,7 @@ def test_budgets():
 
 def test_an_estimate_from_multiply_adds_by_hand():
     config = configs.get("vgg13-cifar10-dense")
-    work = gpu_plan.training_multiply_adds(config)
+    work = gpu_plan.planned_multiply_adds(config)
     # Per image: 1.8 M of the first layer and the rest as 3x3 convolutions of halving sizes; known to be 228 M.
     assert work == 3 * 50_000 * 190 * 228_261_888
     seconds = gpu_plan.estimate_seconds(config, "gpu", "NVIDIA H200", [], 16)
@@ -108,7 +108,7 @@ def test_records_take_the_place_of_assumptions():
     found = [record_of(dense, 80.0)]
     assert gpu_plan.estimate_seconds(dense, "gpu", "NVIDIA H200", found, 16) == 80.0
     assert gpu_plan.estimate_seconds(pruned, "gpu", "NVIDIA H200", found, 16) == pytest.approx(80.0)
-    share = gpu_plan.training_multiply_adds(other) / gpu_plan.training_multiply_adds(dense)
+    share = gpu_plan.planned_multiply_adds(other) / gpu_plan.planned_multiply_adds(dense)
     assert gpu_plan.estimate_seconds(other, "gpu", "NVIDIA H200", found, 16) == pytest.approx(80.0 * share)
 
 
