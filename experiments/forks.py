@@ -2,7 +2,8 @@
 
 A fork is only a cache: random streams depend on the seed and the update alone and the dense phase is the plain
 program, so a run that starts from the dense run's checkpoint ends with the bits of the same config trained from its
-first update (on one machine, with one number of threads).
+first update (on one machine, with one number of threads). A method that wraps the optimizer does the same arithmetic
+before it begins, in another program, which may round otherwise.
 """
 
 import dataclasses

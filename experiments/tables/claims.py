@@ -73,7 +73,10 @@ def against_dense(study: Study) -> Part:
     limit = f"they are at most {TIME_LIMIT:g} of dense training's in every ClickTrain run's mean"
     if not measured:
         return Part("Time against dense training", "", [Claim(UNKNOWN, goal), Claim(UNKNOWN, limit)])
-    said = [f"{spread(ratio)} (n={len(ratio)}; {cell.label})" for cell, ratio in (measured[0], measured[-1])]
+    said = [
+        f"{spread(ratio)} (n={len(ratio)}; {cell.label}; training alone {spread(study.ratio(cell, 'train_seconds'))})"
+        for cell, ratio in (measured[0], measured[-1])
+    ]
     ratios = [mean(ratio) for _, ratio in measured]
     within = sum(ratio <= TIME_LIMIT + _EXACT for ratio in ratios)
     return Part("Time against dense training", "", [
