@@ -57,6 +57,11 @@ def multiply_adds(trainer: Any, state: Any, epoch: int, encoded: Any) -> int:
     return 3 * (images[False] * dense + images[True] * pruned)
 
 
+def size_of(tree: Any) -> int:
+    """Bytes of all arrays, or of their `jax.ShapeDtypeStruct`."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def bytes_of(program: Any) -> int:
     """What a compiled program holds at its peak; 0 where the backend does not tell."""
     memory = program.memory_analysis()

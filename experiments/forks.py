@@ -92,8 +92,10 @@ def _fork(config: TrainConfig, run: RunFolder, trunk: Path, epochs: int, dataset
     mark = {"from": f"{dense.name}-seed{dense.seed}", "epochs": epochs, "params_sha256": digest(state.params)}
     write_json(path, read_json(path) | {"forked": mark})
     run.keep_epochs(0)
+    # Its dense update is another program than the trunk's, compiled for this run.
+    compiling = trainer.compile_dense(state)
     for line in read_metrics(trunk)[:epochs]:
-        run.append_metrics(line)
+        run.append_metrics(line | {"compile_seconds": compiling if line["epoch"] == 0 else 0.0})
     # Last: with a checkpoint the fork is complete, without one it is made anew.
     checkpoints = Checkpoints(run.checkpoints, config.loop.keep_checkpoints)
     checkpoints.save(epochs, (state, masks))

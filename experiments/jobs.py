@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,12 @@ class Job:
 
     def to_line(self) -> str:
         """One line of JSON, for a worker."""
-        trunk = None if self.trunk is None else str(self.trunk)
-        return json.dumps({"config": to_dict(self.config), "folder": str(self.folder), "trunk": trunk}) + "\n"
+        # Absolute: a worker runs in another folder.
+        trunk = None if self.trunk is None else str(self.trunk.resolve())
+        data = to_dict(self.config)
+        if data["data"]["dir"] is not None:
+            data["data"]["dir"] = str(Path(data["data"]["dir"]).expanduser().resolve())
+        return json.dumps({"config": data, "folder": str(self.folder.resolve()), "trunk": trunk}) + "\n"
 
     @classmethod
     def from_line(cls, line: str) -> "Job":
@@ -171,7 +175,7 @@ def do_all(
 class _Worker:
     """A process that does jobs, one line in and one line out; pinned to a core unless that is None."""
 
-    def __init__(self, core: int | None, cache: Path | None) -> None:
+    def __init__(self, core: int | None, cache: Path | None, environment: Mapping[str, str]) -> None:
         before = os.sched_getaffinity(0)
         if core is not None:
             # A new process inherits the cores of the thread that starts it: XLA finds one and makes one thread.
@@ -180,6 +184,7 @@ class _Worker:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "experiments.jobs", *([] if cache is None else [str(cache)])],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True,
+                env={**os.environ, **environment},
                 cwd=Path(__file__).parents[1],
             )
         finally:
@@ -205,13 +210,16 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def crew(workers: int, *, cache: Path | None = None) -> Iterator[list[Callable[[Job], dict[str, Any]]]]:
+def crew(
+    workers: int, *, cache: Path | None = None, environment: Mapping[str, str] | None = None
+) -> Iterator[list[Callable[[Job], dict[str, Any]]]]:
     """Who does the jobs.
 
     Args:
         workers: processes. One has all cores, several have one each; 0 is this process.
         cache: a folder of compiled programs, for configs that share most of theirs. Without one every process keeps
             the programs that it compiles, so that compiling is timed once for each config.
+        environment: variables of the processes.
 
     Raises:
         ValueError: more workers than cores.
@@ -223,7 +231,7 @@ def crew(workers: int, *, cache: Path | None = None) -> Iterator[list[Callable[[
     if workers > len(cores):
         raise ValueError(f"workers={workers}: this process may use {len(cores)} cores; ask for at most as many")
     cache = None if cache is None else cache.resolve()
-    found = [_Worker(None if workers == 1 else cores[index], cache) for index in range(workers)]
+    found = [_Worker(None if workers == 1 else cores[index], cache, environment or {}) for index in range(workers)]
 
     stopped_by: list[int] = []
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import clicktrain_jax as ct
@@ -81,7 +82,9 @@ def make_method(
     if sparse.method == "gradual":
         wrapped = baselines.gradual_magnitude(inner, plan, begin_step=sparse.begin_epoch * steps_per_epoch, **settings)
     else:
-        wrapped = baselines.rigl(inner, plan, key=jax.random.key(0), drop_fraction=sparse.drop_fraction, **settings)
+        wrapped = _rigl(functools.partial(
+            baselines.rigl, inner, plan, drop_fraction=sparse.drop_fraction, **settings
+        ))
     return Method(wrapped, masks=lambda params, opt_state: baselines.masks_of(opt_state))
 
 
@@ -91,6 +94,16 @@ def as_masks(params: Any, by_name: dict[str, Any]) -> ct.Masks:
     return ct.Masks(none, map_named(lambda name, _: by_name.get(name), params))
 
 
+def _rigl(make: Callable[..., Any]) -> Any:
+    """RigL whose first masks depend on the run's first weights: one program serves all seeds."""
+
+    def init(params: Any) -> Any:
+        bits = jax.lax.bitcast_convert_type(jax.tree.leaves(params)[-1].astype(jnp.float32), jnp.uint32)
+        return make(key=jax.random.fold_in(jax.random.key(0), jnp.sum(bits, dtype=jnp.uint32))).init(params)
+
+    return optax.GradientTransformationExtraArgs(init, make(key=jax.random.key(0)).update)
+
+
 def _admm(config: TrainConfig, inner: Any, plan: ct.Plan, steps_per_epoch: int) -> Any:
     admm = config.admm
     begin, length = config.epochs * steps_per_epoch, admm.epochs * steps_per_epoch
@@ -98,7 +111,7 @@ def _admm(config: TrainConfig, inner: Any, plan: ct.Plan, steps_per_epoch: int) 
     return baselines.admm(
         inner,
         plan,
-        patterns=ct.patterns.fixed_set(admm.num_patterns),
+        patterns=ct.patterns.fixed_set(config.prune.num_patterns),
         rho=optax.piecewise_constant_schedule(admm.rho, jumps),
         every=admm.every_updates,
         begin_step=begin,

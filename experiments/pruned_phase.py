@@ -6,6 +6,7 @@ the state, and the fastest is kept; what was found is cached for this kind of de
 """
 
 import dataclasses
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -97,6 +98,9 @@ class PrunedPhase:
 
     def begin(self, way: Way | None = None) -> None:
         """Start a run; a resumed one says how it was run before."""
+        if self._compiling is not None:
+            self._compiling.join()
+        self._compiling, self._failure = None, None
         self.asked, self._masks, self.choice = way or self.configured, None, None
 
     def prepare(self, encoded: Any, compile_way: Callable[[Way, dict[str, Any]], None]) -> None:
@@ -108,6 +112,7 @@ class PrunedPhase:
         """
         if encoded is self._masks:
             return
+        start = time.perf_counter()
         self._wait()
         self._masks, self.choice = encoded, None
         self._structures = {} if self.asked == "dense" else gaining_structures(encoded, self.plan)
@@ -124,8 +129,13 @@ class PrunedPhase:
             except BaseException as error:  # handed to the thread that waits
                 self._failure = error
 
+        if len(os.sched_getaffinity(0)) == 1:  # nothing is won beside training on the same core, and nothing hidden
+            work()
+            self.waited_seconds += time.perf_counter() - start
+            return
         self._compiling = threading.Thread(target=work, name="compile the pruned phase")
         self._compiling.start()
+        self.waited_seconds += time.perf_counter() - start
 
     def choose(self, run: Callable[[Way, dict[str, Any]], None]) -> Choice:
         """The way for the masks of the last `prepare`.

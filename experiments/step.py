@@ -24,7 +24,7 @@ from clicktrain_jax.phases import Phase
 from clicktrain_jax.selection import num_patterns_of
 from clicktrain_jax.transform import empty_scores
 from experiments.configs.base import TrainConfig
-from experiments.costs import bytes_of
+from experiments.costs import bytes_of, size_of
 from experiments.data import Dataset, normalise
 from experiments.methods import as_masks, make_method
 from experiments.pruned_phase import Choice, PrunedPhase, Way, facts_of
@@ -184,7 +184,7 @@ class Trainer:
         masks = None
         for phase, gathers, first, end in self.segments(epoch):
             if phase >= Phase.REGULARIZE and masks is None:
-                masks = decode(encoded)
+                masks = self._timed(decode, encoded)
             # A selecting update is an ordinary one, even when there are masks already.
             held = Held(masks, {}) if phase >= Phase.REGULARIZE else None
             way: Way = "dense"
@@ -208,8 +208,26 @@ class Trainer:
                     layers, finite = chosen
                     if not finite:
                         raise NonFinite("a score at the selection is not finite")
-                    encoded, masks = fill_masks(encoded, layers), None
+                    encoded, masks = self._timed(fill_masks, encoded, layers), None
         return state, encoded, np.asarray(metrics)
+
+    def _timed(self, work: Callable[..., Any], *args: Any) -> Any:
+        """What a run does once for its masks, most of it compiling: counted as that."""
+        start = time.perf_counter()
+        result = jax.block_until_ready(work(*args))
+        self.compile_seconds += time.perf_counter() - start
+        return result
+
+    def compile_dense(self, state: TrainState) -> float:
+        """Compile the dense phase's update, for a run that begins after it; returns the seconds."""
+        before, start = self.compile_seconds, time.perf_counter()
+        key, metrics = jax.random.key(0), jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
+        order = _order(key, len(self.train_data.labels))
+        batch = min(self.config.batch_size, len(self.train_data.labels))
+        args = (state, metrics, self.train_data, order, *self._few_updates(), key, None)
+        self._program(Phase.DENSE, False, False, batch, self.scan, "dense", args, True)
+        self.compile_seconds = before + time.perf_counter() - start
+        return self.compile_seconds - before
 
     def evaluate(self, state: TrainState) -> tuple[float, float]:
         """``(mean loss, top-1)`` on the evaluation set, in float32 sums."""
@@ -255,6 +273,8 @@ class Trainer:
 
     def _prepare_pruned(self, encoded: Any, state: Any, metrics: Any, order: Any, key: Any, masks: Any) -> None:
         """Have the pruned phase's programs compiled in the background, while the phases before it train."""
+        if self.schedule.prune_step + 1 >= self.config.total_epochs * self.steps_per_epoch:
+            return  # no update follows the prune
         batch, epoch = min(self.config.batch_size, len(self.train_data.labels)), self.config.prune.prune_epoch
         mix = self._mixes(epoch)
 
@@ -267,7 +287,9 @@ class Trainer:
             lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype),
             ((state, metrics, self.train_data, order, *self._few_updates(), key), masks),
         )
+        before = self.pruned.waited_seconds
         self.pruned.prepare(encoded, compile_way)
+        self.compile_seconds += self.pruned.waited_seconds - before
 
     def _few_updates(self) -> tuple[np.int32, ...]:
         """Which updates are timed: the first one, or the first few of an epoch's loop."""
@@ -288,7 +310,14 @@ class Trainer:
 
     def _mixes(self, epoch: int) -> bool:
         config = self.config
-        return config.mixup_epoch is not None and epoch >= config.mixup_epoch and config.mixup_alpha > 0
+        if config.mixup_epoch is None or config.mixup_alpha == 0:
+            return False
+        if epoch >= config.epochs:  # after the dense run: none in ADMM's epochs, the dense schedule's tail afterwards
+            after = epoch - config.epochs - (config.admm.epochs if config.admm else 0)
+            if after < 0:
+                return False
+            epoch = config.epochs - config.retrain.epochs + after
+        return epoch >= config.mixup_epoch
 
     def _program(
         self,
@@ -320,7 +349,7 @@ class Trainer:
             inputs = (state.params, state.batch_stats, state.step, data, order, index, key, structures)
             gradient = self._compiled(
                 ("gradient", mix, batch, way, *shapes), lambda: gradient_of(self, mix, batch, way), inputs, (),
-                in_background,
+                in_background, size_of((state.opt_state, state.scores, masks)),
             )
             if in_background:
                 found = jax.eval_shape(gradient_of(self, mix, batch, way), *inputs)
@@ -344,13 +373,18 @@ class Trainer:
         args: tuple,
         donate: tuple[int, ...],
         in_background: bool = False,
+        beside: int = 0,
     ) -> Callable[..., Any]:
-        """The compiled program of a key; compiling that the run waits for is timed apart from running."""
+        """The compiled program of a key; compiling that the run waits for is timed apart from running.
+
+        ``beside``: bytes that live while it runs and are none of its arguments.
+        """
         if key not in self._programs:
             start = time.perf_counter()
             lowered = jax.jit(build(), donate_argnums=donate).lower(*args)
             program = self._programs[key] = lowered.compile(pk.compiler_options(self.config.precision))
-            self.program_bytes = max(self.program_bytes, bytes_of(program))
+            if key[0] != "eval":
+                self.program_bytes = max(self.program_bytes, bytes_of(program) + beside)
             if not in_background:
                 self.compile_seconds += time.perf_counter() - start
         return self._programs[key]

@@ -68,7 +68,7 @@ def compare(arguments: list[str]) -> int:
         """Copy the records of finished runs into this folder, below compare-STUDY."""
         seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
         """Of the final runs."""
-        tuning_seeds: tuple[int, ...] = (100,)
+        tuning_seeds: tuple[int, ...] = (100, 101, 102)
         """Of the trials on validation data."""
         only: str = ""
         """Only cells whose name holds this regular expression, and the dense one."""

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ from experiments import jobs
 from experiments.comparison import latency
 from experiments.configs.base import TrainConfig, to_dict
 from experiments.configs.compare import Cell, Study, Tuning
+from experiments.data.loading import default_cache_dir
 from experiments.forks import dense_of
 from experiments.records import RunFolder, identity, read_json, write_json
+from pallas_kernels.tuning.cache import ENVIRONMENT
 
 _DENSE_GROUP = "dense"
 
@@ -29,7 +32,7 @@ def run(
     workdir: Path,
     *,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
-    tuning_seeds: Sequence[int] = (100,),
+    tuning_seeds: Sequence[int] = (100, 101, 102),
     minutes: float | None = None,
     workers: int = 1,
     data_dir: str | None = None,
@@ -71,22 +74,35 @@ def run(
     failed: dict[str, str] = {}
     # Trials differ in few of their programs, and nobody asks how long they took to compile.
     with jobs.crew(workers, cache=workdir / "tuning" / "compiled") as crew:
-        chosen, missing = _tune(study, cells, workdir / "tuning", tuning_seeds, maker, crew, deadline, failed, say)
+
+        def do(wanted: list[jobs.Job]) -> list[jobs.Job]:
+            jobs.do_all(wanted, crew, deadline, failed, say)
+            return _unfinished(wanted, failed)
+
+        chosen, missing = _tune(study, cells, workdir / "tuning", tuning_seeds, maker, do)
     wanted: list[jobs.Job] = []
     if not missing:
         tuned = {cell.name: with_field(cell.config, *chosen.get(cell.group, chosen[_DENSE_GROUP])) for cell in cells}
         for cell in cells:  # what is pruned after training shares the dense run's learning rate, whatever is tuned
             if cell.config.retrain is not None:
                 tuned[cell.name] = with_field(tuned[cell.name], *chosen[_DENSE_GROUP])
-        write_json(workdir / "study.json", _describe(study, cells, workdir / "tuning", tuning_seeds, chosen))
         wanted = maker.jobs([(tuned[cell.name], seed) for seed in seeds for cell in cells], workdir)
-        with jobs.crew(workers) as crew:
+        # Each process measures for itself how the pruned phase runs: what earlier runs found would hide its cost.
+        with (
+            tempfile.TemporaryDirectory() as empty,
+            jobs.crew(workers, environment={ENVIRONMENT: empty}) as crew,
+        ):
             jobs.do_all(wanted, crew, deadline, failed, say)
-    unfinished = [job for job in wanted if not job.finished() and job.folder.name not in failed]
+        write_json(workdir / "study.json", _describe(study, workdir, tuning_seeds, chosen))
+    unfinished = _unfinished(wanted, failed)
     if timing and wanted:
-        _time(study, cells, workdir, seeds[0], data_dir, say)
+        _time(study, workdir, seeds[0], data_dir, say)
     finished = sum(job.finished() for job in wanted)
     return {"finished": finished, "missing": len(missing) + len(unfinished), "failed": failed}
+
+
+def _unfinished(wanted: Sequence[jobs.Job], failed: dict[str, str]) -> list[jobs.Job]:
+    return [job for job in wanted if not job.finished() and job.folder.name not in failed]
 
 
 def collect(study: Study, workdir: Path, records: Path) -> int:
@@ -131,7 +147,12 @@ class _Maker:
         return made
 
     def _placed(self, config: TrainConfig, seed: int) -> TrainConfig:
-        data = config.data if self.data_dir is None else dataclasses.replace(config.data, dir=self.data_dir)
+        data = dataclasses.replace(
+            config.data,
+            dir=config.data.dir if self.data_dir is None else self.data_dir,
+            # Decoded images stay where they are, whatever a process is told of the cache.
+            cache_dir=config.data.cache_dir or default_cache_dir(),
+        )
         loop = dataclasses.replace(config.loop, progress=False) if self.quiet else config.loop
         return dataclasses.replace(config, seed=seed, data=data, loop=loop)
 
@@ -142,55 +163,81 @@ def _key(config: TrainConfig) -> tuple[str, int]:
 
 
 def _tune(
-    study: Study, cells: Sequence[Cell], folder: Path, seeds: Sequence[int], maker: _Maker, crew: Any,
-    deadline: float | None, failed: dict[str, str], say: Callable[[str], None],
-) -> tuple[dict[str, tuple[str, Any]], list[Any]]:
-    """``({group: (field, best value)}, trials left to do)``."""
+    study: Study, cells: Sequence[Cell], folder: Path, seeds: Sequence[int], maker: _Maker,
+    do: Callable[[list[jobs.Job]], list[jobs.Job]],
+) -> tuple[dict[str, tuple[str, Any]], list[jobs.Job]]:
+    """``({group: (field, best value)}, trials left to do)``; first the dense run, whose rate others are tried with."""
     groups = {cell.group for cell in cells} | {_DENSE_GROUP}
     tunings = [tuning for tuning in study.tunings if tuning.group in groups]
-    runs = []
-    for seed in seeds:
-        for index in range(max(len(tuning.values) for tuning in tunings)):
-            runs += [
-                (_trial(study, tuning, tuning.values[index]), seed)
-                for tuning in tunings
-                if index < len(tuning.values)
-            ]
-    wanted = maker.jobs(runs, folder)
-    jobs.do_all(wanted, crew, deadline, failed, say)
-    missing = [job for job in wanted if not job.finished() and job.folder.name not in failed]
-    if missing:
-        return {}, missing
-    return {tuning.group: (tuning.field, _best(study, tuning, folder, seeds)) for tuning in tunings}, []
+    chosen: dict[str, tuple[str, Any]] = {}
+    for first in (True, False):
+        mine = [tuning for tuning in tunings if (tuning.group == _DENSE_GROUP) == first]
+        # Dense trials once more: others fork from them.
+        runs = [
+            (_trial(study, tuning, value, chosen), seed)
+            for seed in seeds
+            for tuning in tunings
+            if tuning in mine or tuning.group == _DENSE_GROUP
+            for value in tuning.values
+        ]
+        missing = do(maker.jobs(runs, folder))
+        if missing:
+            return {}, missing
+        for tuning in mine:
+            trials = [one for one in _scores(study, tuning, folder, seeds, chosen) if one["top1"] is not None]
+            if not trials:
+                raise ValueError(f"every trial of {tuning.group} failed; see {folder}")
+            # Of equal ones the first.
+            chosen[tuning.group] = (tuning.field, max(trials, key=lambda trial: trial["top1"])["value"])
+    return chosen, []
 
 
-def _trial(study: Study, tuning: Tuning, value: Any) -> TrainConfig:
-    config = with_field(study.cell(tuning.cell).config, tuning.field, value)
+def _trial(study: Study, tuning: Tuning, value: Any, chosen: dict[str, tuple[str, Any]]) -> TrainConfig:
+    config = study.cell(tuning.cell).config
+    if _DENSE_GROUP in chosen:
+        config = with_field(config, *chosen[_DENSE_GROUP])
+    config = with_field(config, tuning.field, value)
     data = dataclasses.replace(config.data, eval_split="validation")
     return dataclasses.replace(config, name=f"{config.name}-{tuning.field}-{value:g}", data=data)
 
 
-def _scores(study: Study, tuning: Tuning, folder: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def _scores(
+    study: Study, tuning: Tuning, folder: Path, seeds: Sequence[int], chosen: dict[str, tuple[str, Any]]
+) -> list[dict[str, Any]]:
     """Mean validation top-1 of each trial; None where a run failed."""
     trials = []
     for value in tuning.values:
-        name = _trial(study, tuning, value).name
+        name = _trial(study, tuning, value, chosen).name
         summaries = [RunFolder(folder / f"{name}-seed{seed}").summary() for seed in seeds]
         done = [summary["final_top1"] for summary in summaries if summary is not None]
         trials.append({"value": value, "top1": statistics.fmean(done) if len(done) == len(seeds) else None})
     return trials
 
 
-def _best(study: Study, tuning: Tuning, folder: Path, seeds: Sequence[int]) -> Any:
-    trials = [trial for trial in _scores(study, tuning, folder, seeds) if trial["top1"] is not None]
-    if not trials:
-        raise ValueError(f"every trial of {tuning.group} failed; see {folder}")
-    return max(trials, key=lambda trial: trial["top1"])["value"]
+def _runs(study: Study, workdir: Path, seed: str = "*") -> dict[str, list[Path]]:
+    """Finished run folders by cell."""
+    found = {
+        cell.name: sorted(path.parent for path in workdir.glob(f"{cell.config.name}-seed{seed}/summary.json"))
+        for cell in study.cells
+    }
+    return {name: paths for name, paths in found.items() if paths}
 
 
 def _describe(
-    study: Study, cells: Sequence[Cell], folder: Path, seeds: Sequence[int], chosen: dict[str, tuple[str, Any]]
+    study: Study, workdir: Path, seeds: Sequence[int], chosen: dict[str, tuple[str, Any]]
 ) -> dict[str, Any]:
+    """study.json: every cell that has runs, and how its group was tuned, now or by an earlier call."""
+    path, folder = workdir / "study.json", workdir / "tuning"
+    earlier = {each["group"]: each for each in read_json(path)["tuning"]} if path.exists() else {}
+    cells = [study.cell(name) for name in _runs(study, workdir)]
+    tuned = {
+        tuning.group: {
+            "cell": study.cell(tuning.cell).config.name, "group": tuning.group, "field": tuning.field,
+            "trials": _scores(study, tuning, folder, seeds, chosen), "chosen": chosen[tuning.group][1],
+        }
+        for tuning in study.tunings
+        if tuning.group in chosen
+    }
     return {
         "name": study.name,
         "title": study.title,
@@ -205,23 +252,13 @@ def _describe(
             }
             for cell in cells
         ],
-        "tuning": [
-            {
-                "cell": study.cell(tuning.cell).config.name, "group": tuning.group, "field": tuning.field,
-                "trials": _scores(study, tuning, folder, seeds), "chosen": chosen[tuning.group][1],
-            }
-            for tuning in study.tunings
-            if tuning.group in chosen
-        ],
+        "tuning": list((earlier | tuned).values()),
     }
 
 
-def _time(
-    study: Study, cells: Sequence[Cell], workdir: Path, seed: int, data_dir: str | None, say: Callable[[str], None]
-) -> None:
+def _time(study: Study, workdir: Path, seed: int, data_dir: str | None, say: Callable[[str], None]) -> None:
     """Latencies of all finished nets of one seed, side by side, unless these very nets were timed before."""
-    folders = {cell.config.name: workdir / f"{cell.config.name}-seed{seed}" for cell in cells}
-    finished = {name: path for name, path in folders.items() if RunFolder(path).summary() is not None}
+    finished = {study.cell(name).config.name: paths[0] for name, paths in _runs(study, workdir, str(seed)).items()}
     path = workdir / "latency.json"
     shas = {name: RunFolder(folder).summary()["params_sha256"] for name, folder in finished.items()}
     if path.exists():

@@ -144,10 +144,10 @@ def _digits() -> Study:
     shape = _Shape(
         compression=8.0, others=(4.0, 16.0, 32.0), select=10, prune=22, early_select=3, early_prune=6, coeff=1e-3,
         tile=(32, 1), importance_steps=16, widths=(0.25, 0.375, 0.5, 0.75), retrain=(2, 5, 10, 20, 30),
-        admm=AdmmConfig(15, rho=1e-2, every_updates=18, learning_rate=0.02, num_patterns=8),
+        admm=AdmmConfig(15, rho=1e-2, every_updates=18, learning_rate=0.02),
         channels=(ChannelConfig(0.2, 10), *(ChannelConfig(ratio, 10, 1e-2) for ratio in (0.8, 0.9, 0.95))),
         every_updates=18,
-        rates=(0.05, 0.1, 0.2),
+        rates=(0.1, 0.2, 0.4),
     )
     return _study("digits", "Digits, the small net, 30 epochs", dense, shape)
 
@@ -170,7 +170,7 @@ def _slim() -> Study:
     shape = _Shape(
         compression=8.0, others=(4.0, 12.0), select=3, prune=6, early_select=1, early_prune=2, coeff=2.5e-4,
         tile=(32, 1), importance_steps=16, widths=(0.0834, 0.125, 0.1875), retrain=(2, 4, 8),
-        admm=AdmmConfig(4, rho=1e-2, every_updates=62, learning_rate=0.01, num_patterns=8),
+        admm=AdmmConfig(4, rho=1e-2, every_updates=62, learning_rate=0.01),
         channels=(ChannelConfig(0.2, 2), *(ChannelConfig(ratio, 2, 1e-2) for ratio in (0.8, 0.9))), every_updates=31,
         rates=(0.03, 0.1),
     )
@@ -183,7 +183,7 @@ def _vgg13() -> Study:
     shape = _Shape(
         compression=9.0, others=(4.0, 6.2), select=60, prune=148, early_select=19, early_prune=38, coeff=6.5e-4,
         tile=(64, 1), importance_steps=16, widths=(0.334, 0.5, 0.75), retrain=(19, 60, 120, 190),
-        admm=AdmmConfig(60, rho=1e-3, every_updates=391, learning_rate=0.01, num_patterns=8),
+        admm=AdmmConfig(60, rho=1e-3, every_updates=391, learning_rate=0.01),
         channels=(ChannelConfig(0.2, 10), ChannelConfig(0.4, 10)), every_updates=100, rates=(0.05, 0.1),
     )
     return _study("vgg13", "CIFAR-10, VGG-13, 190 epochs", dense, shape)
@@ -207,11 +207,11 @@ def _study(name: str, title: str, base: TrainConfig, shape: _Shape) -> Study:
     early_share, late_share = (f"{100 * epoch / base.epochs:.0f}%" for epoch in (shape.early_prune, shape.prune))
     end = base.epochs
     after = PruneConfig(
-        (), 0.0, end, end, target=shape.compression, importance="magnitude", num_patterns=8, floor=False
+        (), 0.0, end, end, target=shape.compression, importance="magnitude", floor=False
     )
     add("dense", "dense", "", "dense", "dense")
-    add(f"clicktrain-{ratio}", "ClickTrain", f"{ratio}, pruned at {late_share}, as published", "ClickTrain, late",
-        "clicktrain", prune=late)
+    add(f"clicktrain-{ratio}", "ClickTrain", f"{ratio}, pruned at {late_share}", "ClickTrain, late", "clicktrain",
+        prune=late)
     add(f"early-{ratio}", "ClickTrain", f"{ratio}, pruned at {early_share}", "ClickTrain, early", "early", prune=early)
     add(f"early-tiles-{ratio}", "ClickTrain", f"{ratio}, pruned at {early_share}, tiles {tile}",
         "ClickTrain, early, tiles", "early-tiles", prune=dataclasses.replace(early, tile=shape.tile))
@@ -245,12 +245,12 @@ def _study(name: str, title: str, base: TrainConfig, shape: _Shape) -> Study:
         more = {"target": other}
         add(f"early-{other:g}x", "ClickTrain", f"{other:g}x, pruned at {early_share}", "ClickTrain, early", "early",
             prune=dataclasses.replace(early, **more))
-        add(f"clicktrain-{other:g}x", "ClickTrain", f"{other:g}x, pruned at {late_share}, as published",
+        add(f"clicktrain-{other:g}x", "ClickTrain", f"{other:g}x, pruned at {late_share}",
             "ClickTrain, late", "clicktrain", prune=dataclasses.replace(late, **more))
     tried = {
         "dense": "dense", "clicktrain": f"clicktrain-{ratio}", "early": f"early-{ratio}",
         "early-tiles": f"early-tiles-{ratio}", "narrow": f"narrow-{shape.widths[1]:g}",
-        "prunetrain": f"prunetrain-{shape.channels[-1].ratio:g}", "gradual": f"gradual-{ratio}",
+        "prunetrain": f"prunetrain-{shape.channels[-2].ratio:g}", "gradual": f"gradual-{ratio}",
         "rigl": f"rigl-{ratio}", "two-of-four": "two-of-four",
     }
     tunings = [Tuning(group, cell, "learning_rate", shape.rates) for group, cell in tried.items()]

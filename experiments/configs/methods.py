@@ -15,6 +15,8 @@ def _check(owner: str, value: float, field: str, low: float, high: float = math.
 class AdmmConfig:
     """ADMM between a dense run and its pruning: weights are pulled to the nearest pruned ones.
 
+    The patterns are those that the run is pruned with (PatDNN takes the most frequent ones of the dense net's weights).
+
     Attributes:
         epochs: how long, after the dense run.
         rho: weight of the penalty at first.
@@ -22,7 +24,6 @@ class AdmmConfig:
         stages: equal parts of the epochs.
         every_updates: projections and dual variables are renewed after so many updates.
         learning_rate: constant all along.
-        num_patterns: size of the pattern set, the most frequent ones of the dense net's weights.
     """
 
     epochs: int
@@ -31,10 +32,9 @@ class AdmmConfig:
     stages: int = 3
     every_updates: int = 100
     learning_rate: float = 0.01
-    num_patterns: int = 8
 
     def __post_init__(self) -> None:
-        for field in ("epochs", "stages", "every_updates", "num_patterns"):
+        for field in ("epochs", "stages", "every_updates"):
             _check("admm", getattr(self, field), field, 1)
         for field in ("rho", "learning_rate", "rho_factor"):
             if not (getattr(self, field) > 0 and math.isfinite(getattr(self, field))):

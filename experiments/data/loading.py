@@ -86,12 +86,15 @@ def _check_config(config: DataConfig) -> None:
         )
 
 
+def default_cache_dir() -> str:
+    """Where decoded images are kept: $CLICKTRAIN_CACHE, else ~/.cache/clicktrain_jax."""
+    return os.environ.get("CLICKTRAIN_CACHE") or "~/.cache/clicktrain_jax"
+
+
 def _read(config: DataConfig) -> RawArrays:
     if config.name == "digits":
         return digits.read()
-    cache_dir = Path(
-        config.cache_dir or os.environ.get("CLICKTRAIN_CACHE") or "~/.cache/clicktrain_jax"
-    ).expanduser()
+    cache_dir = Path(config.cache_dir or default_cache_dir()).expanduser()
     source = tfds_source.data_dir(config.dir)
     if source.is_file():
         files = [source]
