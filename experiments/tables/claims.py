@@ -15,6 +15,8 @@ from experiments.tables import frontier
 from experiments.tables.studies import BATCHES, Cell, Study, mean
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "not measured"
+# Of measured runs that say neither.
+UNTOLD = "cannot be told"
 OUTSIDE = "outside the measured range"
 TIME_GOAL, TIME_LIMIT = 0.85, 1.05
 PAT_RATIO, LIKE_ACCURACY = 2.3, 0.3  # times; points
@@ -104,7 +106,7 @@ def against_pat(study: Study) -> Part:
         "their end-to-end seconds over ClickTrain's, paired by seed. The claim counts the smallest measured budget "
         "whose mean accuracy is near enough; \"between budgets\" reads the frontier (the best accuracy of all budgets "
         "at most so large) in between. \"At most\": the smallest measured budget comes near enough already, a smaller "
-        "one might too. \"More than\": no measured budget does."
+        "one might too. \"Not reached\": no measured budget does."
     )
     header = ("ClickTrain cell", "PAT budgets", "PAT's accuracy less ClickTrain's, by budget", "verdict", "ratio",
               "between budgets")
@@ -127,15 +129,14 @@ def _pat_reading(study: Study, cell: Cell) -> Reading | None:
     reached = [place for place, (_, gap, _) in enumerate(budgets) if mean(gap) >= -LIKE_ACCURACY - _EXACT]
     between = frontier.solve([(budget, mean(gap)) for budget, gap, _ in budgets], -LIKE_ACCURACY, "rising")
     if not reached:
-        most = budgets[-1][0]
-        verdict = HOLDS if most >= PAT_RATIO else UNKNOWN
-        said, value = f"more than {most:.2f}", None
+        # It may take longer, or never come so near: that is no ratio.
+        verdict, said, value = UNTOLD, f"not reached within {budgets[-1][0]:.2f}", None
     else:
         value, _, ratio = budgets[reached[0]]
         said = spread(ratio)
         if reached[0] == 0:
             said = f"at most {said}"
-            verdict = FAILS if value < PAT_RATIO else UNKNOWN
+            verdict = FAILS if value < PAT_RATIO else UNTOLD
         else:
             verdict = HOLDS if value >= PAT_RATIO - _EXACT else FAILS
     gaps = ", ".join(f"{spread(gap, signed=True)} at {budget:.2f}" for budget, gap, _ in budgets)
@@ -185,11 +186,13 @@ def _pdt_reading(study: Study, family: Sequence[Cell], other: Cell) -> tuple[Rea
         return {seed: value / mine[seed] for seed, value in other.seconds().items() if seed in mine}
 
     shares = frontier.weights(xs, x, tolerance=LIKE_COMPRESSION)
-    like_compression = Reading((OUTSIDE, ""), UNKNOWN)
+    like_compression = Reading((OUTSIDE, ""), UNTOLD)
     if shares is not None:
         gap = _differences(frontier.by_seed(dict(enumerate(accuracies)), shares), other.top1())
         if gap:
             like_compression = _in_time(f"{spread(gap, signed=True)}{_weak(gap)}", mean(gap), 0.0, time_at(shares))
+            if _weak(gap):
+                like_compression = like_compression._replace(verdict=UNTOLD)
         else:
             like_compression = nothing
     # Means here: a curve through single runs does not fall.
@@ -206,11 +209,12 @@ def _beyond(
     points: frontier.Points, wanted: float, x: float, time_at: Callable[[Mapping[int, float]], dict[int, float]]
 ) -> Reading:
     """Where ClickTrain is better, or worse, at every compression: its end is a bound, which may be enough to tell."""
-    is_better = min(top1 for _, top1 in points) > wanted
+    # The envelope, as `frontier.solve` reads it: a dip that a higher compression makes good is none.
+    is_better = min(top1 for _, top1 in frontier.envelope(points, "falling")) > wanted
     end = (max if is_better else min)(place for place, _ in points)
     text = f"{'more' if is_better else 'less'} than {end / x:.2f} ({OUTSIDE})"
     if is_better != (end / x > 1):
-        return Reading((text, ""), UNKNOWN)
+        return Reading((text, ""), UNTOLD)
     found = _in_time(text, end / x, 1.0, time_at(frontier.weights([place for place, _ in points], end)))
     return found._replace(value=None)
 
@@ -237,9 +241,9 @@ def _in_time(text: str, value: float, threshold: float, time: Mapping[int, float
         return Reading((text, UNKNOWN), UNKNOWN, value)
     like = abs(ratio - 1) <= LIKE_TIME + _EXACT
     if value > threshold:
-        verdict = HOLDS if like or ratio > 1 else UNKNOWN
+        verdict = HOLDS if like or ratio > 1 else UNTOLD
     else:
-        verdict = FAILS if like or ratio < 1 else UNKNOWN
+        verdict = FAILS if like or ratio < 1 else UNTOLD
     apart = "" if like else f", not like: {100 * abs(ratio - 1):.0f}% {'more' if ratio > 1 else 'less'}"
     return Reading((text, f"{spread(time)}{apart}"), verdict, value)
 
@@ -276,18 +280,25 @@ def _narrow_reading(cell: Cell, narrow: Sequence[Cell], size: Callable[[Cell], f
     x, known = size(cell), [other for other in narrow if size(other) is not None]
     if x is None or len(known) < 2:
         return Reading((UNKNOWN,), UNKNOWN)
+    # What is larger than every dense net is compared with the largest of them, which is no slower.
+    x = min(x, max(size(other) for other in known))
     shares = frontier.weights([size(other) for other in known], x)
     if shares is None:
-        return Reading((OUTSIDE,), UNKNOWN)
+        return Reading((OUTSIDE,), UNTOLD)
     theirs = frontier.by_seed({place: other.top1() for place, other in enumerate(known)}, shares)
     gap = _differences(cell.top1(), theirs)
     if not gap:
         return Reading((UNKNOWN,), UNKNOWN)
-    return Reading((f"{spread(gap, signed=True)}{_weak(gap)}",), HOLDS if mean(gap) > 0 else FAILS, mean(gap))
+    return Reading((f"{spread(gap, signed=True)}{_weak(gap)}",), _told(gap), mean(gap))
 
 
 def _differences(mine: Mapping[int, float], theirs: Mapping[int, float]) -> dict[int, float]:
     return {seed: mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())}
+
+
+def _told(gap: Mapping[int, float]) -> str:
+    """Whether a difference that should be positive is, as far as its spread over seeds tells."""
+    return UNTOLD if _weak(gap) else HOLDS if mean(gap) > 0 else FAILS
 
 
 def _weak(gap: Mapping[int, float]) -> str:
@@ -311,10 +322,14 @@ def _text(value: float | None) -> str:
 def _any(verdicts: Iterable[str]) -> str:
     """Of a claim that says "up to"."""
     found = set(verdicts)
-    return next((verdict for verdict in (HOLDS, FAILS) if verdict in found), UNKNOWN)
+    return next((verdict for verdict in (HOLDS, FAILS, UNTOLD) if verdict in found), UNKNOWN)
 
 
 def _all(verdicts: Iterable[str]) -> str:
-    """Of a claim on every cell, as far as it can be told."""
-    found = set(verdicts)
-    return next((verdict for verdict in (FAILS, HOLDS) if verdict in found), UNKNOWN)
+    """Of a claim on every cell: one that fails is enough; to hold, at least half must tell."""
+    found = list(verdicts)
+    if FAILS in found:
+        return FAILS
+    if 2 * found.count(HOLDS) >= len(found) > 0:
+        return HOLDS
+    return UNTOLD if {HOLDS, UNTOLD} & set(found) else UNKNOWN

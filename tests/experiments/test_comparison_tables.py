@@ -144,7 +144,7 @@ def test_every_seed_is_charged_with_compiling(study):
 
 def test_time_against_dense(study):
     goal, limit = claims.against_dense(study).claims
-    assert goal.verdict == claims.HOLDS and "0.80 (n=2; 8x, early)" in goal.text
+    assert goal.verdict == claims.HOLDS and "0.80 (n=2; 8x, early; training alone 0.78)" in goal.text
     assert limit.verdict == claims.HOLDS and "3 of 3 cells; the most is 0.86" in limit.text
 
 
@@ -172,13 +172,13 @@ def test_pat_is_read_at_the_smallest_budget_that_is_near_enough(study):
 def test_pat_whose_smallest_budget_is_enough_bounds_the_ratio_from_above(make_study):
     part = claims.against_pat(studies.read(make_study(("dense", "early-8x", "rewind-8"))))
     assert part.rows[0][4] == "at most 2.50" and part.rows[0][5] == ""
-    assert part.claims[0].verdict == claims.UNKNOWN  # a smaller budget might do
+    assert part.claims[0].verdict == claims.UNTOLD  # a smaller budget might do
 
 
 def test_pat_that_never_comes_near_is_said(make_study):
     part = claims.against_pat(studies.read(make_study(("dense", "early-8x", "rewind-2", "rewind-4"))))
-    assert "more than 2.00 (8x, early)" in part.claims[0].text
-    assert part.claims[0].verdict == claims.UNKNOWN and part.rows[0][5] == ""
+    assert "not reached within 2.00 (8x, early)" in part.claims[0].text
+    assert part.claims[0].verdict == claims.UNTOLD and part.rows[0][5] == ""
 
 
 def test_pdt_is_read_at_like_compression_and_at_like_accuracy(study):
@@ -195,8 +195,8 @@ def test_pdt_is_read_at_like_compression_and_at_like_accuracy(study):
 
 
 @pytest.mark.parametrize(("top1", "seconds", "verdict"), [
-    (77.0, 78.0, claims.HOLDS), (77.0, 150.0, claims.HOLDS), (77.0, 40.0, claims.UNKNOWN),
-    (78.9, 78.0, claims.FAILS), (78.9, 40.0, claims.FAILS), (78.9, 150.0, claims.UNKNOWN),
+    (77.0, 78.0, claims.HOLDS), (77.0, 150.0, claims.HOLDS), (77.0, 40.0, claims.UNTOLD),
+    (78.9, 78.0, claims.FAILS), (78.9, 40.0, claims.FAILS), (78.9, 150.0, claims.UNTOLD),
 ])
 def test_unequal_time_gives_a_verdict_only_where_it_speaks_against_it(make_study, monkeypatch, top1, seconds, verdict):
     monkeypatch.setitem(CELLS, "gradual", (*CELLS["gradual"][:5], top1, seconds, None))

@@ -64,7 +64,7 @@ def pretend(monkeypatch):
 
 def test_every_group_gets_as_many_trials_and_its_best_one(pretend, tmp_path):
     lines = []
-    result = harness.run(STUDY, tmp_path, seeds=(0, 1), workers=0, timing=False, say=lines.append)
+    result = harness.run(STUDY, tmp_path, seeds=(0, 1), tuning_seeds=(7,), workers=0, timing=False, say=lines.append)
     assert result == {"finished": 8, "missing": 0, "failed": {}}
     trials = [job for job in pretend if job.config.data.eval_split == "validation"]
     assert len(trials) == 6 and all(job.folder.parent.name == "tuning" for job in trials)
@@ -87,7 +87,8 @@ def test_every_group_gets_as_many_trials_and_its_best_one(pretend, tmp_path):
     assert study["dense"] == study["cells"][0]["name"] == "compare-try-dense"
 
     count = len(pretend)
-    assert harness.run(STUDY, tmp_path, seeds=(0, 1), workers=0, timing=False) == result
+    again = {"seeds": (0, 1), "tuning_seeds": (7,), "workers": 0, "timing": False}
+    assert harness.run(STUDY, tmp_path, **again) == result
     assert len(pretend) == count  # nothing was trained twice
     assert harness.collect(STUDY, tmp_path, tmp_path / "records") == 8
     assert (tmp_path / "records" / "compare-try" / "study.json").exists()
@@ -95,13 +96,20 @@ def test_every_group_gets_as_many_trials_and_its_best_one(pretend, tmp_path):
 
 def test_no_final_run_before_all_trials(pretend, tmp_path):
     result = harness.run(STUDY, tmp_path, seeds=(0,), minutes=0, workers=0, timing=False)
+    # The dense run's two trials come first, with three seeds each.
     assert result["finished"] == 0 and result["missing"] == 6 and not pretend
 
 
 def test_some_cells_alone(pretend, tmp_path):
+    harness.run(STUDY, tmp_path, seeds=(0,), workers=0, timing=False, only="narrow-none|pruned")
+    pretend.clear()
     result = harness.run(STUDY, tmp_path, seeds=(0,), workers=0, timing=False, only="rewind")
     assert result["finished"] == 2
-    assert {job.config.name for job in pretend} >= {"compare-try-rewind", "compare-try-dense"}
+    # What an earlier call found stays told.
+    study = read_json(tmp_path / "study.json")
+    assert [each["name"].rpartition("-")[2] for each in study["cells"]] == ["dense", "pruned", "rewind"]
+    assert {each["group"] for each in study["tuning"]} == {"dense", "clicktrain"}
+    assert {job.config.name for job in pretend} == {"compare-try-rewind"}
     assert not any("narrow" in job.config.name for job in pretend)
 
 
