@@ -68,9 +68,19 @@ def test_pruning_after_training_forks_from_the_dense_run(config, trunk, tiny_dat
     assert forked["epochs"] == config.total_epochs == len(read_metrics(tmp_path / "forked"))
     # What the dense run took is counted.
     assert forked["train_seconds"] > sum(line["train_seconds"] for line in read_metrics(trunk))
+    # The dense update was compiled once more, for this run, and what the trunk compiled is not counted again.
+    compiled = [line["compile_seconds"] for line in read_metrics(tmp_path / "forked")]
+    assert compiled[0] > 0 and compiled[1:END] == [0.0] * (END - 1)
     assert forked["method"] == "pruning after training" and 4 < forked["conv_compression"] < 4.5
     share = zeros(restore(tmp_path / "forked").state.params)
     assert share.pop("Conv_0") == 0 and min(share.values()) > 0.75
+
+
+@pytest.mark.parametrize(("config", "after"), [(REWIND, [False, True]), (ADMM, [False, False, False, True])])
+def test_mixup_after_the_dense_run_is_that_of_the_schedules_tail(config, after, tiny_dataset):
+    trainer = Trainer(config, tiny_dataset)
+    assert config.mixup_epoch == 4
+    assert [trainer._mixes(epoch) for epoch in range(config.total_epochs)] == [*[False] * 4, True, *after]
 
 
 def test_one_shot_prunes_at_the_very_end(trunk, tiny_dataset, tmp_path):
@@ -109,6 +119,11 @@ def test_sparse_training_reaches_its_compression(method, trunk, tiny_dataset, tm
     assert kept + 72 == summary["conv_retained"]
     # What the net is evaluated with is what is exported.
     assert found.trainer.evaluate(found.state)[1] == summary["final_top1"]
+    if method == "rigl":  # each run draws its own first masks
+        first, second = (
+            jax.tree.leaves(trainer.init(seed)[0].opt_state.masks)[0] for seed in (0, 1)
+        )
+        assert (np.asarray(first) != np.asarray(second)).any()
     if method == "gradual":
         assert forks.fork_epoch(config, trainer.steps_per_epoch) == 2
         assert read_metrics(tmp_path / "run")[:2] == read_metrics(trunk)[:2]
