@@ -13,6 +13,7 @@ import clicktrain_jax as ct
 from clicktrain_jax import models
 from experiments import configs
 from experiments.configs import PruneConfig, from_dict, to_dict
+from experiments.forks import dense_of
 from experiments.recipe import learning_rate, prune_rules
 
 ALL = configs.all_configs()
@@ -37,7 +38,11 @@ def conv_compression(config):
     return total / retained
 
 
-PRUNED = {(c.net, c.width, c.prune.fractions): c for c in ALL.values() if c.prune and c.name.endswith("x")}
+PRUNED = {
+    (c.net, c.width, c.prune.fractions): c
+    for c in ALL.values()
+    if c.prune and c.prune.fractions and c.name.endswith("x")
+}
 
 
 @pytest.mark.parametrize("config", PRUNED.values(), ids=lambda config: config.name)
@@ -46,18 +51,16 @@ def test_names_carry_the_compression_over_all_convolutions(config):
 
 
 def test_names_are_unique_and_every_pruned_config_has_its_dense_one():
-    families = (configs.demo, configs.slim, configs.published, configs.ablation, configs.deployed)
+    families = (
+        configs.demo, configs.slim, configs.published, configs.own, configs.ablation, configs.deployed, configs.compare
+    )
     families = [config for family in families for config in family.configs()]
     assert len(ALL) == len(families)
+    # Each method has its own tuned learning rate.
+    same = {"name": "", "expected": "", "learning_rate": 1.0}
+    known = [dataclasses.replace(other, **same) for other in ALL.values() if other == dense_of(other)]
     for config in ALL.values():
-        dense = [
-            other
-            for other in ALL.values()
-            if other.prune is None
-            # Each method has its own tuned learning rate.
-            and dataclasses.replace(config, prune=None, name="", expected="", learning_rate=1.0)
-            == dataclasses.replace(other, name="", expected="", learning_rate=1.0)
-        ]
+        dense = [other for other in known if other == dataclasses.replace(dense_of(config), **same)]
         assert len(dense) == 1, f"{config.name} is compared with {len(dense)} dense configs"
 
 
@@ -125,8 +128,8 @@ def test_impossible_configs_are_refused(fields, message):
 
 
 def test_impossible_prunings_are_refused():
-    with pytest.raises(ValueError, match="select_epoch=4, prune.prune_epoch=4"):
-        PruneConfig(fractions=(0.5,), coeff=0, select_epoch=4, prune_epoch=4)
+    with pytest.raises(ValueError, match="select_epoch=5, prune.prune_epoch=4"):
+        PruneConfig(fractions=(0.5,), coeff=0, select_epoch=5, prune_epoch=4)
     for both_or_neither in ({"fractions": ()}, {"fractions": (0.5,), "target": 8.0}):
         with pytest.raises(ValueError, match="or else leave them empty and give a target"):
             PruneConfig(**both_or_neither, coeff=0, select_epoch=1, prune_epoch=4)
