@@ -1,12 +1,46 @@
-"""What a config asks for, as objects: the optimizer, the plan, the patterns."""
+"""What a config asks for, as objects: the net, the optimizer, the plan, the patterns."""
 
+import functools
 from typing import Any
 
+import flax.linen as nn
+import jax.numpy as jnp
 import optax
 
 import clicktrain_jax as ct
+import pallas_kernels as pk
 from clicktrain_jax import models
 from experiments.configs.base import PruneConfig, TrainConfig
+
+
+def make_models(config: TrainConfig, num_classes: int, convolution: str) -> dict[str, nn.Module]:
+    """The net as each way of `experiments.pruned_phase` runs it, "dense" being that of all other phases.
+
+    Args:
+        config: of the run.
+        num_classes: of the data set.
+        convolution: of `LoopConfig`, "auto" decided.
+    """
+    build = functools.partial(
+        models.build,
+        config.net,
+        num_classes=num_classes,
+        width=config.width,
+        dtype=jnp.dtype(config.precision),
+        dropout=config.dropout,
+    )
+    # By pattern where a layer has a structure, else dense in the same way as all of them are before.
+    dense = models.patch_convolution if convolution == "patches" else pk.dense_conv
+    by_pattern = functools.partial(models.PatternConv, convolve=pk.pattern_conv, dense=dense)
+    whole = nn.Conv if convolution == "xla" else by_pattern
+    if config.channels is not None:
+        dense = models.xla_convolution if convolution == "xla" else dense
+        whole = functools.partial(models.NarrowConv, dense=dense)
+    return {
+        "dense": build(conv=whole),
+        "pattern": build(conv=by_pattern),
+        "pattern_hwnc": build(conv=by_pattern, layout="HWNC"),
+    }
 
 
 def learning_rate(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:

@@ -9,11 +9,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import clicktrain_jax as ct
 import pallas_kernels as pk
@@ -25,12 +23,12 @@ from clicktrain_jax.selection import num_patterns_of
 from clicktrain_jax.transform import empty_scores
 from experiments.configs.base import TrainConfig
 from experiments.costs import bytes_of, size_of
-from experiments.data import Dataset, normalise
+from experiments.data import Dataset
 from experiments.methods import as_masks, make_method
 from experiments.pruned_phase import Choice, PrunedPhase, Way, facts_of
-from experiments.recipe import make_optimizer, make_plan, pattern_source
+from experiments.recipe import make_models, make_optimizer, make_plan, pattern_source
 from experiments.train_state import Held, Images, NonFinite, TrainState
-from experiments.update import change_of, gradient_of, update_step
+from experiments.update import change_of, evaluation_of, gradient_of, update_step
 
 # Streams of random numbers, each folded into the run's key.
 _INIT, _ORDER = range(2)  # experiments.update has the third
@@ -52,33 +50,13 @@ class Trainer:
         self.dataset = dataset
         image_shape = tuple(dataset.train_images.shape[1:])
         self.image_shape = image_shape
-        dtype = jnp.dtype(config.precision)
         on_cpu = jax.default_backend() == "cpu"
         convolution, program = config.loop.convolution, config.loop.epoch_program
         self.scan = not on_cpu if program == "auto" else program == "scan"
         if convolution == "auto":
             convolution = ("patches" if self.scan else "direct") if on_cpu else "xla"
-        build = functools.partial(
-            models.build,
-            config.net,
-            num_classes=dataset.num_classes,
-            width=config.width,
-            dtype=dtype,
-            dropout=config.dropout,
-        )
-        # By pattern where a layer has a structure, else dense in the same way as all of them are before.
-        dense = models.patch_convolution if convolution == "patches" else pk.dense_conv
-        by_pattern = functools.partial(models.PatternConv, convolve=pk.pattern_conv, dense=dense)
-        whole = nn.Conv if convolution == "xla" else by_pattern
-        if config.channels is not None:
-            dense = models.xla_convolution if convolution == "xla" else dense
-            whole = functools.partial(models.NarrowConv, dense=dense)
-        self.model = build(conv=whole)
-        self.models = {
-            "dense": self.model,
-            "pattern": build(conv=by_pattern),
-            "pattern_hwnc": build(conv=by_pattern, layout="HWNC"),
-        }
+        self.models = make_models(config, dataset.num_classes, convolution)
+        self.model = self.models["dense"]
         abstract = models.abstract_variables(self.model, image_shape)
         self.abstract_params = abstract["params"]
         self.train_data = Images(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels))
@@ -236,7 +214,7 @@ class Trainer:
         for begin in range(0, count, EVAL_BATCH):
             end = min(begin + EVAL_BATCH, count)
             args = (state.params, state.batch_stats, self.eval_data, np.int32(begin))
-            build = functools.partial(self._eval_batch, end - begin)
+            build = functools.partial(evaluation_of, self, end - begin)
             key = ("eval", end - begin, *self._shapes(state.params))
             totals.append(self._compiled(key, build, args, ())(*args))
         loss, correct = np.sum([np.asarray(total) for total in totals], axis=0, dtype=np.float64)
@@ -394,18 +372,6 @@ class Trainer:
     ) -> Callable[..., Any]:
         """One whole update as a pure function: `experiments.update.update_step` of this trainer."""
         return update_step(self, phase, mix, batch, gathers, way)
-
-    def _eval_batch(self, batch: int) -> Callable[..., Any]:
-        def evaluate(params: Any, batch_stats: Any, data: Images, begin: Any) -> jax.Array:
-            images = jax.lax.dynamic_slice_in_dim(data.images, begin, batch)
-            labels = jax.lax.dynamic_slice_in_dim(data.labels, begin, batch)
-            images = normalise(images, self.dataset.mean, self.dataset.std)
-            variables = {"params": self.method.forward(params), "batch_stats": batch_stats}
-            logits = self.model.apply(variables, images, train=False)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return jnp.stack([losses.sum(), (logits.argmax(-1) == labels).sum().astype(jnp.float32)])
-
-        return evaluate
 
 
 decode = jax.jit(decode_masks)

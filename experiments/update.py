@@ -111,6 +111,21 @@ def change_of(trainer: Any, phase: Phase, gathers: bool) -> Callable[..., Any]:
     return change
 
 
+def evaluation_of(trainer: Any, batch: int) -> Callable[..., jax.Array]:
+    """Evaluation on so many images: ``(params, batch_stats, data, begin) -> float32 [sum of losses, correct ones]``."""
+
+    def evaluate(params: Any, batch_stats: Any, data: Images, begin: Any) -> jax.Array:
+        images = jax.lax.dynamic_slice_in_dim(data.images, begin, batch)
+        labels = jax.lax.dynamic_slice_in_dim(data.labels, begin, batch)
+        images = normalise(images, trainer.dataset.mean, trainer.dataset.std)
+        variables = {"params": trainer.method.forward(params), "batch_stats": batch_stats}
+        logits = trainer.model.apply(variables, images, train=False)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.stack([losses.sum(), (logits.argmax(-1) == labels).sum().astype(jnp.float32)])
+
+    return evaluate
+
+
 def update_step(
     trainer: Any, phase: Phase, mix: bool, batch: int, gathers: bool = False, way: str = "dense"
 ) -> Callable[..., Any]:

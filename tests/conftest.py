@@ -1,5 +1,8 @@
+import importlib.util
 import os
+import sys
 import tempfile
+from pathlib import Path
 
 # The interpreter of the Hopper kernels runs each warpgroup on a thread of XLA's CPU client and blocks it at barriers:
 # with no more threads than a small machine has cores (one is taken by the launch itself) the last warpgroup never
@@ -11,3 +14,8 @@ os.environ.setdefault("NPROC", "16")
 # environment, so that it holds in the tests' processes too.
 _CACHE = tempfile.TemporaryDirectory(prefix="clicktrain-tests-")
 os.environ["CLICKTRAIN_CACHE"] = _CACHE.name
+
+# Under --import-mode=importlib a test cannot import its neighbours by name: load what many share once, here.
+_SPEC = importlib.util.spec_from_file_location("drawn", Path(__file__).parent / "drawn.py")
+sys.modules["drawn"] = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(sys.modules["drawn"])

@@ -13,6 +13,7 @@ from typing import Any
 
 from experiments.configs import published, slim
 from experiments.configs.base import LoopConfig, TrainConfig
+from experiments.configs.cells import by_name
 from experiments.data import DataConfig
 
 QUESTIONS = {
@@ -70,10 +71,7 @@ class Family:
         Raises:
             ValueError: there is none.
         """
-        for cell in self.cells:
-            if cell.name == name:
-                return cell
-        raise ValueError(f"no cell {name!r}; the cells are {', '.join(cell.name for cell in self.cells)}")
+        return by_name(self.cells, name)
 
 
 # Hardware-shaped choices and all that is compared with them start from generated patterns: quads of the published

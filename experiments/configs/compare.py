@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.configs import published
 from experiments.configs.base import LoopConfig, PruneConfig, TrainConfig
+from experiments.configs.cells import by_name
 from experiments.configs.methods import AdmmConfig, ChannelConfig, RetrainConfig, SparseConfig
 from experiments.data import DataConfig
 
@@ -79,10 +80,7 @@ class Study:
         Raises:
             ValueError: there is none.
         """
-        for cell in self.cells:
-            if cell.name == name:
-                return cell
-        raise ValueError(f"no cell {name!r}; the cells are {', '.join(cell.name for cell in self.cells)}")
+        return by_name(self.cells, name)
 
 
 @dataclasses.dataclass(frozen=True)

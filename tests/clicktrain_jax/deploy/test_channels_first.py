@@ -5,6 +5,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 from jax import lax
 
 from clicktrain_jax import models
@@ -12,19 +13,6 @@ from clicktrain_jax.deploy.channels_first import channels_first
 from clicktrain_jax.deploy.fold import fold
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
-
-
-def drawn(model, shape, seed=0):
-    """Variables of a net, quicker than its own initialisation."""
-    abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False))
-    rng = np.random.default_rng(seed)
-
-    def draw(leaf):
-        if leaf.ndim == 1:
-            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        return (rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))).astype(np.float32)
-
-    return jax.tree.map(draw, abstract)
 
 
 def primitives(function, images):
