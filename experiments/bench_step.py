@@ -73,7 +73,7 @@ def measure(
     args = _arguments(trainer)
 
     def runner(of: Trainer, phase: Phase, state: Any, held: Any, way: str = "dense") -> Callable[[], Any]:
-        program = jax.jit(of.update_step(phase, False, batch_size, way=way))
+        program = jax.jit(of.update_step(phase, batch_size, way=way))
         return lambda: program(state, *args, held)
 
     functions = {f"dense, {name}": runner(each, Phase.DENSE, state, None) for name, each in trainers.items()}
@@ -119,7 +119,7 @@ def follow(config: TrainConfig, dataset: Dataset, steps: int) -> dict[str, list[
         trainer = Trainer(dataclasses.replace(config, loop=loop), dataset)
         state, masks, structures = _pruned_state(trainer)
         held = Held(masks, structures if way == "pattern" else {})
-        program = jax.jit(trainer.update_step(Phase.PRUNED, False, config.batch_size, way=way))
+        program = jax.jit(trainer.update_step(Phase.PRUNED, config.batch_size, way=way))
         metrics, data, order, _, key = _arguments(trainer)
         losses[name] = []
         for step in range(steps):

@@ -80,7 +80,9 @@ def _fork(config: TrainConfig, run: RunFolder, trunk: Path, epochs: int, dataset
     for field, theirs, ours in differences(to_dict(dense), dataclasses.replace(dense_of(config), name=dense.name)):
         raise ValueError(f"{trunk} is no dense run of {config.name}: its {field} is {theirs!r}, the cell's {ours!r}")
     RunFolder(trunk).check(dense, dataset.fingerprint)
+    compiled_before = trainer.compile_seconds
     state, masks = trainer.init(config.seed)
+    compiling = trainer.compile_seconds - compiled_before
     shared, _ = _restore(dense, trunk, epochs, dataset)
     # By field: a state may hold more in a pruned run.
     state = state._replace(
@@ -93,7 +95,7 @@ def _fork(config: TrainConfig, run: RunFolder, trunk: Path, epochs: int, dataset
     write_json(path, read_json(path) | {"forked": mark})
     run.keep_epochs(0)
     # Its dense update is another program than the trunk's, compiled for this run.
-    compiling = trainer.compile_dense(state)
+    compiling += trainer.compile_dense(state)
     for line in read_metrics(trunk)[:epochs]:
         run.append_metrics(line | {"compile_seconds": compiling if line["epoch"] == 0 else 0.0})
     # Last: with a checkpoint the fork is complete, without one it is made anew.
@@ -115,7 +117,7 @@ def _restore(dense: TrainConfig, trunk: Path, epochs: int, dataset: Dataset) -> 
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(lambda: trainer.init(dense.seed)),
+        (jax.eval_shape(trainer.fresh, jax.random.key(dense.seed)), None),
     )
     # `Checkpoints` reads the newest good one: show it this one alone.
     with tempfile.TemporaryDirectory() as alone:

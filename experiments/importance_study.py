@@ -320,7 +320,7 @@ class _Bench:
         )
         tuner.optimizer = make_optimizer(tuner.config, self._full_batches)
         tuner.updates = ct.phase_updates(tuner.optimizer, self.plan, coeff=0.0, patterns=self.patterns)
-        return jax.jit(tuner.update_step(Phase.PRUNED, False, tuner.config.batch_size), donate_argnums=0), tuner
+        return jax.jit(tuner.update_step(Phase.PRUNED, tuner.config.batch_size), donate_argnums=0), tuner
 
     def _masks(self, state: TrainState, seed: int, cell: tuple[str, int | None], means: Any) -> ct.Masks:
         name, _ = cell

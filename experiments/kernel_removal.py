@@ -230,7 +230,7 @@ def score_program(trainer: Trainer, indices: dict[str, np.ndarray], criteria: Se
     keeper.optimizer = optax.GradientTransformation(
         lambda params: params, lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads)
     )
-    step = keeper.update_step(Phase.DENSE, False, trainer.config.batch_size)
+    step = keeper.update_step(Phase.DENSE, trainer.config.batch_size)
 
     @jax.jit
     def score(state: TrainState, data: Any, order: Any, index: Any, key: Any) -> tuple[Any, Any]:

@@ -70,7 +70,9 @@ def train(
             return finished
     # Whatever is wrong with the config shows here, before anything is written.
     trainer = trainer or Trainer(config, dataset)
+    compiled_before = trainer.compile_seconds
     state, masks = trainer.init(config.seed)
+    compiled_for_init = trainer.compile_seconds - compiled_before
     folder.open(config, dataset.fingerprint)
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(folder.checkpoints, config.loop.keep_checkpoints)
@@ -95,6 +97,8 @@ def train(
                     f"{config.name}: {error} in epoch {epoch}. The newest checkpoint, of {saved} whole epochs, is kept "
                     f"in {folder.checkpoints}. Lower learning_rate, or look at the data"
                 ) from error
+            if epoch == 0:
+                line["compile_seconds"] += compiled_for_init
             folder.append_metrics(line)
             lines.append(line)
             if stop.signal_number is not None or _due(epoch, config.loop.checkpoint_every_epochs, config):

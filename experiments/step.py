@@ -28,7 +28,7 @@ from experiments.methods import as_masks, make_method
 from experiments.pruned_phase import Choice, PrunedPhase, Way, facts_of
 from experiments.recipe import make_models, make_optimizer, make_plan, pattern_source
 from experiments.train_state import Held, Images, NonFinite, TrainState
-from experiments.update import change_of, evaluation_of, gradient_of, update_step
+from experiments.update import change_of, evaluation_of, gradient_of, importance_of, update_step
 
 # Streams of random numbers, each folded into the run's key.
 _INIT, _ORDER = range(2)  # experiments.update has the third
@@ -110,21 +110,20 @@ class Trainer:
             importance_steps=prune.importance_steps,
         )
 
+    def fresh(self, key: jax.Array) -> TrainState:
+        """The state before the first update, drawn from a key: pure."""
+        images = jnp.zeros((1, *self.image_shape), jnp.float32)
+        variables = self.model.init(key, images, train=False)
+        params = variables["params"]
+        scores = {} if self.plan is None else empty_scores(self.plan, self.config.prune.importance_steps)
+        return TrainState(
+            jnp.zeros([], jnp.int32), params, variables.get("batch_stats", {}), self.optimizer.init(params), scores
+        )
+
     def init(self, seed: int) -> tuple[TrainState, Any]:
         """A fresh ``(state, encoded masks)``; the masks are None for a dense run."""
         key = jax.random.fold_in(jax.random.key(seed), _INIT)
-        images = jnp.zeros((1, *self.image_shape), jnp.float32)
-
-        @jax.jit
-        def make(key: jax.Array) -> TrainState:
-            variables = self.model.init(key, images, train=False)
-            params = variables["params"]
-            scores = {} if self.plan is None else empty_scores(self.plan, self.config.prune.importance_steps)
-            return TrainState(
-                jnp.zeros([], jnp.int32), params, variables.get("batch_stats", {}), self.optimizer.init(params), scores
-            )
-
-        state = make(key)
+        state = self._compiled(("init",), lambda: self.fresh, (key,), ())(key)
         masks = None if self.plan is None else empty_masks(state.params, self.plan, num_patterns_of(self.patterns))
         return state, masks
 
@@ -158,7 +157,6 @@ class Trainer:
         key = jax.random.key(seed)
         order = _order(jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch), len(self.train_data.labels))
         metrics = jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
-        mix = self._mixes(epoch)
         masks = None
         for phase, gathers, first, end in self.segments(epoch):
             if phase >= Phase.REGULARIZE and masks is None:
@@ -169,18 +167,18 @@ class Trainer:
             if phase >= Phase.REGULARIZE:
                 self._prepare_pruned(encoded, state, metrics, order, key, masks)
             if phase == Phase.PRUNED:
-                choice = self._choose_pruned(state, metrics, order, key, masks, mix)
+                choice = self._choose_pruned(state, metrics, order, key, masks)
                 way, held = choice.way, Held(masks, choice.structures)
             for begin, stop, batch in self.by_batch_size(first, end):
                 looped = self.scan and stop - begin > 1
                 if looped:
                     args = (state, metrics, self.train_data, order, np.int32(begin), np.int32(stop), key, held)
-                    state, metrics, chosen = self._program(phase, gathers, mix, batch, True, way, args)(*args)
+                    state, metrics, chosen = self._program(phase, gathers, batch, True, way, args)(*args)
                     on_step(stop)
                     continue
                 for index in range(begin, stop):
                     args = (state, metrics, self.train_data, order, np.int32(index), key, held)
-                    state, metrics, chosen = self._program(phase, gathers, mix, batch, False, way, args)(*args)
+                    state, metrics, chosen = self._program(phase, gathers, batch, False, way, args)(*args)
                     on_step(index + 1)
                 if phase == Phase.SELECT:
                     layers, finite = chosen
@@ -203,7 +201,7 @@ class Trainer:
         order = _order(key, len(self.train_data.labels))
         batch = min(self.config.batch_size, len(self.train_data.labels))
         args = (state, metrics, self.train_data, order, *self._few_updates(), key, None)
-        self._program(Phase.DENSE, False, False, batch, self.scan, "dense", args, True)
+        self._program(Phase.DENSE, False, batch, self.scan, "dense", args, True)
         self.compile_seconds = before + time.perf_counter() - start
         return self.compile_seconds - before
 
@@ -253,12 +251,11 @@ class Trainer:
         """Have the pruned phase's programs compiled in the background, while the phases before it train."""
         if self.schedule.prune_step + 1 >= self.config.total_epochs * self.steps_per_epoch:
             return  # no update follows the prune
-        batch, epoch = min(self.config.batch_size, len(self.train_data.labels)), self.config.prune.prune_epoch
-        mix = self._mixes(epoch)
+        batch = min(self.config.batch_size, len(self.train_data.labels))
 
         def compile_way(way: Way, structures: dict[str, Any]) -> None:
             args = (*shapes, Held(mask_shapes, structures))
-            self._program(Phase.PRUNED, False, mix, batch, self.scan, way, args, True)
+            self._program(Phase.PRUNED, False, batch, self.scan, way, args, True)
 
         # Shapes alone: the arrays themselves are donated meanwhile.
         shapes, mask_shapes = jax.tree.map(
@@ -273,35 +270,23 @@ class Trainer:
         """Which updates are timed: the first one, or the first few of an epoch's loop."""
         return (np.int32(0), np.int32(min(3, self.steps_per_epoch))) if self.scan else (np.int32(0),)
 
-    def _choose_pruned(self, state: Any, metrics: Any, order: Any, key: Any, masks: Any, mix: bool) -> Choice:
+    def _choose_pruned(self, state: Any, metrics: Any, order: Any, key: Any, masks: Any) -> Choice:
         batch = min(self.config.batch_size, len(self.train_data.labels))
 
         def run(way: Way, structures: dict[str, Any]) -> None:
             copies = jax.tree.map(jnp.copy, (state, metrics))
             args = (*copies, self.train_data, order, *self._few_updates(), key, Held(masks, structures))
-            jax.block_until_ready(self._program(Phase.PRUNED, False, mix, batch, self.scan, way, args)(*args))
+            jax.block_until_ready(self._program(Phase.PRUNED, False, batch, self.scan, way, args)(*args))
 
         before = self.pruned.waited_seconds
         choice = self.pruned.choose(run)
         self.compile_seconds += self.pruned.waited_seconds - before
         return choice
 
-    def _mixes(self, epoch: int) -> bool:
-        config = self.config
-        if config.mixup_epoch is None or config.mixup_alpha == 0:
-            return False
-        if epoch >= config.epochs:  # after the dense run: none in ADMM's epochs, the dense schedule's tail afterwards
-            after = epoch - config.epochs - (config.admm.epochs if config.admm else 0)
-            if after < 0:
-                return False
-            epoch = config.epochs - config.retrain.epochs + after
-        return epoch >= config.mixup_epoch
-
     def _program(
         self,
         phase: Phase,
         gathers: bool,
-        mix: bool,
         batch: int,
         looped: bool,
         way: Way,
@@ -310,39 +295,50 @@ class Trainer:
     ) -> Callable[..., Any]:
         """An update, ``(state, metrics, data, order, ..., key, held) -> (state, metrics, chosen)``, or a loop of them.
 
-        In a loop it is one program. An update by itself is two, so that all phases share the costly one, which has the
-        convolutions, and few have to wait for a compiler.
+        In a loop it is one program. An update by itself is several, so that all phases share the costly one, which has
+        the convolutions, and few have to wait for a compiler.
         """
         # Structures of another size, and nets that became narrower, are other programs.
         held, narrowed = args[-1], self._shapes(args[0].params)
         shapes = (jax.tree.structure(held.structures if held is not None else {}), *narrowed)
         if looped:
             return self._compiled(
-                (phase, gathers, mix, batch, way, held is None, *shapes),
-                lambda: _looped(self.update_step(phase, mix, batch, gathers, way)), args, (0, 1), in_background,
+                (phase, gathers, batch, way, held is None, *shapes),
+                lambda: _looped(self.update_step(phase, batch, gathers, way)), args, (0, 1), in_background,
             )
 
         def run(state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, held: Any) -> Any:
             masks, structures = (None, {}) if held is None else held
             inputs = (state.params, state.batch_stats, state.step, data, order, index, key, structures)
             gradient = self._compiled(
-                ("gradient", mix, batch, way, *shapes), lambda: gradient_of(self, mix, batch, way), inputs, (),
-                in_background, size_of((state.opt_state, state.scores, masks)),
+                ("gradient", batch, way, *shapes), lambda: gradient_of(self, batch, way), inputs, (), in_background,
+                size_of((state.opt_state, state.scores, masks)),
             )
             if in_background:
-                found = jax.eval_shape(gradient_of(self, mix, batch, way), *inputs)
+                found = jax.eval_shape(gradient_of(self, batch, way), *inputs)
             else:
                 found = gradient(*inputs)
+            chosen = None
+            if gathers or phase == Phase.SELECT:
+                # The scores are donated: each update's take the place of those before.
+                gather, select = self._of_scores("gather", (0,)), self._of_scores("select", ())
+                state, chosen = importance_of(gather, select, phase, gathers, state, found.grads)
+            # A selecting update is an ordinary one.
+            kind = Phase.DENSE if phase == Phase.SELECT else phase
             changed = (state, metrics, index, found, masks)
             change = self._compiled(
-                ("change", phase, gathers, *narrowed), lambda: change_of(self, phase, gathers), changed, (0, 1),
-                in_background,
+                ("change", kind, *narrowed), lambda: change_of(self, kind), changed, (0, 1), in_background
             )
-            return None if in_background else change(*changed)
+            return None if in_background else (*change(*changed), chosen)
 
         if in_background:
             run(*args)
         return run
+
+    def _of_scores(self, name: str, donate: tuple[int, ...]) -> Callable[..., Any]:
+        """`clicktrain_jax.PhaseUpdates`' function of this name, compiled at its first call."""
+        work = getattr(self.updates, name)
+        return lambda *args: self._compiled((name,), lambda: work, args, donate)(*args)
 
     def _compiled(
         self,
@@ -361,17 +357,17 @@ class Trainer:
             start = time.perf_counter()
             lowered = jax.jit(build(), donate_argnums=donate).lower(*args)
             program = self._programs[key] = lowered.compile(pk.compiler_options(self.config.precision))
-            if key[0] != "eval":
+            if key[0] not in ("init", "eval"):
                 self.program_bytes = max(self.program_bytes, bytes_of(program) + beside)
             if not in_background:
                 self.compile_seconds += time.perf_counter() - start
         return self._programs[key]
 
     def update_step(
-        self, phase: Phase, mix: bool, batch: int, gathers: bool = False, way: Way = "dense"
+        self, phase: Phase, batch: int, gathers: bool = False, way: Way = "dense"
     ) -> Callable[..., Any]:
         """One whole update as a pure function: `experiments.update.update_step` of this trainer."""
-        return update_step(self, phase, mix, batch, gathers, way)
+        return update_step(self, phase, batch, gathers, way)
 
 
 decode = jax.jit(decode_masks)

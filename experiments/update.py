@@ -1,13 +1,15 @@
-"""One update of a run, in two pure functions: the gradient on a batch, and what a phase does with it."""
+"""One update of a run, in pure functions: the gradient on a batch, what it says of importance, what a phase does."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from clicktrain_jax.phases import Phase
+from experiments.configs.base import TrainConfig
 from experiments.data import augment, mixup, normalise
 from experiments.train_state import Held, Images, TrainState
 
@@ -31,13 +33,27 @@ class Gradient(NamedTuple):
     top1: jax.Array
 
 
-def gradient_of(trainer: Any, mix: bool, batch: int, way: str) -> Callable[..., Gradient]:
+def mixes(config: TrainConfig, epoch: int) -> bool:
+    """Whether an epoch's images are mixed up."""
+    if config.mixup_epoch is None or config.mixup_alpha == 0:
+        return False
+    if epoch >= config.epochs:  # after the dense run: none in ADMM's epochs, the dense schedule's tail afterwards
+        after = epoch - config.epochs - (config.admm.epochs if config.admm else 0)
+        if after < 0:
+            return False
+        epoch = config.epochs - config.retrain.epochs + after
+    return epoch >= config.mixup_epoch
+
+
+def gradient_of(trainer: Any, batch: int, way: str) -> Callable[..., Gradient]:
     """The gradient on one batch, as a pure function.
 
     ``(params, batch_stats, step, data, order, index, key, structures) -> Gradient``; ``index`` counts updates in the
-    epoch and the batch is ``order[index * batch_size:][:batch]``; ``way`` says how the convolutions are run.
+    epoch and the batch is ``order[index * batch_size:][:batch]``; ``way`` says how the convolutions are run. One
+    program serves epochs with mixup and without: compiling it is most of what a short run waits for.
     """
     config, dataset, model, forward = trainer.config, trainer.dataset, trainer.models[way], trainer.method.forward
+    mixed_epochs = np.asarray([mixes(config, epoch) for epoch in range(config.total_epochs)])
 
     def loss_of(params: Any, batch_stats: Any, structures: Any, images: Any, labels: tuple, key: jax.Array) -> Any:
         held = {"structures": structures} if structures else {}
@@ -53,7 +69,7 @@ def gradient_of(trainer: Any, mix: bool, batch: int, way: str) -> Callable[..., 
         loss = losses(logits, first).mean()
         guess = logits.argmax(-1)
         top1 = (guess == first).mean()
-        if mix:
+        if mixed_epochs.any():
             loss = lam * loss + (1 - lam) * losses(logits, second).mean()
             top1 = lam * top1 + (1 - lam) * (guess == second).mean()
         return loss, (new["batch_stats"], top1)
@@ -66,9 +82,13 @@ def gradient_of(trainer: Any, mix: bool, batch: int, way: str) -> Callable[..., 
         chosen = jax.lax.dynamic_slice(order, (index * config.batch_size,), (batch,))
         images = augment(augment_key, data.images[chosen], pad=config.crop_padding, flip=config.flip)
         images = normalise(images, dataset.mean, dataset.std)
-        labels = (data.labels[chosen], None, None)
-        if mix:
-            images, labels = mixup(mixup_key, images, labels[0], config.mixup_alpha)
+        label = data.labels[chosen]
+        labels = (label, label, jnp.float32(1.0))
+        if mixed_epochs.any():
+            now = jnp.asarray(mixed_epochs).at[step // trainer.steps_per_epoch].get(mode="clip")
+            images, labels = jax.lax.cond(
+                now, lambda: mixup(mixup_key, images, label, config.mixup_alpha), lambda: (images, labels)
+            )
         (loss, (batch_stats, top1)), grads = jax.value_and_grad(loss_of, has_aux=True)(
             params, batch_stats, structures, images, labels, dropout_key
         )
@@ -77,26 +97,33 @@ def gradient_of(trainer: Any, mix: bool, batch: int, way: str) -> Callable[..., 
     return gradient
 
 
-def change_of(trainer: Any, phase: Phase, gathers: bool) -> Callable[..., Any]:
+def importance_of(
+    gather: Callable[..., Any], select: Callable[..., Any], phase: Phase, gathers: bool, state: TrainState, grads: Any
+) -> tuple[TrainState, Any]:
+    """What an update says of importance: ``(state, chosen)``, with the scores it leaves and what SELECT chose.
+
+    ``gather`` and ``select`` are those of `clicktrain_jax.PhaseUpdates`, compiled or not; ``chosen`` is None in other
+    phases.
+    """
+    if gathers:
+        state = state._replace(scores=gather(state.scores, grads, state.params))
+    if phase != Phase.SELECT:
+        return state, None
+    chosen = select(grads, state.params, state.scores)
+    return state._replace(scores=jax.tree.map(jnp.zeros_like, state.scores)), chosen
+
+
+def change_of(trainer: Any, phase: Phase) -> Callable[..., Any]:
     """What a phase does with a gradient, as a pure function.
 
-    ``(state, metrics, index, gradient, masks) -> (state, metrics, chosen)``; ``chosen`` is None except for SELECT. In
-    the dense phase the optimizer's update is called as it is: no mask, no conditional. With ``gathers`` the update's
-    scores are added to the state's.
+    ``(state, metrics, index, gradient, masks) -> (state, metrics)``. In the dense phase, and where it selects, the
+    optimizer's update is called as it is: no mask, no conditional.
     """
     updates, optimizer = trainer.updates, optax.with_extra_args_support(trainer.optimizer)
 
-    def change(
-        state: TrainState, metrics: Any, index: Any, gradient: Gradient, masks: Any
-    ) -> tuple[TrainState, Any, Any]:
+    def change(state: TrainState, metrics: Any, index: Any, gradient: Gradient, masks: Any) -> tuple[TrainState, Any]:
         grads, loss = gradient.grads, gradient.loss
         arguments = (grads, state.opt_state, state.params)
-        chosen, scores = None, state.scores
-        if gathers:
-            scores = updates.gather(scores, grads, state.params)
-        if phase == Phase.SELECT:
-            chosen = updates.select(grads, state.params, scores)
-            scores = jax.tree.map(jnp.zeros_like, scores)
         if phase <= Phase.SELECT:
             moved, opt_state = optimizer.update(*arguments, value=loss)
         else:
@@ -106,7 +133,7 @@ def change_of(trainer: Any, phase: Phase, gathers: bool) -> Callable[..., Any]:
             moved, opt_state = by_phase[phase](*arguments, masks, value=loss)
         params = optax.apply_updates(state.params, moved)
         metrics = metrics.at[index].set(jnp.stack([loss, gradient.top1]).astype(jnp.float32))
-        return TrainState(state.step + 1, params, gradient.batch_stats, opt_state, scores), metrics, chosen
+        return TrainState(state.step + 1, params, gradient.batch_stats, opt_state, state.scores), metrics
 
     return change
 
@@ -127,14 +154,15 @@ def evaluation_of(trainer: Any, batch: int) -> Callable[..., jax.Array]:
 
 
 def update_step(
-    trainer: Any, phase: Phase, mix: bool, batch: int, gathers: bool = False, way: str = "dense"
+    trainer: Any, phase: Phase, batch: int, gathers: bool = False, way: str = "dense"
 ) -> Callable[..., Any]:
     """One whole update as a pure function.
 
     ``(state, metrics, data, order, index, key, held) -> (state, metrics, chosen)``; ``held`` is `Held` from the
-    regularize phase on, None before; the others are those of `gradient_of` and `change_of`.
+    regularize phase on, None before; ``chosen`` is None except for SELECT, which empties the scores; with ``gathers``
+    the update's own are added to them first. The other arguments are those of `gradient_of` and `change_of`.
     """
-    gradient, change = gradient_of(trainer, mix, batch, way), change_of(trainer, phase, gathers)
+    gradient, change = gradient_of(trainer, batch, way), change_of(trainer, phase)
 
     def step(
         state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, held: Any
@@ -144,6 +172,10 @@ def update_step(
             raise TypeError(f"held is Held(masks, structures) or None, got {type(held).__name__}")
         masks, structures = (None, {}) if held is None else held
         found = gradient(state.params, state.batch_stats, state.step, data, order, index, key, structures)
-        return change(state, metrics, index, found, masks)
+        chosen = None
+        if gathers or phase == Phase.SELECT:
+            updates = trainer.updates
+            state, chosen = importance_of(updates.gather, updates.select, phase, gathers, state, found.grads)
+        return *change(state, metrics, index, found, masks), chosen
 
     return step

@@ -51,7 +51,7 @@ def to_nhwc(x: jax.Array, layout: Layout) -> jax.Array:
 def max_pool(
     x: jax.Array, size: int, strides: int, layout: Layout, padding: Pads = ((0, 0), (0, 0))
 ) -> jax.Array:
-    """The largest value of each window of size x size pixels.
+    """The largest value of each window of size x size pixels; of equal ones the first takes the gradient.
 
     Args:
         x: floating point, in `layout`.
@@ -60,6 +60,13 @@ def max_pool(
         layout: of `x` and of the result.
         padding: ((top, bottom), (left, right)) places that are never the largest.
     """
+    side_by_side = size == strides and not any(map(any, padding))
+    if side_by_side and not any(x.shape[axis] % size for axis in spatial_axes(layout)):
+        return _max_pool_side_by_side(x, size, layout)
+    return _largest(x, size, strides, layout, padding)
+
+
+def _largest(x: jax.Array, size: int, strides: int, layout: Layout, padding: Pads) -> jax.Array:
     return lax.reduce_window(
         x,
         -jnp.inf,
@@ -68,6 +75,37 @@ def max_pool(
         per_axis(layout, strides, strides, 1),
         per_axis(layout, *padding, (0, 0)),
     )
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _max_pool_side_by_side(x: jax.Array, size: int, layout: Layout) -> jax.Array:
+    """`_largest` of windows that tile the map; only its derivative is another: the same bits, without a scatter.
+
+    XLA's select-and-scatter, the derivative of reduce_window, took 40% of a slim VGG's update on a CPU; this one is
+    5 to 25 times faster there.
+    """
+    return _largest(x, size, size, layout, ((0, 0), (0, 0)))
+
+
+@_max_pool_side_by_side.defjvp
+def _max_pool_derivative(size: int, layout: Layout, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x,), (x_dot,) = primals, tangents
+    y = _max_pool_side_by_side(x, size, layout)
+    # Which place of its window is the largest: going backwards, the first of equal ones is written last.
+    place = jnp.zeros(y.shape, jnp.int8)
+    for number in reversed(range(size * size)):
+        row, column = divmod(number, size)
+        tap = x[per_axis(layout, slice(row, None, size), slice(column, None, size), slice(None))]
+        place = jnp.where(tap == y, jnp.int8(number), place)
+    # Kept as it is: fused into what follows it would be found again for every pixel.
+    place = lax.optimization_barrier(place)
+    rows, columns = spatial_axes(layout)
+    inside = (rows + 1, columns + 2)  # axes within a window, once each spatial axis is split in two
+    split = list(x.shape)
+    split[rows : columns + 1] = (x.shape[rows] // size, size, x.shape[columns] // size, size)
+    numbers = jnp.arange(size * size, dtype=jnp.int8).reshape([size if axis in inside else 1 for axis in range(6)])
+    mine = numbers == jnp.expand_dims(place, inside)
+    return y, jnp.where(mine, x_dot.reshape(split), 0).sum(inside)
 
 
 def avg_pool(x: jax.Array, size: int, layout: Layout) -> jax.Array:

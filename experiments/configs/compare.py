@@ -157,22 +157,22 @@ def _slim() -> Study:
         width=0.25,
         dropout=0.0,
         data=DataConfig("cifar10", train_examples=4_000),
-        epochs=8,
+        epochs=12,
         batch_size=64,
         partial_batch="drop",
         lr_schedule="cosine",
-        learning_rate=0.03,
-        mixup_epoch=7,
-        loop=LoopConfig(eval_every_epochs=8, checkpoint_every_epochs=4),
+        learning_rate=0.04,
+        mixup_epoch=10,
+        loop=LoopConfig(eval_every_epochs=12, checkpoint_every_epochs=12),
     )
     shape = _Shape(
-        compression=8.0, others=(4.0, 12.0), select=3, prune=6, early_select=1, early_prune=2, coeff=2.5e-4,
-        tile=(32, 1), importance_steps=16, widths=(0.0834, 0.125, 0.1875), retrain=(2, 4, 8),
-        admm=AdmmConfig(4, rho=1e-2, every_updates=62, learning_rate=0.01),
-        channels=(ChannelConfig(0.2, 2), *(ChannelConfig(ratio, 2, 1e-2) for ratio in (0.8, 0.9))), every_updates=31,
-        rates=(0.03, 0.1),
+        compression=8.0, others=(4.0, 12.0), select=5, prune=9, early_select=1, early_prune=2, coeff=2.5e-4,
+        tile=(32, 1), importance_steps=16, widths=(0.0834, 0.125, 0.1875), retrain=(3, 6, 12),
+        admm=AdmmConfig(6, rho=1e-2, every_updates=62, learning_rate=0.01),
+        channels=tuple(ChannelConfig(ratio, 2, 1e-2) for ratio in (0.8, 0.85, 0.9)), every_updates=31,
+        rates=(0.015, 0.04, 0.1),
     )
-    return _study("slim", "CIFAR-10, a quarter-width VGG-11, 8 epochs of 4,000 images", dense, shape)
+    return _study("slim", "CIFAR-10, a quarter-width VGG-11, 12 epochs of 4,000 images", dense, shape)
 
 
 def _vgg13() -> Study:

@@ -166,7 +166,7 @@ def test_the_dense_phase_lowers_to_the_program_of_the_plain_optax_step(tiny_trai
         state, _ = trainer.init(0)
         metrics = jnp.zeros((5, 2))
         args = (state, metrics, trainer.train_data, jnp.arange(140), np.int32(0), jax.random.key(0), None)
-        texts.append(jax.jit(trainer.update_step(Phase.DENSE, False, 32)).lower(*args).as_text())
+        texts.append(jax.jit(trainer.update_step(Phase.DENSE, 32)).lower(*args).as_text())
     assert texts[0] == texts[1]
 
 

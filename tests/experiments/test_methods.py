@@ -13,6 +13,7 @@ from experiments.deployment.export import restore
 from experiments.recipe import learning_rate
 from experiments.records import read_metrics
 from experiments.step import Trainer
+from experiments.update import mixes
 
 END = tiny.CONFIG.epochs
 DENSE = tiny.changed(
@@ -77,10 +78,9 @@ def test_pruning_after_training_forks_from_the_dense_run(config, trunk, tiny_dat
 
 
 @pytest.mark.parametrize(("config", "after"), [(REWIND, [False, True]), (ADMM, [False, False, False, True])])
-def test_mixup_after_the_dense_run_is_that_of_the_schedules_tail(config, after, tiny_dataset):
-    trainer = Trainer(config, tiny_dataset)
+def test_mixup_after_the_dense_run_is_that_of_the_schedules_tail(config, after):
     assert config.mixup_epoch == 4
-    assert [trainer._mixes(epoch) for epoch in range(config.total_epochs)] == [*[False] * 4, True, *after]
+    assert [mixes(config, epoch) for epoch in range(config.total_epochs)] == [*[False] * 4, True, *after]
 
 
 def test_one_shot_prunes_at_the_very_end(trunk, tiny_dataset, tmp_path):

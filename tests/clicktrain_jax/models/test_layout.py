@@ -160,6 +160,32 @@ def test_pools_are_flax_pools():
         np.testing.assert_array_equal(layouts.to_nhwc(moved, "HWNC"), wanted)
 
 
+@pytest.mark.parametrize("layout", ["NHWC", "HWNC"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_max_pool_s_derivatives_are_those_of_reduce_window(layout, size):
+    """Ours goes another way; of equal values the first one takes the gradient, as there."""
+    # Few values, so that most windows hold equal ones; both signs, as zeros alone would hide which place is taken.
+    values = np.random.default_rng(0).integers(-2, 3, (2, 2 * size, 3 * size, 5)).astype(np.float32)
+    x = layouts.from_nhwc(jnp.asarray(values), layout)
+    direction = jax.random.normal(jax.random.key(1), x.shape)
+
+    def cubes(pool):
+        return lambda x: (pool(x) ** 3 * jnp.arange(1.0, 6.0)).sum()
+
+    window = layouts.per_axis(layout, size, size, 1)
+    ours = cubes(partial(layouts.max_pool, size=size, strides=size, layout=layout))
+    theirs = cubes(lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, "VALID"))
+    np.testing.assert_array_equal(jax.grad(ours)(x), jax.grad(theirs)(x))
+    assert np.count_nonzero(jax.grad(ours)(x)) < x.size / size**2 + 1
+    for one, two in zip(
+        jax.jvp(jax.grad(ours), (x,), (direction,)), jax.jvp(jax.grad(theirs), (x,), (direction,)), strict=True
+    ):
+        np.testing.assert_array_equal(one, two)
+    assert jax.grad(ours)(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    # A scatter in the compiled derivative would be the slow way again.
+    assert "select_and_scatter" not in jax.jit(jax.grad(ours)).lower(x).as_text()
+
+
 def test_what_does_not_go_together_is_refused():
     for conv in (nn.Conv, partial(nn.Conv, precision="highest"), lambda *args, **options: nn.Conv(*args, **options)):
         with pytest.raises(ValueError, match="has no parameter `layout`.*PatternConv"):
