@@ -117,7 +117,7 @@ def _restore(dense: TrainConfig, trunk: Path, epochs: int, dataset: Dataset) -> 
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        (jax.eval_shape(trainer.fresh, jax.random.key(dense.seed)), None),
+        jax.eval_shape(trainer.fresh, jax.random.key(dense.seed)),
     )
     # `Checkpoints` reads the newest good one: show it this one alone.
     with tempfile.TemporaryDirectory() as alone:

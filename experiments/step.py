@@ -110,22 +110,21 @@ class Trainer:
             importance_steps=prune.importance_steps,
         )
 
-    def fresh(self, key: jax.Array) -> TrainState:
-        """The state before the first update, drawn from a key: pure."""
-        images = jnp.zeros((1, *self.image_shape), jnp.float32)
-        variables = self.model.init(key, images, train=False)
+    def fresh(self, key: jax.Array) -> tuple[TrainState, Any]:
+        """``(state, encoded masks)`` before the first update, as a pure function; the masks of a dense run are None."""
+        variables = self.model.init(key, jnp.zeros((1, *self.image_shape), jnp.float32), train=False)
         params = variables["params"]
-        scores = {} if self.plan is None else empty_scores(self.plan, self.config.prune.importance_steps)
-        return TrainState(
-            jnp.zeros([], jnp.int32), params, variables.get("batch_stats", {}), self.optimizer.init(params), scores
-        )
+        scores, masks = {}, None
+        if self.plan is not None:
+            scores = empty_scores(self.plan, self.config.prune.importance_steps)
+            masks = empty_masks(params, self.plan, num_patterns_of(self.patterns))
+        start, stats = jnp.zeros([], jnp.int32), variables.get("batch_stats", {})
+        return TrainState(start, params, stats, self.optimizer.init(params), scores), masks
 
     def init(self, seed: int) -> tuple[TrainState, Any]:
-        """A fresh ``(state, encoded masks)``; the masks are None for a dense run."""
+        """What `fresh` makes of a run's seed."""
         key = jax.random.fold_in(jax.random.key(seed), _INIT)
-        state = self._compiled(("init",), lambda: self.fresh, (key,), ())(key)
-        masks = None if self.plan is None else empty_masks(state.params, self.plan, num_patterns_of(self.patterns))
-        return state, masks
+        return self._compiled(("init",), lambda: self.fresh, (key,), ())(key)
 
     def segments(self, epoch: int) -> list[tuple[Phase, bool, int, int]]:
         """The phases of an epoch: ``(phase, gathers scores, first, end)`` in updates counted from the epoch's start."""

@@ -33,7 +33,7 @@ for line in sys.stdin:
 """
 
 
-def drawn(trainer, seed, init=Trainer.init):
+def drawn(trainer, seed):
     """What `Trainer.init` returns, of other numbers: compiling that takes long."""
     rng = np.random.default_rng(seed)
 
@@ -42,7 +42,7 @@ def drawn(trainer, seed, init=Trainer.init):
             return (rng.normal(size=leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1]))).astype(leaf.dtype)
         return rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
 
-    state, masks = jax.tree.map(draw, jax.eval_shape(lambda: init(trainer, seed)))
+    state, masks = jax.tree.map(draw, jax.eval_shape(trainer.fresh, jax.random.key(seed)))
     return state._replace(opt_state=jax.tree.map(np.zeros_like, state.opt_state), step=np.int32(0)), masks
 
 

@@ -27,7 +27,7 @@ CONFIGS = {
 }
 
 
-def drawn(trainer, seed, init=Trainer.init):
+def drawn(trainer, seed):
     """What `Trainer.init` returns, not compiled: that takes longer than all tests here."""
     rng = np.random.default_rng(seed)
 
@@ -36,7 +36,7 @@ def drawn(trainer, seed, init=Trainer.init):
             return (rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))).astype(leaf.dtype)
         return rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
 
-    return jax.tree.map(draw, jax.eval_shape(lambda: init(trainer, seed)))
+    return jax.tree.map(draw, jax.eval_shape(trainer.fresh, jax.random.key(seed)))
 
 
 @pytest.fixture(scope="module", autouse=True)
