@@ -11,7 +11,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,13 +204,15 @@ def _trial(study: Study, tuning: Tuning, value: Any, chosen: dict[str, tuple[str
 def _scores(
     study: Study, tuning: Tuning, folder: Path, seeds: Sequence[int], chosen: dict[str, tuple[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Mean validation top-1 of each trial; None where a run failed."""
+    """Mean validation top-1 of each trial, None where a run failed, and its end-to-end seconds with all seeds."""
     trials = []
     for value in tuning.values:
         name = _trial(study, tuning, value, chosen).name
         summaries = [RunFolder(folder / f"{name}-seed{seed}").summary() for seed in seeds]
-        done = [summary["final_top1"] for summary in summaries if summary is not None]
-        trials.append({"value": value, "top1": statistics.fmean(done) if len(done) == len(seeds) else None})
+        done = [summary for summary in summaries if summary is not None]
+        top1 = statistics.fmean(run["final_top1"] for run in done) if len(done) == len(seeds) else None
+        seconds = sum(run["train_and_compile_seconds"] for run in done)
+        trials.append({"value": value, "top1": top1, "seconds": seconds})
     return trials
 
 
@@ -230,7 +232,7 @@ def _describe(
     path, folder = workdir / "study.json", workdir / "tuning"
     earlier = {each["group"]: each for each in read_json(path)["tuning"]} if path.exists() else {}
     cells = [study.cell(name) for name in _runs(study, workdir)]
-    tuned = {
+    tuned = earlier | {
         tuning.group: {
             "cell": study.cell(tuning.cell).config.name, "group": tuning.group, "field": tuning.field,
             "trials": _scores(study, tuning, folder, seeds, chosen), "chosen": chosen[tuning.group][1],
@@ -248,12 +250,19 @@ def _describe(
         "cells": [
             {
                 "name": cell.config.name, "method": cell.method, "label": cell.label, "family": cell.family,
-                "group": cell.group,
+                "tuned_by": _tuned_by(cell, tuned),
             }
             for cell in cells
         ],
-        "tuning": list((earlier | tuned).values()),
+        "tuning": list(tuned.values()),
     }
+
+
+def _tuned_by(cell: Cell, tuned: Collection[str]) -> list[str]:
+    """The groups whose trials decided a cell's settings."""
+    groups = [cell.group if cell.group in tuned else _DENSE_GROUP]
+    # What is pruned after training is the dense run as tuned, whatever else is tuned.
+    return list(dict.fromkeys([_DENSE_GROUP, *groups] if cell.config.retrain is not None else groups))
 
 
 def _time(study: Study, workdir: Path, seed: int, data_dir: str | None, say: Callable[[str], None]) -> None:

@@ -14,22 +14,23 @@ CSV, PLOT = "joint.csv", "joint.png"
 NOT_RUN = "not run"
 COLUMNS = (
     "method", "cell", "n", "top-1, %", "against dense", "conv", "model", "multiply-adds", "training multiply-adds",
-    "end-to-end s", "of dense", "without compiling", "peak MB",
+    "end-to-end s", "of dense", "without compiling", "tuning s", "of dense, with tuning", "peak MB",
     *(text for batch in BATCHES for text in (f"ms, N={batch}", f"speed-up, N={batch}")),
 )
 # What a column of figures by seed is called in the CSV file.
 _FIGURES = (
     "top1_percent", "top1_less_dense_points", "conv_compression", "model_compression", "multiply_adds_of_dense",
     "training_multiply_adds_of_dense", "end_to_end_seconds", "end_to_end_seconds_of_dense",
-    "training_seconds_of_dense", "training_peak_mb",
+    "training_seconds_of_dense", "tuning_seconds", "seconds_with_tuning_of_dense", "training_peak_mb",
 )
 _EXPLAINED = """Final top-1 on the {split} set in percent, mean ± standard deviation over the seeds; "against dense" in
 points, paired by seed. Compression: weights of all convolutions, and of the whole model, of the dense net over those
 retained. Multiply-adds of one image, and of the whole training as it was executed, are shares of dense's. End-to-end
 seconds are training, compiling and whatever a run measures to choose its ways; evaluation is apart. Their share of
 dense's is the mean of the ratios of equal seeds; a process compiles and measures once, which every seed is charged
-with. Peak: the largest compiled update. Milliseconds a call are medians of the nets of seed {seed}, beside the dense
-net's: of {nets} nets masks and weights were checked to be those whose accuracy and training time stand in the same row.
+with. Tuning: all trials that decided a cell's settings, shared with other cells or not. Peak: the largest compiled
+update. Milliseconds a call are medians of the nets of seed {seed}, beside the dense net's: of {nets} nets masks and
+weights were checked to be those whose accuracy and training time stand in the same row.
 """
 
 
@@ -46,6 +47,8 @@ def by_seed(study: Study, cell: Cell) -> dict[str, Mapping[int, float]]:
         cell.seconds(),
         study.time(cell),
         study.ratio(cell, "train_seconds"),
+        {} if cell.tuning_s is None else dict.fromkeys(cell.runs, cell.tuning_s),
+        study.time_with_tuning(cell),
         {seed: count / 1e6 for seed, count in cell.column("training_bytes").items()},
     ), strict=True))
 
@@ -153,7 +156,7 @@ def _row(study: Study, cell: Cell) -> tuple[str, ...]:
         shown("conv_compression", suffix="x"), shown("model_compression", suffix="x"),
         shown("multiply_adds_of_dense", 3), shown("training_multiply_adds_of_dense", 3),
         shown("end_to_end_seconds", 1), shown("end_to_end_seconds_of_dense"), shown("training_seconds_of_dense"),
-        shown("training_peak_mb", 0), *latencies,
+        shown("tuning_seconds", 0), shown("seconds_with_tuning_of_dense"), shown("training_peak_mb", 0), *latencies,
     )
 
 

@@ -7,7 +7,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Cell:
         family: cells of one family form a line in plots and can be read between.
         runs: summaries by seed, with ``setting`` and ``config``; empty when none was made.
         latency: ``{batch size: {"median_s", "low_s", "high_s"}}``, as far as measured.
+        tuning_s: seconds of all trials that decided its settings; None where that is not recorded.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Cell:
     family: str
     runs: Mapping[int, dict[str, Any]]
     latency: Mapping[int, Mapping[str, float]]
+    tuning_s: float | None = None
 
     def top1(self) -> dict[int, float]:
         """Final accuracy by seed, in percent."""
@@ -144,6 +146,17 @@ class Study:
         dense = self.dense.seconds()
         return {seed: seconds / dense[seed] for seed, seconds in cell.seconds().items() if seed in dense}
 
+    def time_with_tuning(self, cell: Cell) -> dict[int, float]:
+        """End-to-end seconds and those of tuning over dense's, by seed; empty where one is not recorded."""
+        if cell.tuning_s is None or self.dense.tuning_s is None:
+            return {}
+        dense = self.dense.seconds()
+        return {
+            seed: (seconds + cell.tuning_s) / (dense[seed] + self.dense.tuning_s)
+            for seed, seconds in cell.seconds().items()
+            if seed in dense
+        }
+
     def ratio(self, cell: Cell, field: str, dense_field: str | None = None) -> dict[int, float]:
         """A field of the summaries over dense's (or over another of dense's), by seed."""
 
@@ -201,6 +214,7 @@ def read(folder: Path) -> Study:
     latency = read_json(folder / "latency.json") if (folder / "latency.json").exists() else None
     if latency is not None:
         _check_nets(folder, latency, runs)
+    tuning = {each["group"]: [trial.get("seconds") for trial in each["trials"]] for each in facts.get("tuning", ())}
     cells = tuple(
         Cell(
             **{field: cell[field] for field in ("name", "method", "family")},
@@ -211,10 +225,16 @@ def read(folder: Path) -> Study:
                 for batch, found in (latency or {"batches": {}})["batches"].items()
                 if cell["name"] in found
             },
+            tuning_s=_total([one for group in cell.get("tuned_by", ()) for one in tuning.get(group, [None])]),
         )
         for cell in facts["cells"]
     )
     return Study(folder, facts, cells, latency)
+
+
+def _total(seconds: Sequence[float | None]) -> float | None:
+    """Of what is recorded whole; None of nothing, or where one is missing."""
+    return None if not seconds or None in seconds else sum(seconds)
 
 
 def _check_nets(folder: Path, latency: Mapping[str, Any], runs: Mapping[str, Mapping[int, dict[str, Any]]]) -> None:

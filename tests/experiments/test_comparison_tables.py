@@ -31,6 +31,8 @@ CELLS = {
     "one-shot": ("one-shot", "8x, not retrained", "one-shot", 100_000, 2_500_000, 15.0, 90.0, None),
     "not-there": ("random", "8x, random", "random", 100_000, 2_500_000, None, 0.0, None),
 }
+# One cell's trials are of a study whose seconds were not recorded, and one's are nowhere.
+TUNED_BY = {"early-8x": ["early"], "admm-8": ["dense", "early"], "gradual": ["gradual"], "two-of-four": ["elsewhere"]}
 SEEDS = (0, 1)
 
 
@@ -71,14 +73,21 @@ def make_study(tmp_path):
             "name": "made", "title": "A made-up study", "command": "python -m experiments compare made",
             "dense": "dense", "epochs": 8,
             "cells": [
-                {"name": cell, "method": CELLS[cell][0], "label": CELLS[cell][1], "family": CELLS[cell][2]}
+                {
+                    "name": cell, "method": CELLS[cell][0], "label": CELLS[cell][1], "family": CELLS[cell][2],
+                    "tuned_by": TUNED_BY.get(cell, ["dense"]),
+                }
                 for cell in cells
             ],
             "tuning": [
-                {"cell": "early-8x", "field": "learning_rate", "chosen": 0.1,
-                 "trials": [{"value": 0.03, "top1": 0.751}, {"value": 0.1, "top1": 0.7625}]},
-                {"cell": "dense", "field": "learning_rate", "chosen": 0.03,
-                 "trials": [{"value": 0.03, "top1": 0.81}, {"value": 0.1, "top1": None}]},
+                {"cell": "early-8x", "group": "early", "field": "learning_rate", "chosen": 0.1,
+                 "trials": [{"value": 0.03, "top1": 0.751, "seconds": 80.0},
+                            {"value": 0.1, "top1": 0.7625, "seconds": 90.0}]},
+                {"cell": "dense", "group": "dense", "field": "learning_rate", "chosen": 0.03,
+                 "trials": [{"value": 0.03, "top1": 0.81, "seconds": 100.0},
+                            {"value": 0.1, "top1": None, "seconds": 0.0}]},
+                {"cell": "gradual", "group": "gradual", "field": "learning_rate", "chosen": 0.1,
+                 "trials": [{"value": 0.1, "top1": 0.7}]},
             ],
         }
         for cell in cells:
@@ -127,6 +136,11 @@ def test_the_joint_table_by_hand(study):
     assert (row["conv"], row["model"], row["multiply-adds"]) == ("8.00x", "3.33x", "0.250")
     assert (row["training multiply-adds"], row["end-to-end s"], row["of dense"]) == ("0.778", "80.0", "0.80")
     assert (row["without compiling"], row["peak MB"]) == ("0.78", "50")
+    # 80 + 90 s of trials; 80 + 170 of 100 + 100 s. What two groups decided is charged with both.
+    assert (row["tuning s"], row["of dense, with tuning"]) == ("170", "1.25")
+    assert rows["20x, ADMM"]["tuning s"] == "270"
+    for label in ("5.7x, gradual", "2:4"):
+        assert rows[label]["tuning s"] == rows[label]["of dense, with tuning"] == "not measured"
     assert (row["ms, N=1"], row["speed-up, N=1"]) == ("2", "2.00x")
     assert (row["ms, N=32"], row["speed-up, N=32"]) == ("16", "2.00x")
     # A narrow net counts against the study's dense one, not against itself.

@@ -37,6 +37,7 @@ STUDY = Study(
     ),
 )
 # Of the trials: the dense run and the narrow one do better with 0.2, the pruned one with 0.1.
+SECONDS = 3.5
 TRIALS = {"dense": (0.6, 0.7), "pruned": (0.5, 0.4), "narrow": (0.3, 0.35)}
 
 
@@ -54,7 +55,9 @@ def pretend(monkeypatch):
         folder = RunFolder(job.folder)
         folder.open(job.config, "fingerprint")
         folder.append_metrics({"epoch": 0})
-        folder.write_summary({"final_top1": top1, "params_sha256": job.folder.name})
+        folder.write_summary(
+            {"final_top1": top1, "params_sha256": job.folder.name, "train_and_compile_seconds": SECONDS}
+        )
         done.append(job)
         return {}
 
@@ -83,7 +86,11 @@ def test_every_group_gets_as_many_trials_and_its_best_one(pretend, tmp_path):
 
     study = read_json(tmp_path / "study.json")
     assert [each["chosen"] for each in study["tuning"]] == [0.2, 0.1, 0.2]
-    assert study["tuning"][1]["trials"] == [{"value": 0.1, "top1": 0.5}, {"value": 0.2, "top1": 0.4}]
+    assert study["tuning"][1]["trials"] == [
+        {"value": 0.1, "top1": 0.5, "seconds": SECONDS}, {"value": 0.2, "top1": 0.4, "seconds": SECONDS},
+    ]
+    tuned_by = {each["name"].rpartition("-")[2]: each["tuned_by"] for each in study["cells"]}
+    assert tuned_by == {"dense": ["dense"], "pruned": ["clicktrain"], "narrow": ["narrow"], "rewind": ["dense"]}
     assert study["dense"] == study["cells"][0]["name"] == "compare-try-dense"
 
     count = len(pretend)
