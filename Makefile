@@ -20,8 +20,9 @@ demo: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile
 
+# Compiled as users' programs are; the default layer is compiled faster (tests/conftest.py).
 test-slow: $(READY)
-	$(VENV)/bin/python -m pytest -m slow --numprocesses auto --maxprocesses 2 --dist loadfile
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV)/bin/python -m pytest -m slow --numprocesses auto --maxprocesses 2 --dist loadfile
 
 test-all: test test-slow
 

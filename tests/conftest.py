@@ -4,11 +4,17 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 # The interpreter of the Hopper kernels runs each warpgroup on a thread of XLA's CPU client and blocks it at barriers:
 # with no more threads than a small machine has cores (one is taken by the launch itself) the last warpgroup never
 # starts, and the test hangs. XLA reads this once, when its CPU client is made, so it must stand before any test does
 # anything with jax. Results of other tests do not depend on it, to the bit.
 os.environ.setdefault("NPROC", "16")
+
+# A test's program is small and runs a few times: most of its time would go into optimising it. What users run is
+# compiled as theirs in the slow layer (`make test-slow`) and where a test asks for the fixture `optimised`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # What is measured while a net runs is kept in the user's folder, and a test neither reads nor writes there. In the
 # environment, so that it holds in the tests' processes too.
@@ -19,3 +25,16 @@ os.environ["CLICKTRAIN_CACHE"] = _CACHE.name
 _SPEC = importlib.util.spec_from_file_location("drawn", Path(__file__).parent / "drawn.py")
 sys.modules["drawn"] = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(sys.modules["drawn"])
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Has the module's programs compiled as users' are: for what must hold to the bit."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # what was compiled the other way
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()

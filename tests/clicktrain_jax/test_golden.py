@@ -12,6 +12,8 @@ import pytest
 
 import clicktrain_jax as ct
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 SHARED = pathlib.Path(os.environ.get("CLICKTRAIN_GOLDEN_DIR", ROOT.parent / "shared" / "golden"))
