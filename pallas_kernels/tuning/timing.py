@@ -46,8 +46,8 @@ def time_together(
     Args:
         functions: by name; each returns what it computed, a tree of arrays.
         rounds: samples of each function.
-        warmup: calls of each before, at least 1: the first one compiles, the last one says how many calls make a
-            sample.
+        warmup: calls of each before, at least 1: the first one compiles. A sample follows that is not counted and
+            says how many calls make one.
         sample_s: a sample has as many calls as take this long, from 1 to 1000.
         budget_s: no round is begun after this time, but three are always made; None for no limit.
         clock: seconds, rising.
@@ -68,7 +68,10 @@ def time_together(
     for name in names:
         for _ in range(warmup):
             once_s = _sample(functions[name], 1, clock)
-        calls[name] = min(max(1, math.ceil(sample_s / once_s)), _MOST_CALLS) if once_s > 0 else _MOST_CALLS
+        calls[name] = _calls(once_s, sample_s)
+        # A single call finds its weights in no cache: by its time alone the function that is warmed up first would
+        # get shorter samples than the others, and look slower.
+        calls[name] = _calls(_sample(functions[name], calls[name], clock) / calls[name], sample_s)
     begin = clock()
     seconds = {name: [] for name in names}
     for index in range(rounds):
@@ -78,6 +81,11 @@ def time_together(
         for name in names[shift:] + names[:shift]:
             seconds[name].append(_sample(functions[name], calls[name], clock) / calls[name])
     return {name: _summary(seconds[name], calls[name]) for name in names}
+
+
+def _calls(once_s: float, sample_s: float) -> int:
+    """How many calls take a sample's time."""
+    return min(max(1, math.ceil(sample_s / once_s)), _MOST_CALLS) if once_s > 0 else _MOST_CALLS
 
 
 def _sample(function: Callable[[], object], calls: int, clock: Callable[[], float]) -> float:
