@@ -170,6 +170,24 @@ def test_the_dense_phase_lowers_to_the_program_of_the_plain_optax_step(tiny_trai
     assert texts[0] == texts[1]
 
 
+def test_one_program_mixes_images_in_the_epochs_that_ask_for_it_alone(tiny_dataset):
+    from experiments.update import gradient_of
+
+    config = tiny.changed(prune=None, epochs=3, mixup_epoch=1)
+    losses = []
+    for mixed in (config, tiny.changed(prune=None, epochs=3, mixup_epoch=None)):
+        trainer = Trainer(mixed, tiny_dataset)
+        state, _ = trainer.init(0)
+        gradient = jax.jit(gradient_of(trainer, 32, "dense"))
+        fixed = (trainer.train_data, jnp.arange(140), np.int32(0), jax.random.key(0), {})
+        first = trainer.steps_per_epoch  # of the epoch that mixes
+        steps = (0, first - 1, first, 3 * first - 1, 9 * first)  # the last one is beyond the run's end
+        losses.append([float(gradient(state.params, state.batch_stats, step, *fixed).loss) for step in steps])
+    ours, plain = losses
+    np.testing.assert_allclose(ours[:2], plain[:2], rtol=1e-6)
+    assert all(abs(one - two) > 1e-3 for one, two in zip(ours[2:], plain[2:], strict=True))
+
+
 def interrupt_after(monkeypatch, updates, act):
     """Call ``act`` once after so many updates of the run."""
     original, count = Trainer.run_epoch, 0
