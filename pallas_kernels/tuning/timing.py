@@ -46,8 +46,8 @@ def time_together(
     Args:
         functions: by name; each returns what it computed, a tree of arrays.
         rounds: samples of each function.
-        warmup: calls of each before, at least 1: the first one compiles. A sample follows that is not counted and
-            says how many calls make one.
+        warmup: calls of each before all others, at least 1: the first one compiles. A call and a sample that are not
+            counted follow, and say how many calls make one.
         sample_s: a sample has as many calls as take this long, from 1 to 1000.
         budget_s: no round is begun after this time, but three are always made; None for no limit.
         clock: seconds, rising.
@@ -64,13 +64,14 @@ def time_together(
             f"timing wants at least one function, round and call of warm-up, got {len(functions)}, {rounds}, {warmup}"
         )
     names = list(functions)
-    calls = {}
     for name in names:
         for _ in range(warmup):
-            once_s = _sample(functions[name], 1, clock)
-        calls[name] = _calls(once_s, sample_s)
-        # A single call finds its weights in no cache: by its time alone the function that is warmed up first would
-        # get shorter samples than the others, and look slower.
+            _sample(functions[name], 1, clock)
+    # Only now, and by a whole sample: the first calls of a process, and single calls, whose weights are in no cache,
+    # would give some functions shorter samples than others, and make those look slower.
+    calls = {}
+    for name in names:
+        calls[name] = _calls(_sample(functions[name], 1, clock), sample_s)
         calls[name] = _calls(_sample(functions[name], calls[name], clock) / calls[name], sample_s)
     begin = clock()
     seconds = {name: [] for name in names}

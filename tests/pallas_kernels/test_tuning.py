@@ -169,7 +169,7 @@ class Clock:
 
 def test_median_and_percentiles_of_one_call():
     clock = Clock()
-    functions = {"a": clock.function("a", [9.0, 3.0, 7.0, 1.0, 2.0, 3.0, 4.0, 5.0])}
+    functions = {"a": clock.function("a", [9.0, 3.0, 3.0, 7.0, 1.0, 2.0, 3.0, 4.0, 5.0])}
     timing = time_together(functions, rounds=5, warmup=2, clock=clock)["a"]
     assert timing == Timing(median_s=3.0, low_s=pytest.approx(1.8), high_s=pytest.approx(4.2), samples=5, calls=1)
 
@@ -177,7 +177,7 @@ def test_median_and_percentiles_of_one_call():
 def test_functions_are_interleaved_and_take_turns_to_begin():
     clock = Clock()
     time_together({name: clock.function(name, [1.0]) for name in "abc"}, rounds=3, warmup=1, clock=clock)
-    assert "".join(clock.calls) == "aabbcc" + "abc" + "bca" + "cab"
+    assert "".join(clock.calls) == "abc" + "aabbcc" + "abc" + "bca" + "cab"
 
 
 def test_short_calls_are_timed_in_runs():
@@ -190,7 +190,7 @@ def test_short_calls_are_timed_in_runs():
 
 def test_a_cold_first_call_makes_no_samples_shorter():
     clock = Clock()
-    functions = {"cold": clock.function("cold", [1.0, 0.25]), "warm": clock.function("warm", [0.25])}
+    functions = {"cold": clock.function("cold", [9.0, 1.0, 0.25]), "warm": clock.function("warm", [0.25])}
     timings = time_together(functions, rounds=2, warmup=1, sample_s=2.0, clock=clock)
     assert timings["warm"].calls == 8 and timings["cold"].calls == 8
 
@@ -220,7 +220,7 @@ def test_results_are_waited_for(monkeypatch):
     waited = []
     monkeypatch.setattr(jax, "block_until_ready", lambda tree: waited.append(tree))
     time_together({"a": lambda: "result"}, rounds=3, warmup=1, clock=iter(range(100)).__next__)
-    assert waited == ["result"] * 5
+    assert waited == ["result"] * 6
 
 
 def timer_of(**medians_s):
