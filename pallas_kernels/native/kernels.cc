@@ -1,0 +1,164 @@
+// The functions of core.h, for the instruction set that the library is compiled for.
+#include "lane_gradient.h"
+#include "lanes.h"
+#include <algorithm>
+#include <cstring>
+#include "tile_gradient.h"
+#include "tiles.h"
+
+namespace clicktrain::CLICKTRAIN_ISA {
+namespace {
+
+// From so many outputs that share a list on, they lie side by side in vectors.
+constexpr int64_t kLeastWidth = 8;
+
+bool is_tiled(const Grouped& grouped) { return grouped.width >= std::min<int64_t>(kLeastWidth, grouped.outputs) && grouped.outputs >= 4; }
+
+// A kernel's or an image's numbers in float32, where they are not already.
+class Wide {
+ public:
+  Wide(Type type, const void* data, int64_t count, Pool& pool) : memory_(type == Type::f32 ? 0 : 4 * count) {
+    if (type == Type::f32) {
+      data_ = static_cast<const float*>(data);
+      return;
+    }
+    float* to = memory_.as<float>();
+    constexpr int64_t kRun = 1 << 16;
+    parallel(pool, div_up(count, kRun), [&](int64_t run) {
+      widen(static_cast<const uint16_t*>(data) + run * kRun, to + run * kRun, std::min(kRun, count - run * kRun));
+    });
+    data_ = to;
+  }
+  const float* get() const { return data_; }
+
+ private:
+  Scratch memory_;
+  const float* data_;
+};
+
+// A result in float32 that becomes bfloat16 at the end, where that is asked for.
+class Result {
+ public:
+  Result(Type type, void* data, int64_t count) : type_(type), data_(data), count_(count), memory_(type == Type::f32 ? 0 : 4 * count) {}
+  float* get() const { return type_ == Type::f32 ? static_cast<float*>(data_) : memory_.as<float>(); }
+  void finish(Pool& pool) const {
+    if (type_ == Type::f32) return;
+    constexpr int64_t kRun = 1 << 16;
+    parallel(pool, div_up(count_, kRun), [&](int64_t run) {
+      narrow(get() + run * kRun, static_cast<uint16_t*>(data_) + run * kRun, std::min(kRun, count_ - run * kRun));
+    });
+  }
+
+ private:
+  Type type_;
+  void* data_;
+  int64_t count_;
+  Scratch memory_;
+};
+
+class OneThread : public Pool {
+ public:
+  int64_t threads() const override { return 1; }
+  void run(int64_t count, void (*task)(void*, int64_t), void* context) override {
+    for (int64_t i = 0; i < count; ++i) task(context, i);
+  }
+};
+
+template <class Weights>
+void fill(Weights& weights, const Grouped& grouped, Type type, const void* w, const WeightPlace& place, Pool& pool) {
+  parallel(pool, weights.groups, [&](int64_t group) { weights.fill_lists(grouped, group); });
+  parallel(pool, weights.tasks(), [&](int64_t index) {
+    if (type == Type::f32)
+      weights.fill_task(static_cast<const float*>(w), place, index);
+    else
+      weights.fill_task(static_cast<const uint16_t*>(w), place, index);
+  });
+}
+
+template <class Weights, class Compute>
+void multiplied(const Product& product, const Grouped& grouped, Type type, const float* x, const void* w,
+                const WeightPlace& place, const void* packed, const Epilogue& epilogue, float* y, Pool& pool) {
+  Weights weights(grouped);
+  Scratch memory(packed == nullptr ? weights.bytes() : 0);
+  if (packed == nullptr) {
+    weights.place(memory.as<void>());
+    fill(weights, grouped, type, w, place, pool);
+  } else {
+    weights.place(const_cast<void*>(packed));
+  }
+  Compute(product, weights, x, epilogue).run(y, pool);
+}
+
+void product_of(const Product& product, const Grouped& grouped, Type type, const void* x, const void* w,
+                const WeightPlace& place, const void* packed, const Epilogue& epilogue, void* y, Pool& pool) {
+  const Wide images(type, x, product.batch * product.rows.in * product.columns.in * product.inputs, pool);
+  const Result result(type, y, product.batch * product.rows.out * product.columns.out * product.outputs);
+  if (is_tiled(grouped))
+    multiplied<TileWeights, TileProduct>(product, grouped, type, images.get(), w, place, packed, epilogue, result.get(), pool);
+  else
+    multiplied<LaneWeights, LaneProduct>(product, grouped, type, images.get(), w, place, packed, epilogue, result.get(), pool);
+  result.finish(pool);
+}
+
+}  // namespace
+}  // namespace clicktrain::CLICKTRAIN_ISA
+
+namespace clicktrain {
+
+using namespace CLICKTRAIN_ISA;
+
+int64_t packed_bytes(const Mask& mask, const Geometry& window) {
+  const Grouped grouped = by_filters(mask, window);
+  return is_tiled(grouped) ? TileWeights(grouped).bytes() : LaneWeights(grouped).bytes();
+}
+
+void pack(Type type, const Mask& mask, const Geometry& window, const void* w, void* packed) {
+  const Grouped grouped = by_filters(mask, window);
+  const WeightPlace place{mask.cin * mask.cout, mask.cout, 1, mask.cin};
+  OneThread pool;
+  auto pack_as = [&](auto weights) {
+    weights.place(packed);
+    fill(weights, grouped, type, w, place, pool);
+  };
+  if (is_tiled(grouped))
+    pack_as(TileWeights(grouped));
+  else
+    pack_as(LaneWeights(grouped));
+}
+
+void forward(Type type, const Geometry& g, const Mask& mask, const void* x, const void* w, const void* packed,
+             const Epilogue& epilogue, void* y, Pool& pool) {
+  product_of(forward_product(g, mask), by_filters(mask, g), type, x, w, {mask.cin * mask.cout, mask.cout, 1, mask.cin},
+             packed, epilogue, y, pool);
+}
+
+void input_gradient(Type type, const Geometry& g, const Mask& mask, const void* dy, const void* w, void* dx, Pool& pool) {
+  product_of(gradient_product(g, mask), by_channels(mask, g), type, dy, w, {mask.cin * mask.cout, 1, mask.cout, mask.cout},
+             nullptr, {nullptr, nullptr, false}, dx, pool);
+}
+
+void weight_gradient(Type type, const Geometry& g, const Mask& mask, const void* x, const void* dy, float* dw, Pool& pool) {
+  const Wide images(type, x, g.batch * g.in_h * g.in_w * mask.cin, pool);
+  const Wide slopes(type, dy, g.batch * g.out_h * g.out_w * mask.cout, pool);
+  const Grouped grouped = by_filters(mask, g);
+  const Product product = forward_product(g, mask);
+  if (is_tiled(grouped)) {
+    constexpr int64_t kRun = 1 << 18;
+    const int64_t size = g.kh * g.kw * mask.cin * mask.cout;
+    if (grouped.lists.entries != nullptr)
+      parallel(pool, div_up(size, kRun), [&](int64_t run) {
+        std::memset(dw + run * kRun, 0, 4 * std::min(kRun, size - run * kRun));
+      });
+    tile_weight_gradient(product, grouped, images.get(), slopes.get(), dw, pool);
+  } else {
+    lane_weight_gradient(product, grouped, images.get(), slopes.get(), dw, pool);
+  }
+}
+
+const char* instruction_set() {
+#define CLICKTRAIN_NAME_(isa) #isa
+#define CLICKTRAIN_NAME(isa) CLICKTRAIN_NAME_(isa)
+  return CLICKTRAIN_NAME(CLICKTRAIN_ISA);
+}
+
+}  // namespace clicktrain
