@@ -97,7 +97,8 @@ def _load() -> ctypes.CDLL:
     except (OSError, RuntimeError) as error:
         if refused is None:
             raise
-        raise RuntimeError(f"the wheel's library cannot be used ({refused}), and none could be built: {error}") from error
+        message = f"the wheel's library cannot be used ({refused}), and none could be built: {error}"
+        raise RuntimeError(message) from error
 
 
 def _register(path: pathlib.Path) -> ctypes.CDLL:

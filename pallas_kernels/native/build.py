@@ -39,7 +39,7 @@ _TIMEOUT_S = 600
 _COMPILE = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-pthread")
 _LINK = ("-shared", "-pthread")
 # In the library itself: a process may have loaded an older C++ runtime than the compiler's, as conda's.
-_LINK_RUNTIME = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
+_LINK_RUNTIME = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,-s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,9 @@ def ffi_version() -> int:
 
 def _run(command: Sequence[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(f"{command[0]} could not be run: {error}") from error
     if done.returncode:
