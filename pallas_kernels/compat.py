@@ -48,6 +48,13 @@ def multiprocessors(x: jax.Array) -> int:
     return 2
 
 
+def platform() -> str:
+    """What programs traced now are for, "cpu", "gpu" and so on; of the first device where nothing is said."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    named = getattr(device, "platform", None)
+    return named or jax.default_backend()
+
+
 def compiler_options(dtype: jax.typing.DTypeLike) -> dict[str, str]:
     """For ``jax.jit(..., compiler_options=)`` of a net that computes in ``dtype``.
 

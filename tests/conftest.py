@@ -21,6 +21,11 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # environment, so that it holds in the tests' processes too.
 _CACHE = tempfile.TemporaryDirectory(prefix="clicktrain-tests-")
 os.environ["CLICKTRAIN_CACHE"] = _CACHE.name
+# But for the native kernels, which are built once for all processes and runs; the first one to want them builds them
+# and the others wait.
+_NATIVE = Path(__file__).parents[1] / ".native"
+_NATIVE.mkdir(exist_ok=True)
+os.symlink(_NATIVE, Path(_CACHE.name) / "native")
 
 # Under --import-mode=importlib a test cannot import its neighbours by name: load what many share once, here.
 _SPEC = importlib.util.spec_from_file_location("drawn", Path(__file__).parent / "drawn.py")

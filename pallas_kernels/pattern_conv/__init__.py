@@ -5,12 +5,12 @@ from pallas_kernels.pattern_conv.api import (
     LEAST_GAIN,
     dense_conv,
     estimated_gain,
+    pack,
     packed_conv,
     pattern_conv,
     supported,
 )
 from pallas_kernels.pattern_conv.structure import Structure, make_structure, mask_of
-from pallas_kernels.pattern_conv.xla import pack
 
 __all__ = [
     "BACKENDS",

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import native
+from pallas_kernels.pattern_conv import cpu
 from pallas_kernels.pattern_conv.geometry import Geometry
 from pallas_kernels.pattern_conv.reference import masked
 from pallas_kernels.pattern_conv.structure import Structure
@@ -16,24 +18,37 @@ def why_not(structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch: i
     return None
 
 
+def is_native(geometry: Geometry, dtype: jnp.dtype, batch: int) -> bool:
+    """Whether the native kernels do it here: on CPUs they are faster than XLA's convolutions."""
+    if cpu.why_not(None, geometry, dtype, batch) is not None or cpu.why_not_here() is not None:
+        return False
+    return native.is_fast()
+
+
 def forward(x: jax.Array, w: jax.Array, structure: Structure, geometry: Geometry) -> jax.Array:
     """x in the geometry's layout, w (kh, kw, cin, cout) of the same dtype -> y of that dtype."""
+    if is_native(geometry, x.dtype, x.shape[geometry.batch_axis]):
+        return cpu.forward(x, masked(w, structure), None, geometry)
     return convolve(x, masked(w, structure), geometry)
 
 
 def input_gradient(dy: jax.Array, w: jax.Array, structure: Structure, geometry: Geometry) -> jax.Array:
     """dy of the output's shape -> dx of the input's."""
+    if is_native(geometry, dy.dtype, dy.shape[geometry.batch_axis]):
+        return cpu.input_gradient(dy, masked(w, structure), None, geometry)
     return convolve_input_gradient(dy, masked(w, structure), geometry)
 
 
 def weight_gradient(x: jax.Array, dy: jax.Array, structure: Structure, geometry: Geometry) -> jax.Array:
     """-> dw (kh, kw, cin, cout) in float32 or wider, exact zeros where nothing is retained."""
+    if is_native(geometry, x.dtype, x.shape[geometry.batch_axis]):
+        return masked(cpu.weight_gradient(x, dy, None, geometry), structure)
     return masked(convolve_weight_gradient(x, dy, geometry), structure)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def convolve(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
-    """The plain convolution in the geometry's layout, result in x's dtype; differentiable."""
+    """XLA's plain convolution in the geometry's layout, result in x's dtype; differentiable."""
     return window_sum(x, w, geometry.strides, geometry.padding, geometry.layout)
 
 

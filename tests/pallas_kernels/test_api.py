@@ -158,7 +158,8 @@ def test_tensor_cores_are_chosen_where_they_are(monkeypatch):
 def test_supported_tells_every_backend_and_why_not():
     assert jax.default_backend() == "cpu"
     reasons = pk.supported(structure_of(BLOCKS), BLOCKS.geometry(), jnp.bfloat16, 64)
-    assert tuple(reasons) == pk.BACKENDS == ("reference", "dense", "xla", "mosaic_gpu")
+    assert tuple(reasons) == pk.BACKENDS == ("reference", "dense", "xla", "cpu", "mosaic_gpu")
+    assert "takes the layout NHWC" in reasons["cpu"]
     assert [reasons[name] for name in ("reference", "dense", "xla")] == [None] * 3
     # The kernels could do it: it is the device that they lack.
     assert "jax runs on cpu here" in reasons["mosaic_gpu"]

@@ -1,0 +1,115 @@
+// The kernels as plain C functions, without jax: packing on the host (ctypes), tests, sanitizers.
+//
+// `numbers` holds, as int64: type, batch, in_h, in_w, out_h, out_w, kh, kw, stride_h, stride_w, pad_top, pad_left, cin,
+// cout, filters, channels, room of by_filters, room of by_channels. Null lists are a dense convolution.
+// Packed weights begin with 64 bytes that say what they are of, so that others are refused (plain.h).
+#include "plain.h"
+
+#include <cstring>
+
+#include "pool.h"
+
+#if defined(_WIN32)
+#define CLICKTRAIN_PUBLIC extern "C" __declspec(dllexport)
+#else
+#define CLICKTRAIN_PUBLIC extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace clicktrain {
+namespace {
+
+struct Given {
+  Type type;
+  Geometry geometry;
+  Mask mask;
+};
+
+Given read(const int64_t* n, const int32_t* entries, const int32_t* counts, const int32_t* entries_by_channels,
+           const int32_t* counts_by_channels) {
+  return Given{static_cast<Type>(n[0]),
+               Geometry{n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11]},
+               Mask{n[12], n[13], n[14], n[15], Lists{entries, counts, n[16]},
+                    Lists{entries_by_channels, counts_by_channels, n[17]}}};
+}
+
+PackedHead head_of(Type type, const Mask& mask, const Geometry& window) {
+  PackedHead head{};
+  std::memcpy(head.magic, "ctpack1", sizeof head.magic);
+  std::strncpy(head.instructions, instruction_set(), sizeof head.instructions - 1);
+  head.type = static_cast<int32_t>(type);
+  head.cin = static_cast<int32_t>(mask.cin);
+  head.cout = static_cast<int32_t>(mask.cout);
+  head.kh = static_cast<int32_t>(window.kh);
+  head.kw = static_cast<int32_t>(window.kw);
+  head.filters = static_cast<int32_t>(mask.filters);
+  head.channels = static_cast<int32_t>(mask.channels);
+  return head;
+}
+
+}  // namespace
+
+const void* packed_content(Type type, const Mask& mask, const Geometry& window, const void* packed, int64_t bytes) {
+  if (bytes < static_cast<int64_t>(sizeof(PackedHead))) return nullptr;
+  const PackedHead wanted = head_of(type, mask, window);
+  PackedHead found;
+  std::memcpy(&found, packed, sizeof found);
+  const int64_t content = found.content_bytes;
+  found.content_bytes = 0;
+  if (std::memcmp(&found, &wanted, sizeof found) != 0) return nullptr;
+  if (content != bytes - static_cast<int64_t>(sizeof(PackedHead))) return nullptr;
+  return static_cast<const char*>(packed) + sizeof(PackedHead);
+}
+
+}  // namespace clicktrain
+
+using clicktrain::Epilogue;
+using clicktrain::Given;
+using clicktrain::OwnThreads;
+using clicktrain::PackedHead;
+
+CLICKTRAIN_PUBLIC const char* clicktrain_instruction_set() { return clicktrain::instruction_set(); }
+
+CLICKTRAIN_PUBLIC int64_t clicktrain_packed_bytes(const int64_t* numbers, const int32_t* entries, const int32_t* counts,
+                                                  const int32_t* entries_by_channels,
+                                                  const int32_t* counts_by_channels) {
+  const Given given = clicktrain::read(numbers, entries, counts, entries_by_channels, counts_by_channels);
+  return static_cast<int64_t>(sizeof(PackedHead)) + clicktrain::packed_bytes(given.mask, given.geometry);
+}
+
+// `packed` starts at a multiple of 64 bytes and has room for as many as clicktrain_packed_bytes says.
+CLICKTRAIN_PUBLIC void clicktrain_pack(const int64_t* numbers, const int32_t* entries, const int32_t* counts,
+                                       const int32_t* entries_by_channels, const int32_t* counts_by_channels,
+                                       const void* w, void* packed) {
+  const Given given = clicktrain::read(numbers, entries, counts, entries_by_channels, counts_by_channels);
+  PackedHead head = clicktrain::head_of(given.type, given.mask, given.geometry);
+  head.content_bytes = clicktrain::packed_bytes(given.mask, given.geometry);
+  std::memcpy(packed, &head, sizeof head);
+  clicktrain::pack(given.type, given.mask, given.geometry, w, static_cast<char*>(packed) + sizeof head);
+}
+
+// One of w and packed (of clicktrain_pack) is null; so may be scale and bias.
+CLICKTRAIN_PUBLIC void clicktrain_forward(const int64_t* numbers, const int32_t* entries, const int32_t* counts,
+                                          const int32_t* entries_by_channels, const int32_t* counts_by_channels,
+                                          const void* x, const void* w, const void* packed, const float* scale,
+                                          const float* bias, int64_t relu, void* y, int64_t threads) {
+  const Given given = clicktrain::read(numbers, entries, counts, entries_by_channels, counts_by_channels);
+  OwnThreads pool(threads);
+  const void* content = packed == nullptr ? nullptr : static_cast<const char*>(packed) + sizeof(PackedHead);
+  clicktrain::forward(given.type, given.geometry, given.mask, x, w, content, Epilogue{scale, bias, relu != 0}, y, pool);
+}
+
+CLICKTRAIN_PUBLIC void clicktrain_input_gradient(const int64_t* numbers, const int32_t* entries, const int32_t* counts,
+                                                 const int32_t* entries_by_channels, const int32_t* counts_by_channels,
+                                                 const void* dy, const void* w, void* dx, int64_t threads) {
+  const Given given = clicktrain::read(numbers, entries, counts, entries_by_channels, counts_by_channels);
+  OwnThreads pool(threads);
+  clicktrain::input_gradient(given.type, given.geometry, given.mask, dy, w, dx, pool);
+}
+
+CLICKTRAIN_PUBLIC void clicktrain_weight_gradient(const int64_t* numbers, const int32_t* entries, const int32_t* counts,
+                                                  const int32_t* entries_by_channels, const int32_t* counts_by_channels,
+                                                  const void* x, const void* dy, float* dw, int64_t threads) {
+  const Given given = clicktrain::read(numbers, entries, counts, entries_by_channels, counts_by_channels);
+  OwnThreads pool(threads);
+  clicktrain::weight_gradient(given.type, given.geometry, given.mask, x, dy, dw, pool);
+}
