@@ -80,9 +80,10 @@ def _load() -> ctypes.CDLL:
         OSError, RuntimeError: none can be had.
     """
     refused = None
-    if build.PREBUILT.exists():
+    prebuilt = build.prebuilt(build.instruction_set())
+    if prebuilt.exists():
         try:
-            return _register(build.PREBUILT)
+            return _register(prebuilt)
         except (OSError, RuntimeError) as error:
             refused = error
     try:

@@ -30,8 +30,21 @@ except ImportError:  # Not a POSIX system: two processes may both build, and eit
 
 HERE = pathlib.Path(__file__).parent
 LIBRARY = "libclicktrain_native.so"
-# Where a wheel has it.
-PREBUILT = HERE / LIBRARY
+ENVIRONMENT = "CLICKTRAIN_ISA"
+# One library for each set of instructions, the fastest first: what of the C++ library is compiled along with the kernels
+# is then of the same set, and no machine runs what it does not know. By what `platform.machine` says: the compiler's
+# flags, and what the processor must say of itself.
+_INSTRUCTION_SETS = {
+    "x86_64": {
+        "avx512": (
+            ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
+            {"avx512f", "avx512vl", "avx512dq", "avx512bw", "avx2", "fma"},
+        ),
+        "avx2": (("-mavx2", "-mfma"), {"avx2", "fma"}),
+    },
+    "aarch64": {"neon": ((), set())},
+    "arm64": {"neon": ((), set())},
+}
 _CHECKSUM = "sha256"
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT_S = 600
@@ -50,9 +63,49 @@ class Unit:
     flags: tuple[str, ...] = ()
 
 
-def units(machine: str | None = None) -> tuple[Unit, ...]:
-    """What the library is made of, on a machine as `platform.machine` names it; this one when None."""
-    return (Unit("ffi.cc"), Unit("plain.cc"), Unit("reference.cc"))
+def instruction_sets() -> dict[str, tuple[str, ...]]:
+    """The sets that a library can be built for on this kind of machine, the fastest first, with the compiler's flags."""
+    known = {name: flags for name, (flags, _) in _INSTRUCTION_SETS.get(platform.machine(), {}).items()}
+    return {**known, "portable": ()}
+
+
+def instruction_set() -> str:
+    """The fastest set that this processor knows; ``CLICKTRAIN_ISA`` in the environment names another.
+
+    Raises:
+        RuntimeError: it names none that can be built here.
+    """
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        if named not in instruction_sets():
+            raise RuntimeError(f"{ENVIRONMENT}={named!r}; expected one of {', '.join(instruction_sets())}")
+        return named
+    knows = _processor_flags()
+    sets = _INSTRUCTION_SETS.get(platform.machine(), {})
+    return next((name for name, (_, needs) in sets.items() if needs <= knows), "portable")
+
+
+def prebuilt(instructions: str) -> pathlib.Path:
+    """Where a wheel has the library for a set of instructions."""
+    return HERE / f"{LIBRARY.removesuffix('.so')}-{instructions}.so"
+
+
+def units(instructions: str | None = None) -> tuple[Unit, ...]:
+    """What a library is made of: for a set of instructions, `instruction_set`'s when None, or "reference"."""
+    instructions = instruction_set() if instructions is None else instructions
+    if instructions == "reference":
+        return (Unit("ffi.cc"), Unit("plain.cc"), Unit("reference.cc"))
+    flags = instruction_sets()[instructions]
+    return tuple(Unit(source, flags) for source in ("ffi.cc", "plain.cc", "support.cc", "kernels.cc"))
+
+
+def _processor_flags() -> set[str]:
+    """What Linux says that the processor knows; empty where nothing is said."""
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("flags"):
+                return set(line.partition(":")[2].split())
+    return set()
 
 
 def built(again: bool = False) -> tuple[pathlib.Path, bool]:
@@ -86,12 +139,18 @@ def built(again: bool = False) -> tuple[pathlib.Path, bool]:
 
 
 def build_library(
-    path: pathlib.Path, *, compiler: Sequence[str] | None = None, include: str | None = None, more: Sequence[str] = ()
+    path: pathlib.Path,
+    *,
+    instructions: str | None = None,
+    compiler: Sequence[str] | None = None,
+    include: str | None = None,
+    more: Sequence[str] = (),
 ) -> None:
     """Compile all units side by side and link them into one shared library.
 
     Args:
         path: of the library.
+        instructions: as `units` takes them.
         compiler: the command, `_compiler`'s when None.
         include: the folder of XLA's FFI headers, the running jaxlib's when None.
         more: further flags for every unit and for the link, as those of sanitizers.
@@ -108,7 +167,7 @@ def build_library(
     # Beside the library, so that it is on a disk with room and goes with it.
     with tempfile.TemporaryDirectory(prefix="objects-", dir=path.parent) as objects:
         commands, files = [], []
-        for index, unit in enumerate(units()):
+        for index, unit in enumerate(units() if instructions is None else units(instructions)):
             file = os.path.join(objects, f"{index}.o")
             source = os.fspath(HERE / unit.source)
             commands.append([*compiler, *_COMPILE, *unit.flags, *more, "-isystem", include, "-c", source, "-o", file])

@@ -75,17 +75,23 @@ void fill(Weights& weights, const Grouped& grouped, Type type, const void* w, co
   });
 }
 
+// Packed weights begin with what their lists' lengths are: the mask's own lists are not read again.
+int64_t counts_bytes(const Grouped& grouped) { return round_up(8 * grouped.groups(), 64); }
+
 template <class Weights, class Compute>
 void multiplied(const Product& product, const Grouped& grouped, Type type, const float* x, const void* w,
                 const WeightPlace& place, const void* packed, const Epilogue& epilogue, float* y, Pool& pool) {
-  Weights weights(grouped);
-  Scratch memory(packed == nullptr ? weights.bytes() : 0);
-  if (packed == nullptr) {
-    weights.place(memory.as<void>());
-    fill(weights, grouped, type, w, place, pool);
-  } else {
-    weights.place(const_cast<void*>(packed));
+  if (packed != nullptr) {
+    const char* at = static_cast<const char*>(packed);
+    Weights weights(grouped, reinterpret_cast<const int64_t*>(at));
+    weights.place(const_cast<char*>(at + counts_bytes(grouped)));
+    Compute(product, weights, x, epilogue).run(y, pool);
+    return;
   }
+  Weights weights(grouped, grouped.counts().data());
+  Scratch memory(weights.bytes());
+  weights.place(memory.as<void>());
+  fill(weights, grouped, type, w, place, pool);
   Compute(product, weights, x, epilogue).run(y, pool);
 }
 
@@ -109,21 +115,25 @@ using namespace CLICKTRAIN_ISA;
 
 int64_t packed_bytes(const Mask& mask, const Geometry& window) {
   const Grouped grouped = by_filters(mask, window);
-  return is_tiled(grouped) ? TileWeights(grouped).bytes() : LaneWeights(grouped).bytes();
+  const std::vector<int64_t> counts = grouped.counts();
+  const int64_t bytes = is_tiled(grouped) ? TileWeights(grouped, counts.data()).bytes() : LaneWeights(grouped, counts.data()).bytes();
+  return counts_bytes(grouped) + bytes;
 }
 
 void pack(Type type, const Mask& mask, const Geometry& window, const void* w, void* packed) {
   const Grouped grouped = by_filters(mask, window);
   const WeightPlace place{mask.cin * mask.cout, mask.cout, 1, mask.cin};
+  const std::vector<int64_t> counts = grouped.counts();
   OneThread pool;
   auto pack_as = [&](auto weights) {
-    weights.place(packed);
+    std::copy(counts.begin(), counts.end(), static_cast<int64_t*>(packed));
+    weights.place(static_cast<char*>(packed) + counts_bytes(grouped));
     fill(weights, grouped, type, w, place, pool);
   };
   if (is_tiled(grouped))
-    pack_as(TileWeights(grouped));
+    pack_as(TileWeights(grouped, counts.data()));
   else
-    pack_as(LaneWeights(grouped));
+    pack_as(LaneWeights(grouped, counts.data()));
 }
 
 void forward(Type type, const Geometry& g, const Mask& mask, const void* x, const void* w, const void* packed,

@@ -78,7 +78,7 @@ void corner_correlate(const float* x, const float* dy, const Run& run, const int
 
 inline void lane_weight_gradient(const Product& p, const Grouped& grouped, const float* x, const float* dy, float* dw,
                                  Pool& pool) {
-  LaneWeights lists(grouped);
+  LaneWeights lists(grouped, grouped.counts().data());
   Scratch memory(lists.bytes());
   lists.place(memory.as<void>());
   parallel(pool, lists.groups, [&](int64_t group) { lists.fill_lists(grouped, group); });

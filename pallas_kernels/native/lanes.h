@@ -33,11 +33,12 @@ struct LaneWeights {
   int32_t* codes = nullptr;         // of each group: corners by their first tap, then single taps; input * taps + tap
   float* values = nullptr;
 
-  explicit LaneWeights(const Grouped& grouped)
+  // `counts`: retained (tap, input) of each group.
+  LaneWeights(const Grouped& grouped, const int64_t* counts)
       : groups(grouped.groups()), width(grouped.width), outputs(grouped.outputs), kh(grouped.kh), kw(grouped.kw),
         turned(grouped.turned) {
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t n = grouped.count(g);
+      const int64_t n = counts[g];
       list_begin.push_back(entries);
       entries += n;
       for (int64_t o = g * width, end = std::min(outputs, o + width); o < end; ++o) {

@@ -76,14 +76,17 @@ Grouped by_channels(const Mask& m, const Geometry& g) {
   return {m.by_channels, m.channels, m.filters, m.cout, m.cin, g.kh, g.kw, true};
 }
 
-int64_t Grouped::count(int64_t group) const {
-  if (lists.entries == nullptr) return inputs * taps();
-  const int32_t* entries = lists.entries + group * lists.room;
-  int64_t total = lists.counts[group] * depth;
-  const int64_t last = (inputs - 1) / depth, missing = (last + 1) * depth - inputs;
-  if (missing)  // the last block is short
-    for (int64_t k = lists.counts[group] - 1; k >= 0 && entries[k] / taps() == last; --k) total -= missing;
-  return total;
+std::vector<int64_t> Grouped::counts() const {
+  std::vector<int64_t> found(groups(), inputs * taps());
+  if (lists.entries == nullptr) return found;
+  const int64_t last = (inputs - 1) / depth, missing = (last + 1) * depth - inputs;  // of the last block
+  for (int64_t group = 0; group < groups(); ++group) {
+    const int32_t* entries = lists.entries + group * lists.room;
+    found[group] = lists.counts[group] * depth;
+    for (int64_t k = lists.counts[group] - 1; missing > 0 && k >= 0 && entries[k] / taps() == last; --k)
+      found[group] -= missing;
+  }
+  return found;
 }
 
 void Grouped::by_tap(int64_t group, int32_t* begin, int32_t* channels) const {

@@ -76,7 +76,7 @@ struct Grouped {
   bool turned;      // whether taps count backwards, as in the transposed convolution
   int64_t taps() const { return kh * kw; }
   int64_t groups() const { return div_up(outputs, width); }
-  int64_t count(int64_t group) const;                      // retained (input, tap) of a group
+  std::vector<int64_t> counts() const;  // retained (input, tap) of each group
   void by_tap(int64_t group, int32_t* begin, int32_t* channels) const;  // begin: (taps + 1,), from 0
   // Calls use(first input, last input, taps, how many) for each block that retains any, in rising order.
   template <class Use>

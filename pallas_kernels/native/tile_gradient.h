@@ -78,7 +78,7 @@ inline void places(const Axis& axis, int64_t tap, int64_t& first, int64_t& last)
 
 inline void tile_weight_gradient(const Product& p, const Grouped& grouped, const float* x, const float* dy, float* dw,
                                  Pool& pool) {
-  TileWeights lists(grouped);
+  TileWeights lists(grouped, grouped.counts().data());
   Scratch memory(lists.bytes());  // the sums take the weights' place
   lists.place(memory.as<void>());
   parallel(pool, lists.groups, [&](int64_t group) { lists.fill_lists(grouped, group); });

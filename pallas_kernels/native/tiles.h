@@ -53,11 +53,9 @@ struct TileWeights {
   int32_t* channels = nullptr;
   float* values = nullptr;
 
-  explicit TileWeights(const Grouped& grouped) : panels(panels_of(grouped)), taps(grouped.taps()), groups(grouped.groups()) {
-    // Without lists all groups are alike.
-    std::vector<int64_t> counts(groups);
+  // `counts`: retained (tap, input) of each group.
+  TileWeights(const Grouped& grouped, const int64_t* counts) : panels(panels_of(grouped)), taps(grouped.taps()), groups(grouped.groups()) {
     for (int64_t g = 0; g < groups; ++g) {
-      counts[g] = grouped.count(g);
       list_begin.push_back(entries);
       entries += counts[g];
     }

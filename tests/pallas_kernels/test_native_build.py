@@ -131,13 +131,13 @@ def test_one_for_a_newer_jaxlib_is_refused_before_jax_hears_of_it(monkeypatch):
 def test_the_wheels_library_is_taken_if_it_can_be_used(fresh, monkeypatch, tmp_path):
     path, _ = build.built()
     monkeypatch.setattr(build, "built", lambda again=False: pytest.fail("built"))
-    monkeypatch.setattr(build, "PREBUILT", path)
+    monkeypatch.setattr(build, "prebuilt", lambda instructions: path)
     assert native.why_not() is None
 
 
 def test_else_one_is_built(fresh, monkeypatch, tmp_path):
     (tmp_path / "prebuilt.so").write_bytes(b"not a library")
-    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt.so")
+    monkeypatch.setattr(build, "prebuilt", lambda instructions: tmp_path / "prebuilt.so")
     assert native.why_not() is None
 
 
