@@ -31,7 +31,7 @@ except ImportError:  # Not a POSIX system: two processes may both build, and eit
 HERE = pathlib.Path(__file__).parent
 LIBRARY = "libclicktrain_native.so"
 ENVIRONMENT = "CLICKTRAIN_ISA"
-# One library for each set of instructions, the fastest first: what of the C++ library is compiled along with the kernels
+# One library for each set of instructions, the fastest first: what of the C++ library is compiled along with kernels
 # is then of the same set, and no machine runs what it does not know. By what `platform.machine` says: the compiler's
 # flags, and what the processor must say of itself.
 _INSTRUCTION_SETS = {
@@ -64,7 +64,7 @@ class Unit:
 
 
 def instruction_sets() -> dict[str, tuple[str, ...]]:
-    """The sets that a library can be built for on this kind of machine, the fastest first, with the compiler's flags."""
+    """The sets that a library can be built for on such a machine, the fastest first, with the compiler's flags."""
     known = {name: flags for name, (flags, _) in _INSTRUCTION_SETS.get(platform.machine(), {}).items()}
     return {**known, "portable": ()}
 
