@@ -62,7 +62,7 @@ def test_what_is_refused_elsewhere_is_taken_here():
         ({"scale": np.ones(5)}, r"scale has one entry a filter, \(6,\), got \(5,\)"),
         ({"bias": np.ones((1, 6))}, r"bias has one entry a filter, \(6,\), got \(1, 6\)"),
         ({"scale": 2.0}, r"scale has one entry a filter, \(6,\), got \(\)"),
-        ({"backend": "cudnn"}, "one of reference, dense, xla, mosaic_gpu, or None for the best, got 'cudnn'"),
+        ({"backend": "cudnn"}, "one of reference, dense, xla, cpu, mosaic_gpu, or None for the best, got 'cudnn'"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
