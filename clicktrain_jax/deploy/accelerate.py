@@ -16,6 +16,7 @@ import numpy as np
 
 from clicktrain_jax.deploy import interception, layers, whole_net
 from clicktrain_jax.deploy.arguments import Frame, is_module, parameter_names, state_of, take_apart, write_back
+from clicktrain_jax.deploy.jaxprs import traced
 from clicktrain_jax.masks import Masks, combine
 from clicktrain_jax.trees import Tree, named_leaves
 
@@ -32,7 +33,7 @@ class ConvolutionReport:
         retained: share of its weights that the mask keeps; None without mask.
         runs: "dense" or "sparse".
         layout: in which it runs by its structure; empty when dense.
-        backend: of `pallas_kernels.pattern_conv`; empty when dense.
+        backend: of `pallas_kernels.pattern_conv`; for a dense one "cpu" for the native kernels, empty for XLA's.
         why: what decided.
     """
 
@@ -168,15 +169,15 @@ class Accelerated:
     def with_choice(
         self, wanted: Mapping[str, layers.Run], seconds: Mapping[str, float] | None = None, device: str = ""
     ) -> "Accelerated":
-        """The same function with layers run as told, ``{name: "dense", "NHWC" or "HWNC"}``; others choose themselves.
+        """The same function with layers run as told, ``{name: one of layers.RUNS}``; others choose themselves.
 
         Raises:
-            ValueError: a name without mask, or an unknown way to run.
+            ValueError: a name that the masks' tree has not, or an unknown way to run.
         """
         for name, run in wanted.items():
-            if name not in self._masks or run not in ("dense", "NHWC", "HWNC"):
+            if name not in self._masks or run not in layers.RUNS:
                 raise ValueError(
-                    f"choice {name!r}: {run!r}; expected the name of a mask, and 'dense', 'NHWC' or 'HWNC'"
+                    f"choice {name!r}: {run!r}; expected a name of the masks' tree, and one of {', '.join(layers.RUNS)}"
                 )
         return Accelerated(
             self._apply_fn,
@@ -196,9 +197,11 @@ class Accelerated:
         return seen
 
     def structure(self, name: str, mask: np.ndarray) -> Any:
-        """The `pallas_kernels.Structure` of a layer's mask (kh, kw, cin, cout)."""
+        """The `pallas_kernels.Structure` of a layer's mask (kh, kw, cin, cout); None where nothing is removed."""
         import pallas_kernels
 
+        if mask.all():
+            return None
         key = (name, mask.shape, mask.strides)  # one leaf may stand in several orders of its axes
         if key not in self._structures:
             self._structures[key] = pallas_kernels.make_structure(mask)
@@ -206,14 +209,13 @@ class Accelerated:
 
     def _row(self, conv: interception.Convolution, plan: layers.Plan) -> ConvolutionReport:
         mask = self._masks.get(conv.name)
-        dense = plan.run == "dense"
         return ConvolutionReport(
             name=conv.name,
             kernel_shape=conv.kernel_shape,
             image_shape=conv.x_shape,
             retained=None if mask is None else float(mask.mean()),
-            runs="dense" if dense else "sparse",
-            layout="" if dense else plan.run,
+            runs="dense" if plan.run == "dense" else "sparse",
+            layout="" if plan.run == "dense" else plan.run,
             backend=plan.backend,
             why=plan.why,
         )
@@ -222,7 +224,7 @@ class Accelerated:
         """The results, and ``{path: value}`` of the variables of NNX modules that changed."""
         changed_paths: list = []
 
-        def traced(arrays: list[Any]) -> tuple[Any, list[Any]]:
+        def call(arrays: list[Any]) -> tuple[Any, list[Any]]:
             args, kwargs, modules = frame.join(arrays)
             before = state_of(modules)
             results = self._apply_fn(*args, **kwargs)
@@ -230,7 +232,7 @@ class Accelerated:
             changed_paths.extend(changed)
             return results, list(changed.values())
 
-        closed, shapes = jax.make_jaxpr(traced, return_shape=True)(arrays)
+        closed, shapes = traced(call, arrays)
         names = parameter_names(frame, [np.shape(array) for array in arrays], self._masks)
         masks = {} if self._pruned else self._masks
         arguments = [
@@ -246,17 +248,18 @@ class Accelerated:
         layer, plan = self._planned(conv)
         seen.append((conv, layer, plan))
         if plan.run == "dense":
-            return None
+            return layer.convolve(x, conv.kernel.masked(), None, plan) if plan.backend else None
         return layer.convolve(x, conv.kernel.value, self.structure(conv.name, layer.mask), plan)
 
     def _planned(self, conv: interception.Convolution) -> tuple[layers.Layer | None, layers.Plan]:
-        mask = self._masks.get(conv.name)
-        if mask is None or mask.all():
-            why = "its kernel is computed, or no parameter of the masks' tree"
-            return None, layers.Plan("dense", "", "nothing of it is removed" if conv.name else why)
-        why = layers.why_dense(conv)
+        if not conv.name:
+            return None, layers.Plan("dense", "", "its kernel is computed, or no parameter of the masks' tree")
+        mask, why = self._masks.get(conv.name), layers.why_dense(conv)
         if why is not None:
-            return None, layers.Plan("dense", "", why)
+            whole = mask is None or mask.all()
+            return None, layers.Plan("dense", "", "nothing of it is removed" if whole else why)
+        if mask is None:
+            mask = np.ones(np.array(conv.kernel_shape)[np.argsort(conv.kernel.axes)], bool)
         layer = layers.Layer(conv, mask)
         structure = self.structure(conv.name, layer.mask)
         try:

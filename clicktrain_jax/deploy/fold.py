@@ -2,7 +2,8 @@
 
 The function is traced, whatever library it is written with. Steps that no image reaches are computed at once. Where a
 convolution's result is only ever multiplied by or added to such a value, one for each filter, the factor goes into the
-kernel and the sum into one bias: BatchNorm by running statistics is four such steps. All other steps stay as they are.
+kernel and the sum into one bias: BatchNorm by running statistics is four such steps. A ReLU that follows belongs to
+the convolution too, for backends that do both on the way. All other steps stay as they are.
 """
 
 import collections
@@ -23,8 +24,8 @@ _FEW_IMAGES = 2
 _AFFINE = frozenset(("add", "sub", "mul", "div"))
 
 Arrays = dict[str, jax.Array]
-# Computes one convolution: its step, its images and its kernel -> its result, without the bias.
-Convolve = Callable[["ConvStep", Any, Any], Any]
+# Computes one convolution: its step, its images, its kernel, its bias (filters,) or None -> the step's result.
+Convolve = Callable[["ConvStep", Any, Any, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ConvStep:
         images: the value that it takes.
         bias: name of its bias among the arrays; None without.
         dtype: of the result, once the bias is added.
+        relu: whether what is negative becomes 0 then.
         result: the value that it gives.
     """
 
@@ -49,12 +51,17 @@ class ConvStep:
     images: Any
     bias: str | None
     dtype: Any
+    relu: bool
     result: Any
 
-    @property
-    def channel_axis(self) -> int:
-        """The axis of the result that counts filters."""
-        return self.equation.params["dimension_numbers"].out_spec[1]
+    def finished(self, y: Any, bias: Any) -> Any:
+        """The step's result from the convolution's: in its dtype, with the bias (filters,), or None, and the ReLU."""
+        y = y.astype(self.dtype)
+        if bias is not None:
+            shape = [1] * y.ndim
+            shape[self.equation.params["dimension_numbers"].out_spec[1]] = -1
+            y = y + jnp.asarray(bias).reshape(shape)
+        return jax.nn.relu(y) if self.relu else y
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +101,8 @@ class Steps:
 
         for step in self.steps:
             if isinstance(step, ConvStep):
-                y = convolve(step, values[step.images], arrays[step.name]).astype(step.dtype)
-                if step.bias is not None:
-                    shape = [1] * y.ndim
-                    shape[step.channel_axis] = -1
-                    y = y + jnp.asarray(arrays[step.bias]).reshape(shape)
-                values[step.result] = y
+                bias = None if step.bias is None else arrays[step.bias]
+                values[step.result] = convolve(step, values[step.images], arrays[step.name], bias)
                 continue
             values.update(zip(step.equation.outvars, bind(step.equation, [read(each) for each in step.operands])))
         return read(self.output)
@@ -200,9 +203,9 @@ def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.asarray(leaf).dtype), tree)
 
 
-def plain(step: ConvStep, images: Any, kernel: Any) -> Any:
-    """The convolution as it was traced."""
-    return bind(step.equation, [images, kernel])[0]
+def plain(step: ConvStep, images: Any, kernel: Any, bias: Any) -> Any:
+    """The convolution as it was traced, with what follows it."""
+    return step.finished(bind(step.equation, [images, kernel])[0], bias)
 
 
 class _Known(NamedTuple):
@@ -323,6 +326,10 @@ class _Folding:
         pending, name, result = self._pending[waiting[0]], equation.primitive.name, equation.outvars[0]
         if not jnp.issubdtype(result.aval.dtype, jnp.floating):
             return False
+        if name == "max" and _is_zero(knowns[0] or knowns[1]):
+            # Nothing else can be taken into the kernel after it.
+            self._emit(self._pending.pop(waiting[0]), result, relu=True)
+            return True
         if name == "convert_element_type":
             changed = dataclasses.replace(pending, dtype=result.aval.dtype)
         elif name == "neg":
@@ -340,7 +347,7 @@ class _Folding:
         self._pending[result] = changed
         return True
 
-    def _emit(self, pending: _Pending, result: Any) -> None:
+    def _emit(self, pending: _Pending, result: Any, relu: bool = False) -> None:
         kernel, equation = pending.kernel, pending.equation
         value = kernel.value
         if pending.scale is not None:
@@ -352,7 +359,7 @@ class _Folding:
         if pending.shift is not None:
             filters = result.aval.shape[pending.out_channels[1]]
             bias = self._store(f"{name} bias", jnp.broadcast_to(pending.shift, (filters,)).astype(pending.dtype))
-        step = ConvStep(name, kernel.leaf, kernel.axes, equation, pending.images, bias, pending.dtype, result)
+        step = ConvStep(name, kernel.leaf, kernel.axes, equation, pending.images, bias, pending.dtype, relu, result)
         self.steps.append(step)
 
 
@@ -365,6 +372,11 @@ def _is_computable(equation: Any) -> bool:
     if not all(isinstance(size, int) for shape in (*shapes, *results) for size in shape):
         return False  # a symbolic batch
     return max(map(math.prod, results), default=0) <= max(map(math.prod, shapes))
+
+
+def _is_zero(known: _Known | None) -> bool:
+    """Whether a value is zero whatever the variables are: those are traced here."""
+    return known is not None and not isinstance(known.value, jax.core.Tracer) and not np.any(known.value)
 
 
 def _per_filter(value: Any, rank: int, axis: int) -> Any:

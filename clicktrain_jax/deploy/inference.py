@@ -43,11 +43,18 @@ class Site:
     structure: Any
     plan: layers.Plan
 
-    def run(self, images: Any, prepared: Any, structure: Any) -> Any:
-        """The convolution, without its bias, on what `InferenceNet.prepared` holds for it."""
+    def run(self, images: Any, prepared: Any, structure: Any = None, bias: Any = None) -> Any:
+        """The step's result, from what `InferenceNet.prepared` holds for it and its bias (filters,), if it has one."""
         if self.layer is None:
-            return plain(self.step, images, prepared)
-        return self.layer.convolve_prepared(images, prepared, structure, self.plan)
+            return plain(self.step, images, prepared, bias)
+        if self.plan.backend != "cpu":
+            y = self.layer.convolve_prepared(images, prepared, structure, self.plan)
+        elif self.step.dtype == images.dtype:
+            more = {"bias": bias, "relu": self.step.relu}
+            return self.layer.convolve_prepared(images, prepared, self.structure, self.plan, **more)
+        else:
+            y = self.layer.convolve_prepared(images, prepared, self.structure, self.plan)
+        return self.step.finished(y, bias)
 
 
 class InferenceNet:
@@ -145,11 +152,12 @@ class InferenceNet:
         for name, site in sites.items():
             if site.layer is None:
                 continue
-            key = (name, site.plan)
+            key = (name, site.plan.run, site.plan.backend)
             if key not in self._prepared:
                 self._prepared[key] = site.layer.prepared(self._kernels[name], site.structure, site.plan)
             arrays[name] = self._prepared[key]
-            if site.plan.run != "dense":
+            # The native kernels find the lists in what was packed.
+            if site.plan.run != "dense" and site.plan.backend != "cpu":
                 structures[name] = site.structure
         return {"arrays": arrays, "structures": structures}
 
@@ -177,22 +185,41 @@ class InferenceNet:
         return self._with_choices({**self._choices, batch: found})
 
     def with_choice(self, batch: int, choice: whole_net.Choice) -> "InferenceNet":
-        """The same net with layers run as told for a batch size: ``{kernel name: "dense", "NHWC" or "HWNC"}``.
+        """The same net with layers run as told for a batch size: ``{kernel name: one of layers.RUNS}``.
 
         Raises:
-            ValueError: a name that is no pruned convolution, or an unknown way to run.
+            ValueError: a name that is no convolution with a choice, or a way in which that cannot run.
         """
-        known = {name for name, _, _ in self._tunable(batch)}
+        known = {name: structure for name, _, structure in self._tunable(batch)}
         for name, run in choice.items():
-            if name not in known or run not in ("dense", "NHWC", "HWNC"):
+            runs = layers.DENSE_RUNS if known.get(name) is None else layers.RUNS
+            if name not in known or run not in runs:
                 raise ValueError(
-                    f"choice {name!r}: {run!r}; expected one of {sorted(known)}, and 'dense', 'NHWC' or 'HWNC'"
+                    f"choice {name!r}: {run!r}; expected one of {sorted(known)}, and one of {', '.join(runs)}"
                 )
         return self._with_choices({**self._choices, batch: (dict(choice), {}, "")})
 
-    def dense(self, batch: int) -> "InferenceNet":
-        """The same net with every convolution dense for a batch size: what patterns must beat."""
-        return self.with_choice(batch, {name: "dense" for name, _, _ in self._tunable(batch)})
+    def dense(self, batch: int, backend: str | None = None) -> "InferenceNet":
+        """The same net with every convolution dense for a batch size: what patterns must beat.
+
+        Args:
+            batch: number of images.
+            backend: "xla" for XLA's convolutions, "cpu" for the native kernels, None for the native ones where they are
+                fast here.
+
+        Raises:
+            ValueError: another backend; the native kernels cannot do it.
+        """
+        runs = {"xla": "dense", "cpu": "dense cpu"}
+        if backend not in (None, *runs):
+            raise ValueError(f"dense by backend 'xla', 'cpu' or None for the faster, got {backend!r}")
+        choice = {
+            name: runs[backend or ("cpu" if layer.is_fast_natively() else "xla")]
+            for name, layer, _ in self._tunable(batch)
+        }
+        net = self.with_choice(batch, choice)
+        net.convolutions(batch)  # refuses what cannot be
+        return net
 
     def report(self, batch: int) -> AccelerateReport:
         """How each convolution runs for a batch size, and what was measured."""
@@ -239,7 +266,7 @@ class InferenceNet:
 
     def _tunable(self, batch: int) -> list[whole_net.Site]:
         sites = self._sites(batch, {})
-        return [(name, s.layer, s.structure) for name, s in sites.items() if s.structure is not None]
+        return [(name, s.layer, s.structure) for name, s in sites.items() if s.layer is not None]
 
     def _sites(self, batch: Any, choice: Mapping[str, layers.Run] | None) -> dict[str, Site]:
         """The convolutions by kernel name; portable ones for a choice of None."""
@@ -258,9 +285,7 @@ class InferenceNet:
         if why is not None:
             return Site(step, None, None, layers.Plan("dense", "", why))
         layer = layers.Layer(convolution, whole)
-        if everything:
-            return Site(step, layer, None, layers.Plan("dense", "", "nothing of it is removed"))
-        structure = self._structure(step.name, layer.mask)
+        structure = None if everything else self._structure(step.name, layer.mask)
         if wanted is None:
             return Site(step, layer, structure, layers.portable_plan(structure))
         try:
@@ -284,8 +309,8 @@ class InferenceNet:
                 images = images.astype(jnp.float32) / 255.0
             structures = prepared["structures"]
 
-            def convolve(step: ConvStep, x: Any, kernel: Any) -> Any:
-                return sites[step.name].run(x, kernel, structures.get(step.name))
+            def convolve(step: ConvStep, x: Any, kernel: Any, bias: Any) -> Any:
+                return sites[step.name].run(x, kernel, structures.get(step.name), bias)
 
             return steps.run(prepared["arrays"], images, convolve).astype(jnp.float32)
 
@@ -309,7 +334,7 @@ class InferenceNet:
                     f"floating images range from {low:.3g} to {high:.3g}; expected pixels in [0, 1]: divide 0..255 by "
                     "255, and do not normalise, the net does"
                 )
-        return images.astype(np.float32)
+        return images if dtype == np.float32 else images.astype(np.float32)
 
 
 def _is_on_host(images: Any) -> bool:

@@ -1,6 +1,7 @@
 """How one convolution of a net is to be run: dense, or by its structure; and running it so."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -9,11 +10,17 @@ import numpy as np
 
 from clicktrain_jax.deploy.interception import Convolution
 
-Run = Literal["dense", "NHWC", "HWNC"]
+# By XLA's convolution, by the native kernels with all weights, or by the structure in a layout.
+Run = Literal["dense", "dense cpu", "NHWC", "HWNC"]
+RUNS: tuple[Run, ...] = ("dense", "dense cpu", "NHWC", "HWNC")
+DENSE_RUNS: tuple[Run, ...] = ("dense", "dense cpu")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Backends that do the retained share of the work, the fastest first.
-_SPARSE_BACKENDS = ("mosaic_gpu", "xla")
+_SPARSE_BACKENDS = ("mosaic_gpu", "cpu", "xla")
 _DENSE_BACKENDS = ("dense", "reference")
+# With fewer output pixels the native kernels take longer to lay out weights that come anew with each call than XLA
+# takes to multiply with them.
+_FEW_PIXELS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +29,11 @@ class Plan:
 
     Attributes:
         run: "dense", or the layout in which it runs by its structure.
-        backend: of `pallas_kernels.pattern_conv`; empty when dense.
+        backend: of `pallas_kernels.pattern_conv`; for "dense" it is "cpu" for the native kernels, empty for XLA's.
         why: in words.
     """
 
-    run: Run
+    run: Literal["dense", "NHWC", "HWNC"]
     backend: str
     why: str
 
@@ -52,7 +59,7 @@ class Layer:
         self.x_shape = convolution.x_shape
         self.dtype = convolution.dtype
         self.mask = mask.transpose(convolution.kernel.axes).transpose(self._kernel_order)
-        self.own_layout: Run = "HWNC" if self._x_order["HWNC"] == (0, 1, 2, 3) else "NHWC"
+        self.own_layout: Literal["NHWC", "HWNC"] = "HWNC" if self._x_order["HWNC"] == (0, 1, 2, 3) else "NHWC"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -64,7 +71,8 @@ class Layer:
         retained = round(float(self.mask.mean()), 2)
         x_shape = tuple(self.x_shape[axis] for axis in self._x_order["NHWC"])
         geometry = (tuple(self._params["window_strides"]), tuple(map(tuple, self._params["padding"])))
-        return (x_shape, self.mask.shape, geometry, str(self.dtype), structure.tile, structure.patterns, retained)
+        pattern = () if structure is None else (structure.tile, structure.patterns, retained)
+        return (x_shape, self.mask.shape, geometry, str(self.dtype), *pattern)
 
     def work(self) -> float:
         """Multiply-adds when it is run dense, roughly: the padding is not looked at."""
@@ -83,12 +91,21 @@ class Layer:
 
         return api.choose(*self._place(structure, layout), is_packed=is_prepared)
 
+    def is_fast_natively(self, is_prepared: bool = True) -> bool:
+        """Whether the native kernels are the way to run it dense, its weights prepared before or in each call."""
+        from pallas_kernels.pattern_conv import dense
+
+        _, geometry, dtype, batch = self._place(None, "NHWC")
+        if not dense.is_native(geometry, dtype, batch):
+            return False
+        return is_prepared or batch * math.prod(geometry.output) > _FEW_PIXELS
+
     def _place(self, structure: Any, layout: str) -> tuple:
         """(structure, geometry, dtype, batch), as the backends are asked."""
         from pallas_kernels.pattern_conv import geometry
 
         x_shape = tuple(self.x_shape[axis] for axis in self._x_order[layout])
-        place = geometry.make_geometry(x_shape, structure.shape[:2], layout=layout, **self.settings)
+        place = geometry.make_geometry(x_shape, self.mask.shape[:2], layout=layout, **self.settings)
         return structure, place, self.dtype, x_shape[place.batch_axis]
 
     def prepared(self, kernel: Any, structure: Any, plan: Plan) -> Any:
@@ -102,31 +119,61 @@ class Layer:
         import pallas_kernels
 
         kernel = kernel.transpose(self._kernel_order)
+        if plan.backend == "cpu":
+            structure = _everything(self.mask.shape) if plan.run == "dense" else structure
+            return pallas_kernels.pack(kernel, structure, backend="cpu")
         return pallas_kernels.pack(kernel, structure) if plan.backend == "xla" else kernel
 
-    def convolve_prepared(self, x: Any, prepared: Any, structure: Any, plan: Plan) -> Any:
-        """`convolve` on what `prepared` made of the kernel; dense where the plan says so."""
+    def convolve_prepared(
+        self, x: Any, prepared: Any, structure: Any, plan: Plan, *, bias: Any = None, relu: bool = False
+    ) -> Any:
+        """`convolve` on what `prepared` made of the kernel; dense where the plan says so.
+
+        Args:
+            x: images as the net has them.
+            prepared: of `prepared`.
+            structure: of the layer.
+            plan: that it was prepared for.
+            bias: (filters,), and
+            relu: whether what is negative becomes 0: for the backend "cpu" alone, which does it on the way.
+        """
         import pallas_kernels
 
-        layout = self.own_layout if plan.run == "dense" else plan.run
+        layout = self._layout(plan)
         x = _transposed(x, self._x_order[layout])
-        if plan.run == "dense":
-            y = pallas_kernels.dense_conv(x, prepared, layout=layout, **self.settings)
+        settings = {"layout": layout, **self.settings}
+        if plan.backend == "cpu":
+            # The lists are in what was packed: of the structure its shapes alone are read.
+            structure = _everything(self.mask.shape) if plan.run == "dense" else structure
+            y = pallas_kernels.packed_conv(x, prepared, structure, bias=bias, relu=relu, **settings)
+        elif plan.run == "dense":
+            y = pallas_kernels.dense_conv(x, prepared, backend="xla", **settings)
         elif plan.backend == "xla":
-            y = pallas_kernels.packed_conv(x, prepared, structure, layout=layout, **self.settings)
+            y = pallas_kernels.packed_conv(x, prepared, structure, **settings)
         else:
-            settings = {"layout": layout, "backend": plan.backend, **self.settings}
-            y = pallas_kernels.pattern_conv(x, prepared, structure, **settings)
+            y = pallas_kernels.pattern_conv(x, prepared, structure, backend=plan.backend, **settings)
         return self._as_the_net_has_it(y, layout)
 
     def convolve(self, x: Any, kernel: Any, structure: Any, plan: Plan) -> Any:
-        """The convolution by structure; images, kernel and result in the order that the net has them in."""
+        """The convolution as planned; images, kernel and result in the order that the net has them in.
+
+        Dense, which is by the native kernels here, the kernel is masked already.
+        """
         import pallas_kernels
 
-        x = _transposed(x, self._x_order[plan.run])
-        kernel = _transposed(kernel, self._kernel_order)
-        y = pallas_kernels.pattern_conv(x, kernel, structure, layout=plan.run, backend=plan.backend, **self.settings)
-        return self._as_the_net_has_it(y, plan.run)
+        layout = self._layout(plan)
+        x, kernel = _transposed(x, self._x_order[layout]), _transposed(kernel, self._kernel_order)
+        settings = {"layout": layout, "backend": plan.backend, **self.settings}
+        if plan.run == "dense":
+            y = pallas_kernels.dense_conv(x, kernel, **settings)
+        else:
+            y = pallas_kernels.pattern_conv(x, kernel, structure, **settings)
+        return self._as_the_net_has_it(y, layout)
+
+    def _layout(self, plan: Plan) -> Literal["NHWC", "HWNC"]:
+        if plan.run != "dense":
+            return plan.run
+        return "NHWC" if plan.backend == "cpu" else self.own_layout
 
     def _as_the_net_has_it(self, y: Any, layout: str) -> Any:
         here = {letter: axis for axis, letter in enumerate(layout)}
@@ -166,7 +213,7 @@ def plan_layer(
 
     Args:
         layer: the layer.
-        structure: of `pallas_kernels.make_structure`.
+        structure: of `pallas_kernels.make_structure`; None where nothing is removed.
         backend: one that is named must be able to run it; None leaves it open.
         wanted: what was measured to be best, None where nothing was.
         is_prepared: whether the weights are laid out before, once for all calls.
@@ -174,16 +221,18 @@ def plan_layer(
     Raises:
         ValueError: the named backend can run it in neither layout.
     """
-    if wanted == "dense":
-        return Plan("dense", "", "measured on the whole net: dense is as fast")
-    own: Run = layer.own_layout
-    other: Run = "HWNC" if own == "NHWC" else "NHWC"
-    layouts = (own, other) if wanted is None else (wanted,)
+    if structure is None or wanted in DENSE_RUNS:
+        why = "nothing of it is removed" if structure is None else "measured on the whole net: dense is as fast"
+        return _dense_plan(layer, why, wanted, is_prepared)
+    own = layer.own_layout
+    layouts = (own, "HWNC" if own == "NHWC" else "NHWC") if wanted is None else (wanted,)
     if wanted is None and backend is None:
-        chosen = layer.choice(structure, own, is_prepared)
-        if chosen in _DENSE_BACKENDS:
-            return Plan("dense", "", "pattern_conv takes the dense form for this shape")
-        return Plan(own, chosen, "pattern_conv's own choice, not measured")
+        for layout in layouts:
+            chosen = layer.choice(structure, layout, is_prepared)
+            # The native kernels are worth a transpose; elsewhere a net keeps its layout.
+            if chosen not in _DENSE_BACKENDS and (layout == own or chosen == "cpu"):
+                return Plan(layout, chosen, "pattern_conv's own choice, not measured")
+        return _dense_plan(layer, "pattern_conv takes the dense form for this shape", None, is_prepared)
     backends = _SPARSE_BACKENDS if backend is None else (backend,)
     reasons = []
     for layout in layouts:
@@ -196,23 +245,45 @@ def plan_layer(
     raise ValueError(f"cannot run a kernel {structure.shape} on images {layer.x_shape}: {'; '.join(reasons)}")
 
 
+def _dense_plan(layer: Layer, why: str, wanted: Run | None, is_prepared: bool) -> Plan:
+    """Dense, by the native kernels where they are wanted, or nothing is said and they are the faster."""
+    is_native = layer.is_fast_natively(is_prepared) if wanted is None else wanted == "dense cpu"
+    reason = layer.refusal(None, "NHWC", "cpu") if is_native else None
+    if reason is not None:
+        raise ValueError(f"cannot run a dense kernel {layer.mask.shape} on images {layer.x_shape} by 'cpu': {reason}")
+    return Plan("dense", "cpu" if is_native else "", why)
+
+
 def portable_plan(structure: Any) -> Plan:
-    """How a layer runs where nothing is known of the device and of the number of images."""
+    """How a layer runs where nothing is known of the device and of the number of images; structure as `plan_layer`."""
     import pallas_kernels
 
+    if structure is None:
+        return Plan("dense", "", "nothing of it is removed")
     if pallas_kernels.estimated_gain(structure) > pallas_kernels.LEAST_GAIN:
         return Plan("NHWC", "xla", "estimated, for any device")
     return Plan("dense", "", "its pattern promises no gain on any device")
 
 
 def can_run(layer: Layer, structure: Any, backend: str | None) -> tuple[Run, ...]:
-    """All the ways in which a layer can be run, dense first."""
+    """The ways to run a layer that are worth a measurement, dense first; structure as `plan_layer`."""
     names = _SPARSE_BACKENDS if backend is None else (backend,)
-    layouts: tuple[Run, ...] = ("NHWC", "HWNC")
+    is_native = layer.is_fast_natively()
+    dense: tuple[Run, ...] = DENSE_RUNS if is_native else ("dense",)
+    # Where the native kernels serve, the portable form is not faster, and each way is a program to be compiled.
+    layouts = () if structure is None else ("NHWC",) if is_native and "cpu" in names else ("NHWC", "HWNC")
     return (
-        "dense",
+        *dense,
         *(layout for layout in layouts if any(layer.refusal(structure, layout, name) is None for name in names)),
     )
+
+
+@functools.cache
+def _everything(shape: tuple[int, ...]) -> Any:
+    """The structure of a kernel (kh, kw, cin, cout) of which nothing is removed."""
+    import pallas_kernels
+
+    return pallas_kernels.make_structure(np.ones(shape, bool), tile=(None, None))
 
 
 def _transposed(array: Any, order: tuple[int, ...]) -> Any:

@@ -1,9 +1,10 @@
 """The choice between dense and by pattern, made on the whole net by measurement.
 
 A layer that is faster alone may be slower in a net: the next one wants another layout, or what was fused no longer is.
-So whole nets are timed, side by side: all layers dense, all by pattern in either layout, and from the best of these
-each group of like layers changed to each of its other ways. Changes that gain are taken over, the largest first, each
-only if the net gets faster with it. What is left is compared with the dense net once more, and must be faster.
+So whole nets are timed, side by side: all layers dense, by XLA and by the native kernels where there are any, all by
+pattern in each layout that is worth it, and from the best of these each group of like layers changed to each of its
+other ways. Changes that gain are taken over, the largest first, each only if the net gets faster with it. What is left
+is compared with the faster dense net once more, and must be faster.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ Choice = dict[str, layers.Run]
 
 DENSE = "all dense"
 CHOSEN = "chosen"
+_LABELS = {"dense": DENSE, "dense cpu": f"{DENSE}, native"}
 _AS_IT_IS = "as it is"
 # A change must make the net faster by this share: less is noise. The net as a whole likewise.
 _MARGIN = 0.01
@@ -29,7 +31,8 @@ _ROUNDS = 15
 _BUDGET_S = 20.0  # of one comparison, once all is compiled
 
 
-Site = tuple[str, layers.Layer, Any]  # name, layer, its `pallas_kernels.Structure`
+# Name, layer, its `pallas_kernels.Structure` or None where nothing is removed.
+Site = tuple[str, layers.Layer, Any]
 
 
 def tune(
@@ -41,7 +44,7 @@ def tune(
     """Find the fastest choice by measurement, or in the cache if it has been measured before.
 
     Args:
-        sites: the convolutions that can be run by their structure, in the order of the net.
+        sites: the convolutions that can be run in more than one way, in the order of the net.
         compiled: makes a choice the function that is timed, of no arguments.
         facts: what tells this net, its images and what it stands within from others: the key of the cache.
         backend: one that is named, or None.
@@ -79,8 +82,11 @@ def cached(
 
 def key_facts(facts: Mapping[str, Any], groups: Mapping[tuple[str, ...], tuple], backend: str | None) -> dict[str, Any]:
     """The key of the cache."""
+    from pallas_kernels import native
+
     ways = [[list(names), str(likeness), list(runs)] for names, (likeness, runs) in groups.items()]
-    return {**facts, "ways": ways, "backend": backend}
+    kernels = {"native": native.instruction_set()} if native.is_fast() else {}
+    return {**facts, "ways": ways, "backend": backend, **kernels}
 
 
 def _groups(sites: Sequence[Site], backend: str | None) -> dict[tuple[str, ...], tuple]:
@@ -111,21 +117,28 @@ def search(
         timer: ``{label: choice} -> {label: seconds}``, measured side by side.
 
     Returns:
-        The choice, and seconds of a call: all dense, all by pattern in each layout, and as chosen.
+        The choice, and seconds of a call: all dense in each way, all by pattern in each layout, and as chosen.
     """
 
     def uniform(run: layers.Run) -> Choice:
-        return {name: run if run in runs else runs[-1] for names, runs in ways.items() for name in names}
+        # A layer that has no such way is dense where all are, else in the last of its own.
+        other = 0 if run in layers.DENSE_RUNS else -1
+        return {name: run if run in runs else runs[other] for names, runs in ways.items() for name in names}
 
-    starts = {"dense": uniform("dense")}
-    starts |= {run: uniform(run) for run in ("NHWC", "HWNC") if any(run in runs for runs in ways.values())}
-    labels = {run: DENSE if run == "dense" else f"all by pattern, {run}" for run in starts}
+    starts = {run: uniform(run) for run in layers.RUNS if run == "dense" or any(run in runs for runs in ways.values())}
+    labels = {run: _LABELS.get(run, f"all by pattern, {run}") for run in starts}
     timed = timer({labels[run]: choice for run, choice in starts.items()})
     seconds = dict(timed)
     choice = starts[min(starts, key=lambda run: timed[labels[run]])]
-    by_pattern = [timed[labels[run]] for run in starts if run != "dense"]
-    # A layout that is far behind for the whole net is not tried for its parts.
-    tried = [run for run in starts if run == "dense" or timed[labels[run]] <= _FAR * min(by_pattern)]
+    dense, by_pattern = ([run for run in starts if (run in layers.DENSE_RUNS) == each] for each in (True, False))
+    best_dense = min(dense, key=lambda run: timed[labels[run]])
+    # A way that is far behind its kind for the whole net is not tried for its parts.
+    tried = [
+        run
+        for kind in (dense, by_pattern)
+        for run in kind
+        if timed[labels[run]] <= _FAR * min(timed[labels[other]] for other in kind)
+    ]
 
     flips = {
         (names, run): choice | dict.fromkeys(names, run)
@@ -142,11 +155,12 @@ def search(
             pair = timer({_AS_IT_IS: choice, _label(names, run): changed})
             if pair[_label(names, run)] <= pair[_AS_IT_IS] * (1 - _MARGIN):
                 choice = changed
-    if choice != starts["dense"]:
-        last = timer({DENSE: starts["dense"], CHOSEN: choice})
-        if last[CHOSEN] <= last[DENSE] * (1 - _MARGIN):
+    label = labels[best_dense]
+    if choice != starts[best_dense]:
+        last = timer({label: starts[best_dense], CHOSEN: choice})
+        if last[CHOSEN] <= last[label] * (1 - _MARGIN):
             return choice, seconds | last
-    return starts["dense"], seconds | {CHOSEN: seconds[DENSE]}
+    return starts[best_dense], seconds | {CHOSEN: seconds[label]}
 
 
 def _label(names: tuple[str, ...], run: str) -> str:

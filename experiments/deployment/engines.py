@@ -111,15 +111,19 @@ class DenseFolded(_Xla):
     """The dense net through XLA in its best form: BatchNorm folded, convolutions by this project's dense forms."""
 
     def forms(self, images: np.ndarray) -> dict[str, Callable[[], Call]]:
-        """By XLA's convolutions, and by patches."""
+        """By the native kernels where they are fast, by XLA's convolutions, and by patches."""
 
         from clicktrain_jax.models.conv import patch_convolution
 
-        def direct() -> Call:
-            function, arrays = self.net.dense(len(images)).program(len(images))
+        def direct(backend: str) -> Call:
+            try:
+                net = self.net.dense(len(images), backend)
+            except ValueError as reason:
+                raise Unavailable(str(reason)) from reason
+            function, arrays = net.program(len(images))
             return self.bound(function, arrays, images)
 
-        def by_patches(step: Any, x: Any, kernel: Any) -> Any:
+        def by_patches(step: Any, x: Any, kernel: Any, bias: Any) -> Any:
             params = step.equation.params
             numbers = params["dimension_numbers"]
             order = (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)
@@ -127,15 +131,20 @@ class DenseFolded(_Xla):
             groups = (params["feature_group_count"], params["batch_group_count"])
             if order != ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)) or any(each != 1 for each in (*dilation, *groups)):
                 raise Unavailable("a convolution that patches are not written for")
-            return patch_convolution(
+            y = patch_convolution(
                 x, kernel, strides=params["window_strides"], padding=params["padding"], layout="NHWC"
             )
+            return step.finished(y, bias)
 
         def patches() -> Call:
             folded = self.net.folded
             return self.bound(lambda arrays, x: folded.function(arrays, x, by_patches), folded.arrays, images)
 
-        return {"pallas_kernels.dense_conv": direct, "patches": patches}
+        return {
+            "native": lambda: direct("cpu"),
+            "XLA's convolutions": lambda: direct("xla"),
+            "patches": patches,
+        }
 
 
 class DensePlain(_Xla):

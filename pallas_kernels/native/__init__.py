@@ -5,6 +5,7 @@ compiler and kept in the cache folder (`pallas_kernels.native.build`). Where nei
 words and one warning, and whoever asked does without. ``CLICKTRAIN_NATIVE=0`` in the environment turns all of it off.
 """
 
+import contextlib
 import ctypes
 import os
 import pathlib
@@ -24,6 +25,8 @@ TARGETS = (
     "clicktrain_conv_weight_gradient",
 )
 _LOCK = threading.RLock()
+# Known to jax: what was traced without it is traced anew within.
+_is_portable = jax.make_user_context(default_value=False)
 _loaded: ctypes.CDLL | None = None
 _reason: str | None = None
 
@@ -69,8 +72,16 @@ def instruction_set() -> str:
 
 
 def is_fast() -> bool:
-    """Whether there are native kernels that are worth choosing."""
-    return why_not() is None and instruction_set() != "reference"
+    """Whether there are native kernels that are worth choosing; never within `portable`."""
+    return not _is_portable.value and why_not() is None and instruction_set() != "reference"
+
+
+def portable() -> contextlib.AbstractContextManager:
+    """Functions traced within take the native kernels only where these are named, never where it is left open.
+
+    For programs that other machines run, and for whoever reads a traced program and looks for its convolutions.
+    """
+    return _is_portable(True)
 
 
 def _load() -> ctypes.CDLL:
