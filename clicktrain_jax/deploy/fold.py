@@ -200,7 +200,9 @@ def fold(
 
 
 def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.asarray(leaf).dtype), tree)
+    # Looked at, not put on a device: a net has many leaves, and each would be a program.
+    shapes = jax.eval_shape(lambda tree: tree, tree)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
 
 
 def plain(step: ConvStep, images: Any, kernel: Any, bias: Any) -> Any:
@@ -327,7 +329,6 @@ class _Folding:
         if not jnp.issubdtype(result.aval.dtype, jnp.floating):
             return False
         if name == "max" and _is_zero(knowns[0] or knowns[1]):
-            # Nothing else can be taken into the kernel after it.
             self._emit(self._pending.pop(waiting[0]), result, relu=True)
             return True
         if name == "convert_element_type":

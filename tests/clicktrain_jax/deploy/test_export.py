@@ -15,6 +15,7 @@ import clicktrain_jax as ct
 from clicktrain_jax import models
 from clicktrain_jax.deploy import InferenceNet, PortableNet
 from clicktrain_jax.masks import combine
+from pallas_kernels import native
 
 SHAPE = (8, 8, 3)
 NORMALISE = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
@@ -107,7 +108,12 @@ def test_every_way_gives_the_same(case, path):
     np.testing.assert_allclose(ct.load(path, backend="reference")(images(3)), expected, atol=1e-4)
 
 
-def test_the_layout_inside_changes_nothing_outside(case, path):
+def test_the_layout_inside_changes_nothing_outside(case, path, monkeypatch):
+    if native.is_fast():
+        net = ct.load(path, layout="HWNC")
+        np.testing.assert_allclose(net(images(3)), case.logits(images(3)), atol=1e-4)
+        assert {(row.backend, row.layout) for row in net.report(3).convolutions[1:]} == {("cpu", "NHWC")}
+    monkeypatch.setenv(native.ENVIRONMENT, "0")
     net = ct.load(path, layout="HWNC")
     np.testing.assert_allclose(net(images(3)), case.logits(images(3)), atol=1e-4)
     assert {row.layout for row in net.report(3).convolutions if row.runs == "sparse"} == {"HWNC"}
@@ -118,6 +124,7 @@ def test_the_layout_inside_changes_nothing_outside(case, path):
 def test_what_was_measured_is_found_by_the_next_process(case, path, monkeypatch):
     from clicktrain_jax.deploy import whole_net
 
+    monkeypatch.setenv(native.ENVIRONMENT, "0")  # or HWNC is not tried
     calls = []
 
     def timer(compiled):
@@ -234,9 +241,14 @@ def test_rounded_weights_are_those_of_every_form(case, tmp_path, dtype, toleranc
     np.testing.assert_allclose(stablehlo.call(images(4)), found, atol=1e-4)
 
 
-def test_single_kernels_are_small_and_correct(tmp_path):
+def test_single_kernels_are_small_and_correct(tmp_path, monkeypatch):
     case = Case(tile=(1, 1))
     case.export(tmp_path / "out")
+    net = ct.load(tmp_path / "out")
+    np.testing.assert_allclose(net(images(2)), case.logits(images(2)), atol=1e-4)
+    by_pattern = "sparse" if native.is_fast() else "dense"
+    assert [row.runs for row in net.report(2).convolutions] == ["dense", *3 * [by_pattern]]
+    monkeypatch.setenv(native.ENVIRONMENT, "0")
     net = ct.load(tmp_path / "out")
     np.testing.assert_allclose(net(images(2)), case.logits(images(2)), atol=1e-4)
     assert {row.runs for row in net.report(2).convolutions} == {"dense"}
