@@ -63,7 +63,7 @@ def narrow(what: str, amount: int) -> TrainConfig:
 
 
 def _shortened(family: Any, name: str) -> TrainConfig:
-    """A family's recipe in `EPOCHS` epochs, everything else in proportion, in bfloat16, last batches of 80 images dropped.
+    """A family's recipe in `EPOCHS` epochs, the rest in proportion, in bfloat16, last batches of 80 images dropped.
 
     Such a batch is a second whole program of every phase, and a GPU run of this length is half compiling as it is.
     """
