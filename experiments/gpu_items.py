@@ -25,7 +25,7 @@ from experiments.data import DataConfig, load
 from experiments.device_time import device_time
 from experiments.pruned_phase import structure_names
 from experiments.records import read_json, write_json
-from experiments.step import looped
+from experiments.step import update_loop
 from experiments.train_state import Held
 
 Outcome = Iterator[dict[str, Any]]
@@ -78,8 +78,8 @@ def steps(batch: int, tile: tuple[int, int], ways: tuple[str, ...], out: Path, s
         arguments = (begin, metrics, data, order, np.int32(0), np.int32(updates), key, held)
         with _device(out, alone=way == "dense"):
             start = time.perf_counter()
-            body = trainer.update_step(phase, batch, way=way)
-            programs[way] = jax.jit(looped(body)).lower(*arguments).compile(pk.compiler_options("bfloat16")), arguments
+            lowered = jax.jit(update_loop(trainer.update_step(phase, batch, way=way))).lower(*arguments)
+            programs[way] = lowered.compile(pk.compiler_options("bfloat16")), arguments
             row["compile_seconds"] = time.perf_counter() - start
         yield {"steps": rows}
     with _device(out, alone=True):
@@ -195,16 +195,21 @@ def train(name: str, seed: int, out: Path, packed: str | None, at_once: int, smo
         prune = prune and dataclasses.replace(
             prune, fractions=(), target=4.0, tile=(1, 1), floor=None, select_epoch=0, prune_epoch=1, importance_steps=1
         )
+        # The loop that a GPU takes, not the one that "auto" takes on a CPU.
         config = dataclasses.replace(config, net="small", data=data, epochs=2, batch_size=32, width=0.25,
-                                     mixup_epoch=None, prune=prune)
+                                     lr_milestones=(), mixup_epoch=None, prune=prune,
+                                     loop=dataclasses.replace(config.loop, epoch_program="scan"))
     elif packed is None:
         raise ValueError(f"{name} wants images: give --data.dir an archive made by `python -m experiments pack-data`")
     else:
         config = dataclasses.replace(config, data=DataConfig(config.data.name, dir=packed))
     folder = run_folder(out, name, seed)
-    summary = loop.train(config, folder, dataset=load(config.data))
     setting = folder / "setting.json"
-    write_json(setting, read_json(setting) | {"runs_at_once": at_once})
+    try:
+        summary = loop.train(config, folder, dataset=load(config.data))
+    finally:  # Of one that was stopped as well.
+        if setting.exists():
+            write_json(setting, read_json(setting) | {"runs_at_once": at_once})
     return {
         key: summary[key]
         for key in ("final_top1", "conv_compression", "retained_multiply_adds", "train_seconds", "compile_seconds")

@@ -106,7 +106,7 @@ def files_of(path: Path) -> list[Path]:
     }
     if sorted(numbered) != list(range(len(numbered))):
         raise ValueError(
-            f"{path} lies in parts {sorted(numbered)}; expected 0 to {len(numbered) - 1}: copy the "
+            f"{path} lies in parts {sorted(numbered)}; expected all from 0 on: copy the "
             "others here too"
         )
     return [numbered[number] for number in sorted(numbered)]
