@@ -54,8 +54,13 @@ class Choice:
     @property
     def layers(self) -> list[str]:
         """Names of the kernels that have a structure."""
-        leaves = jax.tree_util.tree_flatten_with_path(self.structures, is_leaf=lambda x: isinstance(x, pk.Structure))[0]
-        return ["/".join(path_keys(path)) for path, _ in leaves]
+        return structure_names(self.structures)
+
+
+def structure_names(structures: dict[str, Any]) -> list[str]:
+    """Names of the kernels that have a structure."""
+    leaves = jax.tree_util.tree_flatten_with_path(structures, is_leaf=lambda x: isinstance(x, pk.Structure))[0]
+    return ["/".join(path_keys(path)) for path, _ in leaves]
 
 
 def gaining_structures(encoded: Any, plan: Plan) -> dict[str, Any]:
