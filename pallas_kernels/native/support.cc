@@ -84,12 +84,10 @@ Product gradient_product(const Geometry& g, const Mask& m) {
 }
 
 Grouped by_filters(const Mask& m, const Geometry& g) {
-  const bool all = m.by_filters.entries == nullptr;  // one block, whatever the tile says
-  return {m.by_filters, all ? m.cout : m.filters, all ? m.cin : m.channels, m.cin, m.cout, g.kh, g.kw, false};
+  return {m.by_filters, m.filters, m.channels, m.cin, m.cout, g.kh, g.kw, false};
 }
 Grouped by_channels(const Mask& m, const Geometry& g) {
-  const bool all = m.by_channels.entries == nullptr;
-  return {m.by_channels, all ? m.cin : m.channels, all ? m.cout : m.filters, m.cout, m.cin, g.kh, g.kw, true};
+  return {m.by_channels, m.channels, m.filters, m.cout, m.cin, g.kh, g.kw, true};
 }
 
 std::vector<int64_t> Grouped::counts() const {

@@ -37,6 +37,7 @@ ODD = (
     Case("wide-image", (1, 61), 1, 6, 20, tile=(1, 1)),
     Case("singles", (8, 8), 2, 20, 19, tile=(1, 1), patterns=((0, 4, 8), (2,), (1, 3, 5, 7)), removed=0.2),
     Case("corners-and-singles", (8, 8), 2, 20, 19, tile=(1, 1), patterns=(CORNERS[0], (4,), CORNERS[3]), removed=0.2),
+    Case("weights-beyond-the-cache", (3, 4), 1, 700, 70, tile=(None, 1), patterns=(tuple(range(9)), CORNERS[1])),
     Case("window-7x7", (9, 9), 2, 5, 20, window=(7, 7), tile=(8, 1), patterns=((0, 24, 48), tuple(range(49)))),
     Case("window-1x62", (2, 65), 1, 3, 9, window=(1, 62), tile=(8, 1), patterns=((0, 31, 61),)),
     Case("window-2x31", (4, 40), 2, 3, 9, window=(2, 31), tile=(1, 1), patterns=((0, 31, 61), (1, 2, 32, 33))),
