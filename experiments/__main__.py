@@ -29,6 +29,8 @@ USAGE = """usage: python -m experiments COMMAND ...
   importance --out FILE [--data.dir DIR] [--quick]
                        how well each criterion predicts what removing a kernel does to the loss
   bench WHAT           ratios measured side by side: steps, step, loop, selection, conv
+  bench gpu --out DIR [--data.dir PACKED] [--seconds N] [--only REGEX] [--at-once N] [--smoke]
+                       what is still to be measured on a GPU, in order of worth; goes on where it stopped
   bench deploy PATH [--torch-python PYTHON] [--quick] [--out FILE]
                        an export beside dense engines: latency, throughput, memory, startup, size
   bench dtypes RUN     what storing a run's weights in fewer bits costs
@@ -38,8 +40,8 @@ USAGE = """usage: python -m experiments COMMAND ...
   table [--write]      RESULTS.md, BENCHMARKS.md and CSV files from the committed records
   table --budget KIND-Nmin [--data.dir DIR] [--workdir DIR]
                        train what is missing of the published tables, in order of worth; KIND: gpu or cpu
-  pack-data --out FILE --data.dir DIR [--data.name NAME]
-                       a data set as one archive, readable without TFDS
+  pack-data --out FILE --data.dir DIR [--data.name NAME] [--parts N]
+                       a data set as one archive, readable without TFDS, whole or in parts
 """
 
 
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
-    commands = _commands()
+    commands = _commands() if arguments[:2] != ["bench", "gpu"] else {"bench": _bench_gpu}
     name, *rest = arguments
     if name not in commands:
         print(f"error: unknown command {name!r}; expected one of {', '.join(commands)}", file=sys.stderr)
@@ -72,6 +74,13 @@ def main(arguments: Sequence[str]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _bench_gpu(arguments: list[str]) -> int:
+    """Apart from the other commands: a machine with a GPU may lack what reads their arguments."""
+    from experiments import bench_gpu
+
+    return bench_gpu.main(arguments[1:])
 
 
 def _commands() -> dict[str, Callable[[list[str]], int]]:

@@ -64,13 +64,14 @@ def measure(
     Raises:
         ValueError: nothing gains by its structure, or the target is out of reach.
     """
-    trainers = {name: _trainer(net, width, batch_size, precision, form, tile, target) for form, name in _DENSE.items()}
+    size = (net, width, batch_size, precision)
+    trainers = {name: random_trainer(*size, form, tile, target) for form, name in _DENSE.items()}
     trainer = trainers[_DENSE["direct"]]
     state, _ = trainer.init(0)
-    pruned, masks, structures = _pruned_state(trainer)
+    pruned, masks, structures = pruned_state(trainer)
     if not structures:
         raise ValueError(f"{net} in tiles of {tile}: no layer gains by its structure")
-    args = _arguments(trainer)
+    args = arguments(trainer)
 
     def runner(of: Trainer, phase: Phase, state: Any, held: Any, way: str = "dense") -> Callable[[], Any]:
         program = jax.jit(of.update_step(phase, batch_size, way=way))
@@ -117,10 +118,10 @@ def follow(config: TrainConfig, dataset: Dataset, steps: int) -> dict[str, list[
     ):
         loop = dataclasses.replace(config.loop, convolution=form)
         trainer = Trainer(dataclasses.replace(config, loop=loop), dataset)
-        state, masks, structures = _pruned_state(trainer)
+        state, masks, structures = pruned_state(trainer)
         held = Held(masks, structures if way == "pattern" else {})
         program = jax.jit(trainer.update_step(Phase.PRUNED, config.batch_size, way=way))
-        metrics, data, order, _, key = _arguments(trainer)
+        metrics, data, order, _, key = arguments(trainer)
         losses[name] = []
         for step in range(steps):
             index = np.int32(step % trainer.steps_per_epoch)
@@ -129,7 +130,7 @@ def follow(config: TrainConfig, dataset: Dataset, steps: int) -> dict[str, list[
     return losses
 
 
-def _pruned_state(trainer: Trainer) -> tuple[Any, Any, dict[str, Any]]:
+def pruned_state(trainer: Trainer) -> tuple[Any, Any, dict[str, Any]]:
     """``(state, masks, structures)`` after a selection from random scores with heavy tails, as scores have."""
     state, encoded = trainer.init(0)
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(state.params))))
@@ -144,7 +145,7 @@ def _pruned_state(trainer: Trainer) -> tuple[Any, Any, dict[str, Any]]:
     return pruned, masks, gaining_structures(encoded, trainer.plan)
 
 
-def _trainer(
+def random_trainer(
     net: str,
     width: float,
     batch_size: int,
@@ -152,7 +153,10 @@ def _trainer(
     form: str,
     tile: tuple[int | None, int | None],
     target: float,
+    *,
+    updates: int = 4,
 ) -> Trainer:
+    """A trainer on random images for so many updates an epoch; ``form`` is the dense convolutions'."""
     config = configs.get("slim-vgg11-cifar10-dense")
     # Small nets cannot reach 8x in wide tiles and keep every channel.
     prune = PruneConfig(
@@ -169,19 +173,18 @@ def _trainer(
         prune=prune,
         loop=dataclasses.replace(config.loop, convolution=form),
     )
-    return Trainer(config, _images(net, batch_size))
+    return Trainer(config, _images(net, updates * batch_size))
 
 
 @functools.cache
-def _images(net: str, batch_size: int) -> Dataset:
+def _images(net: str, count: int) -> Dataset:
     rng = np.random.default_rng(0)
-    count = 4 * batch_size
     images = rng.integers(0, 256, (count, *models.default_image_shape(net)), np.uint8)
     labels = rng.integers(0, 10, count).astype(np.int32)
     return Dataset("random", images, labels, images, labels, 10, (0.5,) * 3, (0.25,) * 3, "test", "raw", "none")
 
 
-def _arguments(trainer: Trainer) -> tuple[Any, ...]:
+def arguments(trainer: Trainer) -> tuple[Any, ...]:
     """(metrics, data, order, index, key) of an update."""
     metrics = jnp.zeros((trainer.steps_per_epoch, 2), jnp.float32)
     order = jnp.arange(len(trainer.train_data.labels))

@@ -218,7 +218,8 @@ CHECKS: dict[str, Callable[[bool, str | None], dict[str, Any] | Iterator[dict[st
     "selection": measure_selection,
     "training": measure_training,
 }
-_FLAGS = {
+# For XLA.
+FLAGS = {
     "loop-programs": "--xla_gpu_deterministic_ops=true",
     "resume": "--xla_gpu_deterministic_ops=true",
     # Hundreds of small programs whose speed nobody asks for.
@@ -271,7 +272,7 @@ def run_apart(name: str, out: Path, options: Sequence[str], limit_s: float | Non
     record = out / f"{name}.json"
     record.unlink(missing_ok=True)
     command = [sys.executable, "-m", "experiments.gpu_checks", "--here", "--out", str(out), "--only", name, *options]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS.get(name, '')}".strip()
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS.get(name, '')}".strip()
     # On a small CPU, a smoke run's interpreted kernels hang with fewer threads than they have warpgroups.
     environment = {"NPROC": "16"} | os.environ | {"XLA_FLAGS": flags}
     if name in _SHARE_PROGRAMS:

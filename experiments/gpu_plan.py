@@ -183,7 +183,9 @@ def standings(
     of_kind = [record for record in found if record["setting"]["device"]["platform"] == kind]
     here = results.machine({"setting": where})
     finished = [RunFolder(path.parent).summary() for path in sorted(workdir.glob("*/summary.json"))]
-    pace = [record for record in of_kind if results.machine(record) == here] + finished
+    # What shared its card says nothing of a run's own pace.
+    alone = [record for record in of_kind if record["setting"].get("runs_at_once", 1) == 1]
+    pace = [record for record in alone if results.machine(record) == here] + finished
     standing = []
     for entry in entries:
         config = entry.config

@@ -22,6 +22,7 @@ from clicktrain_jax.encoding import decode_masks
 from clicktrain_jax.masks import combine
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.trees import map_named, path_keys
+from pallas_kernels import native
 from pallas_kernels.tuning import Cache
 
 Way = Literal["dense", "pattern", "pattern_hwnc"]
@@ -53,8 +54,13 @@ class Choice:
     @property
     def layers(self) -> list[str]:
         """Names of the kernels that have a structure."""
-        leaves = jax.tree_util.tree_flatten_with_path(self.structures, is_leaf=lambda x: isinstance(x, pk.Structure))[0]
-        return ["/".join(path_keys(path)) for path, _ in leaves]
+        return structure_names(self.structures)
+
+
+def structure_names(structures: dict[str, Any]) -> list[str]:
+    """Names of the kernels that have a structure."""
+    leaves = jax.tree_util.tree_flatten_with_path(structures, is_leaf=lambda x: isinstance(x, pk.Structure))[0]
+    return ["/".join(path_keys(path)) for path, _ in leaves]
 
 
 def gaining_structures(encoded: Any, plan: Plan) -> dict[str, Any]:
@@ -191,11 +197,17 @@ def _shared(mask: np.ndarray, tile: tuple[int, int]) -> np.ndarray:
     return mask
 
 
+def _gain(structure: pk.Structure) -> float:
+    """How many times faster than dense an update's three convolutions should be, by the backend that is there."""
+    backend = "cpu" if jax.default_backend() == "cpu" and native.is_fast() else "xla"
+    return pk.estimated_gain(structure, "training", backend=backend)
+
+
 def _gaining(found: dict[str, Any]) -> dict[str, Any]:
     kept = {}
     for key, value in found.items():
         if isinstance(value, pk.Structure):
-            if pk.estimated_gain(value, "training") > pk.LEAST_GAIN:
+            if _gain(value) > pk.LEAST_GAIN:
                 kept[key] = jax.tree.map(jax.numpy.asarray, value)
         elif inner := _gaining(value):
             kept[key] = inner

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -11,6 +12,8 @@ import clicktrain_jax as ct
 import pallas_kernels as pk
 from clicktrain_jax import models
 from experiments.configs.base import PruneConfig, TrainConfig
+from pallas_kernels import native
+from pallas_kernels.pattern_conv import cpu
 
 
 def make_models(config: TrainConfig, num_classes: int, convolution: str) -> dict[str, nn.Module]:
@@ -31,7 +34,10 @@ def make_models(config: TrainConfig, num_classes: int, convolution: str) -> dict
     )
     # By pattern where a layer has a structure, else dense in the same way as all of them are before.
     dense = models.patch_convolution if convolution == "patches" else pk.dense_conv
-    by_pattern = functools.partial(models.PatternConv, convolve=pk.pattern_conv, dense=dense)
+    # Layers that have a structure gain by it: left open, the choice would go by what lists have room for.
+    native_serves = jax.default_backend() == "cpu" and native.is_fast() and config.precision in cpu.DTYPES
+    convolve = functools.partial(pk.pattern_conv, backend="cpu") if native_serves else pk.pattern_conv
+    by_pattern = functools.partial(models.PatternConv, convolve=convolve, dense=dense)
     whole = nn.Conv if convolution == "xla" else by_pattern
     if config.channels is not None:
         dense = models.xla_convolution if convolution == "xla" else dense

@@ -36,6 +36,7 @@ def setting() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        **({"driver": _driver()} if device.platform == "gpu" else {}),
         "cpu": {"model": _cpu_model(), "cores": len(os.sched_getaffinity(0))},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "commit": _commit(),
@@ -50,7 +51,19 @@ def _cpu_model() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found[0] if found else "unknown"
+
+
 def _commit() -> str:
+    # A copy that travelled without its history is told by whoever sent it.
+    if told := os.environ.get("CLICKTRAIN_COMMIT"):
+        return told
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

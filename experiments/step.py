@@ -303,7 +303,7 @@ class Trainer:
         if looped:
             return self._compiled(
                 (phase, gathers, batch, way, held is None, *shapes),
-                lambda: _looped(self.update_step(phase, batch, gathers, way)), args, (0, 1), in_background,
+                lambda: update_loop(self.update_step(phase, batch, gathers, way)), args, (0, 1), in_background,
             )
 
         def run(state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, held: Any) -> Any:
@@ -377,7 +377,7 @@ def _order(key: jax.Array, count: int) -> jax.Array:
     return jax.random.permutation(key, count)
 
 
-def _looped(body: Callable[..., Any]) -> Callable[..., Any]:
+def update_loop(body: Callable[..., Any]) -> Callable[..., Any]:
     """``body`` over updates [first, end), one compiled loop; its bounds are traced, so one program serves all."""
 
     def run(state: Any, metrics: Any, data: Any, order: Any, first: Any, end: Any, key: Any, held: Any) -> Any:

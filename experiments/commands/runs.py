@@ -182,13 +182,15 @@ def pack_data(arguments: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class PackData:
-        """Pack a data set's encoded images into one file."""
+        """Pack a data set's encoded images into one file, losslessly."""
 
         out: Path
         """The archive to write."""
+        parts: int = 1
+        """Cut it into so many files of one size, OUT.part0 and so on."""
         data: DataConfig = DataConfig("cifar10")
 
     asked = parse(PackData, arguments, "pack-data")
-    path = pack(asked.data, asked.out)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    for path in pack(asked.data, asked.out, asked.parts):
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return 0

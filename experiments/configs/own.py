@@ -5,7 +5,7 @@ What is changed against `experiments.configs.published`, all of it for what smal
 (RESULTS.md: the ablation, the importance experiment): masks are chosen after a tenth of the run and pruned after a
 fifth, not in its last third; scores are group Taylor over 16 updates; each layer's share follows from one target.
 "64x1" shares patterns and removal by 64 filters, the shape that `pallas_kernels` runs fastest; on small nets it costs
-accuracy. Whether any of this holds at full width is not measured.
+accuracy. At full width shapes are priced by `experiments.configs.price`; the rest is not measured there.
 """
 
 import dataclasses

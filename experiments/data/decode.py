@@ -1,4 +1,4 @@
-"""Encoded images (JPEG, PNG) to one uint8 array, with Pillow alone."""
+"""Encoded images (JPEG, PNG, WebP) to one uint8 array, with Pillow alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_MAGIC = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png"}
+_MAGIC = {
+    b"\xff\xd8\xff": "jpeg",
+    b"\x89PNG": "png",
+    b"RIFFVP8L": "lossless webp",
+    b"RIFFVP8 ": "webp",
+}
 
 
 def encoding_of(encoded: Sequence[bytes]) -> str:
@@ -17,7 +22,8 @@ def encoding_of(encoded: Sequence[bytes]) -> str:
     codec: a TFDS features.json may leave the encoding out.
     """
     found = set()
-    for prefix in {image[:4] for image in encoded}:
+    # WebP's first four bytes are any RIFF file's; which codec it has stands after two lengths.
+    for prefix in {image[:4] + image[12:16] * (image[:4] == b"RIFF") for image in encoded}:
         names = [name for magic, name in _MAGIC.items() if prefix.startswith(magic)]
         found.add(names[0] if names else "unknown")
     return "+".join(sorted(found))
@@ -27,7 +33,7 @@ def decode_images(encoded: Sequence[bytes]) -> np.ndarray:
     """Decodes images of one common size.
 
     Args:
-        encoded: JPEG or PNG files, at least one. Grey images get one channel, all others three.
+        encoded: JPEG, PNG or WebP files, at least one. Grey images get one channel, all others three.
 
     Returns:
         uint8 (N, H, W, C).
@@ -64,6 +70,6 @@ def _decode_one(data: bytes, index: int) -> np.ndarray:
             return pixels.reshape(image.height, image.width, channels)
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG.
         raise ValueError(
-            f"image {index} ({len(data)} bytes) cannot be decoded ({error}); expected JPEG or "
-            "PNG: prepare the data set again"
+            f"image {index} ({len(data)} bytes) cannot be decoded ({error}); expected JPEG, "
+            "PNG or WebP: prepare the data set again"
         ) from error

@@ -96,8 +96,8 @@ def _read(config: DataConfig) -> RawArrays:
         return digits.read()
     cache_dir = Path(config.cache_dir or default_cache_dir()).expanduser()
     source = tfds_source.data_dir(config.dir)
-    if source.is_file():
-        files = [source]
+    files = packed.files_of(source)
+    if files:
         return cache.cached(
             cache_dir, config.name, files, lambda: packed.load_packed(source, name=config.name)
         )

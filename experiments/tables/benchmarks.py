@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.deployment import dtypes, sizes
 from experiments.records import read_json
-from experiments.tables import deploy
+from experiments.tables import deploy, gpu
 from experiments.tables.conv import conv_tables, gpu_tables, sweep_table, worst_errors
 from experiments.tables.results import RECORDS, machine
 from experiments.tables.statistics import markdown_table
@@ -45,7 +45,8 @@ def generate(folder: Path = RECORDS) -> str:
     parts.append(deploy.generate(folder))
     parts.append(_deployed(folder / "deploy"))
     parts.append(_gpu(folder / "gpu"))
-    return "\n".join(parts)
+    parts.append(gpu.benchmarks(folder / "gpu"))
+    return "\n".join(part for part in parts if part)
 
 
 def bench_table(rows: list[dict[str, Any]]) -> str:

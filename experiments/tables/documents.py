@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from experiments.configs import price
 from experiments.records import read_json
 from experiments.tables import (
     ablation,
     benchmarks,
     comparison,
     comparison_plots,
+    gpu,
     importance,
     pattern_sheet,
     published,
@@ -27,11 +29,13 @@ def generate(records: Path = results.RECORDS) -> dict[Path, str]:
     """
     found = results.records(records)
     compared = [studies.read(folder) for folder in studies.folders(records)]
-    own_tables = (ablation.GROUP, published.GROUP, *(folder.name for folder in records.glob(f"{studies.PREFIX}*")))
+    of_studies = (folder.name for folder in records.glob(f"{studies.PREFIX}*"))
+    own_tables = (ablation.GROUP, published.GROUP, price.GROUP, *of_studies)
     parts = [
         results.HEADER,
         comparison.section([(study, _link(study.folder / comparison.PLOT)) for study in compared]),
         published.generate(found),
+        gpu.price_section(records / price.GROUP),
         results.generate(found, without=own_tables),
     ]
     for path in _importance_records(records):

@@ -15,7 +15,9 @@
 
 namespace clicktrain::CLICKTRAIN_ISA {
 
-constexpr int64_t kCache = 384 * 1024;  // of the second cache, for what is read again and again
+// Of the second cache: for images that all panels read, and for weights that all of these images' blocks read.
+constexpr int64_t kCache = 384 * 1024;
+constexpr int64_t kWeightCache = 160 * 1024;
 constexpr int kMostPixels = 8;          // of a block
 
 inline int pixels_of(int vectors) { return vectors >= 4 ? 6 : vectors == 2 && kMostVectors == 2 ? 6 : 8; }
@@ -120,8 +122,13 @@ struct Segment {
 
 template <int Lanes, int Vectors, int Pixels>
 inline __attribute__((always_inline)) void multiply(const Segment* segments, int count, const int32_t* offsets,
-                                                    const float* weights, float* sums) {
-  Vec<Lanes> sum[Pixels][Vectors] = {};
+                                                    const float* weights, float* sums, bool begins) {
+  Vec<Lanes> sum[Pixels][Vectors];
+#pragma GCC unroll 8
+  for (int p = 0; p < Pixels; ++p)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v)
+      sum[p][v] = begins ? Vec<Lanes>{} : load<Lanes>(sums + (p * Vectors + v) * Lanes);
   for (int s = 0; s < count; ++s) {
     const float* at[Pixels];
 #pragma GCC unroll 8
@@ -146,11 +153,11 @@ inline __attribute__((always_inline)) void multiply(const Segment* segments, int
     for (int v = 0; v < Vectors; ++v) store<Lanes>(sums + (p * Vectors + v) * Lanes, sum[p][v]);
 }
 
-using Multiply = void (*)(const Segment*, int, const int32_t*, const float*, float*);
+using Multiply = void (*)(const Segment*, int, const int32_t*, const float*, float*, bool);
 
 template <int Lanes, int Vectors, int Pixels>
-void multiply_alone(const Segment* s, int n, const int32_t* offsets, const float* w, float* sums) {
-  multiply<Lanes, Vectors, Pixels>(s, n, offsets, w, sums);
+void multiply_alone(const Segment* s, int n, const int32_t* offsets, const float* w, float* sums, bool begins) {
+  multiply<Lanes, Vectors, Pixels>(s, n, offsets, w, sums, begins);
 }
 template <int Lanes, int Vectors>
 Multiply multiply_for_pixels(int pixels) {
@@ -206,7 +213,7 @@ class TileProduct {
     int64_t parts = 1;
     if (threads > 1) {
       const int64_t wanted = 3 * threads;
-      parts = std::clamp<int64_t>(div_up(wanted, div_up(rows, chunk)), 1, count);
+      parts = std::clamp<int64_t>(div_up(wanted, div_up(rows, chunk)), 1, std::min(count, like_the_longest()));
       if (div_up(rows, chunk) * parts < wanted) chunk = std::max<int64_t>(1, std::min(chunk, div_up(rows, div_up(wanted, parts))));
     }
     // Runs of equal length.
@@ -252,6 +259,13 @@ class TileProduct {
   int64_t tap_offset(int64_t tap) const {
     const int64_t row = tap / p_.columns.taps, column = tap % p_.columns.taps;
     return (p_.rows.turn * row * p_.columns.in + p_.columns.turn * column) * p_.inputs;
+  }
+  // How many panels there would be if all had as much to do as the one that has most: it cannot be cut, rows can.
+  int64_t like_the_longest() const {
+    int64_t most = 1;
+    for (size_t i = 0; i < w_.panels.size(); ++i)
+      most = std::max(most, (i + 1 < w_.panels.size() ? w_.weight_begin[i + 1] : w_.weights) - w_.weight_begin[i]);
+    return std::max<int64_t>(1, div_up(w_.weights, most));
   }
   bool is_uniform() const {
     const int64_t span = (p_.rows.taps * p_.columns.in + p_.columns.taps) * p_.inputs;
@@ -317,20 +331,32 @@ class TileProduct {
     const int32_t* begin = w_.tap_begin + panel.group * (w_.taps + 1);
     const int64_t list = w_.list_begin[panel.group];
     const float* weights = w_.values + w_.weight_begin[index];
+    const int64_t width = panel.width(), entries = begin[w_.taps];
+    // Where a panel's weights are more than the cache holds, the sums of a part of them are kept meanwhile.
+    const int64_t parts = std::max<int64_t>(1, div_up(4 * entries * width, kWeightCache));
+    const int64_t size = kMostPixels * width;
+    alignas(64) float few[kMostPixels * kMostVectors * kLanes];
+    const Scratch memory(parts > 1 ? 4 * size * static_cast<int64_t>(blocks.blocks.size()) : 0);
     std::vector<Segment> segments(w_.taps);
-    alignas(64) float sums[kMostPixels * kMostVectors * kLanes];
-    for (const Block& block : blocks.blocks) {
-      const float* const* pointers = blocks.pointers.data() + block.pointers;
-      int used = 0;
-      if (block.inside) {
-        segments[used++] = {pointers, 0, begin[w_.taps]};
-      } else {
-        for (int64_t tap = 0; tap < w_.taps; ++tap)
-          if (begin[tap] < begin[tap + 1] && (block.taps >> tap & 1))
-            segments[used++] = {pointers + tap * kMostPixels, begin[tap], begin[tap + 1]};
+    for (int64_t part = 0; part < parts; ++part) {
+      const int32_t low = static_cast<int32_t>(entries * part / parts), high = static_cast<int32_t>(entries * (part + 1) / parts);
+      float* sums = parts > 1 ? memory.as<float>() : few;
+      for (const Block& block : blocks.blocks) {
+        const float* const* pointers = blocks.pointers.data() + block.pointers;
+        int used = 0;
+        if (block.inside) {
+          segments[used++] = {pointers, low, high};
+        } else {
+          for (int64_t tap = 0; tap < w_.taps; ++tap) {
+            const int32_t first = std::max(begin[tap], low), last = std::min(begin[tap + 1], high);
+            if (first < last && (block.taps >> tap & 1)) segments[used++] = {pointers + tap * kMostPixels, first, last};
+          }
+        }
+        multiply_for(panel, block.count)(segments.data(), used, (block.inside ? offsets : w_.channels) + list, weights, sums,
+                                         part == 0);
+        if (part == parts - 1) finish(panel, sums, block.out, block.count, y);
+        if (parts > 1) sums += size;
       }
-      multiply_for(panel, block.count)(segments.data(), used, (block.inside ? offsets : w_.channels) + list, weights, sums);
-      finish(panel, sums, block.out, block.count, y);
     }
   }
 

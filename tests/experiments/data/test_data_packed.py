@@ -78,17 +78,37 @@ def test_unwritable_cache_only_warns(config, tmp_path):
 
 
 def test_packed_round_trip(config, tmp_path):
-    path = pack(config, tmp_path / "packed.npz")
+    (path,) = pack(config, tmp_path / "packed.npz")
     direct, raw = load(config), load_packed(path)
     np.testing.assert_array_equal(raw.train_images, direct.train_images)
     np.testing.assert_array_equal(raw.test_labels, direct.eval_labels)
     packed = load(DataConfig("cifar10", str(path), cache_dir=config.cache_dir))
-    assert packed.fingerprint == direct.fingerprint and packed.encoding == direct.encoding
-    assert pack(config, tmp_path / "again.npz").read_bytes() == path.read_bytes()
+    assert packed.fingerprint == direct.fingerprint
+    assert (direct.encoding, packed.encoding) == ("png", "lossless webp")
+    assert pack(config, tmp_path / "again.npz")[0].read_bytes() == path.read_bytes()
+
+
+def test_parts_are_joined(config, tmp_path):
+    path = tmp_path / "packed.npz"
+    (whole,) = pack(config, path)
+    expected = whole.read_bytes()
+    parts = pack(config, path, 3)
+    assert [part.name for part in parts] == [f"packed.npz.part{number}" for number in range(3)]
+    assert b"".join(part.read_bytes() for part in parts) == expected and not path.exists()
+    data = DataConfig("cifar10", str(path), cache_dir=str(tmp_path / "other"))
+    assert load(data).fingerprint == load(config).fingerprint
+    parts[1].rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"lies in parts \[0, 2\]; expected all from 0 on"):
+        load_packed(path)
+    parts[2].unlink()
+    with pytest.raises(ValueError, match="cannot be read as a packed data set"):
+        load_packed(path)
+    with pytest.raises(ValueError, match="parts=0; expected at least 1"):
+        pack(config, path, 0)
 
 
 def test_packed_file_needs_no_tfds(config, tmp_path):
-    path = pack(config, tmp_path / "packed.npz")
+    (path,) = pack(config, tmp_path / "packed.npz")
     script = (
         "import sys\n"
         "for name in ('tensorflow_datasets', 'array_record', 'sklearn', 'tensorflow'):\n"
@@ -110,7 +130,7 @@ def test_packed_file_needs_no_tfds(config, tmp_path):
 
 
 def test_unusable_packed_files_are_refused(config, tmp_path):
-    whole = pack(config, tmp_path / "packed.npz").read_bytes()
+    whole = pack(config, tmp_path / "packed.npz")[0].read_bytes()
     middle = len(whole) // 2
     np.savez(tmp_path / "foreign.npz", x=np.zeros(3))
     np.save(tmp_path / "array.npy", np.zeros(3))
