@@ -83,7 +83,7 @@ def forward(
     """
     out = jax.ShapeDtypeStruct((len(x), *geometry.output, w.shape[3]), x.dtype)
     more = (_vector(scale), _vector(bias))
-    settings = {**_settings(structure, geometry, w.shape), "relu": bool(relu)}
+    settings = {**_settings(structure, geometry), "relu": bool(relu)}
     return _call("clicktrain_conv", out, (x, w, *_lists(structure), *more), settings, images=True)
 
 
@@ -99,7 +99,7 @@ def forward_packed(
 ) -> jax.Array:
     """`forward` on weights that `pack` has prepared."""
     out = jax.ShapeDtypeStruct((len(x), *geometry.output, structure.shape[3]), x.dtype)
-    settings = {**_settings(structure, geometry, structure.shape), "relu": bool(relu)}
+    settings = {**_settings(structure, geometry), "relu": bool(relu)}
     arguments = (x, packed, _vector(scale), _vector(bias))
     return _call("clicktrain_conv_packed", out, arguments, settings, images=True)
 
@@ -108,16 +108,14 @@ def input_gradient(dy: jax.Array, w: jax.Array, structure: Structure | None, geo
     """dy of the output's shape -> dx of the input's."""
     out = jax.ShapeDtypeStruct((len(dy), *geometry.image, w.shape[2]), dy.dtype)
     arguments = (dy, w, *_lists(structure))
-    settings = _settings(structure, geometry, w.shape)
-    return _call("clicktrain_conv_input_gradient", out, arguments, settings, images=True)
+    return _call("clicktrain_conv_input_gradient", out, arguments, _settings(structure, geometry), images=True)
 
 
 def weight_gradient(x: jax.Array, dy: jax.Array, structure: Structure | None, geometry: Geometry) -> jax.Array:
     """-> dw (kh, kw, cin, cout) in float32, exact zeros where nothing is retained."""
     out = jax.ShapeDtypeStruct((*geometry.window, x.shape[3], dy.shape[3]), jnp.float32)
     arguments = (x, dy, *_lists(structure))
-    settings = _settings(structure, geometry, out.shape)
-    return _call("clicktrain_conv_weight_gradient", out, arguments, settings, images=False)
+    return _call("clicktrain_conv_weight_gradient", out, arguments, _settings(structure, geometry), images=False)
 
 
 def pack(w: np.ndarray, structure: Structure) -> np.ndarray:
@@ -170,15 +168,14 @@ def _vector(vector: jax.Array | None) -> jax.Array | np.ndarray:
     return np.zeros(0, np.float32) if vector is None else jnp.asarray(vector, jnp.float32)
 
 
-def _settings(structure: Structure | None, geometry: Geometry, shape: Sequence[int]) -> dict[str, np.ndarray]:
+def _settings(structure: Structure | None, geometry: Geometry) -> dict[str, np.ndarray]:
     """What the handlers cannot tell from the shapes. The padding behind the image is in the output's size."""
     (top, _), (left, _) = geometry.padding
     values = {
         "window": geometry.window,
         "strides": geometry.strides,
         "padding": (top, left),
-        # Of a dense kernel all is alike: one tile, or it would be read filter by filter.
-        "tile": (shape[3], shape[2]) if structure is None else structure.tile,
+        "tile": (1, 1) if structure is None else structure.tile,
     }
     return {name: np.array(value, np.int64) for name, value in values.items()}
 
