@@ -2,8 +2,8 @@
 
 The function is traced, whatever library it is written with. Steps that no image reaches are computed at once. Where a
 convolution's result is only ever multiplied by or added to such a value, one for each filter, the factor goes into the
-kernel and the sum into one bias: BatchNorm by running statistics is four such steps. A ReLU that follows belongs to
-the convolution too, for backends that do both on the way. All other steps stay as they are.
+kernel and the sum into one bias: BatchNorm by running statistics is four such steps. A ReLU behind it is the last such
+step, for backends that do both on the way. All other steps stay as they are.
 """
 
 import collections
@@ -58,9 +58,8 @@ class ConvStep:
         """The step's result from the convolution's: in its dtype, with the bias (filters,), or None, and the ReLU."""
         y = y.astype(self.dtype)
         if bias is not None:
-            shape = [1] * y.ndim
-            shape[self.equation.params["dimension_numbers"].out_spec[1]] = -1
-            y = y + jnp.asarray(bias).reshape(shape)
+            filters = self.equation.params["dimension_numbers"].out_spec[1]
+            y = y + jnp.asarray(bias).reshape([-1 if axis == filters else 1 for axis in range(y.ndim)])
         return jax.nn.relu(y) if self.relu else y
 
 
@@ -112,8 +111,7 @@ class Folded:
     """A net with its variables folded; made by `fold`.
 
     Attributes:
-        arrays: what `function` takes, by name: kernels under the name of their leaf, biases, and values that no
-            image reaches.
+        arrays: what `function` takes, by name: kernels (as their leaf), biases, and values that no image reaches.
         image_shape: (height, width, channels).
     """
 
@@ -200,8 +198,7 @@ def fold(
 
 
 def _abstract(tree: Any) -> Any:
-    # Looked at, not put on a device: a net has many leaves, and each would be a program.
-    shapes = jax.eval_shape(lambda tree: tree, tree)
+    shapes = jax.eval_shape(lambda tree: tree, tree)  # puts nothing on a device
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
 
 
@@ -352,16 +349,16 @@ class _Folding:
         kernel, equation = pending.kernel, pending.equation
         value = kernel.value
         if pending.scale is not None:
-            shape = [1] * value.ndim
-            shape[equation.params["dimension_numbers"].rhs_spec[0]] = -1
+            filters = equation.params["dimension_numbers"].rhs_spec[0]
+            shape = [-1 if axis == filters else 1 for axis in range(value.ndim)]
             value = (value * pending.scale.reshape(shape)).astype(value.dtype)
         name = self._store(kernel.leaf or f"kernel {len(self.arrays)}", value)
         bias = None
         if pending.shift is not None:
             filters = result.aval.shape[pending.out_channels[1]]
             bias = self._store(f"{name} bias", jnp.broadcast_to(pending.shift, (filters,)).astype(pending.dtype))
-        step = ConvStep(name, kernel.leaf, kernel.axes, equation, pending.images, bias, pending.dtype, relu, result)
-        self.steps.append(step)
+        place = (name, kernel.leaf, kernel.axes, equation, pending.images)
+        self.steps.append(ConvStep(*place, bias, pending.dtype, relu, result))
 
 
 def _is_computable(equation: Any) -> bool:
@@ -376,7 +373,7 @@ def _is_computable(equation: Any) -> bool:
 
 
 def _is_zero(known: _Known | None) -> bool:
-    """Whether a value is zero whatever the variables are: those are traced here."""
+    """Whether a value is zero whatever the variables hold."""
     return known is not None and not isinstance(known.value, jax.core.Tracer) and not np.any(known.value)
 
 
