@@ -227,11 +227,11 @@ def plan_layer(
     own = layer.own_layout
     layouts = (own, "HWNC" if own == "NHWC" else "NHWC") if wanted is None else (wanted,)
     if wanted is None and backend is None:
-        for layout in layouts:
-            chosen = layer.choice(structure, layout, is_prepared)
-            # The native kernels are worth a transpose; elsewhere a net keeps its layout.
-            if chosen not in _DENSE_BACKENDS and (layout == own or chosen == "cpu"):
-                return Plan(layout, chosen, "pattern_conv's own choice, not measured")
+        # The native kernels are worth a transpose; else a net keeps its layout.
+        chosen = {layout: layer.choice(structure, layout, is_prepared) for layout in layouts}
+        layout = next((layout for layout in layouts if chosen[layout] == "cpu"), own)
+        if chosen[layout] not in _DENSE_BACKENDS:
+            return Plan(layout, chosen[layout], "pattern_conv's own choice, not measured")
         return _dense_plan(layer, "pattern_conv takes the dense form for this shape", None, is_prepared)
     backends = _SPARSE_BACKENDS if backend is None else (backend,)
     reasons = []
