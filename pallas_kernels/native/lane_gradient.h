@@ -2,7 +2,8 @@
 // partial sums each, while the positions go by; the lanes are added up at the end of each run of images.
 #pragma once
 
-#include "lanes.h"
+#include "lane_weights.h"
+#include "pieces.h"
 
 namespace clicktrain::CLICKTRAIN_ISA {
 
