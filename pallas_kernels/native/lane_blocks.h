@@ -9,6 +9,8 @@ namespace clicktrain::CLICKTRAIN_ISA {
 
 constexpr int kMostSums = CLICKTRAIN_LANES == 8 ? 12 : 16;  // of a block: what the registers hold
 constexpr int kMostRows = 8, kMostColumns = 8;
+// With so few sums each would wait for its last product: several sets of them are kept, and added at the end.
+constexpr int kFewSums = 2;
 
 // One list on a block of rows x columns positions; `at` are the rows' places, `apart` vectors lie between columns.
 template <int Rows, int Columns, int Apart>
@@ -23,7 +25,27 @@ void lane_block(const float* x, const int64_t* at, const int32_t* codes, const f
   const float* row[Rows];
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) row[r] = x + at[r];
-  for (int64_t k = 0; k < count; ++k) {
+  int64_t k = 0;
+  if constexpr (Rows * Columns <= kFewSums) {  // four entries side by side
+    Vec<kLanes> more[3][Rows][Columns] = {};
+    for (; k + 4 <= count; k += 4) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const int64_t offset = place[codes[k + j]];
+        const Vec<kLanes> w = splat<kLanes>(weights[k + j]);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+          for (int c = 0; c < Columns; ++c)
+            (j == 0 ? sum[r][c] : more[j > 0 ? j - 1 : 0][r][c]) += w * load<kLanes>(row[r] + offset + c * (Apart * kLanes));
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < Columns; ++c) sum[r][c] = (sum[r][c] + more[0][r][c]) + (more[1][r][c] + more[2][r][c]);
+  }
+  for (; k < count; ++k) {
     const int64_t offset = place[codes[k]];
     const Vec<kLanes> w = splat<kLanes>(weights[k]);
 #pragma GCC unroll 8
@@ -71,12 +93,15 @@ LaneBlock lane_block_for(int rows, int columns) {
 template <int Rows, int Columns>
 void corner_block(const float* x, int64_t pitch, const int32_t* codes, const float* weights, int64_t count,
                   const int32_t* place, float* y, int64_t out_pitch, bool begins) {
-  Vec<kLanes> sum[Rows][Columns];
+  // Sums of their own for each weight where there are few.
+  constexpr int kSets = Rows * Columns <= kFewSums ? 4 : 1;
+  Vec<kLanes> sum[kSets][Rows][Columns] = {};
+  if (!begins) {
 #pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r)
+    for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < Columns; ++c)
-      sum[r][c] = begins ? Vec<kLanes>{} : load<kLanes>(y + r * out_pitch + c * kLanes);
+      for (int c = 0; c < Columns; ++c) sum[0][r][c] = load<kLanes>(y + r * out_pitch + c * kLanes);
+  }
   for (int64_t k = 0; k < count; ++k, weights += 4) {
     const float* at = x + place[codes[k]];
     const Vec<kLanes> w00 = splat<kLanes>(weights[0]), w01 = splat<kLanes>(weights[1]);
@@ -88,22 +113,26 @@ void corner_block(const float* x, int64_t pitch, const int32_t* codes, const flo
       for (int c = 0; c <= Columns; ++c) v[c] = load<kLanes>(at + c * kLanes);
       if (r > 0) {
 #pragma GCC unroll 8
-        for (int c = 0; c < Columns; ++c) sum[r - 1][c] += w10 * v[c];
+        for (int c = 0; c < Columns; ++c) sum[2 % kSets][r - 1][c] += w10 * v[c];
 #pragma GCC unroll 8
-        for (int c = 0; c < Columns; ++c) sum[r - 1][c] += w11 * v[c + 1];
+        for (int c = 0; c < Columns; ++c) sum[3 % kSets][r - 1][c] += w11 * v[c + 1];
       }
       if (r < Rows) {
 #pragma GCC unroll 8
-        for (int c = 0; c < Columns; ++c) sum[r][c] += w00 * v[c];
+        for (int c = 0; c < Columns; ++c) sum[0][r][c] += w00 * v[c];
 #pragma GCC unroll 8
-        for (int c = 0; c < Columns; ++c) sum[r][c] += w01 * v[c + 1];
+        for (int c = 0; c < Columns; ++c) sum[1 % kSets][r][c] += w01 * v[c + 1];
       }
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < Columns; ++c) store<kLanes>(y + r * out_pitch + c * kLanes, sum[r][c]);
+    for (int c = 0; c < Columns; ++c) {
+      Vec<kLanes> total = sum[0][r][c];
+      if constexpr (kSets == 4) total = (total + sum[1][r][c]) + (sum[2][r][c] + sum[3][r][c]);
+      store<kLanes>(y + r * out_pitch + c * kLanes, total);
+    }
 }
 
 using CornerBlock = void (*)(const float*, int64_t, const int32_t*, const float*, int64_t, const int32_t*, float*, int64_t,
