@@ -6,8 +6,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from clicktrain_jax.deploy.c_net import to_c
 
 WARNINGS = ("-std=c11", "-Wall", "-Wextra", "-Werror")
 # Reads images from its input and writes logits, one image a call; the weights' file comes first where there is one.
@@ -72,3 +75,21 @@ def run(files, images, folder, compiler="gcc", flags=("-O1",), emulator=()):
     done = subprocess.run([*emulator, "./net", *arguments], cwd=folder, input=images.tobytes(), capture_output=True)
     assert done.returncode == 0, (done.returncode, done.stderr.decode()[-3000:])
     return np.frombuffer(done.stdout, np.float32).reshape(len(images), -1)
+
+
+def images(net, count=3, seed=1):
+    """Images of the kind that a net takes."""
+    shape = (count, *net.folded.image_shape)
+    rng = np.random.default_rng(seed)
+    if net.image_dtype == np.uint8:
+        return rng.integers(0, 256, shape, dtype=np.uint8)
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def check(net, folder, files=None, **how):
+    """The logits in C, which are those of the net."""
+    x = images(net)
+    found = run(files or to_c(net), x, folder, **how)
+    expected = np.asarray(net(jnp.asarray(x))).reshape(len(x), -1)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
+    return found

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 # Under --import-mode=importlib a test cannot import its neighbours by name.
-_SPEC = importlib.util.spec_from_file_location("compiled", Path(__file__).parent / "compiled.py")
-sys.modules["compiled"] = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(sys.modules["compiled"])
+for name in ("compiled",):
+    _SPEC = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    sys.modules[name] = importlib.util.module_from_spec(_SPEC)
+    _SPEC.loader.exec_module(sys.modules[name])

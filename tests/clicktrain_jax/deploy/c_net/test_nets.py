@@ -4,9 +4,9 @@ import functools
 
 import compiled
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import check, images
 from drawn import drawn
 
 import clicktrain_jax as ct
@@ -60,22 +60,6 @@ def a_net(name, width, settings, shape=None):
 @functools.cache
 def small(kind, shape=(9, 11, 3)):
     return a_net("small", 2.0, MASKS[kind], shape)
-
-
-def images(net, count=3, seed=1):
-    shape = (count, *net.folded.image_shape)
-    rng = np.random.default_rng(seed)
-    if net.image_dtype == np.uint8:
-        return rng.integers(0, 256, shape, dtype=np.uint8)
-    return rng.normal(size=shape).astype(np.float32)
-
-
-def check(net, folder, files=None, **how):
-    x = images(net)
-    found = compiled.run(files or to_c(net), x, folder, **how)
-    expected = np.asarray(net(jnp.asarray(x)))
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
-    return found
 
 
 @pytest.mark.parametrize("kind", MASKS)
