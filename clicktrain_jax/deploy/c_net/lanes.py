@@ -15,7 +15,7 @@ _WIDE, _NARROW = 16, 4
 # Each sum waits for the last product: there must be as many independent ones.
 _INDEPENDENT = 8
 # Pieces of so few pixels are computed channel by channel, all filters of a block together.
-_SMALL_PIECE = 4
+_SMALL_PIECE = 2
 # What a block's sums, or the channels that a block of them reads, may take of the first cache, in floats.
 _BLOCK_FLOATS = 5120
 # Fewer kernels than these are not worth the way to memory and back that a filter's sums make.
@@ -126,6 +126,7 @@ def _by_channel(source: Source, step: Step, name: str) -> None:
             text.append(f"        v{lanes} " + ", ".join(f"{s}_{way} = splat{lanes}(0)" for s in sums) + ";")
         splats = ", ".join(f"w{i} = splat{lanes}(w[{i}])" for i in range(len(taps)))
         text.append(f"        const v{lanes} {splats};")
+        text.append("        NET_FETCH(w);")
         text += ["    " + line for line in _products(node.strides, image, taps, own, ways, lanes)]
         for p, s in enumerate(sums):
             whole = s
@@ -245,6 +246,7 @@ def _block(source: Source, step: Step, rows: int, columns: int, is_masked: bool)
         text.append("    const float *xk = x + *off++;")
         weights = ", ".join(f"w{i} = splat{lanes}(w[{i}])" for i in range(len(taps)))
         text.append(f"    const v{lanes} {weights};")
+        text.append("    NET_FETCH(w);")
         text += _products(node.strides, image, taps, pixels, ways, lanes)
         text += [f"    w += {len(taps)};", "  }"]
     for way in range(1, ways):

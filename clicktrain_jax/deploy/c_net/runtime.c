@@ -2,6 +2,8 @@
 #define NET_INLINE static inline __attribute__((always_inline, unused))
 #define NET_ALIGNED __attribute__((aligned(64)))
 #define NET_SPARE __attribute__((unused)) /* on a machine with other registers */
+/* Weights are read once, one after the other, and are more than the second cache holds. */
+#define NET_FETCH(w) __builtin_prefetch((w) + 1024)
 #ifdef _OPENMP
 #define NET_PARALLEL _Pragma("omp parallel for schedule(static)")
 #define NET_PARALLEL_3 _Pragma("omp parallel for collapse(3) schedule(static)")

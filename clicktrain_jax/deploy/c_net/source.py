@@ -9,6 +9,8 @@ import numpy as np
 from clicktrain_jax.deploy.c_net.layouts import VECTOR, round_up
 
 _A_LINE = 12
+# How many floats before they are needed weights are fetched; as in runtime.c.
+AHEAD = 1024
 
 
 @dataclasses.dataclass
@@ -39,8 +41,8 @@ class Source:
         return f"(NET_WEIGHTS + {begin})"
 
     def all_weights(self) -> np.ndarray:
-        """float32, all that was kept."""
-        return np.concatenate([*self._weights, np.zeros(VECTOR, np.float32)])
+        """float32, all that was kept, and zeros: weights are fetched before they are needed, past the end too."""
+        return np.concatenate([*self._weights, np.zeros(AHEAD, np.float32)])
 
     def table(self, name: str, values: Iterable[int], kind: str | None = None) -> str:
         """A constant array of integers; those of equal contents are one."""

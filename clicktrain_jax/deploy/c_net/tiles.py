@@ -105,6 +105,8 @@ def _block(source: Source, filters: int, rows: int, columns: int, ops: list) -> 
         body = [f"    {{ const float *xk = x + off[{k}], *wk = w + (size_t)({k}) * {filters};"]
         loads = ", ".join(f"w{v} = load{vector}(wk + {v * vector})" for v in range(count))
         body.append(f"      const v{vector} {loads};")
+        fetches = " ".join(f"NET_FETCH(wk + {line});" for line in range(0, filters, 16))
+        body.append(f"      {fetches}")
         for p, (r, c) in enumerate(pixels):
             terms = [term for term in (f"{r} * xr" if r else "", f"{c} * xc" if c else "") if term]
             body.append(f"      const v{vector} x{p} = splat{vector}(xk[{' + '.join(terms) or '0'}]);")
