@@ -14,10 +14,12 @@ Taps = tuple[tuple[int, int], ...]
 
 # Vector products a cycle, of the best that there can be, as measured with vectors of 16: by filters of a tile, and by
 # pixels of a piece.
-_TILE_RATES = {32: 0.85, 16: 0.75, 8: 0.6}
-_LANE_RATES = {16: 0.85, 8: 0.8, 4: 0.75, 2: 0.7, 1: 0.6}
+_TILE_RATES = {32: 0.9, 16: 0.8, 8: 0.6}
+_LANE_RATES = {16: 0.7, 8: 0.7, 4: 0.65, 2: 0.6, 1: 0.6}
 # More tap sets than these, each with its code, would be too much: each tap is then listed by itself.
 _MOST_GROUPS = 8
+# Of a piece of one pixel nothing is read twice, unless each place of a tap set has code of its own: up to so many.
+_MOST_PLACES = 12
 _GRIDS = {4: ((2, 2), (1, 4), (4, 1)), 16: ((4, 4), (2, 8), (8, 2), (1, 16), (16, 1))}
 
 
@@ -100,16 +102,24 @@ class LaneForm:
         return found
 
 
-def choose(node: Convolution) -> Tiles | LaneForm:
-    """The form that should be the fastest: the fewest vector products at the rate that each form reaches."""
-    form = lanes(node)
+def candidates(node: Convolution) -> list[tuple[Tiles | LaneForm, float]]:
+    """The best form in tiles, and the form in lanes where there is one.
+
+    Args:
+        node: the convolution.
+
+    Returns:
+        Each form with the time it should take, in vector products of the best that there can be.
+    """
     # The last tile may not write more than the map has, in whole vectors.
     sizes = [size for size in _TILE_RATES if size <= VECTOR or not 0 < node.shape[2] % size <= VECTOR]
     by_tiles = {size: tile_work(node, size) / _TILE_RATES[size] for size in sizes}
     filters = min(by_tiles, key=by_tiles.get)
-    if form is not None and lane_work(node, form) < 0.85 * by_tiles[filters]:
-        return form
-    return Tiles(filters)
+    found: list[tuple[Tiles | LaneForm, float]] = [(Tiles(filters), by_tiles[filters])]
+    form = lanes(node)
+    if form is not None:
+        found.append((form, lane_work(node, form)))
+    return found
 
 
 def tile_work(node: Convolution, filters: int) -> float:
@@ -120,7 +130,7 @@ def tile_work(node: Convolution, filters: int) -> float:
 
 
 def lane_work(node: Convolution, form: LaneForm) -> float:
-    """Products of 16 numbers each in lanes, at the rate that the piece's size allows."""
+    """Products of 16 numbers each in lanes, divided by the rate that the piece's size allows."""
     rate = next(rate for least, rate in _LANE_RATES.items() if form.pixels >= least)
     if form.is_split:
         rate *= 0.75  # nothing that was read is used twice
@@ -144,7 +154,10 @@ def lanes(node: Convolution) -> LaneForm | None:
             best = key, (down, across), (rows, columns)
     _, grid, piece = best
     source = Lanes(grid, (piece[0] * row_stride, piece[1] * column_stride))
-    return LaneForm(source, Lanes(grid, piece), *_groups(node.mask))
+    groups, is_split = _groups(node.mask)
+    if piece == (1, 1) and not is_split and sum(len(group.places) for group in groups) <= _MOST_PLACES:
+        groups = tuple(Group(group.taps, (place,)) for group in groups for place in group.places)
+    return LaneForm(source, Lanes(grid, piece), groups, is_split)
 
 
 def margin_of(node: Convolution, results: tuple[int, int], sources: tuple[int, int]) -> Margin:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from clicktrain_jax.deploy.c_net.forms import Taps, blocks
+from clicktrain_jax.deploy.c_net.forms import Group, Taps, blocks
 from clicktrain_jax.deploy.c_net.layouts import Buffer, Step
 from clicktrain_jax.deploy.c_net.source import Source, finish, lines
 
@@ -113,27 +113,7 @@ def _by_channel(source: Source, step: Step, name: str) -> None:
     kind = source.kinds[offset], source.kinds[to]
     width = target.layout.piece[1]
     own = [(r, c) for r in range(target.layout.piece[0]) for c in range(width)]
-    loops = ""
-    for g, group in enumerate(form.groups):
-        taps = group.taps
-        ways = max(1, min(len(taps), 4 // pixels))
-        sums = [f"s{r}_{c}" for r, c in own]
-        text = [f"      for (int k = n[{g}]; k; --k) {{ /* {' '.join(f'({r}, {c})' for r, c in taps)} */"]
-        text.append("        const float *xk = xc + *off++;")
-        text.append("        float *a = sums + *to++;")
-        text += [f"        v{lanes} {s} = load{lanes}(a + {p * lanes});" for p, s in enumerate(sums)]
-        for way in range(1, ways):
-            text.append(f"        v{lanes} " + ", ".join(f"{s}_{way} = splat{lanes}(0)" for s in sums) + ";")
-        splats = ", ".join(f"w{i} = splat{lanes}(w[{i}])" for i in range(len(taps)))
-        text.append(f"        const v{lanes} {splats};")
-        text.append("        NET_FETCH(w);")
-        text += ["    " + line for line in _products(node.strides, image, taps, own, ways, lanes)]
-        for p, s in enumerate(sums):
-            whole = s
-            for way in range(1, ways):
-                whole = f"add{lanes}({whole}, {s}_{way})"
-            text.append(f"        store{lanes}(a + {p * lanes}, {whole});")
-        loops += "\n".join([*text, f"        w += {len(taps)};", "      }", ""])
+    loops = "".join(_kernels(step, g, group, own) for g, group in enumerate(form.groups))
     keep = _keeps(source, step)
     last = ""
     for p, (r, c) in enumerate(own):
@@ -160,12 +140,50 @@ def _by_channel(source: Source, step: Step, name: str) -> None:
     for (int c = 0; c < {cin}; ++c, n += {groups}) {{
       const float *xc = x + {_first(step)} + (size_t)c * {image.channel};
 {loops}    }}
+    (void)off;
     for (int f = begin; f < end; ++f) {{
       const float *a = sums + (f - begin) * {room};
 {last}    }}
   }}
 }}
 """)
+
+
+def _kernels(step: Step, g: int, group: Group, pixels: list[tuple[int, int]]) -> str:
+    """The kernels of one channel and one group, for a block of filters whose sums are in memory."""
+    lanes, image, taps = step.form.target.count, step.sources[0], group.taps
+    ways = max(1, min(len(taps), 4 // len(pixels)))
+    sums = [f"s{r}_{c}" for r, c in pixels]
+    text = []
+    is_fixed = len(group.places) == 1 and len(pixels) == 1
+    if is_fixed:
+        # The same vectors for all of them: they stay in registers.
+        ((row, column),) = group.places
+        for i, (r, c) in enumerate(taps):
+            place = (row + r) * image.row + (column + c) * image.column
+            text.append(f"      {'{ ' if not i else '  '}const v{lanes} x{i} = load{lanes}(xc + {place});")
+    text.append(f"      for (int k = n[{g}]; k; --k) {{ /* {' '.join(f'({r}, {c})' for r, c in taps)} */")
+    text.append(f"        {'' if is_fixed else 'const float *xk = xc + *off; '}++off;")
+    text.append("        float *a = sums + *to++;")
+    text += [f"        v{lanes} {s} = load{lanes}(a + {p * lanes});" for p, s in enumerate(sums)]
+    for way in range(1, ways):
+        text.append(f"        v{lanes} " + ", ".join(f"{s}_{way} = splat{lanes}(0)" for s in sums) + ";")
+    splats = ", ".join(f"w{i} = splat{lanes}(w[{i}])" for i in range(len(taps)))
+    text.append(f"        const v{lanes} {splats};")
+    text.append("        NET_FETCH(w);")
+    if is_fixed:
+        for i in range(len(taps)):
+            s = sums[0] + (f"_{i % ways}" if i % ways else "")
+            text.append(f"        {s} = madd{lanes}({s}, x{i}, w{i});")
+    else:
+        products = _products(step.node.strides, image, taps, pixels, ways, lanes)
+        text += ["    " + line for line in products]
+    for p, s in enumerate(sums):
+        whole = s
+        for way in range(1, ways):
+            whole = f"add{lanes}({whole}, {s}_{way})"
+        text.append(f"        store{lanes}(a + {p * lanes}, {whole});")
+    return "\n".join([*text, f"        w += {len(taps)};", "      }" + (" }" if is_fixed else ""), ""])
 
 
 def _by_filter(source: Source, step: Step, name: str) -> None:

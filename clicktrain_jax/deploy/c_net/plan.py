@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 
 from clicktrain_jax.deploy.c_net import forms
 from clicktrain_jax.deploy.c_net.layouts import (
@@ -35,19 +36,40 @@ class Program:
     workspace: int
 
 
+# What a change of layout costs for each number, in vector products.
+_CONVERSION = 2.5
+
+Forms = dict[Node, "forms.Tiles | forms.LaneForm"]
+
+
 def plan(graph: Graph) -> Program:
     """Choose a form for each convolution and a layout for each map.
 
     Args:
         graph: fused.
     """
-    return _Planner(graph).run()
+    found = {node: forms.candidates(node) for node in graph.nodes if isinstance(node, Convolution)}
+    work = {(node, form): cost for node, each in found.items() for form, cost in each}
+    chosen: Forms = {node: min(each, key=lambda pair: pair[1])[0] for node, each in found.items()}
+
+    def cost(chosen: Forms) -> float:
+        steps = _Planner(graph, chosen).steps()
+        moved = sum(math.prod(step.node.shape) for step in steps if step.kind in ("to_lanes", "to_rows"))
+        return sum(work[pair] for pair in chosen.items()) + _CONVERSION * moved
+
+    # One that would be slower by itself may save a change of layout.
+    least = cost(chosen)
+    for node, each in found.items():
+        for form, _ in each:
+            other = {**chosen, node: form}
+            if form != chosen[node] and (now := cost(other)) < least:
+                chosen, least = other, now
+    return _Planner(graph, chosen).run()
 
 
 class _Planner:
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
-        self._forms = {node: forms.choose(node) for node in graph.nodes if isinstance(node, Convolution)}
+    def __init__(self, graph: Graph, chosen: Forms) -> None:
+        self._graph, self._forms = graph, chosen
         self._users: dict[Node, list[Node]] = collections.defaultdict(list)
         for node in graph.nodes:
             for source in node.inputs:
@@ -61,16 +83,25 @@ class _Planner:
         self._steps: list[Step] = []
 
     def run(self) -> Program:
+        steps = self.steps()
+        last = self._buffers[self._graph.output, self._last]
+        return Program(self._graph, steps, last, allocate(steps, last))
+
+    def steps(self) -> list[Step]:
+        """The steps; buffers have no place yet."""
         for node in self._graph.nodes:
             for place, source in enumerate(node.inputs):
                 self._want(source, *self._reads(node, place))
-        output = self._graph.output
-        self._want(output, self._own[output] if isinstance(self._own[output], Rows) else _rows(output), NO_MARGIN)
+        self._want(self._graph.output, self._last, NO_MARGIN)
         for node in self._graph.nodes:
             self._compute(node)
-        wanted = self._own[output] if isinstance(self._own[output], Rows) else _rows(output)
-        last = self._buffers[output, wanted]
-        return Program(self._graph, self._steps, last, allocate(self._steps, last))
+        return self._steps
+
+    @property
+    def _last(self) -> Rows:
+        """The layout that the logits are read in."""
+        own = self._own[self._graph.output]
+        return own if isinstance(own, Rows) else _rows(self._graph.output)
 
     def _layout(self, node: Node) -> Rows | Lanes:
         form = self._forms.get(node)

@@ -87,7 +87,7 @@ def test_the_widest_vectors_optimised(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet32"])
-@pytest.mark.parametrize("kind", ["kernel by kernel", "tiles of 8"])
+@pytest.mark.parametrize("kind", ["kernel by kernel", pytest.param("tiles of 8", marks=pytest.mark.slow)])
 def test_our_nets(name, kind, tmp_path):
     check(a_net(name, 0.125, MASKS[kind]), tmp_path)
 
