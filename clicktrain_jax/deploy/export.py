@@ -27,6 +27,7 @@ def export(
     facts: Mapping[str, Any] | None = None,
     stablehlo: bool = True,
     onnx: bool = False,
+    c: bool = False,
 ) -> dict[str, Any]:
     """Write a pruned net into a folder that `load` reads.
 
@@ -49,13 +50,15 @@ def export(
         facts: further plain data for ``manifest["facts"]``.
         stablehlo: add ``net.stablehlo``, which runs in a process with jax alone.
         onnx: add ``net.onnx`` (dense, BatchNorm folded), for which jax2onnx must be installed.
+        c: add ``net.c`` and ``net.h`` (and ``net.weights``, where the weights are too many for a compiler): the net in
+            C11 for one image a call, its patterns compiled in; uint8 pixels where the net normalises, else float32.
 
     Returns:
         The manifest.
 
     Raises:
         ValueError: ``net`` does not have these variables; masks of other parameters, a function that jax cannot fold, a
-            folder that holds something else.
+            folder that holds something else, a step that cannot be written as C.
     """
     facts = {
         **(facts or {}),
@@ -82,4 +85,8 @@ def export(
         from clicktrain_jax.deploy.onnx import to_onnx
 
         files[ONNX] = to_onnx(ready.folded, tuple(image_shape))
+    if c:
+        from clicktrain_jax.deploy.c_net import to_c
+
+        files.update(to_c(ready))
     return compact.write(path, variables, masks, facts=facts, dtype=dtype, files=files)

@@ -101,6 +101,8 @@ def export(arguments: list[str]) -> int:
         """Add net.stablehlo; layers that run dense are dense in it."""
         onnx: bool = False
         """Add net.onnx (dense; wants jax2onnx)."""
+        c: bool = False
+        """Add net.c and net.h: the net in C for one image a call, patterns compiled in."""
         timing: bool = True
         """Measure the net on this machine, for the page and for later loads."""
         data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
@@ -115,6 +117,7 @@ def export(arguments: list[str]) -> int:
         data_dir=asked.data_dir,
         stablehlo=asked.stablehlo,
         onnx=asked.onnx,
+        c=asked.c,
         is_timed=asked.timing,
     )
     print(exports.describe(out, manifest))

@@ -98,6 +98,7 @@ def export_run(
     data_dir: str | None = None,
     stablehlo: bool = True,
     onnx: bool = False,
+    c: bool = False,
     is_timed: bool = True,
 ) -> dict[str, Any]:
     """Export a finished run and write the page about it.
@@ -109,6 +110,7 @@ def export_run(
         data_dir: where the images are now, if not where they were.
         stablehlo: add ``net.stablehlo``.
         onnx: add ``net.onnx``.
+        c: add ``net.c`` and ``net.h``.
         is_timed: measure the net on this machine, for the page and for later loads.
 
     Returns:
@@ -164,7 +166,7 @@ def export_run(
         "top1": accuracy,
         "run_top1": summary["final_top1"],
     }
-    manifest = write(out, facts, stablehlo=stablehlo, onnx=onnx)
+    manifest = write(out, facts, stablehlo=stablehlo, onnx=onnx, c=c)
     timed = timing.measure(ct.load(out)) if is_timed else None
     write_page(run, out, manifest, timed)
     return manifest

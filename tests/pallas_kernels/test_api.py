@@ -1,5 +1,6 @@
 """What `pattern_conv` refuses and why, which backend it takes when none is named, and how it pads."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels as pk
+from pallas_kernels import native
 from pallas_kernels.pattern_conv import api, cases, dense, mosaic_gpu, reference, xla
 from pallas_kernels.pattern_conv.cases import Case
 from pallas_kernels.pattern_conv.geometry import make_geometry
+from pallas_kernels.pattern_conv.structure import mask_of
 
 MASK = np.zeros((3, 3, 4, 6), bool)
 MASK[:2, :2, :, ::2] = True
@@ -21,6 +24,19 @@ X, W = np.ones((2, 5, 5, 4), np.float32), np.ones((3, 3, 4, 6), np.float32)
 
 # A plain 3x3 layer and its blocks: what `mosaic_gpu` can do.
 BLOCKS = Case("blocks", (4, 4), 64, 128, 128, tile=(64, 64), dtype="bfloat16", layout="HWNC")
+
+
+@pytest.fixture
+def portable(monkeypatch):
+    """As on a machine without native kernels."""
+    monkeypatch.setattr(native, "is_fast", lambda: False)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """As on a CPU that has them, whether they could be built here or not."""
+    monkeypatch.setattr(native, "why_not", lambda: None)
+    monkeypatch.setattr(native, "is_fast", lambda: True)
 
 
 def structure_of(case):
@@ -95,7 +111,7 @@ def test_a_backend_that_is_named_and_cannot_is_refused_with_its_reason():
     assert str(refused.value).endswith(mosaic_gpu.why_not(STRUCTURE, geometry, X.dtype, 2))
 
 
-def test_a_backend_that_is_named_is_the_one_that_runs(monkeypatch):
+def test_a_backend_that_is_named_is_the_one_that_runs(portable, monkeypatch):
     ran = []
     for module in (reference, dense, xla):
         forward = module.forward
@@ -128,7 +144,7 @@ DOES_NOT = (
 
 
 @pytest.mark.parametrize("case", (*PAYS, *DOES_NOT), ids=str)
-def test_sparse_is_chosen_where_it_pays(case):
+def test_sparse_is_chosen_where_it_pays(case, portable):
     structure = structure_of(case)
     assert api.choose(structure, case.geometry(), jnp.float32, case.batch) == ("xla" if case in PAYS else "dense")
     assert (pk.estimated_gain(structure) > pk.LEAST_GAIN) is (case in PAYS)
@@ -136,7 +152,20 @@ def test_sparse_is_chosen_where_it_pays(case):
         assert pk.estimated_gain(structure) <= 1
 
 
-def test_few_pixels_do_not_pay_for_what_a_call_does_once():
+@pytest.mark.parametrize("case", (*PAYS, *DOES_NOT), ids=str)
+def test_the_native_kernels_are_chosen_where_anything_is_saved(case, fast):
+    structure = structure_of(case)
+    saved = mask_of(structure).size / max(int(np.asarray(mask_of(structure)).sum()), 1)
+    # Patterns alone gain kernel by kernel as well: 2.25 times less work. A third less work does not.
+    expected = "cpu" if saved > 1.9 else "dense"
+    for direction in api.DIRECTIONS:
+        assert api.choose(structure, case.geometry(), jnp.float32, case.batch, direction) == expected
+    # What they cannot do is left to the others.
+    hwnc = dataclasses.replace(case, layout="HWNC")
+    assert api.choose(structure, hwnc.geometry(), jnp.float32, case.batch) in ("xla", "dense")
+
+
+def test_few_pixels_do_not_pay_for_what_a_call_does_once(portable):
     case = Case("tiles of 16", (8, 8), 1, 512, 512, tile=(16, 1), removed=0.6)
     structure, geometry = structure_of(case), case.geometry()
     assert api.choose(structure, geometry, jnp.float32, 1) == "dense"

@@ -1,7 +1,9 @@
 """Run, export, evaluate: the accuracy stays what it was, and the page is there."""
 
+import ctypes
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -71,6 +73,24 @@ def test_commands(finished, exported, tmp_path, capture):
     assert code == 0 and "as when it was exported" in out
     code, out, _ = capture("evaluate", finished)
     assert code == 0 and "after 5 of 5 epochs" in out
+
+
+def test_a_net_in_c(finished, tmp_path, capture):
+    """From the run to a program: compiled here, it answers as the export does."""
+    if shutil.which("gcc") is None:
+        pytest.skip("not installed: gcc")
+    out = tmp_path / "out"
+    code, _, _ = capture("export", finished, "--out", out, "--c", "--no-stablehlo", "--no-timing")
+    assert code == 0 and {"net.c", "net.h"} <= {path.name for path in out.iterdir()}
+    command = ["gcc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-O1", "-shared", "-fPIC", "-o", tmp_path / "net.so"]
+    subprocess.run([*command, out / "net.c", "-lm"], check=True)
+    library = ctypes.CDLL(str(tmp_path / "net.so"))
+    images = exports.restore(finished).dataset.eval_images[:5]
+    logits = np.zeros((5, 10), np.float32)
+    for image, row in zip(np.ascontiguousarray(images), logits):
+        library.net_run(*(ctypes.c_void_p(array.ctypes.data) for array in (image, row)))
+    np.testing.assert_allclose(logits, ct.load(out)(images), atol=1e-4)
+    assert capture("evaluate", out)[0] == 0
 
 
 @pytest.mark.slow
