@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax.models.conv import patch_convolution
-from pallas_kernels.pattern_conv import api, xla
+from pallas_kernels.pattern_conv import api, cpu, xla
 from pallas_kernels.pattern_conv.cases import Case, make_mask
 from pallas_kernels.pattern_conv.geometry import Geometry, Layout, make_geometry
 from pallas_kernels.pattern_conv.structure import Structure, make_structure
@@ -23,7 +23,7 @@ Direction = Literal["forward", "input gradient", "weight gradient"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "input gradient", "weight gradient")
 # Left open: whatever `pattern_conv` chooses by itself.
 OPEN = "left open"
-OURS = ("xla", "xla packed", "mosaic_gpu", OPEN)
+OURS = ("xla", "xla packed", "cpu", "cpu packed", "mosaic_gpu", OPEN)
 
 # Allowed max|difference| / max|reference|, by dtype.
 BOUNDS = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
@@ -106,6 +106,19 @@ def make_problem(case: Case, rng: np.random.Generator, layouts: Sequence[Layout]
     )
 
 
+def with_mask(problem: Problem, case: Case, rng: np.random.Generator) -> Problem:
+    """The same arrays with a mask of another case, which differs in that alone; the problem's own retains all."""
+    mask = make_mask(case, rng)
+    return dataclasses.replace(
+        problem,
+        case=case,
+        mask=mask,
+        structure=jax.device_put(make_structure(mask, tile=case.tile)),
+        w=jnp.where(mask, problem.w, jnp.array(jnp.nan, problem.w.dtype)),
+        masked_w=jnp.where(mask, problem.w, jnp.zeros((), problem.w.dtype)),
+    )
+
+
 def expected(problem: Problem, direction: Direction, *, on_cpu: bool) -> jax.Array:
     """What the reference says, (batch, rows, columns, channels) or (kh, kw, cin, cout), as float32 on the device.
 
@@ -136,15 +149,23 @@ def ways(
     Args:
         problem: what to compute.
         direction: which of the three.
-        ours: which ways by patterns, of `OURS`; "xla packed" is there for the forward pass alone.
+        ours: which ways by patterns, of `OURS`; packed ones are there for the forward pass alone, the CPU's on CPUs.
 
     Returns:
         The ways, and for those that cannot do it here the reason, by name.
     """
-    made, refused = _dense(problem, direction), {}
+    made, refused = dense_ways(problem, direction), {}
     case, structure = problem.case, problem.structure
     several = len(problem.geometry) > 1
     for name in ours:
+        if name.startswith("cpu"):
+            if jax.default_backend() == "cpu" and (name == "cpu" or direction == "forward"):
+                reason = api.supported(structure, problem.geometry[case.layout], jnp.dtype(case.dtype), case.batch)["cpu"]
+                if reason is None:
+                    made.append(native_way(problem, direction, name))
+                else:
+                    refused[name] = reason
+            continue
         if name == "xla packed":
             if direction == "forward":
                 layout = "NHWC" if "NHWC" in problem.geometry else case.layout
@@ -169,6 +190,17 @@ def ways(
             made.append(Way(f"{name} {layout}" if several and name == "xla" else name, True, function, arguments,
                             layout, note))
     return made, refused
+
+
+def native_way(problem: Problem, direction: Direction, name: str) -> Way:
+    """The CPU's kernels: "cpu", or "cpu packed" for the forward pass on weights that are packed beforehand."""
+    layout = problem.case.layout
+    geometry, structure = problem.geometry[layout], problem.structure
+    if name == "cpu packed":
+        packed = jax.device_put(cpu.pack(np.asarray(problem.w), jax.tree.map(np.asarray, structure)))
+        return Way(name, True, _packed_native(geometry), (problem.x[layout], packed, structure), layout)
+    arguments = (problem.x[layout], problem.w, problem.dy[layout], structure)
+    return Way(name, True, _by_backend("cpu", direction, geometry), arguments, layout)
 
 
 def judge(way: Way, direction: Direction, wanted: jax.Array, problem: Problem) -> tuple[float, str | None]:
@@ -212,8 +244,8 @@ def _compare(result: jax.Array, wanted: jax.Array, mask: jax.Array | None, all_e
     return jnp.max(jnp.abs(result - wanted), initial=0) / jnp.where(largest > 0, largest, 1), stray
 
 
-def _dense(problem: Problem, direction: Direction) -> list[Way]:
-    """XLA's own in each layout; on a CPU also the forms that are faster there for some shapes."""
+def dense_ways(problem: Problem, direction: Direction, only: Sequence[str] | None = None) -> list[Way]:
+    """XLA's own in each layout; on a CPU also the forms that are faster there for some shapes; those named in ``only``."""
     forms: dict[str, Callable[[Direction, Geometry], Callable[..., jax.Array]]] = {"XLA": _xla_dense}
     # In 16 bits the CPU's matrix products sum in 16 bits too: their patches are not accurate enough to compare with.
     if jax.default_backend() == "cpu" and problem.case.dtype == "float32":
@@ -232,7 +264,7 @@ def _dense(problem: Problem, direction: Direction) -> list[Way]:
         name = f"backend dense {layout}" if len(problem.geometry) > 1 else "backend dense"
         function = _by_backend("dense", direction, geometry)
         made.append(Way(name, False, function, (*arguments, problem.structure), layout))
-    return made
+    return made if only is None else [way for way in made if way.name in only]
 
 
 def _geometry(case: Case, layout: Layout) -> Geometry:
@@ -368,3 +400,8 @@ def _pack() -> Callable[..., Any]:
 @functools.cache
 def _packed(geometry: Geometry) -> Callable[..., jax.Array]:
     return jax.jit(lambda x, packed, structure: xla.forward_packed(x, packed, structure, geometry))
+
+
+@functools.cache
+def _packed_native(geometry: Geometry) -> Callable[..., jax.Array]:
+    return jax.jit(lambda x, packed, structure: cpu.forward_packed(x, packed, structure, geometry))

@@ -33,18 +33,20 @@ def bench(arguments: list[str]) -> int:
         width: float = 1.0
         batch_size: int = 64
         repeats: int = 7
-        which: Literal["cpu", "gpu", "auto"] = "auto"
-        """Of conv, as the next two: which list of layers."""
+        which: Literal["cpu", "portable", "gpu", "auto"] = "auto"
+        """Of conv, as the next three: which list of layers; cpu is for the native kernels, portable for the other form."""
         filter: str = ""
         """Only layers whose name holds this regular expression."""
         rounds: int = 20
         """Samples of each function."""
+        engines_python: str | None = None
+        """With --which cpu, an interpreter that has onnx, onnxruntime and PyTorch, to be compared with."""
         out: Path | None = None
         """A JSON file to save the record in."""
 
     asked = parse(Bench, arguments, "bench")
     if asked.what == "conv":
-        print(bench_conv.run(asked.which, asked.filter, asked.rounds, asked.out))
+        print(bench_conv.run(asked.which, asked.filter, asked.rounds, asked.out, asked.engines_python))
     else:
         sizes = (asked.net, asked.width, asked.batch_size, asked.repeats)
         print(benches.run(asked.what, *sizes, asked.out))

@@ -7,6 +7,7 @@ from experiments.deployment import dtypes, sizes
 from experiments.records import read_json
 from experiments.tables import deploy, gpu
 from experiments.tables.conv import conv_tables, gpu_tables, sweep_table, worst_errors
+from experiments.tables.layers import layers_tables
 from experiments.tables.results import RECORDS, machine
 from experiments.tables.statistics import markdown_table
 
@@ -106,6 +107,8 @@ def tables_of(record: dict[str, Any]) -> str:
     """What `python -m experiments bench` prints, of a record of any kind."""
     if record["what"] == "conv":
         return conv_tables(record)
+    if record["what"] == "layers":
+        return layers_tables(record)
     if record["what"] == "torch":
         return torch_table(record)
     return step_table(record["results"]) if record["what"] == "step" else bench_table(record["results"])
