@@ -12,14 +12,14 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 HERE = pathlib.Path(__file__).parent
-LIBRARY = pathlib.Path("pallas_kernels", "native", "libclicktrain_native.so")
+FOLDER = pathlib.Path("pallas_kernels", "native")
 
 
 class BuildWithKernels(build_py):
-    """The package's files, and the library if it can be built."""
+    """The package's files, and the libraries if they can be built, one for each set of instructions."""
 
     def run(self):
-        """As setuptools', then the library beside the sources of the wheel; not those of an editable install."""
+        """As setuptools', then the libraries beside the sources of the wheel; not those of an editable install."""
         super().run()
         if self.editable_mode:
             return
@@ -27,7 +27,9 @@ class BuildWithKernels(build_py):
         try:
             from pallas_kernels.native import build
 
-            build.build_library(pathlib.Path(self.build_lib) / LIBRARY)
+            for instructions in build.instruction_sets():
+                path = pathlib.Path(self.build_lib) / FOLDER / build.prebuilt(instructions).name
+                build.build_library(path, instructions=instructions)
         except (ImportError, OSError, RuntimeError) as error:
             self.announce(f"the wheel is pure, native kernels are left to the first use: {error}", level=3)
         finally:
@@ -40,7 +42,8 @@ class WheelOfThisPlatform(bdist_wheel):
     def run(self):
         """The files first: they decide what the wheel is called."""
         self.run_command("build")
-        has_library = (pathlib.Path(self.get_finalized_command("build").build_lib) / LIBRARY).exists()
+        folder = pathlib.Path(self.get_finalized_command("build").build_lib) / FOLDER
+        has_library = any(folder.glob("*.so"))
         self.root_is_pure = not has_library
         # Where the files of the wheel go: a library belongs among those of this platform.
         self.distribution.has_ext_modules = lambda: has_library

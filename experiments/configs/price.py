@@ -29,10 +29,8 @@ def configs() -> list[TrainConfig]:
     for tile in TILES:
         wide = tile[1] > 1
         prune = dataclasses.replace(base.prune, tile=tile, floor=False if wide else None)
-        # Hopper's kernels take blocks of channels; of the others none serves, so nothing need be measured.
-        loop = dataclasses.replace(base.loop, pruned_convolution="pattern_hwnc" if tile == (64, 64) else "dense")
         name = f"{GROUP}-vgg13-own-9.0x-{tile[0]}x{tile[1]}"
-        made.append(dataclasses.replace(base, name=name, prune=prune, loop=loop))
+        made.append(dataclasses.replace(base, name=name, prune=prune))
     weights, _ = conv_work(dense.net, 1.0)
     return [*made, narrow("weights", round(weights / base.prune.target))]
 

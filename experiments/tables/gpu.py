@@ -119,13 +119,14 @@ def price_section(folder: Path) -> str:
         f" Up to {at_once} runs shared the card: their seconds tell nothing of a run's own pace, which whole steps in "
         "BENCHMARKS.md do." if at_once > 1 else ""
     )
+    summary = first["summary"]
     head = (
-        f"## The price of a shape at full width\n\n{_where(first['setting'])}\n\n{first['summary']['net']} on "
-        f"{first['summary']['dataset']} ({first['summary']['encoding']}), {first['summary']['epochs']} epochs, "
-        f"bfloat16; recipes in `experiments.configs.{price.GROUP}`: kernels removed one by one (1x1) or in tiles of "
-        "(filters, channels), 9x fewer weights of convolutions, and dense nets that are narrow instead. Top-1 in percent on the "
-        f"{first['summary']['eval_split']} set; mean ± standard deviation where there are several seeds. What a run "
-        f"did not reach is left empty.{shared}\n"
+        f"## The price of a shape at full width\n\n{_where(first['setting'])}\n\n{summary['net']} on "
+        f"{summary['dataset']} ({summary['encoding']}), {summary['epochs']} epochs, bfloat16; recipes in "
+        f"`experiments.configs.{price.GROUP}`: kernels removed one by one (1x1) or in tiles of (filters, channels), 9x "
+        "fewer weights of convolutions, and dense nets that are narrow instead. Top-1 in percent on the "
+        f"{summary['eval_split']} set; mean ± standard deviation where there are several seeds. What a run did not "
+        f"reach is left empty.{shared}\n"
     )
     order = [config.name for config in price.configs()]
     names = sorted(runs, key=lambda name: order.index(name) if name in order else len(order))

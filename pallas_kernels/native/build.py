@@ -80,9 +80,14 @@ def instruction_set() -> str:
         if named not in instruction_sets():
             raise RuntimeError(f"{ENVIRONMENT}={named!r}; expected one of {', '.join(instruction_sets())}")
         return named
+    return instruction_sets_here()[0]
+
+
+def instruction_sets_here() -> tuple[str, ...]:
+    """The sets that this processor knows, the fastest first."""
     knows = _processor_flags()
     sets = _INSTRUCTION_SETS.get(platform.machine(), {})
-    return next((name for name, (_, needs) in sets.items() if needs <= knows), "portable")
+    return *(name for name, (_, needs) in sets.items() if needs <= knows), "portable"
 
 
 def prebuilt(instructions: str) -> pathlib.Path:

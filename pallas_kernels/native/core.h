@@ -20,7 +20,7 @@ struct Geometry {
 // What is retained, as pallas_kernels.Structure has it. `by_filters` lists, for each tile of `filters` filters, the
 // retained (channel block, tap) as block * kh * kw + tap, rising; `by_channels` for each block of `channels` channels
 // the retained (filter tile, tap). A tile or block at the end of its axis may be short. With null lists nothing is
-// removed: the dense convolution.
+// removed: the dense convolution, whose tile must be (cout, cin). Where weights are packed, lists are not read at all.
 struct Lists {
   const int32_t* entries;  // (rows, room); what lies behind a row's count must not be read
   const int32_t* counts;   // (rows,)
@@ -62,7 +62,8 @@ void forward(Type type, const Geometry& geometry, const Mask& mask, const void* 
 void input_gradient(Type type, const Geometry& geometry, const Mask& mask, const void* dy, const void* w, void* dx,
                     Pool& pool);
 
-// dw (kh, kw, cin, cout), always float32, exact zeros where nothing is retained.
+// dw (kh, kw, cin, cout), always float32, exact zeros where nothing is retained. What is not finite in x may reach all
+// retained taps of its channel, those among them that do not read it.
 void weight_gradient(Type type, const Geometry& geometry, const Mask& mask, const void* x, const void* dy, float* dw,
                      Pool& pool);
 

@@ -80,6 +80,7 @@ Call read_images(Array x, Array y, Ints window, Ints strides, Ints padding, Ints
   if (window[0] < 1 || window[1] < 1 || strides[0] < 1 || strides[1] < 1 || padding[0] < 0 || padding[1] < 0) {
     call.refuse("windows and strides are positive, padding is not negative");
   }
+  if (in[1] < 1 || in[2] < 1) call.refuse("images have pixels, got " + text(x));
   if (tile[0] < 1 || tile[1] < 1 || in[3] < 1 || out[3] < 1) call.refuse("tiles and channels are positive");
   return call;
 }
@@ -113,6 +114,10 @@ void read_mask(Call& call, Array entries, Array counts, Array entries_by_channel
   read_lists(call, entries_by_channels, counts_by_channels, blocks, call.mask.by_channels);
   if ((mask.by_filters.entries == nullptr) != (mask.by_channels.entries == nullptr)) {
     call.refuse("lists by filters and by channels are given both or neither");
+  }
+  if (mask.by_filters.entries == nullptr) {  // All filters share one list, that of everything.
+    call.mask.filters = mask.cout;
+    call.mask.channels = mask.cin;
   }
 }
 

@@ -12,7 +12,13 @@ namespace {
 // From so many outputs that share a list on, they lie side by side in vectors.
 constexpr int64_t kLeastWidth = 8;
 
-bool is_tiled(const Grouped& grouped) { return grouped.width >= std::min<int64_t>(kLeastWidth, grouped.outputs) && grouped.outputs >= 4; }
+// Tiles keep taps as bits of a number.
+constexpr int64_t kMostTaps = 63;
+
+bool is_tiled(const Grouped& grouped) {
+  return grouped.width >= std::min<int64_t>(kLeastWidth, grouped.outputs) && grouped.outputs >= 4 &&
+         grouped.taps() <= kMostTaps;
+}
 
 // A kernel's or an image's numbers in float32, where they are not already.
 class Wide {

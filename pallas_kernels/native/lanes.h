@@ -216,6 +216,7 @@ inline Pieces choose_pieces(const Product& p, int64_t entries) {
       double cost = sums * entries * (1.0 + 2.5 / width);
       cost += 0.5 * kLanes * static_cast<double>(q.groups) * (q.in_high * q.in_wide * p.inputs + q.positions() * p.outputs);
       if (4 * q.plane() * p.inputs > kLaneCache) cost *= 1.1;
+      if (4 * q.plane() * p.inputs > INT32_MAX) cost *= 1e6;  // places in few groups are counted in 32 bits
       if (least == 0 || cost < least) {
         least = cost;
         best = q;

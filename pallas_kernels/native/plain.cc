@@ -26,9 +26,10 @@ struct Given {
 
 Given read(const int64_t* n, const int32_t* entries, const int32_t* counts, const int32_t* entries_by_channels,
            const int32_t* counts_by_channels) {
+  const bool dense = entries == nullptr;
   return Given{static_cast<Type>(n[0]),
                Geometry{n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11]},
-               Mask{n[12], n[13], n[14], n[15], Lists{entries, counts, n[16]},
+               Mask{n[12], n[13], dense ? n[13] : n[14], dense ? n[12] : n[15], Lists{entries, counts, n[16]},
                     Lists{entries_by_channels, counts_by_channels, n[17]}}};
 }
 

@@ -68,7 +68,10 @@ void run_shared(int64_t threads, int64_t count, void (*task)(void*, int64_t), vo
     return;
   }
   auto work = std::make_shared<Work>(count, task, context);
-  for (int64_t helper = 1; helper < std::min(threads, count); ++helper) schedule([work] { work->take(); });
+  try {
+    for (int64_t helper = 1; helper < std::min(threads, count); ++helper) schedule([work] { work->take(); });
+  } catch (...) {  // No more helpers are to be had; those that there are still read `context`, so none is left alone.
+  }
   work->take();
   work->wait();
 }

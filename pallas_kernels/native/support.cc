@@ -7,6 +7,18 @@
 #include <new>
 
 namespace clicktrain {
+
+#if defined(CLICKTRAIN_CHECKED)
+
+// For tests: nothing is used again, each piece is as large as was asked for, and holds NaN before it is written.
+Scratch::Scratch(int64_t bytes) : data_(nullptr), bytes_(bytes) {
+  if (posix_memalign(&data_, 64, static_cast<size_t>(std::max<int64_t>(bytes, 1))) != 0) throw std::bad_alloc();
+  std::memset(data_, 0xFF, static_cast<size_t>(bytes));
+}
+Scratch::~Scratch() { std::free(data_); }
+
+#else
+
 namespace {
 
 struct Free {
@@ -57,6 +69,8 @@ Scratch::~Scratch() {
   }
 }
 
+#endif
+
 Product forward_product(const Geometry& g, const Mask& m) {
   return {g.batch, m.cin, m.cout,
           {g.in_h, g.out_h, g.kh, g.stride_h, 1, -g.pad_top, 1},
@@ -70,12 +84,10 @@ Product gradient_product(const Geometry& g, const Mask& m) {
 }
 
 Grouped by_filters(const Mask& m, const Geometry& g) {
-  const bool all = m.by_filters.entries == nullptr;  // one block, whatever the tile says
-  return {m.by_filters, all ? m.cout : m.filters, all ? m.cin : m.channels, m.cin, m.cout, g.kh, g.kw, false};
+  return {m.by_filters, m.filters, m.channels, m.cin, m.cout, g.kh, g.kw, false};
 }
 Grouped by_channels(const Mask& m, const Geometry& g) {
-  const bool all = m.by_channels.entries == nullptr;
-  return {m.by_channels, all ? m.cin : m.channels, all ? m.cout : m.filters, m.cout, m.cin, g.kh, g.kw, true};
+  return {m.by_channels, m.channels, m.filters, m.cout, m.cin, g.kh, g.kw, true};
 }
 
 std::vector<int64_t> Grouped::counts() const {

@@ -24,7 +24,7 @@ class Scratch {
   int64_t bytes_;
 };
 
-// Splits [0, count) into at most `parts` runs; calls body(begin, end) for each on the pool.
+// Calls body(index) for each of [0, count) on the pool.
 template <class Body>
 void parallel(Pool& pool, int64_t count, const Body& body) {
   if (count <= 0) return;
@@ -67,7 +67,7 @@ struct WeightPlace {
   int64_t inputs;
 };
 
-// Lists by groups of `width` outputs that share what they retain; entries are input * taps + tap after `expand`.
+// Lists by groups of `width` outputs that share what they retain.
 struct Grouped {
   Lists lists;      // null entries: everything
   int64_t width;    // outputs of a group

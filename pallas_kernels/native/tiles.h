@@ -213,7 +213,7 @@ class TileProduct {
     int64_t parts = 1;
     if (threads > 1) {
       const int64_t wanted = 3 * threads;
-      parts = std::clamp<int64_t>(div_up(wanted, div_up(rows, chunk)), 1, count);
+      parts = std::clamp<int64_t>(div_up(wanted, div_up(rows, chunk)), 1, std::min(count, like_the_longest()));
       if (div_up(rows, chunk) * parts < wanted) chunk = std::max<int64_t>(1, std::min(chunk, div_up(rows, div_up(wanted, parts))));
     }
     // Runs of equal length.
@@ -259,6 +259,13 @@ class TileProduct {
   int64_t tap_offset(int64_t tap) const {
     const int64_t row = tap / p_.columns.taps, column = tap % p_.columns.taps;
     return (p_.rows.turn * row * p_.columns.in + p_.columns.turn * column) * p_.inputs;
+  }
+  // How many panels there would be if all had as much to do as the one that has most: it cannot be cut, rows can.
+  int64_t like_the_longest() const {
+    int64_t most = 1;
+    for (size_t i = 0; i < w_.panels.size(); ++i)
+      most = std::max(most, (i + 1 < w_.panels.size() ? w_.weight_begin[i + 1] : w_.weights) - w_.weight_begin[i]);
+    return std::max<int64_t>(1, div_up(w_.weights, most));
   }
   bool is_uniform() const {
     const int64_t span = (p_.rows.taps * p_.columns.in + p_.columns.taps) * p_.inputs;

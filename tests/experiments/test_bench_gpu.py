@@ -125,6 +125,7 @@ def smoke(tmp_path, only, *, seconds, at_once="2"):
     )
 
 
+@pytest.mark.slow
 def test_a_run_and_the_narrow_net_that_waits_for_it(tmp_path):
     only = "^price-vgg13-(own-9.0x-1x1|narrow-multiply)"
     done = smoke(tmp_path, only, seconds=300)

@@ -226,3 +226,59 @@ def test_no_images():
     y, dx, dw = compute(x[:0], w, dy[:0], structure)
     assert (y.shape, dx.shape) == (dy[:0].shape, x[:0].shape)
     assert dw.shape == w.shape and not np.asarray(dw).any()
+
+
+@pytest.mark.parametrize("tile", [(16, 1), (1, 1)])
+def test_a_hundred_updates_follow_the_dense_masked_ones(tile):
+    """By the same gradients: of two layers, the second with stride 2, on images that a hidden net labels."""
+    layers = (
+        Case("first", (8, 8), 16, 8, 32, tile=tile, removed=0.5),
+        Case("second", (8, 8), 16, 32, 16, strides=(2, 2), padding=((1, 1), (1, 1)), tile=tile, removed=0.5),
+    )
+    rng = np.random.default_rng(0)
+    masks = [cases.make_mask(case, rng) for case in layers]
+    structures = [pk.make_structure(mask, tile=tile) for mask in masks]
+    weights, hidden = ([cases.make_inputs(case, rng)[1] * mask for case, mask in zip(layers, masks)] for _ in range(2))
+    images = rng.standard_normal((4, *layers[0].x_shape)).astype(np.float32)
+
+    def predicted(weights, x, backend):
+        for case, w, structure in zip(layers, weights, structures):
+            x = jax.nn.relu(common.convolve(x, w, structure, case, backend))
+        return x
+
+    def train(backend):
+        def loss(weights, x):
+            return jnp.mean((predicted(weights, x, backend) - predicted(hidden, x, "reference")) ** 2)
+
+        @jax.jit
+        def update(weights, x):
+            value, slopes = jax.value_and_grad(loss)(weights, x)
+            return [w - 3.0 * slope for w, slope in zip(weights, slopes)], value
+
+        now, losses = weights, []
+        for step in range(100):
+            now, value = update(now, images[step % len(images)])
+            losses.append(float(value))
+        return now, losses
+
+    (by_pattern, pattern_losses), (dense_weights, dense_losses) = train("cpu"), train("dense")
+    assert dense_losses[-1] < 0.5 * dense_losses[0]
+    np.testing.assert_allclose(pattern_losses, dense_losses, rtol=1e-4)
+    for w, wanted, mask in zip(by_pattern, dense_weights, masks):
+        common.check(w, np.asarray(wanted, np.float64), 1e-3, "weights after all updates")
+        assert not np.asarray(w)[~mask].any()
+
+
+def test_the_dense_entry_takes_more_taps_than_a_structure():
+    case = Case("9x9", (10, 9), 2, 3, 12, (9, 9), tile=(None, None), patterns=())
+    x, w, dy = cases.make_inputs(case, np.random.default_rng(0))
+    x, w = (array.astype(np.float32) for array in (x, w))
+    wanted = common.expected(x, w, dy, np.ones(w.shape, bool), case.geometry())[0]
+    common.check(pk.dense_conv(x, w, backend="cpu"), wanted, 1e-5, "9x9")
+
+
+def test_images_without_pixels_are_an_error_of_the_call():
+    case = common.ALL["wide-padding"]
+    x, w, _, _, structure = common.draw(case, "float32")
+    with pytest.raises(Exception, match="INVALID_ARGUMENT: clicktrain_conv: images have pixels"):
+        jax.block_until_ready(common.convolve(x[:, :0], w, structure, case, "cpu"))
