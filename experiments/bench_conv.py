@@ -74,7 +74,8 @@ def run(which: Which, pattern: str, rounds: int, out: Path | None, engines_pytho
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: expected 1 or more")
     if (which == "gpu") != (platform == "gpu"):
-        raise ValueError(f"--which {which}: jax runs on {platform} here; the list is for a {'gpu' if which == 'gpu' else 'cpu'}")
+        kind = "gpu" if which == "gpu" else "cpu"
+        raise ValueError(f"--which {which}: jax runs on {platform} here; the list is for a {kind}")
     try:
         chosen = [case for case in list_of(which) if re.search(pattern, case.name)]
     except re.error as error:

@@ -22,7 +22,15 @@ import numpy as np
 
 from experiments.conv_engines import ENGINES, ConvEngine
 from experiments.conv_ways import (
-    BOUNDS, DIRECTIONS, Direction, Problem, dense_ways, judge, make_problem, native_way, with_mask
+    BOUNDS,
+    DIRECTIONS,
+    Direction,
+    Problem,
+    dense_ways,
+    judge,
+    make_problem,
+    native_way,
+    with_mask,
 )
 from experiments.deployment.worker import Failed
 from experiments.records import setting, write_json
@@ -241,7 +249,7 @@ def reference(problem: Problem, direction: Direction) -> jax.Array:
         elif direction == "input gradient":
             result[read] += (pixels @ w[tap].T).reshape(padded[read].shape)
         else:
-            result[tap] = padded[read].reshape(-1, x.shape[3]).T @ pixels
+            result[tap] = (padded[read].reshape(-1, x.shape[3]).T @ pixels) * problem.mask[tap]
     if direction == "input gradient":
         (top, _), (left, _) = problem.geometry[layout].padding
         result = result[:, top : top + x.shape[1], left : left + x.shape[2]]

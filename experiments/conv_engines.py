@@ -1,4 +1,4 @@
-"""Dense convolutions of onnxruntime and PyTorch, in processes of an interpreter that has them; nothing of jax is needed.
+"""Dense convolutions of onnxruntime and PyTorch, in processes of an interpreter that has them, without jax.
 
 They stand beside this project's ways in `experiments.bench_layers`, timed in the same rounds on the same cores.
 """

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, Literal
 
 import jax
@@ -160,11 +161,9 @@ def ways(
     for name in ours:
         if name.startswith("cpu"):
             if jax.default_backend() == "cpu" and (name == "cpu" or direction == "forward"):
-                reason = api.supported(structure, problem.geometry[case.layout], jnp.dtype(case.dtype), case.batch)["cpu"]
-                if reason is None:
-                    made.append(native_way(problem, direction, name))
-                else:
-                    refused[name] = reason
+                reason = api.supported(structure, case.geometry(), jnp.dtype(case.dtype), case.batch)["cpu"]
+                made += [native_way(problem, direction, name)] if reason is None else []
+                refused |= {} if reason is None else {name: reason}
             continue
         if name == "xla packed":
             if direction == "forward":
@@ -198,7 +197,7 @@ def native_way(problem: Problem, direction: Direction, name: str) -> Way:
     geometry, structure = problem.geometry[layout], problem.structure
     if name == "cpu packed":
         packed = jax.device_put(cpu.pack(np.asarray(problem.w), jax.tree.map(np.asarray, structure)))
-        return Way(name, True, _packed_native(geometry), (problem.x[layout], packed, structure), layout)
+        return Way(name, True, _packed(geometry, cpu), (problem.x[layout], packed, structure), layout)
     arguments = (problem.x[layout], problem.w, problem.dy[layout], structure)
     return Way(name, True, _by_backend("cpu", direction, geometry), arguments, layout)
 
@@ -216,7 +215,7 @@ def judge(way: Way, direction: Direction, wanted: jax.Array, problem: Problem) -
         max|difference| / max|reference| (infinite where something is not finite), and a sentence or None.
     """
     shape = jax.eval_shape(way.function, *way.arguments)
-    # Freed at once: the next array of this size is likely to get this memory, so what stays unwritten is NaN.
+    # Freed at once: the next array of this size is likely to get this memory; what stays unwritten is NaN.
     jax.block_until_ready(jnp.full(shape.shape, jnp.nan, shape.dtype))
     result = way()
     if direction == "weight gradient":
@@ -245,7 +244,7 @@ def _compare(result: jax.Array, wanted: jax.Array, mask: jax.Array | None, all_e
 
 
 def dense_ways(problem: Problem, direction: Direction, only: Sequence[str] | None = None) -> list[Way]:
-    """XLA's own in each layout; on a CPU also the forms that are faster there for some shapes; those named in ``only``."""
+    """XLA's own in each layout, on a CPU also the forms that are faster there for some shapes; or ``only`` some."""
     forms: dict[str, Callable[[Direction, Geometry], Callable[..., jax.Array]]] = {"XLA": _xla_dense}
     # In 16 bits the CPU's matrix products sum in 16 bits too: their patches are not accurate enough to compare with.
     if jax.default_backend() == "cpu" and problem.case.dtype == "float32":
@@ -302,8 +301,7 @@ def _patches(direction: Direction, geometry: Geometry) -> Callable[..., jax.Arra
 def _directed(convolve: Callable[..., jax.Array], direction: Direction) -> Callable[..., jax.Array]:
     if direction == "forward":
         return jax.jit(lambda x, w, dy: convolve(x, w))
-    # The value is not asked for, so that it is not computed.
-    if direction == "input gradient":
+    if direction == "input gradient":  # the value is not asked for, so that it is not computed
         return jax.jit(lambda x, w, dy: jax.linear_transpose(lambda x: convolve(x, w), x)(dy)[0])
     return jax.jit(lambda x, w, dy: jax.linear_transpose(lambda w: convolve(x, w), w)(dy)[0])
 
@@ -398,10 +396,5 @@ def _pack() -> Callable[..., Any]:
 
 
 @functools.cache
-def _packed(geometry: Geometry) -> Callable[..., jax.Array]:
-    return jax.jit(lambda x, packed, structure: xla.forward_packed(x, packed, structure, geometry))
-
-
-@functools.cache
-def _packed_native(geometry: Geometry) -> Callable[..., jax.Array]:
-    return jax.jit(lambda x, packed, structure: cpu.forward_packed(x, packed, structure, geometry))
+def _packed(geometry: Geometry, module: ModuleType = xla) -> Callable[..., jax.Array]:
+    return jax.jit(lambda x, packed, structure: module.forward_packed(x, packed, structure, geometry))

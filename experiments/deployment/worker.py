@@ -38,19 +38,19 @@ class Process:
 
     Raises:
         Failed: what it needs is not installed, or does not work.
+        OSError: there is no such command.
     """
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
         self._errors = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            command,
-            cwd=_ROOT,
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
+        pipe = subprocess.PIPE
+        try:
+            self._process = subprocess.Popen(
+                command, cwd=_ROOT, env=env, stdin=pipe, stdout=pipe, stderr=self._errors, text=True
+            )
+        except OSError:
+            self._errors.close()
+            raise
         try:
             # Once it stands, with its library's version.
             self.version = self._answer()["version"]

@@ -66,7 +66,10 @@ def bench_table(rows: list[dict[str, Any]]) -> str:
 
 def step_table(rows: list[dict[str, Any]]) -> str:
     """Rows of `experiments.bench.measure_step`: whole updates, how many times faster than the fastest dense one."""
-    header = ("what", "precision", "median s", "20%", "80%", "images/s", "times faster", "goal")
+    # A record of several nets says which.
+    several = any("net" in row for row in rows)
+    first = ("net",) if several else ()
+    header = (*first, "what", "precision", "median s", "20%", "80%", "images/s", "times faster", "goal")
     lines = []
     for row in rows:
         seconds = (f"{row[key]:.4g}" for key in ("median", "p20", "p80"))
@@ -74,7 +77,7 @@ def step_table(rows: list[dict[str, Any]]) -> str:
         if row["goal"]:
             goal = f"{row['goal']:g}: {'met' if row['times_faster'] >= row['goal'] else 'not met'}"
         rates = (f"{row['images_per_s']:,.0f}", f"{row['times_faster']:.2f}")
-        lines.append((row["name"], row["precision"], *seconds, *rates, goal))
+        lines.append((*((row["net"],) if several else ()), row["name"], row["precision"], *seconds, *rates, goal))
     return markdown_table(header, lines)
 
 

@@ -1,4 +1,4 @@
-"""Tables of `experiments.bench_layers`: the CPU's kernels on layers of real nets, by shape of tile, beside dense ones."""
+"""Tables of `experiments.bench_layers`: the CPU's kernels on layers of real nets, beside dense ones."""
 
 import statistics
 from collections.abc import Iterator, Sequence
