@@ -135,7 +135,7 @@ def _masks(rows: Sequence[dict[str, Any]]) -> list[Mask]:
 
 def _key(mask: dict[str, Any]) -> Mask:
     # What is removed is a whole number of tiles: layers differ a little.
-    reduction = next((each for each in FORWARD_GOALS if abs(mask["reduction"] / each - 1) < 0.05), mask["reduction"])
+    reduction = next((each for each in FORWARD_GOALS if abs(mask["reduction"] / each - 1) < 0.1), mask["reduction"])
     return tuple(mask["tile"]), reduction
 
 
