@@ -36,7 +36,7 @@ bench: $(READY)
 	$(VENV)/bin/python -m experiments bench loop
 	$(VENV)/bin/python -m experiments bench selection
 	$(VENV)/bin/python -m experiments bench conv
-	$(VENV)/bin/python -m experiments bench step --net vgg13 --batch-size 32
+	$(VENV)/bin/python -m experiments bench step
 
 table: $(READY)
 	$(VENV)/bin/python -m experiments table --write

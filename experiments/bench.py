@@ -3,7 +3,7 @@
     python -m experiments bench steps      (make bench)
     python -m experiments bench loop
     python -m experiments bench selection
-    python -m experiments bench step --net vgg13 --batch-size 32
+    python -m experiments bench step
 
 Convolutions, layer by layer, are measured by `experiments.bench_conv`.
 """
@@ -38,17 +38,31 @@ _FRACTION = 0.65
 _SELECT_STEP, _PRUNE_STEP = 1000, 2000
 
 
-def run(what: str, net: str, width: float, batch_size: int, repeats: int, out: Path | None) -> str:
-    """Measure, save the record when ``out`` is given, and return a table to print."""
+def run(
+    what: str, net: str | None, width: float | None, batch_size: int | None, repeats: int, out: Path | None
+) -> str:
+    """Measure, save the record when ``out`` is given, and return a table to print.
+
+    Args:
+        what: "steps", "loop", "selection" or "step".
+        net, width, batch_size: None for the default; without a net, "step" measures several.
+        repeats: calls of each function.
+        out: a JSON file.
+    """
     if not 1 <= repeats <= 500:  # more would walk out of the phase that is measured
         raise ValueError(f"repeats={repeats}: expected 1 to 500")
-    measures = {"steps": measure_steps, "loop": measure_loop, "selection": measure_selection, "step": measure_step}
-    measure = measures[what]
-    results = measure(net, width, batch_size, repeats)
+    if what == "step" and net is None:
+        results, asked = measure_nets(width, batch_size, repeats), ""
+    else:
+        net, width, batch_size = net or "vgg16", 1.0 if width is None else width, batch_size or 64
+        measures = {"steps": measure_steps, "loop": measure_loop, "selection": measure_selection, "step": measure_step}
+        results = measures[what](net, width, batch_size, repeats)
+        asked = f"--net {net} "
+    asked += "" if width is None else f"--width {width:g} "
+    asked += "" if batch_size is None else f"--batch-size {batch_size} "
     record = {
         "what": what,
-        "command": f"python -m experiments bench {what} --net {net} --width {width:g} --batch-size {batch_size} "
-        f"--repeats {repeats}",
+        "command": f"python -m experiments bench {what} {asked}--repeats {repeats}",
         "setting": setting(),
         "results": results,
     }
@@ -163,6 +177,18 @@ def measure_steps(net: str, width: float, batch_size: int, repeats: int) -> list
     return [*rows, _row(name, selection, None, "under 1 s on 2 cores")]
 
 
+def measure_nets(width: float | None, batch_size: int | None, repeats: int) -> list[dict[str, Any]]:
+    """`measure_step` of each of `experiments.bench_step.NETS`, in their own sizes where none are given."""
+    from experiments import bench_step
+
+    rows = []
+    for net, own_width, own_batch in bench_step.NETS:
+        sizes = (own_width if width is None else width, batch_size or own_batch)
+        what = f"{net}, width {sizes[0]:g}, N = {sizes[1]}"
+        rows += [{"net": what, **row} for row in measure_step(net, *sizes, repeats)]
+    return rows
+
+
 def measure_step(
     net: str,
     width: float,
@@ -179,20 +205,27 @@ def measure_step(
         batch_size: images of an update.
         repeats: calls of each.
         precision: what the net computes in.
-        tile: (filters, channels) of patterns and of removal; on a GPU blocks for its kernels when None.
+        tile: (filters, channels) of patterns and of removal; when None on a GPU blocks for its kernels, on a CPU
+            several.
     """
     from experiments import bench_step
 
     # On a GPU blocks, which tensor cores take; what is asked of a step there is of an H200.
-    default, goal = ((64, 64), 1.33) if jax.default_backend() == "gpu" else (bench_step.TILE, bench_step.GOAL)
+    on_gpu = jax.default_backend() == "gpu"
+    tiles = (tile,) if tile else ((64, 64),) if on_gpu else bench_step.TILES
+
+    def goal_of(tile: tuple[int | None, int | None] | None) -> float | None:
+        if tile is None or on_gpu:
+            return None if tile is None else 1.33
+        return bench_step.KERNEL_GOAL if tile == (1, 1) else bench_step.TILE_GOAL
+
     rows = []
     for row in bench_step.measure(
-        net, width, batch_size, lambda functions: interleaved(functions, repeats), precision=precision,
-        tile=tile or default,
+        net, width, batch_size, lambda functions: interleaved(functions, repeats), precision=precision, tiles=tiles
     ):
         p20, median, p80 = np.percentile(row["seconds"], (20, 50, 80)).tolist()
         # Here a ratio is how many times faster; the goal is for any of the forms by patterns.
-        facts = {"times_faster": row["ratio"], "goal": goal if row["name"].startswith("pruned, by") else None}
+        facts = {"times_faster": row["ratio"], "goal": goal_of(row["tile"])}
         what = {"name": row["name"], "precision": precision, "images_per_s": row["images_per_s"]}
         rows.append({**what, "median": median, "p20": p20, "p80": p80, **facts})
     return rows

@@ -1,6 +1,8 @@
 """Convolutions by patterns against the dense ones, layer by layer, each way judged before it is timed.
 
-    python -m experiments bench conv --which cpu --out experiments/results/bench/conv-cpu.json
+    python -m experiments bench conv --which portable --out RECORD.json
+
+Here are the lists of a GPU and of the portable form; a CPU's own kernels are measured by `experiments.bench_layers`.
 """
 
 import contextlib
@@ -18,15 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import bench_layers
 from experiments.conv_ways import DIRECTIONS, OURS, Direction, Problem, Way, expected, judge, make_problem, ways
 from experiments.records import setting, write_json
 from experiments.tables.conv import conv_tables
+from pallas_kernels import native
 from pallas_kernels.pattern_conv import cases
 from pallas_kernels.pattern_conv.cases import Case
 from pallas_kernels.pattern_conv.geometry import Geometry, Layout
 from pallas_kernels.tuning import time_together
 
-Which = Literal["cpu", "gpu", "auto"]
+Which = Literal["cpu", "portable", "gpu", "auto"]
 
 # How many times faster than dense the portable form's forward pass shall be on a CPU with two cores.
 GOALS = {
@@ -51,7 +55,7 @@ _NARROW, _NARROW_TILE = 64, (64, 16)
 _BUDGET_S = 6.0
 
 
-def run(which: Which, pattern: str, rounds: int, out: Path | None) -> str:
+def run(which: Which, pattern: str, rounds: int, out: Path | None, engines_python: str | None = None) -> str:
     """Measure, save the record when ``out`` is given, and return the tables to print.
 
     Args:
@@ -59,22 +63,28 @@ def run(which: Which, pattern: str, rounds: int, out: Path | None) -> str:
         pattern: regular expression that a case's name holds somewhere; "" takes all.
         rounds: samples of every way.
         out: a JSON file.
+        engines_python: for "cpu", an interpreter with onnx, onnxruntime and PyTorch.
 
     Raises:
         ValueError: no case is left, or the list of a GPU is asked for without one.
     """
     platform = jax.default_backend()
-    which = ("gpu" if platform == "gpu" else "cpu") if which == "auto" else which
+    if which == "auto":
+        which = "gpu" if platform == "gpu" else "cpu" if native.why_not() is None else "portable"
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: expected 1 or more")
     if (which == "gpu") != (platform == "gpu"):
-        raise ValueError(f"--which {which}: jax runs on {platform} here; the list is for a {which}")
+        kind = "gpu" if which == "gpu" else "cpu"
+        raise ValueError(f"--which {which}: jax runs on {platform} here; the list is for a {kind}")
     try:
         chosen = [case for case in list_of(which) if re.search(pattern, case.name)]
     except re.error as error:
         raise ValueError(f"--filter {pattern!r} is no regular expression: {error}") from None
     if not chosen:
         raise ValueError(f"--filter {pattern!r} matches no case; one is {list_of(which)[0].name}")
+    asked = f" --filter '{pattern}'" if pattern else ""
+    if which == "cpu":
+        return bench_layers.run(chosen, asked, rounds, engines_python, out)
     seed = int(np.random.SeedSequence().generate_state(1)[0])
     loads = [os.getloadavg()]
     ceilings = measure_ceilings()
@@ -82,7 +92,6 @@ def run(which: Which, pattern: str, rounds: int, out: Path | None) -> str:
     for row in measure(chosen, np.random.default_rng(seed), ceilings, rounds=rounds):
         print(f"{len(results) + 1}/{len(chosen) * len(DIRECTIONS)} {row['case']}, {row['direction']}", file=sys.stderr)
         results.append(row)
-    asked = f" --filter '{pattern}'" if pattern else ""
     record = {
         "what": "conv",
         "command": f"python -m experiments bench conv --which {which}{asked} --rounds {rounds}",
@@ -99,9 +108,10 @@ def run(which: Which, pattern: str, rounds: int, out: Path | None) -> str:
     return conv_tables(record)
 
 
-def list_of(which: Literal["cpu", "gpu"]) -> tuple[Case, ...]:
+def list_of(which: Literal["cpu", "portable", "gpu"]) -> tuple[Case, ...]:
     """The cases that are measured on a kind of device."""
-    return cases.CPU if which == "cpu" else tuple(_wide_enough(case) for case in cases.GPU)
+    lists = {"cpu": cases.CPU, "portable": cases.PORTABLE}
+    return lists[which] if which in lists else tuple(_wide_enough(case) for case in cases.GPU)
 
 
 def _wide_enough(case: Case) -> Case:

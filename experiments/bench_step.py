@@ -1,15 +1,16 @@
 """Whole training steps, dense against pruned, in one run: what pruning is worth in the end.
 
+    python -m experiments bench step
     python -m experiments bench step --net vgg13 --batch-size 32
 
 Every step is the training loop's own update: gather, augment, forward, backward, optimizer, masks. The masks are what
-the library's selection makes of random scores, at 8x in tiles of (64, 1). The dense baseline is the fastest of the
-dense forms, and all other rows are given against it.
+the library's selection makes of random scores, at 8x in several shapes of tile. The dense baseline is the fastest of
+the dense forms, and all other rows are given against it.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,13 +28,18 @@ from experiments.data import Dataset
 from experiments.pruned_phase import gaining_structures
 from experiments.step import Trainer, decode
 from experiments.train_state import Held
+from pallas_kernels import native
 
 TARGET = 8.0
-TILE = (64, 1)
-GOAL = 1.3
+Tile = tuple[int | None, int | None]
+# On a CPU; the last is what kernels choose for themselves. A goal is of times faster, in tiles and kernel by kernel.
+TILES: tuple[Tile, ...] = ((64, 1), (16, 1), (1, 1))
+TILE_GOAL, KERNEL_GOAL = 2.5, 2.0
+# (net, width, batch size) that are measured when none is named.
+NETS = (("vgg11", 0.25, 128), ("vgg13", 1.0, 32), ("resnet18", 1.0, 32))
 
 # What each dense form of the loop is called in the table.
-_DENSE = {"xla": "flax.linen.Conv", "patches": "PatchConv", "direct": "pallas_kernels.dense_conv"}
+_DENSE = {"xla": "XLA (flax.linen.Conv)", "patches": "patches (PatchConv)", "direct": "pallas_kernels.dense_conv"}
 
 
 def measure(
@@ -43,7 +49,7 @@ def measure(
     time_together: Callable[[dict[str, Callable[[], Any]]], dict[str, list[float]]],
     *,
     precision: str = "float32",
-    tile: tuple[int | None, int | None] = TILE,
+    tiles: Sequence[Tile] = TILES,
     target: float = TARGET,
 ) -> list[dict[str, Any]]:
     """Seconds of whole updates.
@@ -54,41 +60,50 @@ def measure(
         batch_size: images of an update.
         time_together: ``{name: function} -> {name: seconds}``, calls them in turns.
         precision: what the net computes in.
-        tile: of patterns and of removal, (filters, channels).
+        tiles: of patterns and of removal, (filters, channels).
         target: compression of the convolutions.
 
     Returns:
-        Rows ``{"name", "seconds", "images_per_s", "ratio"}``, the fastest dense one first; ratio is how many times
-        faster than that one.
+        Rows ``{"name", "tile", "seconds", "images_per_s", "ratio"}``, the fastest dense one first; ratio is how many
+        times faster than that one; tile is None where nothing is run by pattern.
 
     Raises:
         ValueError: nothing gains by its structure, or the target is out of reach.
     """
     size = (net, width, batch_size, precision)
-    trainers = {name: random_trainer(*size, form, tile, target) for form, name in _DENSE.items()}
-    trainer = trainers[_DENSE["direct"]]
-    state, _ = trainer.init(0)
-    pruned, masks, structures = pruned_state(trainer)
-    if not structures:
-        raise ValueError(f"{net} in tiles of {tile}: no layer gains by its structure")
-    args = arguments(trainer)
+    native_dense = jax.default_backend() == "cpu" and native.is_fast()
+    names = _DENSE | ({"direct": f"native ({_DENSE['direct']})"} if native_dense else {})
+    functions: dict[str, Callable[[], Any]] = {}
+    tile_of: dict[str, Tile] = {}
 
-    def runner(of: Trainer, phase: Phase, state: Any, held: Any, way: str = "dense") -> Callable[[], Any]:
-        program = jax.jit(of.update_step(phase, batch_size, way=way))
-        return lambda: program(state, *args, held)
+    def add(name: str, of: Trainer, phase: Phase, state: Any, held: Any, way: str = "dense") -> None:
+        program, args = jax.jit(of.update_step(phase, batch_size, way=way)), arguments(of)
+        functions[name] = lambda: program(state, *args, held)
 
-    functions = {f"dense, {name}": runner(each, Phase.DENSE, state, None) for name, each in trainers.items()}
-    functions["pruned, dense under masks"] = runner(trainer, Phase.PRUNED, pruned, Held(masks, {}))
+    trainers = {form: random_trainer(*size, form, tiles[0], target) for form in names}
+    state, _ = trainers["direct"].init(0)
+    for form, trainer in trainers.items():
+        add(f"dense, {names[form]}", trainer, Phase.DENSE, state, None)
     ways = {"pattern": "NHWC"} | ({} if jax.default_backend() == "cpu" else {"pattern_hwnc": "HWNC"})
-    for way, layout in ways.items():
-        held = Held(masks, structures)
-        functions[f"pruned, by pattern, {layout}"] = runner(trainer, Phase.PRUNED, pruned, held, way)
+    for tile in tiles:
+        trainer = random_trainer(*size, "direct", tile, target)
+        pruned, masks, structures = pruned_state(trainer)
+        # On a CPU it costs what a dense step costs, and there are many rows.
+        if jax.default_backend() != "cpu" and tile == tiles[0]:
+            add("pruned, dense under masks", trainer, Phase.PRUNED, pruned, Held(masks, {}))
+        for way, layout in ways.items() if structures else ():
+            name = f"pruned, by pattern in tiles of {tile}, {layout}"
+            add(name, trainer, Phase.PRUNED, pruned, Held(masks, structures), way)
+            tile_of[name] = tile
+    if not tile_of:
+        raise ValueError(f"{net} in tiles of {', '.join(map(str, tiles))}: no layer gains by its structure")
     seconds = time_together(functions)
     base = min((name for name in functions if name.startswith("dense")), key=lambda name: np.median(seconds[name]))
     order = [base, *(name for name in functions if name != base)]
     return [
         {
             "name": name,
+            "tile": tile_of.get(name),
             "seconds": seconds[name],
             "images_per_s": batch_size / float(np.median(seconds[name])),
             # Of neighbours in time: a slow spell of the machine meets both.
@@ -151,7 +166,7 @@ def random_trainer(
     batch_size: int,
     precision: str,
     form: str,
-    tile: tuple[int | None, int | None],
+    tile: Tile,
     target: float,
     *,
     updates: int = 4,

@@ -28,7 +28,7 @@ from clicktrain_jax.trees import named_leaves
 from experiments import configs
 from experiments.data import Dataset, normalise
 from experiments.deployment.bench import worst_difference
-from experiments.deployment.worker import Failed, Worker
+from experiments.deployment.worker import Failed, Process
 from experiments.records import setting, write_json
 from experiments.step import Trainer
 from experiments.tables.benchmarks import tables_of
@@ -43,7 +43,6 @@ FORMS = {
     "one fixed batch, channels_last": "PyTorch, one fixed batch, no loader, channels_last",
 }
 ROUNDS = 5
-_ROOT = Path(__file__).parents[1]
 _TOLERANCE = 1e-3
 _CHECKED_IMAGES = 8
 # Labels are random: a rate at which nothing can diverge.
@@ -53,26 +52,8 @@ _REST_S = 0.2
 _LONGEST_END_S = 20.0
 
 
-class TorchLoop(Worker):
-    """The process of `experiments.torch_loop`, to be used as a context and asked as any `Worker` is.
-
-    Args:
-        command: starts it.
-
-    Raises:
-        Failed: it does not start.
-    """
-
-    def __init__(self, command: Sequence[str]) -> None:
-        self._errors = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            command, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
-        )
-        try:
-            self.version = self._answer()["version"]
-        except BaseException:
-            self.close()
-            raise
+class TorchLoop(Process):
+    """The process of `experiments.torch_loop`, to be used as a context and asked as any `Process` is."""
 
     def close(self) -> None:
         """Let it end, and its loader's workers with it."""

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, Literal
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax.models.conv import patch_convolution
-from pallas_kernels.pattern_conv import api, xla
+from pallas_kernels.pattern_conv import api, cpu, xla
 from pallas_kernels.pattern_conv.cases import Case, make_mask
 from pallas_kernels.pattern_conv.geometry import Geometry, Layout, make_geometry
 from pallas_kernels.pattern_conv.structure import Structure, make_structure
@@ -23,7 +24,7 @@ Direction = Literal["forward", "input gradient", "weight gradient"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "input gradient", "weight gradient")
 # Left open: whatever `pattern_conv` chooses by itself.
 OPEN = "left open"
-OURS = ("xla", "xla packed", "mosaic_gpu", OPEN)
+OURS = ("xla", "xla packed", "cpu", "cpu packed", "mosaic_gpu", OPEN)
 
 # Allowed max|difference| / max|reference|, by dtype.
 BOUNDS = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
@@ -106,6 +107,19 @@ def make_problem(case: Case, rng: np.random.Generator, layouts: Sequence[Layout]
     )
 
 
+def with_mask(problem: Problem, case: Case, rng: np.random.Generator) -> Problem:
+    """The same arrays with a mask of another case, which differs in that alone; the problem's own retains all."""
+    mask = make_mask(case, rng)
+    return dataclasses.replace(
+        problem,
+        case=case,
+        mask=mask,
+        structure=jax.device_put(make_structure(mask, tile=case.tile)),
+        w=jnp.where(mask, problem.w, jnp.array(jnp.nan, problem.w.dtype)),
+        masked_w=jnp.where(mask, problem.w, jnp.zeros((), problem.w.dtype)),
+    )
+
+
 def expected(problem: Problem, direction: Direction, *, on_cpu: bool) -> jax.Array:
     """What the reference says, (batch, rows, columns, channels) or (kh, kw, cin, cout), as float32 on the device.
 
@@ -136,15 +150,21 @@ def ways(
     Args:
         problem: what to compute.
         direction: which of the three.
-        ours: which ways by patterns, of `OURS`; "xla packed" is there for the forward pass alone.
+        ours: which ways by patterns, of `OURS`; packed ones are there for the forward pass alone, the CPU's on CPUs.
 
     Returns:
         The ways, and for those that cannot do it here the reason, by name.
     """
-    made, refused = _dense(problem, direction), {}
+    made, refused = dense_ways(problem, direction), {}
     case, structure = problem.case, problem.structure
     several = len(problem.geometry) > 1
     for name in ours:
+        if name.startswith("cpu"):
+            if jax.default_backend() == "cpu" and (name == "cpu" or direction == "forward"):
+                reason = api.supported(structure, case.geometry(), jnp.dtype(case.dtype), case.batch)["cpu"]
+                made += [native_way(problem, direction, name)] if reason is None else []
+                refused |= {} if reason is None else {name: reason}
+            continue
         if name == "xla packed":
             if direction == "forward":
                 layout = "NHWC" if "NHWC" in problem.geometry else case.layout
@@ -171,6 +191,17 @@ def ways(
     return made, refused
 
 
+def native_way(problem: Problem, direction: Direction, name: str) -> Way:
+    """The CPU's kernels: "cpu", or "cpu packed" for the forward pass on weights that are packed beforehand."""
+    layout = problem.case.layout
+    geometry, structure = problem.geometry[layout], problem.structure
+    if name == "cpu packed":
+        packed = jax.device_put(cpu.pack(np.asarray(problem.w), jax.tree.map(np.asarray, structure)))
+        return Way(name, True, _packed(geometry, cpu), (problem.x[layout], packed, structure), layout)
+    arguments = (problem.x[layout], problem.w, problem.dy[layout], structure)
+    return Way(name, True, _by_backend("cpu", direction, geometry), arguments, layout)
+
+
 def judge(way: Way, direction: Direction, wanted: jax.Array, problem: Problem) -> tuple[float, str | None]:
     """Run a way once over poisoned memory: its error, and why it is wrong, or None.
 
@@ -184,7 +215,7 @@ def judge(way: Way, direction: Direction, wanted: jax.Array, problem: Problem) -
         max|difference| / max|reference| (infinite where something is not finite), and a sentence or None.
     """
     shape = jax.eval_shape(way.function, *way.arguments)
-    # Freed at once: the next array of this size is likely to get this memory, so what stays unwritten is NaN.
+    # Freed at once: the next array of this size is likely to get this memory; what stays unwritten is NaN.
     jax.block_until_ready(jnp.full(shape.shape, jnp.nan, shape.dtype))
     result = way()
     if direction == "weight gradient":
@@ -212,8 +243,8 @@ def _compare(result: jax.Array, wanted: jax.Array, mask: jax.Array | None, all_e
     return jnp.max(jnp.abs(result - wanted), initial=0) / jnp.where(largest > 0, largest, 1), stray
 
 
-def _dense(problem: Problem, direction: Direction) -> list[Way]:
-    """XLA's own in each layout; on a CPU also the forms that are faster there for some shapes."""
+def dense_ways(problem: Problem, direction: Direction, only: Sequence[str] | None = None) -> list[Way]:
+    """XLA's own in each layout, on a CPU also the forms that are faster there for some shapes; or ``only`` some."""
     forms: dict[str, Callable[[Direction, Geometry], Callable[..., jax.Array]]] = {"XLA": _xla_dense}
     # In 16 bits the CPU's matrix products sum in 16 bits too: their patches are not accurate enough to compare with.
     if jax.default_backend() == "cpu" and problem.case.dtype == "float32":
@@ -232,7 +263,7 @@ def _dense(problem: Problem, direction: Direction) -> list[Way]:
         name = f"backend dense {layout}" if len(problem.geometry) > 1 else "backend dense"
         function = _by_backend("dense", direction, geometry)
         made.append(Way(name, False, function, (*arguments, problem.structure), layout))
-    return made
+    return made if only is None else [way for way in made if way.name in only]
 
 
 def _geometry(case: Case, layout: Layout) -> Geometry:
@@ -270,8 +301,7 @@ def _patches(direction: Direction, geometry: Geometry) -> Callable[..., jax.Arra
 def _directed(convolve: Callable[..., jax.Array], direction: Direction) -> Callable[..., jax.Array]:
     if direction == "forward":
         return jax.jit(lambda x, w, dy: convolve(x, w))
-    # The value is not asked for, so that it is not computed.
-    if direction == "input gradient":
+    if direction == "input gradient":  # the value is not asked for, so that it is not computed
         return jax.jit(lambda x, w, dy: jax.linear_transpose(lambda x: convolve(x, w), x)(dy)[0])
     return jax.jit(lambda x, w, dy: jax.linear_transpose(lambda w: convolve(x, w), w)(dy)[0])
 
@@ -366,5 +396,5 @@ def _pack() -> Callable[..., Any]:
 
 
 @functools.cache
-def _packed(geometry: Geometry) -> Callable[..., jax.Array]:
-    return jax.jit(lambda x, packed, structure: xla.forward_packed(x, packed, structure, geometry))
+def _packed(geometry: Geometry, module: ModuleType = xla) -> Callable[..., jax.Array]:
+    return jax.jit(lambda x, packed, structure: module.forward_packed(x, packed, structure, geometry))

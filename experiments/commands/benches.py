@@ -28,23 +28,26 @@ def bench(arguments: list[str]) -> int:
         loop: an epoch as one compiled loop against one call an update.
         selection: the choice of the masks alone, with each option.
         conv: convolutions and their gradients by patterns against the dense ones, layer by layer."""
-        net: str = "vgg16"
-        """Of steps, step, loop and selection, as the next three."""
-        width: float = 1.0
-        batch_size: int = 64
+        net: str | None = None
+        """Of steps, step, loop and selection, as the next three: vgg16 of width 1 in batches of 64 by default; step
+        measures a slim VGG-11, VGG-13 and ResNet-18 when no net is named."""
+        width: float | None = None
+        batch_size: int | None = None
         repeats: int = 7
-        which: Literal["cpu", "gpu", "auto"] = "auto"
-        """Of conv, as the next two: which list of layers."""
+        which: Literal["cpu", "portable", "gpu", "auto"] = "auto"
+        """Of conv, as the next three: which list of layers; cpu is that of the native kernels."""
         filter: str = ""
         """Only layers whose name holds this regular expression."""
         rounds: int = 20
         """Samples of each function."""
+        engines_python: str | None = None
+        """With --which cpu, an interpreter that has onnx, onnxruntime and PyTorch, to be compared with."""
         out: Path | None = None
         """A JSON file to save the record in."""
 
     asked = parse(Bench, arguments, "bench")
     if asked.what == "conv":
-        print(bench_conv.run(asked.which, asked.filter, asked.rounds, asked.out))
+        print(bench_conv.run(asked.which, asked.filter, asked.rounds, asked.out, asked.engines_python))
     else:
         sizes = (asked.net, asked.width, asked.batch_size, asked.repeats)
         print(benches.run(asked.what, *sizes, asked.out))

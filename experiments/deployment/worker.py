@@ -11,9 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -29,32 +29,28 @@ class Failed(Exception):
     """What an engine was asked to do went wrong, in words."""
 
 
-class Worker:
-    """The process of one engine, to be used as a context.
+class Process:
+    """A process that answers line by line, to be used as a context.
 
     Args:
-        engine: of `ENGINES`.
-        job: what it runs.
-        python: interpreter; this one's when None.
+        command: starts it.
+        env: its environment; this process's when None.
 
     Raises:
-        Failed: the engine's library is not installed, or does not work.
+        Failed: what it needs is not installed, or does not work.
+        OSError: there is no such command.
     """
 
-    def __init__(self, engine: str, job: Job, python: str | None = None) -> None:
-        self.engine = engine
+    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
         self._errors = tempfile.TemporaryFile("w+")
-        arguments = [engine, str(job.export.resolve()), str(job.folder.resolve()), job.platform]
-        self._process = subprocess.Popen(
-            [python or sys.executable, "-m", "experiments.deployment.worker", *arguments],
-            cwd=_ROOT,
-            # Several processes of jax share a GPU only if none takes its memory beforehand.
-            env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
+        pipe = subprocess.PIPE
+        try:
+            self._process = subprocess.Popen(
+                command, cwd=_ROOT, env=env, stdin=pipe, stdout=pipe, stderr=self._errors, text=True
+            )
+        except OSError:
+            self._errors.close()
+            raise
         try:
             # Once it stands, with its library's version.
             self.version = self._answer()["version"]
@@ -85,7 +81,7 @@ class Worker:
             except BrokenPipeError:
                 pass  # What was still to be sent has nobody to read it.
 
-    def __enter__(self) -> "Worker":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -104,13 +100,59 @@ class Worker:
         return answer
 
 
-class _Served:
-    """The engine's side."""
+class Worker(Process):
+    """The process of one engine.
+
+    Args:
+        engine: of `ENGINES`.
+        job: what it runs.
+        python: interpreter; this one's when None.
+
+    Raises:
+        Failed: the engine's library is not installed, or does not work.
+    """
+
+    def __init__(self, engine: str, job: Job, python: str | None = None) -> None:
+        self.engine = engine
+        arguments = [engine, str(job.export.resolve()), str(job.folder.resolve()), job.platform]
+        super().__init__(
+            [python or sys.executable, "-m", "experiments.deployment.worker", *arguments],
+            # Several processes of jax share a GPU only if none takes its memory beforehand.
+            {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        )
+
+
+class Sampled:
+    """The side that is timed: functions of no arguments, by the name of their form."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, Any] = {}
+
+    def sample(self, form: str, calls: int | None) -> dict[str, Any]:
+        """Seconds of a call, the mean of so many; of as many as make a sample when None."""
+        call = self.calls[form]
+        # Calls before find caches and threads as the engine before left them.
+        begin = now = time.perf_counter()
+        once_s = 0.0
+        while not once_s or now - begin < _WARM_S:
+            call()
+            once_s, now = time.perf_counter() - now, time.perf_counter()
+        calls = min(max(1, round(_SAMPLE_S / max(once_s, 1e-9))), _MOST_CALLS) if calls is None else calls
+        if once_s > _SAMPLE_S and calls == 1:
+            return {"seconds": once_s, "calls": 1}
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return {"seconds": (time.perf_counter() - begin) / calls, "calls": calls}
+
+
+class _Served(Sampled):
+    """An engine's side."""
 
     def __init__(self, engine: str, job: Job) -> None:
+        super().__init__()
         self.job = job
         self.engine = ENGINES[engine](job)
-        self.calls: dict[str, Any] = {}
 
     def start(self, images: str, form: str) -> dict[str, Any]:
         """From nothing but the library to the first answer."""
@@ -150,23 +192,6 @@ class _Served:
         np.savez(path, **logits)
         return {"logits": path, "failed": failed}
 
-    def sample(self, form: str, calls: int | None) -> dict[str, Any]:
-        """Seconds of a call, the mean of so many; of as many as make a sample when None."""
-        call = self.calls[form]
-        # Calls before find caches and threads as the engine before left them.
-        begin = now = time.perf_counter()
-        once_s = 0.0
-        while not once_s or now - begin < _WARM_S:
-            call()
-            once_s, now = time.perf_counter() - now, time.perf_counter()
-        calls = min(max(1, round(_SAMPLE_S / max(once_s, 1e-9))), _MOST_CALLS) if calls is None else calls
-        if once_s > _SAMPLE_S and calls == 1:
-            return {"seconds": once_s, "calls": 1}
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return {"seconds": (time.perf_counter() - begin) / calls, "calls": calls}
-
 
 def resident_bytes(reset: bool = False) -> int:
     """The most memory that this process has had resident, Linux's VmHWM.
@@ -187,8 +212,13 @@ def resident_bytes(reset: bool = False) -> int:
     raise Unavailable("/proc/self/status tells no VmHWM")
 
 
-def main(engine: str, export: str, folder: str, platform: str) -> None:
-    """Serve one engine until standard input ends."""
+def serve(package: str, make: Callable[[], Any]) -> None:
+    """Answer until standard input ends.
+
+    Args:
+        package: what pip calls the library that is served.
+        make: returns the object whose methods answer.
+    """
     # Libraries may print: only answers go where the answers are read.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -197,9 +227,8 @@ def main(engine: str, export: str, folder: str, platform: str) -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
-    package = PACKAGES[engine]
     try:
-        served = _Served(engine, Job(Path(export), Path(folder), platform))
+        served = make()
         answer({"version": f"{package} {importlib.metadata.version(package)}"})
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == package
@@ -214,6 +243,11 @@ def main(engine: str, export: str, folder: str, platform: str) -> None:
             answer(getattr(served, asked.pop("do"))(**asked))
         except Exception as error:
             answer({"error": _words(error)})
+
+
+def main(engine: str, export: str, folder: str, platform: str) -> None:
+    """Serve one engine until standard input ends."""
+    serve(PACKAGES[engine], lambda: _Served(engine, Job(Path(export), Path(folder), platform)))
 
 
 def _words(error: Exception) -> str:

@@ -7,6 +7,7 @@ from experiments.deployment import dtypes, sizes
 from experiments.records import read_json
 from experiments.tables import deploy, gpu
 from experiments.tables.conv import conv_tables, gpu_tables, sweep_table, worst_errors
+from experiments.tables.layers import layers_tables
 from experiments.tables.results import RECORDS, machine
 from experiments.tables.statistics import markdown_table
 
@@ -65,7 +66,10 @@ def bench_table(rows: list[dict[str, Any]]) -> str:
 
 def step_table(rows: list[dict[str, Any]]) -> str:
     """Rows of `experiments.bench.measure_step`: whole updates, how many times faster than the fastest dense one."""
-    header = ("what", "precision", "median s", "20%", "80%", "images/s", "times faster", "goal")
+    # A record of several nets says which.
+    several = any("net" in row for row in rows)
+    first = ("net",) if several else ()
+    header = (*first, "what", "precision", "median s", "20%", "80%", "images/s", "times faster", "goal")
     lines = []
     for row in rows:
         seconds = (f"{row[key]:.4g}" for key in ("median", "p20", "p80"))
@@ -73,7 +77,7 @@ def step_table(rows: list[dict[str, Any]]) -> str:
         if row["goal"]:
             goal = f"{row['goal']:g}: {'met' if row['times_faster'] >= row['goal'] else 'not met'}"
         rates = (f"{row['images_per_s']:,.0f}", f"{row['times_faster']:.2f}")
-        lines.append((row["name"], row["precision"], *seconds, *rates, goal))
+        lines.append((*((row["net"],) if several else ()), row["name"], row["precision"], *seconds, *rates, goal))
     return markdown_table(header, lines)
 
 
@@ -106,6 +110,8 @@ def tables_of(record: dict[str, Any]) -> str:
     """What `python -m experiments bench` prints, of a record of any kind."""
     if record["what"] == "conv":
         return conv_tables(record)
+    if record["what"] == "layers":
+        return layers_tables(record)
     if record["what"] == "torch":
         return torch_table(record)
     return step_table(record["results"]) if record["what"] == "step" else bench_table(record["results"])

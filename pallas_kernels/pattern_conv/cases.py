@@ -280,19 +280,58 @@ SMALL_BLOCKS: tuple[Case, ...] = tuple(
     )
 )
 
-_CPU_SHAPES = ((32, 64), (16, 256), (8, 512))
+_PLAIN_SHAPES = ((32, 64), (16, 256), (8, 512))
 
 
-def _cpu(kind: str, batch: int, size: int, width: int, tile: Tile, removed: float) -> Case:
+def _plain(kind: str, batch: int, size: int, width: int, tile: Tile, removed: float) -> Case:
     return Case(f"{kind}-n{batch}-{size}x{size}-{width}", (size, size), batch, width, width, tile=tile, removed=removed)
 
 
-# What the plain form is measured on: kernels kept with one pattern a channel, then 60% of the tiles removed.
-CPU: tuple[Case, ...] = (
-    *(_cpu("channel", batch, size, width, (None, 1), 0.0) for batch in (1, 32) for size, width in _CPU_SHAPES),
-    *(_cpu("tile64", batch, size, width, (64, 1), 0.6) for batch in (1, 32) for size, width in _CPU_SHAPES[1:]),
-    *(_cpu("block64", batch, size, width, BLOCK, 0.6) for batch in (1, 32) for size, width in _CPU_SHAPES[1:]),
-    *(_cpu("tile16", batch, size, width, (16, 1), 0.6) for batch in (1, 32) for size, width in _CPU_SHAPES[1:]),
+# What the portable form is measured on: kernels kept with one pattern a channel, then 60% of the tiles removed.
+PORTABLE: tuple[Case, ...] = (
+    *(_plain("channel", batch, size, width, (None, 1), 0.0) for batch in (1, 32) for size, width in _PLAIN_SHAPES),
+    *(_plain("tile64", batch, size, width, (64, 1), 0.6) for batch in (1, 32) for size, width in _PLAIN_SHAPES[1:]),
+    *(_plain("block64", batch, size, width, BLOCK, 0.6) for batch in (1, 32) for size, width in _PLAIN_SHAPES[1:]),
+    *(_plain("tile16", batch, size, width, (16, 1), 0.6) for batch in (1, 32) for size, width in _PLAIN_SHAPES[1:]),
+)
+
+# Layers of VGG-13 and ResNet-50 on a CPU: (net, rows and columns, channels and filters).
+_CPU_LAYERS = (
+    ("vgg13", 32, 64),
+    ("vgg13", 16, 128),
+    ("vgg13", 16, 256),
+    ("vgg13", 8, 256),
+    ("vgg13", 8, 512),
+    ("vgg13", 4, 512),
+    ("resnet50", 56, 64),
+    ("resnet50", 28, 128),
+    ("resnet50", 14, 256),
+    ("resnet50", 7, 512),
+)
+# (filters that share patterns and removal, times less work by name, share of the tiles that is removed).
+_CPU_MASKS = (
+    (64, "5.6x", 0.6),
+    (32, "5.6x", 0.6),
+    (16, "5.6x", 0.6),
+    (1, "5.6x", 0.6),
+    (64, "2.25x", 0.0),
+    (1, "2.25x", 0.0),
+)
+
+# What the native kernels are measured on. Masks of one layer and batch follow each other: they share the dense forms.
+CPU: tuple[Case, ...] = tuple(
+    Case(
+        f"{net}-n{batch}-{size}x{size}-{width}-tile{filters}-{reduction}",
+        (size, size),
+        batch,
+        width,
+        width,
+        tile=(filters, 1),
+        removed=removed,
+    )
+    for batch in (1, 32)
+    for net, size, width in _CPU_LAYERS
+    for filters, reduction, removed in _CPU_MASKS
 )
 
 # The 3x3 layers that a GPU is measured on, patterns alone (2.25x) and with tiles removed (8x).

@@ -35,6 +35,7 @@ def time_together(
     rounds: int = 20,
     warmup: int = 2,
     sample_s: float = 0.002,
+    warm_s: float = 0.0,
     budget_s: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
@@ -44,11 +45,14 @@ def time_together(
     queue as they do in a net, and the clock's steps do not matter. Each round begins with another function.
 
     Args:
-        functions: by name; each returns what it computed, a tree of arrays.
+        functions: by name; each returns what it computed, a tree of arrays. One that runs elsewhere has a method
+            ``sample(calls)``, which returns the seconds of so many calls.
         rounds: samples of each function.
         warmup: calls of each before all others, at least 1: the first one compiles. A call and a sample that are not
             counted follow, and say how many calls make one.
         sample_s: a sample has as many calls as take this long, from 1 to 1000.
+        warm_s: before each sample come calls that are not counted, for about so long: caches and threads are then as
+            this function leaves them, not as the one before did. Those that run elsewhere see to that themselves.
         budget_s: no round is begun after this time, but three are always made; None for no limit.
         clock: seconds, rising.
 
@@ -80,6 +84,7 @@ def time_together(
             break
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
+            _warm(functions[name], warm_s, clock)
             seconds[name].append(_sample(functions[name], calls[name], clock) / calls[name])
     return {name: _summary(seconds[name], calls[name]) for name in names}
 
@@ -89,7 +94,15 @@ def _calls(once_s: float, sample_s: float) -> int:
     return min(max(1, math.ceil(sample_s / once_s)), _MOST_CALLS) if once_s > 0 else _MOST_CALLS
 
 
+def _warm(function: Callable[[], object], seconds: float, clock: Callable[[], float]) -> None:
+    begin = clock()
+    while seconds and not hasattr(function, "sample") and clock() - begin < seconds:
+        jax.block_until_ready(function())
+
+
 def _sample(function: Callable[[], object], calls: int, clock: Callable[[], float]) -> float:
+    if hasattr(function, "sample"):
+        return function.sample(calls)
     begin = clock()
     for _ in range(calls):
         result = function()

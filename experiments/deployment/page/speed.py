@@ -231,8 +231,8 @@ def _alone(facts: Facts) -> list[str | Html]:
         "What that costs in accuracy stands in RESULTS.md; another way to prune means training again.",
     ])
     general = (
-        "Such a convolution has no block of work to leave out as a whole: vector units and tensor cores multiply dense "
-        "blocks, and cannot run it fast."
+        "Such a convolution has no block of work to leave out as a whole: tensor cores and XLA cannot run it fast. The "
+        "native kernels for CPUs (backend cpu) leave out its work kernel by kernel, and gain less by it than in tiles."
     )
     return [shape, general, instead]
 
