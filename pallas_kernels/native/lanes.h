@@ -209,30 +209,26 @@ class LaneProduct {
         at[i] = epilogue_.relu && value < 0.0f ? 0.0f : value;
       }
     }
-    for (int64_t g = 0; g < count; ++g)
-      for (int64_t i = 0; i < q_.high; ++i)
-        for (int64_t j = 0; j < q_.wide; ++j) {
-          float* at[kLanes];
-          each_lane(q_, p_.batch, begin + g, [&](int lane, int64_t image, int64_t row, int64_t column) {
-            const int64_t h = row * q_.high + i, w = column * q_.wide + j;
-            const bool inside = image >= 0 && h < p_.rows.out && w < p_.columns.out;
-            at[lane] = inside ? y + ((image * p_.rows.out + h) * p_.columns.out + w) * p_.outputs : nullptr;
-          });
-          const float* from = sums + (g * q_.positions() + i * q_.wide + j) * kLanes;
-          int64_t output = first;
-          for (; output + kLanes <= last; output += kLanes) {
-            Vec<kLanes> v[kLanes];
+    for (int64_t g = 0; g < count; ++g) {
+      const std::vector<float*> at = places_of_lanes(q_, p_.batch, begin + g, y, p_.outputs, p_.rows.out, p_.columns.out, 0,
+                                                     0, q_.high, q_.wide, q_.high, q_.wide);
+      const float* from = sums + g * q_.positions() * kLanes;
+      int64_t output = first;
+      for (; output + kLanes <= last; output += kLanes, from += kLanes * positions)
+        for (int64_t i = 0; i < q_.positions(); ++i) {
+          float* const* to = at.data() + i * kLanes;
+          Vec<kLanes> v[kLanes];
 #pragma GCC unroll 16
-            for (int k = 0; k < kLanes; ++k) v[k] = load<kLanes>(from + (output - first + k) * positions);
-            transpose<kLanes>(v);
+          for (int k = 0; k < kLanes; ++k) v[k] = load<kLanes>(from + i * kLanes + k * positions);
+          transpose<kLanes>(v);
 #pragma GCC unroll 16
-            for (int lane = 0; lane < kLanes; ++lane)
-              if (at[lane]) store<kLanes>(at[lane] + output, v[lane]);
-          }
-          for (; output < last; ++output)
-            for (int lane = 0; lane < kLanes; ++lane)
-              if (at[lane]) at[lane][output] = from[(output - first) * positions + lane];
+          for (int lane = 0; lane < kLanes; ++lane)
+            if (to[lane]) store<kLanes>(to[lane] + output, v[lane]);
         }
+      for (; output < last; ++output, from += positions)
+        for (int64_t i = 0; i < q_.positions() * kLanes; ++i)
+          if (at[i]) at[i][output] = from[i];
+    }
   }
 
   const Product& p_;

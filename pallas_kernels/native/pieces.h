@@ -61,13 +61,23 @@ inline Pieces choose_pieces(const Product& p, int64_t entries) {
   return best;
 }
 
-// The lanes of one position: a pixel each, or none.
-template <class Use>
-inline void each_lane(const Pieces& q, int64_t batch, int64_t group, const Use& use) {
-  for (int lane = 0; lane < kLanes; ++lane) {
+// Where the lanes of each position of a group lie: pointers into `images` (pixels, channels), null for what lies outside.
+// Positions are rows x columns from (low_row, low_column) of each piece on, whose own begin row_step and column_step
+// pixels apart.
+template <class T>
+std::vector<T*> places_of_lanes(const Pieces& q, int64_t batch, int64_t group, T* images, int64_t channels, int64_t rows,
+                                int64_t columns, int64_t low_row, int64_t low_column, int64_t row_step,
+                                int64_t column_step, int64_t positions_high, int64_t positions_wide) {
+  std::vector<T*> at(positions_high * positions_wide * kLanes, nullptr);
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
     const int64_t image = group * q.images + lane / (q.rows * q.columns);
-    use(lane, image < batch ? image : -1, lane / q.columns % q.rows, lane % q.columns);
+    if (image >= batch) continue;
+    const int64_t top = lane / q.columns % q.rows * row_step + low_row, left = lane % q.columns * column_step + low_column;
+    for (int64_t r = std::max<int64_t>(0, -top); r < std::min(positions_high, rows - top); ++r)
+      for (int64_t c = std::max<int64_t>(0, -left); c < std::min(positions_wide, columns - left); ++c)
+        at[(r * positions_wide + c) * kLanes + lane] = images + ((image * rows + top + r) * columns + left + c) * channels;
   }
+  return at;
 }
 
 // Images (pixels, channels) -> lanes (channel, group, row, column, lane) for channels [first, end) of groups
@@ -75,34 +85,30 @@ inline void each_lane(const Pieces& q, int64_t batch, int64_t group, const Use& 
 inline void to_lanes(const Pieces& q, const Axis& rows, const Axis& columns, int64_t batch, const float* x,
                      int64_t channels, int64_t first, int64_t end, int64_t group, int64_t count, float* lanes) {
   alignas(64) static const float zeros[kLanes] = {};
-  const int64_t plane = q.plane(), stride = count * plane;
-  for (int64_t g = 0; g < count; ++g)
-    for (int64_t r = 0; r < q.in_high; ++r)
-      for (int64_t c = 0; c < q.in_wide; ++c) {
-        const float* at[kLanes];
-        bool any = false;
-        each_lane(q, batch, group + g, [&](int lane, int64_t image, int64_t row, int64_t column) {
-          const int64_t h = row * (q.high * rows.step / rows.spread) + q.low_row + r;
-          const int64_t w = column * (q.wide * columns.step / columns.spread) + q.low_column + c;
-          const bool inside = image >= 0 && h >= 0 && h < rows.in && w >= 0 && w < columns.in;
-          at[lane] = inside ? x + ((image * rows.in + h) * columns.in + w) * channels : nullptr;
-          any = any || inside;
-        });
-        float* to = lanes + g * plane + (r * q.in_wide + c) * kLanes;
-        int64_t channel = first;
-        for (; channel + kLanes <= end; channel += kLanes) {
-          Vec<kLanes> v[kLanes];
+  const int64_t plane = q.plane(), stride = count * plane, positions = q.in_high * q.in_wide;
+  for (int64_t g = 0; g < count; ++g) {
+    const std::vector<const float*> at = places_of_lanes(
+        q, batch, group + g, x, channels, rows.in, columns.in, q.low_row, q.low_column, q.high * rows.step / rows.spread,
+        q.wide * columns.step / columns.spread, q.in_high, q.in_wide);
+    // Channels outside: each of a vector's planes is then written from its beginning to its end.
+    int64_t channel = first;
+    for (; channel + kLanes <= end; channel += kLanes) {
+      float* to = lanes + (channel - first) * stride + g * plane;
+      for (int64_t i = 0; i < positions; ++i, to += kLanes) {
+        const float* const* from = at.data() + i * kLanes;
+        Vec<kLanes> v[kLanes];
 #pragma GCC unroll 16
-          for (int lane = 0; lane < kLanes; ++lane) v[lane] = load<kLanes>(at[lane] ? at[lane] + channel : zeros);
-          transpose<kLanes>(v);
+        for (int lane = 0; lane < kLanes; ++lane) v[lane] = load<kLanes>(from[lane] ? from[lane] + channel : zeros);
+        transpose<kLanes>(v);
 #pragma GCC unroll 16
-          for (int j = 0; j < kLanes; ++j) store<kLanes>(to + (channel - first + j) * stride, v[j]);
-        }
-        for (; channel < end; ++channel)
-          for (int lane = 0; lane < kLanes; ++lane)
-            to[(channel - first) * stride + lane] = at[lane] ? at[lane][channel] : 0.0f;
-        (void)any;
+        for (int j = 0; j < kLanes; ++j) store<kLanes>(to + j * stride, v[j]);
       }
+    }
+    for (; channel < end; ++channel) {
+      float* to = lanes + (channel - first) * stride + g * plane;
+      for (int64_t i = 0; i < positions * kLanes; ++i) to[i] = at[i] ? at[i][channel] : 0.0f;
+    }
+  }
 }
 
 }  // namespace clicktrain::CLICKTRAIN_ISA

@@ -13,14 +13,11 @@ constexpr int64_t kFewPixels = 64;          // with fewer pixels at once the sum
 template <int Lanes, int Vectors, int Entries>
 void correlate(const float* x, const int32_t* channels, const float* dy, int64_t rows, int64_t columns, int64_t x_row,
                int64_t x_step, int64_t dy_row, float* sums, int64_t stride) {
-  Vec<Lanes> sum[Entries][Vectors];
+  // From nothing, and added to what there is at the end: one long sum over all pixels would lose digits.
+  Vec<Lanes> sum[Entries][Vectors] = {};
   int64_t channel[Entries];
 #pragma GCC unroll 8
-  for (int e = 0; e < Entries; ++e) {
-    channel[e] = channels[e];
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) sum[e][v] = load<Lanes>(sums + e * stride + v * Lanes);
-  }
+  for (int e = 0; e < Entries; ++e) channel[e] = channels[e];
   for (int64_t r = 0; r < rows; ++r) {
     const float* at = x + r * x_row;
     const float* slope = dy + r * dy_row;
@@ -39,7 +36,10 @@ void correlate(const float* x, const int32_t* channels, const float* dy, int64_t
 #pragma GCC unroll 8
   for (int e = 0; e < Entries; ++e)
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) store<Lanes>(sums + e * stride + v * Lanes, sum[e][v]);
+    for (int v = 0; v < Vectors; ++v) {
+      float* total = sums + e * stride + v * Lanes;
+      store<Lanes>(total, load<Lanes>(total) + sum[e][v]);
+    }
 }
 
 using Correlate = void (*)(const float*, const int32_t*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t,

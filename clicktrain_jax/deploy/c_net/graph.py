@@ -153,6 +153,7 @@ class _Reader:
             bias=np.zeros(kernel.shape[3], np.float32) if step.bias is None else _float32(self._arrays[step.bias]),
             strides=tuple(params["window_strides"]),
             padding=tuple(before for before, _ in params["padding"]),
+            ops=[Op("max", np.float32(0))] if step.relu else [],
         )
         return _placed(self._add(node), out_shape, (*pixels, filters))
 
