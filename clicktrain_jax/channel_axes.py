@@ -18,6 +18,7 @@ import jax
 import jax.extend.core
 import numpy as np
 
+from clicktrain_jax.deploy.jaxprs import traced
 from clicktrain_jax.trees import Tree, named_leaves
 
 Role = Literal["writer", "reader"]
@@ -85,7 +86,7 @@ class TracedAxes(NamedTuple):
 def trace_axes(apply_fn: Callable[..., Any], variables: Tree, example: Any) -> TracedAxes:
     """Trace ``apply_fn(variables, example)`` on abstract values. Arguments are those of `channels.channel_nodes`."""
     names = [name for name, leaf in named_leaves(variables) if leaf is not None]
-    closed = jax.make_jaxpr(apply_fn)(variables, example)
+    closed, _ = traced(apply_fn, variables, example)
     tracer = _Tracer()
     arguments = []
     for index, variable in enumerate(closed.jaxpr.invars):

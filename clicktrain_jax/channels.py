@@ -67,7 +67,7 @@ def channel_nodes(apply_fn: Callable[[Tree, Any], Any], variables: Tree, example
         channels where a kernel reads them. Groups of one channel are left out. Input channels and logits are fixed,
         and so is every group that meets an operation which depends on its order or is not known here: padding or
         concatenation along the channels, grouped convolutions and norms, gathers, loops, custom kernels. The
-        models' ``PatchConv`` is followed through.
+        models' ``PatchConv`` and `pallas_kernels.dense_conv` are followed through.
 
     Raises:
         ValueError: two leaves of one name; an image shape with entries below 1.

@@ -14,6 +14,7 @@ import optax
 import pytest
 from jax import lax
 
+import pallas_kernels as pk
 from clicktrain_jax import models
 from clicktrain_jax.channels import ChannelNode, channel_nodes, filter_order, find_node, permute, permute_tree
 from clicktrain_jax.trees import map_named, named_leaves
@@ -501,3 +502,12 @@ def test_names_are_those_of_the_tree():
     names = {name for name, _ in named_leaves(variables)}
     entries = [name for node in nodes for name, *_ in (*node.writers, *node.followers, *node.readers)]
     assert set(entries) == names
+
+
+def test_convolutions_that_run_natively_are_followed_through():
+    """`pallas_kernels.dense_conv`, left open, may be a CPU's own kernels: a custom call that has no channels."""
+    convolve = functools.partial(models.PatternConv, convolve=pk.pattern_conv, dense=pk.dense_conv)
+    narrow = functools.partial(models.NarrowConv, dense=pk.dense_conv)
+    found = [build("small", 0.25, (8, 8, 1), conv)[2] for conv in (nn.Conv, convolve, narrow)]
+    assert found[0] == found[1] == found[2]
+    assert any(not node.fixed for node in found[0])
