@@ -160,6 +160,12 @@ Case draw(Random& random, bool small) {
       const bool corner = kind >= 4 && k.kh > 1 && k.kw > 1 && !random.one_in(5);
       if (kind == 5 && random.one_in(2)) continue;
       const int64_t row = random.of(0, std::max<int64_t>(k.kh - 2, 0)), column = random.of(0, std::max<int64_t>(k.kw - 2, 0));
+      if (corner && k.kh > 2 && random.one_in(8)) {  // a corner's distances, over the edge: none
+        const int64_t last = row * k.kw + k.kw - 1;
+        for (int64_t tap : {last, last + 1, last + k.kw, last + k.kw + 1})
+          if (tap < k.taps()) taps[tap] = 1;
+        continue;
+      }
       for (int64_t tap = 0; tap < k.taps(); ++tap) {
         const int64_t i = tap / k.kw - row, j = tap % k.kw - column;
         taps[tap] = corner ? i >= 0 && i < 2 && j >= 0 && j < 2 : kind <= 2 || random.one_in(3);
