@@ -201,7 +201,7 @@ def pack_data(arguments: list[str]) -> int:
 
 def prepare_data(arguments: list[str]) -> int:
     """Make a TFDS data set of a folder of images."""
-    from experiments.data import prepare_folder
+    from experiments.data import is_lossy, prepare_folder
     from experiments.data.tfds_source import data_dir
 
     @dataclasses.dataclass(frozen=True)
@@ -224,6 +224,8 @@ def prepare_data(arguments: list[str]) -> int:
         f"{folder}: {counts} images of {len(images.classes)} classes, {width}x{height}, "
         f"{'grey' if channels == 1 else 'colour'}, {images.encoding}; {decoded / 1e6:.0f} MB in memory"
     )
+    if asked.name.startswith("cifar") and is_lossy(images.encoding):
+        print(f"{images.encoding} is lossy, CIFAR's originals are not: accuracies do not compare with published ones")
     for unused in images.left_out:
         print(f"{unused} is left out")
     print(f"train on it: --data.name {asked.name} --data.dir {folder.parent.parent}")

@@ -2,6 +2,7 @@
 
 from experiments.data.augment import augment, mixup, normalise
 from experiments.data.dataset import DataConfig, Dataset, DatasetMissing
+from experiments.data.decode import is_lossy
 from experiments.data.image_folder import prepare_folder
 from experiments.data.loading import load
 from experiments.data.packed import load_packed, pack
@@ -11,6 +12,7 @@ __all__ = [
     "Dataset",
     "DatasetMissing",
     "augment",
+    "is_lossy",
     "load",
     "load_packed",
     "mixup",

@@ -24,9 +24,14 @@ def encoding_of(encoded: Sequence[bytes]) -> str:
 
     Returns:
         "png", "lossless webp" and "raw" (BMP, PPM) keep pixels as they were; "jpeg" and
-        "lossy webp" do not; "unknown" is none of these.
+        "lossy webp" do not (`is_lossy`); "unknown" is none of these.
     """
     return "+".join(sorted({_encoding(image) for image in encoded}))
+
+
+def is_lossy(encoding: str) -> bool:
+    """Whether any of the encodings that `encoding_of` names changes pixels; "unknown" may."""
+    return not set(encoding.split("+")) <= {"png", "lossless webp", "raw"}
 
 
 def _encoding(image: bytes) -> str:

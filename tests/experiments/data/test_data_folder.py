@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from experiments.__main__ import main
-from experiments.data import DataConfig, DatasetMissing, load, pack, prepare_folder, tfds_source, writing
+from experiments.data import DataConfig, DatasetMissing, is_lossy, load, pack, prepare_folder, tfds_source, writing
 from experiments.data.decode import decode_image, encoding_of
 
 CLASSES = ("cat", "dog", "Owl 2")
@@ -159,7 +159,8 @@ def test_encodings_are_told_from_the_bytes(form, options, expected):
     image = picture(1, (17, 9))
     data = encoded(image, form, **options)
     assert encoding_of([data]) == expected
-    if expected not in ("jpeg", "lossy webp", "unknown"):
+    assert is_lossy(expected) == is_lossy(f"png+{expected}") == (expected in ("jpeg", "lossy webp", "unknown"))
+    if not is_lossy(expected):
         np.testing.assert_array_equal(decode_image(data), np.asarray(image))
     if form == "WEBP" and expected == "lossy webp":
         alpha = encoded(picture(1, (17, 9), "RGBA"), form, **options)
@@ -167,11 +168,13 @@ def test_encodings_are_told_from_the_bytes(form, options, expected):
         assert encoding_of([data[:16]]) == encoding_of([b"RIFF" + data[4:8] + b"WAVE" + data[12:]]) == "unknown"
 
 
-def test_several_encodings_are_all_named(source, tmp_path):
+def test_several_encodings_are_all_named(source, tmp_path, capsys):
     (source / "train/cat/0.png").write_bytes(encoded(picture(1), "JPEG"))  # Names of files do not count.
     (source / "test/dog/0.png").write_bytes(encoded(picture(1), "WEBP"))
-    prepare(source, tmp_path)
-    assert loaded(tmp_path).encoding == "jpeg+lossy webp+png"
+    arguments = ["prepare-data", "--from", str(source), "--name", "cifar10", "--data.dir", str(tmp_path / "tfds")]
+    assert main(arguments) == 0
+    assert "jpeg+lossy webp+png is lossy, CIFAR's originals are not" in capsys.readouterr().out
+    assert loaded(tmp_path, "cifar10").encoding == "jpeg+lossy webp+png"
 
 
 def write(data):
