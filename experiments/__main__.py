@@ -40,6 +40,8 @@ USAGE = """usage: python -m experiments COMMAND ...
   table [--write]      RESULTS.md, BENCHMARKS.md and CSV files from the committed records
   table --budget KIND-Nmin [--data.dir DIR] [--workdir DIR]
                        train what is missing of the published tables, in order of worth; KIND: gpu or cpu
+  prepare-data --from FOLDER --name NAME [--data.dir DIR]
+                       a TFDS data set of a folder of images, train/CLASS/FILE and test/CLASS/FILE (or val/)
   pack-data --out FILE --data.dir DIR [--data.name NAME] [--parts N]
                        a data set as one archive, readable without TFDS, whole or in parts
 """
@@ -99,6 +101,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "bench": commands.bench,
         "table": commands.table,
         "pack-data": commands.pack_data,
+        "prepare-data": commands.prepare_data,
     }
 
 

@@ -197,3 +197,36 @@ def pack_data(arguments: list[str]) -> int:
     for path in pack(asked.data, asked.out, asked.parts):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+def prepare_data(arguments: list[str]) -> int:
+    """Make a TFDS data set of a folder of images."""
+    from experiments.data import is_lossy, prepare_folder
+    from experiments.data.tfds_source import data_dir
+
+    @dataclasses.dataclass(frozen=True)
+    class PrepareData:
+        """Make a TFDS data set of a folder of images, file by file as they are."""
+
+        source: Annotated[Path, tyro.conf.arg(name="from")]
+        """Holds train/CLASS/FILE and test/CLASS/FILE (or val/): PNG, JPEG, WebP, BMP or PPM, all of one size."""
+        name: str
+        """Of the data set, as data.name says it later."""
+        data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir", aliases=["--out"])] = None
+        """The TFDS directory to write NAME into; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+
+    asked = parse(PrepareData, arguments, "prepare-data")
+    folder, images = prepare_folder(asked.source, asked.name, data_dir(asked.data_dir))
+    counts = ", ".join(f"{len(files):,} {split}" for split, files in images.files.items())
+    height, width, channels = images.image_shape
+    decoded = sum(map(len, images.files.values())) * height * width * channels
+    print(
+        f"{folder}: {counts} images of {len(images.classes)} classes, {width}x{height}, "
+        f"{'grey' if channels == 1 else 'colour'}, {images.encoding}; {decoded / 1e6:.0f} MB in memory"
+    )
+    if asked.name.startswith("cifar") and is_lossy(images.encoding):
+        print(f"{images.encoding} is lossy, CIFAR's originals are not: accuracies do not compare with published ones")
+    for unused in images.left_out:
+        print(f"{unused} is left out")
+    print(f"train on it: --data.name {asked.name} --data.dir {folder.parent.parent}")
+    return 0

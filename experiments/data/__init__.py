@@ -1,7 +1,9 @@
-"""Data sets as plain arrays (``load``), the packed archive, and augmentation inside the step."""
+"""Data sets as plain arrays (``load``), folders of images, the packed archive, and augmentation inside the step."""
 
 from experiments.data.augment import augment, mixup, normalise
 from experiments.data.dataset import DataConfig, Dataset, DatasetMissing
+from experiments.data.decode import is_lossy
+from experiments.data.image_folder import prepare_folder
 from experiments.data.loading import load
 from experiments.data.packed import load_packed, pack
 
@@ -10,9 +12,11 @@ __all__ = [
     "Dataset",
     "DatasetMissing",
     "augment",
+    "is_lossy",
     "load",
     "load_packed",
     "mixup",
     "normalise",
     "pack",
+    "prepare_folder",
 ]

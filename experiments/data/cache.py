@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments.data.dataset import RawArrays, check_raw
 
-_VERSION = 1  # Raise it when the layout or the decoding changes: old entries are then not found.
+_VERSION = 2  # Raise it when the layout or the decoding changes: old entries are then not found.
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 

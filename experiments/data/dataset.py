@@ -30,8 +30,9 @@ class Dataset:
         mean: Per channel, of pixels scaled to [0, 1].
         std: Per channel, of pixels scaled to [0, 1].
         eval_split: "validation" (held out of the train split) or "test".
-        encoding: How the source stored its pixels: "png" and "raw" are lossless. CIFAR as "jpeg" is
-            a lossy re-encoding: accuracies on it do not compare with published ones.
+        encoding: How the source stored its pixels, told from its bytes: "png", "lossless webp" and
+            "raw" keep them, "jpeg" and "lossy webp" do not; several are joined by "+". CIFAR as
+            "jpeg" is a lossy re-encoding: accuracies on it do not compare with published ones.
         fingerprint: First 16 hex digits of the SHA-256 over the four arrays.
     """
 
@@ -53,7 +54,8 @@ class DataConfig:
     """Which data set, from where, and how it is split.
 
     Attributes:
-        name: "digits" (embedded, no files), "cifar10" or "cifar100".
+        name: "digits" (embedded, no files), "cifar10", "cifar100", or any other data set that is
+            prepared in `dir`, as by `prepare-data`.
         dir: A TFDS data directory (it holds NAME/VERSION in array_record form), or a file made by
             `experiments.data.pack`. None: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
         eval_split: "test" trains on the whole train split and evaluates on the test set.

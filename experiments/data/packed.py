@@ -48,10 +48,10 @@ def pack(config: DataConfig, out_path: str | os.PathLike[str], parts: int = 1) -
     """
     if parts < 1:
         raise ValueError(f"parts={parts}; expected at least 1")
-    if config.name not in ("cifar10", "cifar100"):
+    if config.name in ("digits", "imagenet2012"):
         raise ValueError(
-            f"name={config.name!r} cannot be packed; expected 'cifar10' or 'cifar100': digits is "
-            "embedded, and other sets do not fit the in-memory loop"
+            f"name={config.name!r} cannot be packed; expected another data set: digits is embedded, "
+            "and imagenet2012 does not fit in memory"
         )
     if config.train_examples is not None:
         raise ValueError(

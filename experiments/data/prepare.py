@@ -8,6 +8,7 @@ the result has the names, features and lossless pixels of the official preparati
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import http.client
 import io
@@ -17,10 +18,11 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+from experiments.data.writing import import_tfds, write_tfds
 
 TIMEOUT_S = 3.0
 _STALL_S = 30.0  # A download that delivers nothing for so long has failed.
@@ -62,19 +64,6 @@ SOURCES = {
         label_keys={"coarse_label": 20, "label": 100},
     ),
 }
-
-
-def import_tfds() -> ModuleType:
-    """tensorflow_datasets; ValueError if it, or array_record, is not installed."""
-    try:
-        import array_record  # noqa: F401  TFDS imports it late, with a message of its own.
-        import tensorflow_datasets
-    except ImportError as error:
-        raise ValueError(
-            f"reading a TFDS directory needs tensorflow-datasets and array-record ({error}): "
-            "pip install them, or point data.dir at a file made by experiments.data.pack"
-        ) from error
-    return tensorflow_datasets
 
 
 def host_answers(url: str, timeout_s: float = TIMEOUT_S) -> bool:
@@ -134,7 +123,7 @@ def prepare(name: str, directory: Path) -> Path:
 
 
 def write(name: str, directory: Path, content: dict[str, bytes]) -> Path:
-    """Writes DIRECTORY/NAME/VERSION in array_record form, images as PNG.
+    """Writes DIRECTORY/NAME/VERSION, images as PNG.
 
     Args:
         name: A key of `SOURCES`; gives the label keys.
@@ -145,46 +134,18 @@ def write(name: str, directory: Path, content: dict[str, bytes]) -> Path:
     Returns:
         The prepared folder.
     """
-    tfds = import_tfds()
     keys = SOURCES[name].label_keys
-    features = {
-        "id": tfds.features.Text(),
-        "image": tfds.features.Image(shape=(32, 32, 3), encoding_format="png"),
-        **{key: tfds.features.ClassLabel(num_classes=count) for key, count in keys.items()},
-    }
-
-    def info(builder: Any) -> Any:
-        return tfds.core.DatasetInfo(
-            builder=builder,
-            description=f"{name}, prepared by experiments.data.prepare from the binary version.",
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
-            homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
-        )
-
-    def generators(builder: Any, manager: Any) -> dict[str, Any]:
-        del builder, manager
-        return {split: _records(split, data, tuple(keys)) for split, data in content.items()}
-
-    body = {
-        "VERSION": tfds.core.Version(_VERSION),
-        "name": name,
-        "_info": info,
-        "_split_generators": generators,
-        "_generate_examples": _records,  # Abstract in the base; the generators above call it.
-        # TFDS would look for these beside the class's source file, which takes importlib_resources.
-        "code_path": None,
-        "url_infos": {},
-        "__module__": __name__,
-    }
-    # Unregistered: a registered class would shadow TFDS's own of the same name.
-    with tfds.core.registered.skip_registration():
-        builder_class = type(name.capitalize(), (tfds.core.GeneratorBasedBuilder,), body)
-    builder = builder_class(data_dir=str(directory), file_format="array_record")
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    return write_tfds(
+        name,
+        _VERSION,
+        directory,
+        {split: functools.partial(_records, split, data, tuple(keys)) for split, data in content.items()},
+        image_shape=(32, 32, 3),
+        encoding="png",
+        labels=keys,
+        description=f"{name}, prepared by experiments.data.prepare from the binary version.",
+        homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
     )
-    return Path(builder.data_dir)
 
 
 def _records(

@@ -66,7 +66,7 @@ def find_or_prepare(name: str, directory: Path) -> Path:
     """The prepared folder of `name`; downloads and prepares it when its host answers.
 
     Args:
-        name: "cifar10" or "cifar100".
+        name: Of any prepared data set; "cifar10" and "cifar100" can be downloaded.
         directory: The TFDS data directory; need not exist.
 
     Raises:
@@ -77,8 +77,15 @@ def find_or_prepare(name: str, directory: Path) -> Path:
         return folder
     remedy = (
         f"point data.dir at a TFDS directory that holds {name}/VERSION in array_record form, or "
-        "at a file made by experiments.data.pack, or run once with network access"
+        "at a file made by experiments.data.pack, or make one of a folder of images: "
+        f"python -m experiments prepare-data --from FOLDER --name {name}"
     )
+    if name not in prepare.SOURCES:
+        known = ("digits", *prepare.SOURCES)
+        raise DatasetMissing(
+            f"name={name!r} is no known data set {known}, and not prepared in {directory}: {remedy}"
+        )
+    remedy += ", or run once with network access"
     if directory.suffix and not directory.exists():
         raise DatasetMissing(f"{directory} does not exist: {remedy}")
     url = prepare.SOURCES[name].url
