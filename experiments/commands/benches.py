@@ -57,11 +57,12 @@ def bench(arguments: list[str]) -> int:
 def _bench_deploy(arguments: list[str]) -> int:
     from experiments.deployment import bench as deployed
 
-    path, rest = name_argument(arguments, "bench deploy", "an export PATH")
+    path, rest = name_argument(arguments, "bench deploy", "an export PATH, or a net such as vgg13-8x-64x1")
 
     @dataclasses.dataclass(frozen=True)
     class BenchDeploy:
-        """An exported net beside dense engines: XLA, and whichever of onnxruntime, OpenVINO and PyTorch are here."""
+        """An exported net beside itself in C and dense engines: the native kernels, XLA, and whichever of onnxruntime,
+        OpenVINO and PyTorch are here."""
 
         latency: tuple[int, ...] = deployed.LATENCY
         """Batch sizes for which seconds a call are of interest."""
@@ -71,13 +72,17 @@ def _bench_deploy(arguments: list[str]) -> int:
         """Samples of every form of every engine."""
         quick: bool = False
         """Few rounds, and no throughput."""
-        torch_python: str | None = None
-        """An interpreter that has PyTorch and NumPy, where this one has not."""
+        tuned: bool = False
+        """Measure this net's own ways too, for each batch size; that takes minutes, once."""
+        cores: int | None = None
+        """That engines may use; all by default."""
+        engines_python: str | None = None
+        """An interpreter that has onnx, onnxruntime and PyTorch, where this one has not."""
         out: Path | None = None
         """A JSON file to save the record in."""
 
     asked = parse(BenchDeploy, rest, f"bench deploy {path}")
-    print(deployed.run(Path(path), **dataclasses.asdict(asked)))
+    print(deployed.run(path, **dataclasses.asdict(asked)))
     return 0
 
 

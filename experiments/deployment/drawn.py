@@ -81,7 +81,7 @@ def export(
         variables,
         masks,
         image_shape=shape,
-        normalise={"mean": [0.5] * 3, "std": [0.25] * 3},
+        normalise={"mean": [0.5] * shape[2], "std": [0.25] * shape[2]},
         net={"name": name, "num_classes": 10, "width": width, "precision": precision},
         stablehlo=False,
         **options,
