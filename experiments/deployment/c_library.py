@@ -51,5 +51,6 @@ def compile_c(files: Mapping[str, bytes], folder: Path) -> None:
         raise ValueError(f"no compiler: {reason}") from reason
     except subprocess.CalledProcessError as reason:
         words = reason.stderr.strip().splitlines() or ["?"]
-        raise ValueError(f"{compiler} failed: {next((line for line in words if 'error' in line), words[0])}") from reason
+        error = next((line for line in words if "error" in line), words[0])
+        raise ValueError(f"{compiler} failed: {error}") from reason
     (folder / f"{LIBRARY}.txt").write_text(version.splitlines()[0])
