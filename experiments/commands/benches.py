@@ -70,6 +70,8 @@ def _bench_deploy(arguments: list[str]) -> int:
         """Batch sizes for which images a second are."""
         rounds: int = deployed.ROUNDS
         """Samples of every form of every engine."""
+        starts: int = deployed.STARTS
+        """How often each engine is started anew."""
         quick: bool = False
         """Few rounds, and no throughput."""
         tuned: bool = False

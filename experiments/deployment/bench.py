@@ -38,7 +38,7 @@ from experiments.tables import deploy as tables
 LATENCY, THROUGHPUT = (1, 8, 32), (128, 512)
 # Largest allowed max|difference| / max|logit|.
 TOLERANCE = 1e-3
-ROUNDS, _BUDGET_S, _STARTS = 20, 60.0, 3
+ROUNDS, STARTS, _BUDGET_S = 20, 3, 60.0
 _QUICK = {"rounds": 5, "budget_s": 5.0, "starts": 1}
 # A form that is so much slower than its engine's best after a few rounds, or was at the batch size before, is left out.
 _SCREENING, _FAR = 3, 1.5
@@ -46,7 +46,7 @@ _SCREENING, _FAR = 3, 1.5
 # not to be missed by the engine that is next.
 _REST_S = 0.1
 # An engine that would take longer for a call is left out.
-_LONGEST_S = 10.0
+_LONGEST_S = 1.0
 
 
 def run(
@@ -55,6 +55,7 @@ def run(
     latency: Sequence[int] = LATENCY,
     throughput: Sequence[int] = THROUGHPUT,
     rounds: int = ROUNDS,
+    starts: int = STARTS,
     quick: bool = False,
     tuned: bool = False,
     cores: int | None = None,
@@ -68,6 +69,7 @@ def run(
         latency: batch sizes for which seconds a call are of interest.
         throughput: batch sizes for which images a second are.
         rounds: samples of every form of every engine.
+        starts: how often each engine is started anew.
         quick: few rounds, and no throughput.
         tuned: measure this net's ways too, for each batch size; takes minutes the first time.
         cores: that engines may use; all that this process has when None.
@@ -78,8 +80,8 @@ def run(
         ValueError: no export, or one that needs a user's own function; bad sizes, or more cores than there are.
     """
     sizes = sorted({*latency} if quick else {*latency, *throughput})
-    if not sizes or sizes[0] < 1 or rounds < 1:
-        raise ValueError(f"batch sizes {sizes} and rounds={rounds}: expected at least one size, and 1 or more of each")
+    if not sizes or min(sizes[0], rounds, starts) < 1:
+        raise ValueError(f"{sizes=}, {rounds=}, {starts=}: expected at least one size, and 1 or more of each")
     with _on(cores), tempfile.TemporaryDirectory() as temporary:
         path, folder = Path(path), Path(temporary)
         if not path.exists() and drawn.export_named(path.name, folder / path.name):
@@ -87,7 +89,7 @@ def run(
         net = ct.load(path)
         if not isinstance(net, InferenceNet):
             raise ValueError(f"{path} is no net of clicktrain_jax.models: its dense form is not known to this command")
-        plan = {"rounds": rounds, "budget_s": _BUDGET_S, "starts": _STARTS}
+        plan = {"rounds": rounds, "budget_s": _BUDGET_S, "starts": starts}
         if quick:
             plan |= {**_QUICK, "rounds": min(rounds, _QUICK["rounds"])}
         job = Job(path, folder, jax.default_backend(), tuned)
