@@ -226,8 +226,8 @@ class NetInC(Engine):
 
             return call
 
-        counts = dict.fromkeys((1, cores()))
-        return {count_of_threads(threads): lambda threads=threads: called(threads) for threads in counts}
+        named = "one thread", f"{cores()} threads" if len(images) == 1 else f"an image a thread, {cores()} threads"
+        return {name: lambda n=n: called(n) for name, n in zip(named, dict.fromkeys((1, cores())))}
 
 
 class OnnxRuntime(Engine):
@@ -376,11 +376,6 @@ PACKAGES = dict.fromkeys((THIS_NET, IN_C, NATIVE, DENSE, PLAIN), "jax") | {
 def cores() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def count_of_threads(threads: int) -> str:
-    """In words."""
-    return "one thread" if threads == 1 else f"{threads} threads"
 
 
 def ways_of(sites: Any) -> str:
