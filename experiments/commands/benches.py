@@ -42,12 +42,16 @@ def bench(arguments: list[str]) -> int:
         """Samples of each function."""
         engines_python: str | None = None
         """With --which cpu, an interpreter that has onnx, onnxruntime and PyTorch, to be compared with."""
+        chain: int = 1
+        """With --which cpu, calls of a layer one after the other in one program, as in a net."""
         out: Path | None = None
         """A JSON file to save the record in."""
 
     asked = parse(Bench, arguments, "bench")
     if asked.what == "conv":
-        print(bench_conv.run(asked.which, asked.filter, asked.rounds, asked.out, asked.engines_python))
+        print(bench_conv.run(
+            asked.which, asked.filter, asked.rounds, asked.out, asked.engines_python, asked.chain
+        ))
     else:
         sizes = (asked.net, asked.width, asked.batch_size, asked.repeats)
         print(benches.run(asked.what, *sizes, asked.out))
