@@ -31,7 +31,7 @@ USAGE = """usage: python -m experiments COMMAND ...
   bench WHAT           ratios measured side by side: steps, step, loop, selection, conv
   bench gpu --out DIR [--data.dir PACKED] [--seconds N] [--only REGEX] [--at-once N] [--smoke]
                        what is still to be measured on a GPU, in order of worth; goes on where it stopped
-  bench deploy PATH [--torch-python PYTHON] [--quick] [--out FILE]
+  bench deploy PATH [--engines-python PYTHON] [--cores N] [--tuned] [--quick] [--out FILE]
                        an export beside dense engines: latency, throughput, memory, startup, size
   bench dtypes RUN     what storing a run's weights in fewer bits costs
   bench sizes          bytes of the exports of every published recipe

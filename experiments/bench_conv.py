@@ -55,7 +55,9 @@ _NARROW, _NARROW_TILE = 64, (64, 16)
 _BUDGET_S = 6.0
 
 
-def run(which: Which, pattern: str, rounds: int, out: Path | None, engines_python: str | None = None) -> str:
+def run(
+    which: Which, pattern: str, rounds: int, out: Path | None, engines_python: str | None = None, chain: int = 1
+) -> str:
     """Measure, save the record when ``out`` is given, and return the tables to print.
 
     Args:
@@ -64,6 +66,7 @@ def run(which: Which, pattern: str, rounds: int, out: Path | None, engines_pytho
         rounds: samples of every way.
         out: a JSON file.
         engines_python: for "cpu", an interpreter with onnx, onnxruntime and PyTorch.
+        chain: for "cpu", calls of a layer in one program.
 
     Raises:
         ValueError: no case is left, or the list of a GPU is asked for without one.
@@ -84,7 +87,7 @@ def run(which: Which, pattern: str, rounds: int, out: Path | None, engines_pytho
         raise ValueError(f"--filter {pattern!r} matches no case; one is {list_of(which)[0].name}")
     asked = f" --filter '{pattern}'" if pattern else ""
     if which == "cpu":
-        return bench_layers.run(chosen, asked, rounds, engines_python, out)
+        return bench_layers.run(chosen, asked, rounds, engines_python, out, chain)
     seed = int(np.random.SeedSequence().generate_state(1)[0])
     loads = [os.getloadavg()]
     ceilings = measure_ceilings()

@@ -1,12 +1,15 @@
 """The CPU's kernels on layers of VGG-13 and ResNet-50, beside the dense convolutions of everybody.
 
-    python -m experiments bench conv --which cpu --engines-python OTHER/bin/python --out RECORD.json
+    python -m experiments bench conv --which cpu --engines-python OTHER/bin/python [--chain 8] --out RECORD.json
 
 All masks of a layer are timed in the same rounds as its dense forms, of which the fastest is the base of all ratios:
-this project's own, XLA's, and with another interpreter those of onnxruntime and PyTorch (oneDNN).
+this project's own, XLA's, and with another interpreter those of onnxruntime and PyTorch (oneDNN). With a chain, so
+many calls of a layer stand in one program, each reading what the one before wrote, as in a net.
 """
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import os
 import sys
@@ -26,6 +29,7 @@ from experiments.conv_ways import (
     DIRECTIONS,
     Direction,
     Problem,
+    Way,
     dense_ways,
     judge,
     make_problem,
@@ -49,7 +53,9 @@ _BUDGET_S = 6.0
 _WARM_S, _SAMPLE_S = 0.02, 0.03
 
 
-def run(chosen: Sequence[Case], asked: str, rounds: int, engines_python: str | None, out: Path | None) -> str:
+def run(
+    chosen: Sequence[Case], asked: str, rounds: int, engines_python: str | None, out: Path | None, chain: int = 1
+) -> str:
     """Measure, save the record when ``out`` is given, and return the tables to print.
 
     Args:
@@ -58,10 +64,17 @@ def run(chosen: Sequence[Case], asked: str, rounds: int, engines_python: str | N
         rounds: samples of every way.
         engines_python: an interpreter with onnx, onnxruntime and PyTorch; None leaves them out.
         out: a JSON file.
+        chain: calls of a layer in one program; above 1 only the forward pass of layers that can follow themselves.
 
     Raises:
-        ValueError: there are no native kernels here, or that interpreter has none of the engines.
+        ValueError: no layer can follow itself; there are no native kernels here, or that interpreter has none of the
+            engines.
     """
+    if chain > 1:
+        chosen = [case for case in chosen if case.cin == case.cout and case.x_shape == case.y_shape]
+        asked += f" --chain {chain}"
+    if chain < 1 or not chosen:
+        raise ValueError(f"--chain {chain}: expected 1 or more, and a layer whose output is as large as its input")
     reason = native.why_not()
     if reason is not None:
         raise ValueError(f"--which cpu measures the native kernels: {reason}; --which portable does without")
@@ -78,7 +91,9 @@ def run(chosen: Sequence[Case], asked: str, rounds: int, engines_python: str | N
         if engines_python and not engines:
             raise ValueError(f"--engines-python {engines_python} has none of the engines: {unavailable}")
         versions = [engine.version for engine in engines]
-        for row in measure(chosen, np.random.default_rng(seed), engines, rounds=rounds):
+        directions = DIRECTIONS if chain == 1 else DIRECTIONS[:1]
+        rng = np.random.default_rng(seed)
+        for row in measure(chosen, rng, engines, directions=directions, rounds=rounds, chain=chain):
             print(f"{row['layer']}, N = {row['batch']}, {row['direction']}", file=sys.stderr, flush=True)
             results.append(row)
     asked += " --engines-python ..." if engines_python else ""
@@ -91,6 +106,7 @@ def run(chosen: Sequence[Case], asked: str, rounds: int, engines_python: str | N
         "seconds": time.perf_counter() - begin,
         "seed": seed,
         "instructions": native.instruction_set(),
+        "chain": chain,
         "engines": versions,
         "unavailable": unavailable,
         "results": results,
@@ -108,6 +124,7 @@ def measure(
     *,
     directions: Sequence[Direction] = DIRECTIONS,
     rounds: int = 12,
+    chain: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """Time all masks of each layer, and its dense forms, in turns; one row of plain data a layer, batch and direction.
 
@@ -117,6 +134,7 @@ def measure(
         engines: of other libraries.
         directions: which of the three.
         rounds: samples of every way.
+        chain: calls in one program, of layers that can follow themselves; above 1 of the forward pass alone.
 
     Returns:
         An iterator over rows ``{"layer", "batch", "direction", "dense_flops", "dense": name of the fastest dense form,
@@ -130,7 +148,7 @@ def measure(
         dense = make_problem(whole, rng)
         pruned = {name_of(case): with_mask(dense, case, rng) for case in members}
         for direction in directions:
-            yield _row(members[0], dense, pruned, direction, engines, rounds)
+            yield _row(members[0], dense, pruned, direction, engines, rounds, chain)
 
 
 def name_of(case: Case) -> str:
@@ -154,6 +172,7 @@ def _row(
     direction: Direction,
     engines: Sequence[ConvEngine],
     rounds: int,
+    chain: int,
 ) -> dict[str, Any]:
     functions: dict[str, Any] = {}
     errors, wrong, masks = {}, {}, {}
@@ -164,18 +183,23 @@ def _row(
         else:
             wrong[name] = reason
 
-    wanted = reference(dense, direction)
-    for way in dense_ways(dense, direction, only=(_XLA[direction], _NATIVE)):
+    wanted = reference(dense, direction, chain)
+    ways = dense_ways(dense, direction, only=(_XLA[direction], _NATIVE))
+    if chain > 1:
+        # In a net the weights are packed.
+        ways[1:] = [dataclasses.replace(native_way(dense, direction, "cpu packed"), name=_NATIVE, ours=False)]
+    for way in [_chained(way, chain) for way in ways]:
         name = "ClickTrain dense" if way.name == _NATIVE else "XLA" if way.name == "XLA" else f"XLA, {way.name}"
         admit(name, way, *judge(way, direction, wanted, dense))
-    for name, (remote, error, reason) in _elsewhere(dense, direction, wanted, engines).items():
+    for name, (remote, error, reason) in _elsewhere(dense, direction, wanted, engines, chain).items():
         admit(name, remote, error, reason)
     for mask, problem in pruned.items():
         # The gradient of the weights is the dense one where they are retained.
         gradient = direction == "weight gradient"
-        right = jnp.where(problem.mask, wanted, 0) if gradient else reference(problem, direction)
-        for kind in ("cpu", "cpu packed") if direction == "forward" else ("cpu",):
-            way = native_way(problem, direction, kind)
+        right = jnp.where(problem.mask, wanted, 0) if gradient else reference(problem, direction, chain)
+        kinds = ("cpu packed",) if chain > 1 else ("cpu", "cpu packed") if direction == "forward" else ("cpu",)
+        for kind in kinds:
+            way = _chained(native_way(problem, direction, kind), chain)
             name = f"{kind} {mask}"
             masks[name] = {"tile": list(problem.case.tile), "reduction": problem.mask.size / problem.mask.sum()}
             admit(name, way, *judge(way, direction, right, problem))
@@ -187,16 +211,16 @@ def _row(
     return {
         "layer": layer_name(case),
         "batch": case.batch,
-        "direction": direction,
+        "direction": direction if chain == 1 else f"{direction}, {chain} in a program",
         "dense_flops": float(case.dense_flops()),
         "dense": base,
         "ways": [
             {
                 "name": name,
                 "mask": masks.get(name),
-                "median": timing.median_s,
-                "p20": timing.low_s,
-                "p80": timing.high_s,
+                "median": timing.median_s / chain,
+                "p20": timing.low_s / chain,
+                "p80": timing.high_s / chain,
                 "samples": timing.samples,
                 "ratio": None if base is None else medians[base] / timing.median_s,
                 "error": errors[name],
@@ -207,8 +231,19 @@ def _row(
     }
 
 
+def _chained(way: Way, count: int) -> Way:
+    """So many calls of a forward pass in one program."""
+    if count == 1:
+        return way
+
+    def program(x: Any, *others: Any) -> Any:
+        return functools.reduce(lambda y, _: way.function(y, *others), range(count), x)
+
+    return dataclasses.replace(way, function=jax.jit(program))
+
+
 def _elsewhere(
-    problem: Problem, direction: Direction, wanted: jax.Array, engines: Sequence[ConvEngine]
+    problem: Problem, direction: Direction, wanted: jax.Array, engines: Sequence[ConvEngine], chain: int
 ) -> dict[str, tuple[Any, float, str | None]]:
     """(function, error, why it is wrong or None) of each form of the other engines."""
     case, found = problem.case, {}
@@ -218,7 +253,7 @@ def _elsewhere(
         np.savez(path, x=problem.x[case.layout], w=problem.w, dy=problem.dy[case.layout])
         for engine in engines:
             try:
-                remotes, results = engine.prepare(path, direction, geometry.strides, geometry.padding)
+                remotes, results = engine.prepare(path, direction, geometry.strides, geometry.padding, chain)
             except Failed as reason:
                 found[engine.engine] = (None, np.inf, str(reason))
                 continue
@@ -230,12 +265,15 @@ def _elsewhere(
     return found
 
 
-def reference(problem: Problem, direction: Direction) -> jax.Array:
-    """What is right, summed in float64 tap by tap: NHWC or (kh, kw, cin, cout), as float32.
+def reference(problem: Problem, direction: Direction, chain: int = 1) -> jax.Array:
+    """What is right, summed in float64 tap by tap: NHWC or (kh, kw, cin, cout), as float32; after so many calls.
 
     NumPy's matrix products, as XLA's convolutions in float64 would take minutes for these layers.
     """
     layout = problem.case.layout
+    if chain > 1:
+        before = reference(problem, direction, chain - 1)
+        return reference(dataclasses.replace(problem, x={layout: before}), direction)
     x, w, dy = (
         np.asarray(array, np.float64) for array in (problem.x[layout], problem.masked_w, problem.dy[layout])
     )

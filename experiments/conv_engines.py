@@ -4,6 +4,8 @@ They stand beside this project's ways in `experiments.bench_layers`, timed in th
 """
 
 import dataclasses
+import functools
+import itertools
 import os
 import sys
 import time
@@ -41,7 +43,12 @@ class ConvEngine(Process):
         self.engine = engine
 
     def prepare(
-        self, arrays: Path, direction: Direction, strides: Sequence[int], padding: Sequence[Sequence[int]]
+        self,
+        arrays: Path,
+        direction: Direction,
+        strides: Sequence[int],
+        padding: Sequence[Sequence[int]],
+        chain: int = 1,
     ) -> tuple[dict[str, "Remote"], dict[str, np.ndarray]]:
         """What it can do about a direction: its forms by name, and their results, NHWC or (kh, kw, cin, cout).
 
@@ -50,13 +57,13 @@ class ConvEngine(Process):
             direction: which of the three.
             strides: (rows, columns).
             padding: ((top, bottom), (left, right)).
+            chain: calls one after the other.
 
         Raises:
             Failed: it could not.
         """
-        answer = self.ask(
-            "prepare", arrays=str(arrays), direction=direction, strides=list(strides), padding=[*map(list, padding)]
-        )
+        geometry = {"strides": list(strides), "padding": [*map(list, padding)]}
+        answer = self.ask("prepare", arrays=str(arrays), direction=direction, **geometry, chain=chain)
         with np.load(answer["results"]) as results:
             found = dict(results)
         os.unlink(answer["results"])
@@ -89,11 +96,11 @@ class _Served(Sampled):
         self.forms = {"onnxruntime": _onnxruntime, "torch": _torch}[engine]()
 
     def prepare(
-        self, arrays: str, direction: Direction, strides: list[int], padding: list[list[int]]
+        self, arrays: str, direction: Direction, strides: list[int], padding: list[list[int]], chain: int
     ) -> dict[str, str]:
         """Make the forms in the place of earlier ones; their results are written beside the arrays."""
         with np.load(arrays) as stored:
-            self.calls = self.forms(dict(stored), direction, strides, padding)
+            self.calls = self.forms(dict(stored), direction, strides, padding, chain)
         axes = _HWIO if direction == "weight gradient" else _NHWC
         results = {form: np.asarray(call()).transpose(axes) for form, call in self.calls.items()}
         path = str(Path(arrays).with_name(f"results-{os.getpid()}.npz"))
@@ -101,7 +108,9 @@ class _Served(Sampled):
         return {"results": path}
 
 
-_Forms = Callable[[Mapping[str, np.ndarray], Direction, list[int], list[list[int]]], dict[str, Callable[[], Any]]]
+_Forms = Callable[
+    [Mapping[str, np.ndarray], Direction, list[int], list[list[int]], int], dict[str, Callable[[], Any]]
+]
 
 
 def _onnxruntime() -> _Forms:
@@ -114,7 +123,7 @@ def _onnxruntime() -> _Forms:
     options.inter_op_num_threads = 1
 
     def forms(
-        arrays: Mapping[str, np.ndarray], direction: Direction, strides: list[int], padding: list[list[int]]
+        arrays: Mapping[str, np.ndarray], direction: Direction, strides: list[int], padding: list[list[int]], chain: int
     ) -> dict[str, Callable[[], Any]]:
         if direction != "forward":
             return {}
@@ -122,12 +131,13 @@ def _onnxruntime() -> _Forms:
         w = np.ascontiguousarray(arrays["w"].transpose(_OIHW))
         kind = onnx.TensorProto.FLOAT
         (top, bottom), (left, right) = padding
-        node = onnx.helper.make_node("Conv", ["x", "w"], ["y"], strides=strides, pads=[top, left, bottom, right])
+        names = ["x", *(f"y{call}" for call in range(chain))]
+        attributes = {"strides": strides, "pads": [top, left, bottom, right]}
         graph = onnx.helper.make_graph(
-            [node],
+            [onnx.helper.make_node("Conv", [x, "w"], [y], **attributes) for x, y in itertools.pairwise(names)],
             "conv",
             [onnx.helper.make_tensor_value_info("x", kind, x.shape)],
-            [onnx.helper.make_tensor_value_info("y", kind, None)],
+            [onnx.helper.make_tensor_value_info(names[-1], kind, None)],
             [onnx.numpy_helper.from_array(w, "w")],
         )
         model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
@@ -147,7 +157,7 @@ def _torch() -> _Forms:
     last = torch.channels_last
 
     def forms(
-        arrays: Mapping[str, np.ndarray], direction: Direction, strides: list[int], padding: list[list[int]]
+        arrays: Mapping[str, np.ndarray], direction: Direction, strides: list[int], padding: list[list[int]], chain: int
     ) -> dict[str, Callable[[], Any]]:
         if any(before != after for before, after in padding):
             return {}
@@ -168,9 +178,13 @@ def _torch() -> _Forms:
         # The weights brought into oneDNN's order beforehand, as torch.compile does; eager calls do it each time.
         packed = torch._C._nn.mkldnn_reorder_conv2d_weight(w.to_mkldnn(), *settings, tuple(x.shape))
         pointwise = torch.ops.mkldnn._convolution_pointwise
+        once = {
+            "PyTorch": lambda x: torch.nn.functional.conv2d(x, w, None, strides, pads),
+            "PyTorch packed": lambda x: pointwise(x, packed, None, *settings, "none", [], ""),
+        }
         return {
-            "PyTorch": lambda: torch.nn.functional.conv2d(x, w, None, strides, pads),
-            "PyTorch packed": lambda: pointwise(x, packed, None, *settings, "none", [], ""),
+            name: lambda call=call: functools.reduce(lambda y, _: call(y), range(chain), x)
+            for name, call in once.items()
         }
 
     return forms

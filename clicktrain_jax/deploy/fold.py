@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clicktrain_jax.deploy import host
 from clicktrain_jax.deploy.jaxprs import CONVOLUTION, bind, flattened, is_literal
 from clicktrain_jax.trees import named_leaves
 
@@ -123,8 +124,7 @@ class Folded:
         traced = trace(_FEW_IMAGES)
         self._equations = [(eqn.primitive.name, _is_computable(eqn)) for eqn in traced[0].jaxpr.eqns]
         prepare, found = self._prepare(traced)
-        # One program: computed one by one, each of the many small steps would be compiled for itself.
-        self.arrays: Arrays = jax.jit(prepare)(variables)
+        self.arrays: Arrays = host.evaluate(prepare, variables)
         self._shapes = {name: array.shape for name, array in self.arrays.items()}
         self._steps[_FEW_IMAGES] = found[0]
 

@@ -42,12 +42,16 @@ def bench(arguments: list[str]) -> int:
         """Samples of each function."""
         engines_python: str | None = None
         """With --which cpu, an interpreter that has onnx, onnxruntime and PyTorch, to be compared with."""
+        chain: int = 1
+        """With --which cpu, calls of a layer one after the other in one program, as in a net."""
         out: Path | None = None
         """A JSON file to save the record in."""
 
     asked = parse(Bench, arguments, "bench")
     if asked.what == "conv":
-        print(bench_conv.run(asked.which, asked.filter, asked.rounds, asked.out, asked.engines_python))
+        print(bench_conv.run(
+            asked.which, asked.filter, asked.rounds, asked.out, asked.engines_python, asked.chain
+        ))
     else:
         sizes = (asked.net, asked.width, asked.batch_size, asked.repeats)
         print(benches.run(asked.what, *sizes, asked.out))
@@ -57,11 +61,12 @@ def bench(arguments: list[str]) -> int:
 def _bench_deploy(arguments: list[str]) -> int:
     from experiments.deployment import bench as deployed
 
-    path, rest = name_argument(arguments, "bench deploy", "an export PATH")
+    path, rest = name_argument(arguments, "bench deploy", "an export PATH, or a net such as vgg13-8x-64x1")
 
     @dataclasses.dataclass(frozen=True)
     class BenchDeploy:
-        """An exported net beside dense engines: XLA, and whichever of onnxruntime, OpenVINO and PyTorch are here."""
+        """An exported net beside itself in C and dense engines: the native kernels, XLA, and whichever of onnxruntime,
+        OpenVINO and PyTorch are here."""
 
         latency: tuple[int, ...] = deployed.LATENCY
         """Batch sizes for which seconds a call are of interest."""
@@ -69,15 +74,21 @@ def _bench_deploy(arguments: list[str]) -> int:
         """Batch sizes for which images a second are."""
         rounds: int = deployed.ROUNDS
         """Samples of every form of every engine."""
+        starts: int = deployed.STARTS
+        """How often each engine is started anew."""
         quick: bool = False
         """Few rounds, and no throughput."""
-        torch_python: str | None = None
-        """An interpreter that has PyTorch and NumPy, where this one has not."""
+        tuned: bool = False
+        """Measure this net's own ways too, for each batch size; that takes minutes, once."""
+        cores: int | None = None
+        """That engines may use; all by default."""
+        engines_python: str | None = None
+        """An interpreter that has onnx, onnxruntime and PyTorch, where this one has not."""
         out: Path | None = None
         """A JSON file to save the record in."""
 
     asked = parse(BenchDeploy, rest, f"bench deploy {path}")
-    print(deployed.run(Path(path), **dataclasses.asdict(asked)))
+    print(deployed.run(path, **dataclasses.asdict(asked)))
     return 0
 
 

@@ -1,8 +1,8 @@
 """Recipes of our own at the authors' compressions: early, by a better score, towards one target.
 
 Command: python -m experiments train vgg13-cifar10-own-9.0x --data.dir DIR
-What is changed against `experiments.configs.published`, all of it for what small nets showed on validation data
-(RESULTS.md: the ablation, the importance experiment): masks are chosen after a tenth of the run and pruned after a
+What is changed against `experiments.configs.published`, all of it for what small nets on lossy images showed on
+validation data (not yet measured again on lossless ones): masks are chosen after a tenth of the run and pruned after a
 fifth, not in its last third; scores are group Taylor over 16 updates; each layer's share follows from one target.
 "64x1" shares patterns and removal by 64 filters, the shape that `pallas_kernels` runs fastest; on small nets it costs
 accuracy. At full width shapes are priced by `experiments.configs.price`; the rest is not measured there.

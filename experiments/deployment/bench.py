@@ -1,6 +1,6 @@
 """An exported net beside dense engines: latency, throughput, memory, startup, size; one table, one record.
 
-    python -m experiments bench deploy vgg13.export --torch-python OTHER/bin/python --out RECORD.json
+    python -m experiments bench deploy vgg13.export --engines-python OTHER/bin/python --out RECORD.json
 
 Every engine has a process of its own, with the library it needs and every core that this process may use; the rounds
 go from one to the next, so that what disturbs the machine disturbs them alike. Engines run the same net: all of its
@@ -14,7 +14,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ import numpy as np
 import clicktrain_jax as ct
 from clicktrain_jax import compact
 from clicktrain_jax.deploy import InferenceNet
+from clicktrain_jax.deploy.c_net import to_c
 from clicktrain_jax.deploy.export import ONNX as EXPORTED_ONNX
 from clicktrain_jax.deploy.onnx import to_onnx
-from experiments.deployment import timing
-from experiments.deployment.engines import ARRAYS, ENGINES, ONNX, PLAN, Job
+from experiments.deployment import drawn, timing
+from experiments.deployment.c_library import LIBRARY, compile_c
+from experiments.deployment.engines import ARRAYS, ENGINES, ONNX, ORT, PLAN, PYTORCH, Job
 from experiments.deployment.torch_plan import make_plan
 from experiments.deployment.worker import Failed, Worker
 from experiments.records import setting, write_json
@@ -36,7 +38,7 @@ from experiments.tables import deploy as tables
 LATENCY, THROUGHPUT = (1, 8, 32), (128, 512)
 # Largest allowed max|difference| / max|logit|.
 TOLERANCE = 1e-3
-ROUNDS, _BUDGET_S, _STARTS = 20, 60.0, 3
+ROUNDS, STARTS, _BUDGET_S = 20, 3, 60.0
 _QUICK = {"rounds": 5, "budget_s": 5.0, "starts": 1}
 # A form that is so much slower than its engine's best after a few rounds, or was at the batch size before, is left out.
 _SCREENING, _FAR = 3, 1.5
@@ -44,75 +46,99 @@ _SCREENING, _FAR = 3, 1.5
 # not to be missed by the engine that is next.
 _REST_S = 0.1
 # An engine that would take longer for a call is left out.
-_LONGEST_S = 10.0
+_LONGEST_S = 1.0
 
 
 def run(
-    path: Path,
+    path: Path | str,
     *,
     latency: Sequence[int] = LATENCY,
     throughput: Sequence[int] = THROUGHPUT,
     rounds: int = ROUNDS,
+    starts: int = STARTS,
     quick: bool = False,
-    torch_python: str | None = None,
+    tuned: bool = False,
+    cores: int | None = None,
+    engines_python: str | None = None,
     out: Path | None = None,
 ) -> str:
     """Measure, save the record when ``out`` is given, and return the tables to print.
 
     Args:
-        path: an export's folder.
+        path: an export's folder; or a name such as "vgg13-8x-64x1", for that net with drawn weights.
         latency: batch sizes for which seconds a call are of interest.
         throughput: batch sizes for which images a second are.
         rounds: samples of every form of every engine.
+        starts: how often each engine is started anew.
         quick: few rounds, and no throughput.
-        torch_python: an interpreter that has PyTorch and NumPy, where this one has not.
+        tuned: measure this net's ways too, for each batch size; takes minutes the first time.
+        cores: that engines may use; all that this process has when None.
+        engines_python: an interpreter that has onnx, onnxruntime and PyTorch, where this one has not.
         out: a JSON file.
 
     Raises:
-        ValueError: no export, or one that needs a user's own function; bad sizes.
+        ValueError: no export, or one that needs a user's own function; bad sizes, or more cores than there are.
     """
     sizes = sorted({*latency} if quick else {*latency, *throughput})
-    if not sizes or sizes[0] < 1 or rounds < 1:
-        raise ValueError(f"batch sizes {sizes} and rounds={rounds}: expected at least one size, and 1 or more of each")
-    path = Path(path)
-    net = ct.load(path)
-    if not isinstance(net, InferenceNet):
-        raise ValueError(f"{path} is no net of clicktrain_jax.models: its dense form is not known to this command")
-    plan = {"rounds": rounds, "budget_s": _BUDGET_S, "starts": _STARTS}
-    if quick:
-        plan |= {**_QUICK, "rounds": min(rounds, _QUICK["rounds"])}
-    pythons = {"dense (PyTorch)": torch_python} if torch_python else {}
-    loads, begin = [os.getloadavg()], time.perf_counter()
-    with tempfile.TemporaryDirectory() as temporary:
-        job = Job(path, Path(temporary), jax.default_backend())
+    if not sizes or min(sizes[0], rounds, starts) < 1:
+        raise ValueError(f"{sizes=}, {rounds=}, {starts=}: expected at least one size, and 1 or more of each")
+    with _on(cores), tempfile.TemporaryDirectory() as temporary:
+        path, folder = Path(path), Path(temporary)
+        if not path.exists() and drawn.export_named(path.name, folder / path.name):
+            path = folder / path.name
+        net = ct.load(path)
+        if not isinstance(net, InferenceNet):
+            raise ValueError(f"{path} is no net of clicktrain_jax.models: its dense form is not known to this command")
+        plan = {"rounds": rounds, "budget_s": _BUDGET_S, "starts": starts}
+        if quick:
+            plan |= {**_QUICK, "rounds": min(rounds, _QUICK["rounds"])}
+        job = Job(path, folder, jax.default_backend(), tuned)
         hand_over(net, path, job.folder)
-        found = measure(net, job, sizes, pythons, **plan)
-    asked = " --quick" if quick else ""
-    asked += " --torch-python ..." if torch_python else ""
-    record = {
-        "what": "deploy",
-        "command": f"python -m experiments bench deploy {path.name}{asked}",
-        "setting": setting(),
-        # At the beginning and at the end: (1, 5, 15 minutes) each.
-        "load_average": [*loads, os.getloadavg()],
-        "seconds": time.perf_counter() - begin,
-        "quick": quick,
-        "tolerance": TOLERANCE,
-        "net": _facts(net),
-        "sizes": _sizes(path, net.manifest),
-        "latency": [size for size in sizes if size in latency],
-        "throughput": [size for size in sizes if size in throughput],
-        **found,
-        "layers": timing.layers(net.tuned(sizes[0]), sizes[0]),
-    }
+        loads, begin = [os.getloadavg()], time.perf_counter()
+        found = measure(net, job, sizes, dict.fromkeys((ORT, PYTORCH), engines_python), **plan)
+        layers = timing.layers(net.tuned(sizes[0]) if tuned else net, sizes[0])
+        asked = "".join(
+            text for text, is_asked in ((" --quick", quick), (" --tuned", tuned), (f" --cores {cores}", cores),
+                                        (" --engines-python ...", engines_python)) if is_asked
+        )
+        record = {
+            "what": "deploy",
+            "command": f"python -m experiments bench deploy {path.name}{asked}",
+            "setting": setting(),
+            # At the beginning and at the end: (1, 5, 15 minutes) each.
+            "load_average": [*loads, os.getloadavg()],
+            "seconds": time.perf_counter() - begin,
+            "quick": quick,
+            "tolerance": TOLERANCE,
+            "net": _facts(net),
+            "tile": _tile(net),
+            "sizes": _sizes(path, net.manifest),
+            "latency": [size for size in sizes if size in latency],
+            "throughput": [size for size in sizes if size in throughput],
+            **found,
+            "layers": layers,
+        }
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
     return tables.deploy_tables(record)
 
 
+@contextlib.contextmanager
+def _on(count: int | None) -> Iterator[None]:
+    """So many of this process's cores for it and those that it starts; all for None."""
+    before = sorted(os.sched_getaffinity(0))
+    if count is not None and not 1 <= count <= len(before):
+        raise ValueError(f"cores={count}: this process may use {len(before)}")
+    os.sched_setaffinity(0, before[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def hand_over(net: InferenceNet, path: Path, folder: Path) -> None:
-    """Write what engines without jax run: an ONNX model and a plan for PyTorch; where one cannot be made, why."""
+    """Write what engines without jax run: an ONNX model, a plan for PyTorch, C; where one cannot be made, why."""
     try:
         stored = EXPORTED_ONNX in net.manifest["files"]
         data = compact.read_file(path, EXPORTED_ONNX) if stored else to_onnx(net.folded, net.folded.image_shape)
@@ -122,9 +148,13 @@ def hand_over(net: InferenceNet, path: Path, folder: Path) -> None:
     try:
         plan = make_plan(net.folded)
         np.savez(folder / ARRAYS, **plan.arrays)
-        (folder / PLAN).write_text(json.dumps(plan.steps))
+        (folder / PLAN).write_text(json.dumps({"steps": plan.steps, "image_shape": net.folded.image_shape}))
     except ValueError as error:
         (folder / f"{PLAN}.txt").write_text(str(error))
+    try:
+        compile_c(to_c(net), folder)
+    except ValueError as error:
+        (folder / f"{LIBRARY}.txt").write_text(str(error))
 
 
 def measure(
@@ -334,6 +364,12 @@ def _facts(net: InferenceNet) -> dict[str, Any]:
     facts = net.manifest["facts"]
     found = {key: facts.get(key) for key in ("net", "image_shape", "accuracy")}
     return {**found, "run": (facts.get("run") or {}).get("name"), "dtype": net.manifest["dtype"]}
+
+
+def _tile(net: InferenceNet) -> list[int] | None:
+    """(filters, channels) that the masks of all its pruned convolutions have in common at least; None without any."""
+    tiles = [site.structure.tile for site in net.convolutions(1) if site.structure is not None]
+    return [min(sizes) for sizes in zip(*tiles)] if tiles else None
 
 
 def _sizes(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ a batch. All of them take the same float32 images and give the same logits; ever
 theirs, and the arithmetic is float32 where the net's is.
 """
 
+import collections
+import ctypes
 import dataclasses
 import json
 import os
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from experiments.deployment.c_library import LIBRARY
 
 # Files of a job's folder: what is handed to the engines.
 ONNX, PLAN, ARRAYS = "net.onnx", "plan.json", "arrays.npz"
@@ -30,17 +34,25 @@ class Job:
 
     Attributes:
         export: the export's folder.
-        folder: with `ONNX`, or `PLAN` and `ARRAYS`, as far as they could be made.
+        folder: with `ONNX`, `PLAN` and `ARRAYS`, `LIBRARY`, as far as they could be made.
         platform: of jax: "cpu", "gpu".
+        is_tuned: whether this net is measured in its ways too.
     """
 
     export: Path
     folder: Path
     platform: str
+    is_tuned: bool = False
 
 
 class Engine:
-    """One way to run the net; `ENGINES` makes them, each of which imports its library when it is made."""
+    """One way to run the net; `ENGINES` makes them, each of which imports its library when it is made.
+
+    Attributes:
+        version: of what it is, where pip knows nothing of it.
+    """
+
+    version: str | None = None
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -89,17 +101,24 @@ class _Xla(Engine):
 
 
 class Pruned(_Xla):
-    """The exported net as `clicktrain_jax.load` runs it, its choice measured (once: it is kept) for the batch size."""
+    """The exported net as `clicktrain_jax.load` gives it, and with its choice measured where the job says so."""
 
     def forms(self, images: np.ndarray) -> dict[str, Callable[[], Call]]:
-        """As tuned."""
+        """As loaded, and tuned (measured once: it is kept) for the batch size; each says how the layers run."""
 
-        def tuned() -> Call:
-            net, array = self.net.tuned(len(images)), self.jax.device_put(images)
+        nets = {"as loaded": self.net}
+        if self.job.is_tuned:
+            nets["tuned"] = self.net.tuned(len(images))
+
+        def called(net: Any) -> Call:
+            array = self.jax.device_put(images)
             # The door that a user takes, with its checks.
             return lambda: self.jax.block_until_ready(net(array))
 
-        return {"tuned": tuned}
+        return {
+            f"{name}: {ways_of(net.convolutions(len(images)))}": lambda net=net: called(net)
+            for name, net in nets.items()
+        }
 
     def first(self, images: np.ndarray, form: str) -> Any:
         """The first answer, without measuring."""
@@ -107,21 +126,33 @@ class Pruned(_Xla):
         return self.jax.block_until_ready(self.net(images))
 
 
-class DenseFolded(_Xla):
-    """The dense net through XLA in its best form: BatchNorm folded, convolutions by this project's dense forms."""
+class _Dense(_Xla):
+    """All weights, BatchNorm folded, each convolution by one backend."""
+
+    def direct(self, images: np.ndarray, backend: str) -> Call:
+        """The net by a backend."""
+        try:
+            net = self.net.dense(len(images), backend)
+        except ValueError as reason:
+            raise Unavailable(str(reason)) from reason
+        return self.bound(*net.program(len(images)), images)
+
+
+class DenseNative(_Dense):
+    """The dense net by the native kernels."""
 
     def forms(self, images: np.ndarray) -> dict[str, Callable[[], Call]]:
-        """By the native kernels where they are fast, by XLA's convolutions, and by patches."""
+        """All convolutions that they can run."""
+        return {"native kernels": lambda: self.direct(images, "cpu")}
+
+
+class DenseFolded(_Dense):
+    """The dense net through XLA in its best form."""
+
+    def forms(self, images: np.ndarray) -> dict[str, Callable[[], Call]]:
+        """By XLA's convolutions, and by patches."""
 
         from clicktrain_jax.models.conv import patch_convolution
-
-        def direct(backend: str) -> Call:
-            try:
-                net = self.net.dense(len(images), backend)
-            except ValueError as reason:
-                raise Unavailable(str(reason)) from reason
-            function, arrays = net.program(len(images))
-            return self.bound(function, arrays, images)
 
         def by_patches(step: Any, x: Any, kernel: Any, bias: Any) -> Any:
             params = step.equation.params
@@ -140,11 +171,7 @@ class DenseFolded(_Xla):
             folded = self.net.folded
             return self.bound(lambda arrays, x: folded.function(arrays, x, by_patches), folded.arrays, images)
 
-        return {
-            "native": lambda: direct("cpu"),
-            "XLA's convolutions": lambda: direct("xla"),
-            "patches": patches,
-        }
+        return {"XLA's convolutions": lambda: self.direct(images, "xla"), "patches": patches}
 
 
 class DensePlain(_Xla):
@@ -167,6 +194,42 @@ class DensePlain(_Xla):
         return {"flax.linen": lambda: self.bound(self.apply, self.variables, images)}
 
 
+class NetInC(Engine):
+    """The export's ``net.c``, compiled for this machine beforehand and called through ctypes; pixels are uint8."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        _cpu_alone(job)
+        _read(job, LIBRARY)
+        self.version = (job.folder / f"{LIBRARY}.txt").read_text()
+
+    def load(self) -> None:
+        """The library, and its weights where they are apart."""
+
+        self.library = ctypes.CDLL(os.fspath(self.job.folder / LIBRARY))
+        self.library.bench_load.restype = ctypes.c_int
+        if self.library.bench_load(os.fsencode(self.job.folder / "net.weights")):
+            raise Unavailable("net.weights is not that of net.c")
+
+    def forms(self, images: np.ndarray) -> dict[str, Callable[[], Call]]:
+        """In one thread, and one image in all threads or several side by side."""
+
+        pixels = np.round(255 * images).astype(np.uint8)
+        logits = np.empty((len(images), self.library.bench_classes()), np.float32)
+
+        def called(threads: int) -> Call:
+            def call() -> np.ndarray:
+                self.library.bench_run(
+                    ctypes.c_void_p(pixels.ctypes.data), len(pixels), ctypes.c_void_p(logits.ctypes.data), threads
+                )
+                return logits
+
+            return call
+
+        named = "one thread", f"{cores()} threads" if len(images) == 1 else f"an image a thread, {cores()} threads"
+        return {name: lambda n=n: called(n) for name, n in zip(named, dict.fromkeys((1, cores())))}
+
+
 class OnnxRuntime(Engine):
     """onnxruntime on the CPU."""
 
@@ -180,9 +243,16 @@ class OnnxRuntime(Engine):
         onnxruntime.set_default_logger_severity(3)
 
     def load(self) -> None:
-        """The model."""
+        """The model; PyTorch makes it where jax could not."""
 
-        self.model = _read(self.job, ONNX)
+        if (self.job.folder / ONNX).exists() or not (self.job.folder / PLAN).exists():
+            self.model = _read(self.job, ONNX)
+            return
+        try:
+            from experiments.deployment import torch_net
+        except ImportError as reason:
+            raise Unavailable(f"{(self.job.folder / f'{ONNX}.txt').read_text()}; {reason}") from reason
+        self.model = torch_net.to_onnx(*_plan(self.job))
 
     def forms(self, images: np.ndarray) -> dict[str, Callable[[], Call]]:
         """A session for the batch size."""
@@ -253,10 +323,7 @@ class PyTorch(Engine):
     def load(self) -> None:
         """The plan."""
 
-        _read(self.job, PLAN)
-        self.steps = json.loads((self.job.folder / PLAN).read_text())
-        with np.load(self.job.folder / ARRAYS) as arrays:
-            self.arrays = dict(arrays)
+        self.steps, self.arrays, _ = _plan(self.job)
 
     def forms(self, images: np.ndarray) -> dict[str, Callable[[], Call]]:
         """All of `torch_net`'s."""
@@ -285,26 +352,47 @@ class PyTorch(Engine):
 
 
 # By the names that stand in tables; the first is what all others are compared with.
-THIS_NET, DENSE, PLAIN = "this net", "dense (XLA)", "dense (XLA), as trained"
+THIS_NET, IN_C = "this net", "this net in C"
+NATIVE, DENSE, PLAIN = "dense (native)", "dense (XLA)", "dense (XLA), as trained"
+ORT, OPENVINO, PYTORCH = "dense (onnxruntime)", "dense (OpenVINO)", "dense (PyTorch)"
 ENGINES: Mapping[str, Callable[[Job], Engine]] = {
     THIS_NET: Pruned,
+    IN_C: NetInC,
+    NATIVE: DenseNative,
     DENSE: DenseFolded,
     PLAIN: DensePlain,
-    "dense (onnxruntime)": OnnxRuntime,
-    "dense (OpenVINO)": OpenVino,
-    "dense (PyTorch)": PyTorch,
+    ORT: OnnxRuntime,
+    OPENVINO: OpenVino,
+    PYTORCH: PyTorch,
 }
 # What pip calls the library of an engine.
-PACKAGES = {THIS_NET: "jax", DENSE: "jax", PLAIN: "jax"} | {
-    "dense (onnxruntime)": "onnxruntime",
-    "dense (OpenVINO)": "openvino",
-    "dense (PyTorch)": "torch",
+PACKAGES = dict.fromkeys((THIS_NET, IN_C, NATIVE, DENSE, PLAIN), "jax") | {
+    ORT: "onnxruntime",
+    OPENVINO: "openvino",
+    PYTORCH: "torch",
 }
 
 
 def cores() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def ways_of(sites: Any) -> str:
+    """How so many convolutions run, in words."""
+    ways = collections.Counter(
+        f"{'dense' if site.plan.run == 'dense' else 'by pattern'}, "
+        f"{'native' if site.plan.backend == 'cpu' else (site.plan.backend or 'xla').replace('xla', 'XLA')}"
+        for site in sites
+    )
+    return "; ".join(f"{count} {way}" for way, count in ways.most_common())
+
+
+def _plan(job: Job) -> tuple[list[dict[str, Any]], dict[str, np.ndarray], tuple[int, ...]]:
+    """Steps and arrays for PyTorch, and the shape of an image."""
+    plan = json.loads(_read(job, PLAN))
+    with np.load(job.folder / ARRAYS) as arrays:
+        return plan["steps"], dict(arrays), tuple(plan["image_shape"])
 
 
 def _cpu_alone(job: Job) -> None:

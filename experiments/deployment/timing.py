@@ -11,9 +11,10 @@ import numpy as np
 from clicktrain_jax.deploy import InferenceNet, PortableNet
 from clicktrain_jax.deploy.inference import Site
 from experiments.records import setting
+from pallas_kernels import native
 from pallas_kernels.tuning import time_together
 
-DENSE, OURS = "dense (XLA)", "this net"
+DENSE, NATIVE, OURS = "dense (XLA)", "dense (native)", "this net"
 BATCHES = (1, 8)
 _ROUNDS = 15
 _BUDGET_S = 20.0
@@ -35,7 +36,9 @@ def measure(net: InferenceNet | PortableNet, batches: Sequence[int] = BATCHES) -
     for batch in batches:
         net = net.tuned(batch)
         images = jnp.asarray(images_of(batch, net.folded.image_shape))
-        functions = {DENSE: bound(net.dense(batch), images), OURS: bound(net, images)}
+        functions = {DENSE: bound(net.dense(batch, "xla"), images), OURS: bound(net, images)}
+        if native.is_fast():
+            functions[NATIVE] = bound(net.dense(batch, "cpu"), images)
         found[str(batch)] = seconds_of(functions)
     here = setting()
     return {
@@ -49,8 +52,9 @@ def measure(net: InferenceNet | PortableNet, batches: Sequence[int] = BATCHES) -
 
 
 def images_of(batch: int, shape: Sequence[int]) -> np.ndarray:
-    """Pixels in [0, 1], always the same: float32 (batch, height, width, channels)."""
-    return np.random.default_rng(0).random((batch, *shape), np.float32)
+    """Pixels in [0, 1], always the same, that 8 bits can tell: float32 (batch, height, width, channels)."""
+    pixels = np.random.default_rng(0).integers(0, 256, (batch, *shape), np.uint8)
+    return pixels.astype(np.float32) / np.float32(255)
 
 
 def bound(net: InferenceNet, images: Any) -> Callable[[], Any]:

@@ -1,6 +1,8 @@
 """A net in PyTorch, made from the plan of `experiments.deployment.torch_plan`; needs PyTorch and NumPy alone."""
 
+import io
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -126,6 +128,31 @@ def make(
             return net(images)
 
     return call
+
+
+def to_onnx(
+    steps: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray], image_shape: Sequence[int]
+) -> bytes:
+    """A plan as an ONNX model of "images" (batch, height, width, channels) and "logits", the batch left open.
+
+    Args:
+        steps, arrays: of the plan.
+        image_shape: (height, width, channels).
+    """
+    stream = io.BytesIO()
+    with torch.no_grad(), warnings.catch_warnings():
+        # The exporter that it has become needs another package.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Net(steps, arrays).eval(),
+            (torch.zeros(2, *image_shape),),
+            stream,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+            dynamo=False,
+        )
+    return stream.getvalue()
 
 
 def _conv(step: Mapping[str, Any], x: torch.Tensor, weights: torch.Tensor, bias: Any = None) -> torch.Tensor:

@@ -114,7 +114,8 @@ class Worker(Process):
 
     def __init__(self, engine: str, job: Job, python: str | None = None) -> None:
         self.engine = engine
-        arguments = [engine, str(job.export.resolve()), str(job.folder.resolve()), job.platform]
+        places = [str(job.export.resolve()), str(job.folder.resolve())]
+        arguments = [engine, *places, job.platform, *(["tuned"] if job.is_tuned else [])]
         super().__init__(
             [python or sys.executable, "-m", "experiments.deployment.worker", *arguments],
             # Several processes of jax share a GPU only if none takes its memory beforehand.
@@ -153,6 +154,7 @@ class _Served(Sampled):
         super().__init__()
         self.job = job
         self.engine = ENGINES[engine](job)
+        self.version = self.engine.version
 
     def start(self, images: str, form: str) -> dict[str, Any]:
         """From nothing but the library to the first answer."""
@@ -217,7 +219,7 @@ def serve(package: str, make: Callable[[], Any]) -> None:
 
     Args:
         package: what pip calls the library that is served.
-        make: returns the object whose methods answer.
+        make: returns the object whose methods answer; it may tell its own ``version``.
     """
     # Libraries may print: only answers go where the answers are read.
     answers = os.fdopen(os.dup(1), "w")
@@ -229,7 +231,8 @@ def serve(package: str, make: Callable[[], Any]) -> None:
 
     try:
         served = make()
-        answer({"version": f"{package} {importlib.metadata.version(package)}"})
+        version = getattr(served, "version", None) or f"{package} {importlib.metadata.version(package)}"
+        answer({"version": version})
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == package
         answer({"error": f"{package} is not installed" if missing else f"{package} cannot be imported: {error}"})
@@ -245,9 +248,9 @@ def serve(package: str, make: Callable[[], Any]) -> None:
             answer({"error": _words(error)})
 
 
-def main(engine: str, export: str, folder: str, platform: str) -> None:
+def main(engine: str, export: str, folder: str, platform: str, tuned: str = "") -> None:
     """Serve one engine until standard input ends."""
-    serve(PACKAGES[engine], lambda: _Served(engine, Job(Path(export), Path(folder), platform)))
+    serve(PACKAGES[engine], lambda: _Served(engine, Job(Path(export), Path(folder), platform, bool(tuned))))
 
 
 def _words(error: Exception) -> str:

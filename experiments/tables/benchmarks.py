@@ -166,7 +166,11 @@ def _deployed(folder: Path) -> str:
     if (folder / "sizes.json").exists():
         table = sizes.generate(read_json(folder / "sizes.json"))
         parts.append(f"## Size of exports\n\n`python -m experiments bench sizes`\n\n{table}")
-    for path in sorted(folder.glob("dtypes-*.json")):
+    of_dtypes = sorted(folder.glob("dtypes-*.json"))
+    if not of_dtypes:
+        command = "`python -m experiments bench dtypes RUN --data.dir DIR`"
+        parts.append(f"## Weights in fewer bits\n\n{command}: not measured.\n")
+    for path in of_dtypes:
         record = read_json(path)
         command = f"`python -m experiments bench dtypes RUN --data.dir DIR`; {record['setting']['date'][:10]}"
         parts.append(f"## Weights in fewer bits\n\n{command}\n\n{dtypes.table(record)}")

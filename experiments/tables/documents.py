@@ -40,8 +40,12 @@ def generate(records: Path = results.RECORDS) -> dict[Path, str]:
     ]
     for path in _importance_records(records):
         parts.append(importance.generate(read_json(path), _link(path.with_suffix(".png"))))
+    if not _importance_records(records):
+        parts.append("## Importance\n\n`python -m experiments importance --data.dir DIR --out FILE`: not measured.\n")
     of_ablation = ablation.records(records)
-    if of_ablation:
+    if not of_ablation:
+        parts.append("## ablation\n\n`python -m experiments ablation --data.dir DIR --workdir DIR`: not measured.\n")
+    else:
         parts.append(f"{ablation.generate(of_ablation)}\n![Every cell's difference]({_link(ablation.PLOT)})\n")
         for record in _with_sheet(of_ablation):
             path = ablation.PLOT.with_name(_sheet_name(record))

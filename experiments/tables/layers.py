@@ -12,13 +12,22 @@ FORWARD_GOALS = {5.6: {64: 4.5, 32: 4.5, 16: 3.3, 1: 3.0}, 2.25: {64: 1.8, 1: 1.
 GRADIENT_GOALS = {5.6: {64: 3.0, 32: 3.0, 16: 3.0}}
 PLAIN, PACKED = "cpu", "cpu packed"
 _EXPLAINED = """Ratios say how many times faster the native kernels ({instructions}) are than the fastest dense form of
-that row, which is named: the dense form of the same kernels, XLA's{engines}. Every way was checked against sums in
-float64 (outputs' memory filled with NaN before, NaN in the weights that are not retained), then all of a row were timed
-in turns, each after {warm} of calls that are not counted; medians. Forward on weights that are packed beforehand, as
-loaded nets have them, and in brackets with packing in every call, as in training. Masks are drawn: at 2.25x every
-kernel has a 2x2 corner, at 5.6x 60% of the tiles are removed as well. Float32. Load average {load[0]:.1f} at the start,
-{load[1]:.1f} at the end; seed {seed}; {minutes:.0f} minutes.
+that row, which is named: the dense form of the same kernels, XLA's{engines}. {what}
+Every way was checked against sums in float64 (outputs' memory filled with NaN before, NaN in the weights that are not
+retained), then all of a row were timed in turns, each after {warm} of calls that are not counted; medians. {packing}
+Masks are drawn: at 2.25x every kernel has a 2x2 corner, at 5.6x 60% of the tiles are removed as well. Float32. Load
+average {load[0]:.1f} at the start, {load[1]:.1f} at the end; seed {seed}; {minutes:.0f} minutes.
 """
+
+_ALONE = """Each is one call from Python, which takes some 30 us itself, and as long to wake a second thread."""
+_CHAINED = """Each figure is one call's share of {chain} in one program, every call reading what the one before wrote:
+the layer as it stands in a net, without the call from Python; PyTorch's are called eagerly. The weights stay in a
+cache, in a net they do not."""
+_PACKINGS = (
+    "Forward on weights that are packed beforehand, as loaded nets have them, and in brackets with packing in every "
+    "call, as in training.",
+    "Weights are packed beforehand, as loaded nets have them.",
+)
 
 Mask = tuple[tuple[int, ...], float]
 
@@ -31,6 +40,8 @@ def layers_tables(record: dict[str, Any]) -> str:
         _EXPLAINED.format(
             instructions=record["instructions"],
             engines="".join(f", {name}" for name in engines) + (" (oneDNN)" if "torch" in str(engines) else ""),
+            what=_ALONE if record.get("chain", 1) == 1 else _CHAINED.format(**record),
+            packing=_PACKINGS[record.get("chain", 1) > 1],
             warm="20 ms",
             load=[load[0] for load in record["load_average"]],
             seed=record["seed"],
@@ -55,7 +66,7 @@ def layers_tables(record: dict[str, Any]) -> str:
 def goal_of(direction: str, mask: Mask) -> float | None:
     """How many times faster it shall be, by direction and mask; None where nothing is asked."""
     (filters, channels), reduction = mask
-    goals = FORWARD_GOALS if direction == "forward" else GRADIENT_GOALS
+    goals = FORWARD_GOALS if direction.startswith("forward") else GRADIENT_GOALS
     return goals.get(reduction, {}).get(filters) if channels == 1 else None
 
 

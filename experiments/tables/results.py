@@ -17,8 +17,7 @@ Generated from the records in experiments/results by `python -m experiments tabl
 The methods that ClickTrain is compared with come first, then the authors' recipes, then single studies. Accuracies are
 top-1 in percent, mean ± standard deviation over the seeds; "drop" is against the dense run of the same seed. "Best" is
 the best epoch after the prune (of all epochs for dense runs). Compression counts all convolutions, shortcuts too, and
-all trained parameters. CIFAR-10 as "jpeg" is a lossy re-encoding: accuracies on it do not compare
-with published ones, only the drops do. Ratios of speed are in BENCHMARKS.md.
+all trained parameters. Ratios of speed are in BENCHMARKS.md.
 """
 _COLUMNS = ("run", "n", "final", "drop", "best", "conv", "model", "machine", "date")
 

@@ -1,5 +1,6 @@
 """The benchmark of the CPU's kernels: references by hand, other libraries judged and timed in turns, tables."""
 
+import dataclasses
 import json
 import sys
 
@@ -60,6 +61,33 @@ def test_masks_of_a_layer_are_timed_beside_its_dense_forms():
         kinds = ("cpu", "cpu packed") if row["direction"] == "forward" else ("cpu",)
         ours = {way["name"] for way in row["ways"] if way["mask"] is not None}
         assert ours == {f"{kind} {mask}" for kind in kinds for mask in ("16-5.6x", "1-2.25x")}
+
+
+def test_a_layer_in_a_chain_is_timed_by_the_call():
+    row, = bench_layers.measure(CASES, np.random.default_rng(), directions=["forward"], rounds=1, chain=3)
+    assert row["direction"] == "forward, 3 in a program" and not row["wrong"]
+    assert {way["name"] for way in row["ways"] if way["mask"] is None} == {"XLA", "ClickTrain dense"}
+    assert {way["name"] for way in row["ways"] if way["mask"]} == {"cpu packed 16-5.6x", "cpu packed 1-2.25x"}
+    assert layers.goal_of(row["direction"], ((64, 1), 5.6)) == 4.5
+    # Three calls are one after the other: what is right is not what one call gives.
+    problem = conv_ways.make_problem(CASES[0], np.random.default_rng(0))
+    once = bench_layers.reference(problem, "forward")
+    again = dataclasses.replace(problem, x={"NHWC": once})
+    wanted = bench_layers.reference(again, "forward")
+    np.testing.assert_array_equal(bench_layers.reference(problem, "forward", 2), wanted)
+
+
+def test_a_chain_takes_layers_that_can_follow_themselves(monkeypatch, tmp_path, capsys):
+    unlike = dataclasses.replace(CASES[0], cout=32)
+    monkeypatch.setattr(cases, "CPU", (unlike, CASES[0]))
+    path = tmp_path / "layers.json"
+    assert main(["bench", "conv", "--which", "cpu", "--rounds", "1", "--chain", "2", "--out", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert record["chain"] == 2 and [row["layer"] for row in record["results"]] == ["net 5x4, 16 to 16"]
+    assert "one call's share of 2 in one program" in capsys.readouterr().out
+    monkeypatch.setattr(cases, "CPU", (unlike,))
+    assert main(["bench", "conv", "--which", "cpu", "--chain", "2"]) == 2
+    assert "--chain 2: expected" in capsys.readouterr().err
 
 
 def test_wrong_answers_of_another_library_are_not_timed():

@@ -8,18 +8,17 @@ import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import clicktrain_jax as ct
 from clicktrain_jax import models
 from clicktrain_jax.deploy import load
-from experiments.deployment import bench, engines, worker
-from experiments.deployment.engines import DENSE, PLAIN, THIS_NET, Job
+from experiments.deployment import bench, c_library, drawn, engines, worker
+from experiments.deployment.engines import DENSE, IN_C, NATIVE, OPENVINO, ORT, PLAIN, PYTORCH, THIS_NET, Job
 from experiments.records import read_json
 from experiments.tables import deploy
-
-ORT, OPENVINO, PYTORCH = "dense (onnxruntime)", "dense (OpenVINO)", "dense (PyTorch)"
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +117,7 @@ def faked(monkeypatch):
     monkeypatch.setattr(bench, "Worker", FakeWorker)
     monkeypatch.setattr(FakeWorker, "asked", [])
     monkeypatch.setattr(bench, "to_onnx", lambda *arguments: b"")
+    monkeypatch.setattr(bench, "compile_c", lambda files, folder: None)
     monkeypatch.setattr(bench, "_REST_S", 0)
     monkeypatch.setattr(bench.timing, "layers", lambda net, batch: [
         {"name": "a", "dense_s": 0.002, "pattern_s": 0.001, "runs": "pattern", "why": "measured"},
@@ -133,7 +133,7 @@ def test_what_is_recorded(exported, faked, tmp_path):
     assert deploy.deploy_tables(record) == text
     assert record["command"].startswith("python -m experiments bench deploy tiny.export")
     assert list(record["batches"]) == ["1", "2", "4"] and record["throughput"] == [4]
-    assert set(record["unavailable"]) == {PLAIN, PYTORCH}
+    assert set(record["unavailable"]) == {IN_C, NATIVE, PLAIN, PYTORCH} and record["tile"] == [8, 1]
     assert list(record["engines"]) == [THIS_NET, DENSE, ORT, OPENVINO]
     first = record["batches"]["1"]
     assert first[THIS_NET]["median_s"] == 0.01 and first[THIS_NET]["form"] == "tuned"
@@ -194,11 +194,11 @@ def test_differences():
 
 def images_of(job, size=2):
     path = bench.images_file(job.folder, size)
-    np.save(path, np.random.default_rng(0).random((size, 8, 8, 1), np.float32))
+    np.save(path, bench.timing.images_of(size, (8, 8, 1)))
     return path
 
 
-@pytest.mark.parametrize("name", [DENSE, PLAIN, THIS_NET, PYTORCH])
+@pytest.mark.parametrize("name", [NATIVE, DENSE, PLAIN, THIS_NET, IN_C, PYTORCH])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_every_form_is_right(name, job, monkeypatch):
     monkeypatch.setattr(bench.InferenceNet, "tuned", lambda net, batch: net)
@@ -222,6 +222,33 @@ def test_every_form_is_right(name, job, monkeypatch):
 def test_engines_of_the_cpu_are_not_compared_with_a_gpu(job):
     with pytest.raises(engines.Unavailable, match="not compared with a GPU"):
         engines.OnnxRuntime(Job(job.export, job.folder, "gpu"))
+
+
+def test_a_name_draws_its_net(tmp_path, monkeypatch):
+    kept = {}
+    monkeypatch.setattr(drawn.ct, "export", lambda folder, apply_fn, variables, masks, **_: kept.update(masks=masks))
+    assert drawn.export_named("small-4x-8x1", tmp_path / "a") and not drawn.export_named("net.export", tmp_path)
+    report = ct.report(jax.tree.map(jnp.ones_like, kept["masks"].pattern), kept["masks"])
+    assert report.conv_compression == pytest.approx(4, rel=0.05)
+    with pytest.raises(ValueError, match="vgg12"):
+        drawn.export_named("vgg12-8x-8x1", tmp_path / "b")
+
+
+def test_cores_are_given_back():
+    before = os.sched_getaffinity(0)
+    with bench._on(1):
+        assert len(os.sched_getaffinity(0)) == 1
+    assert os.sched_getaffinity(0) == before
+    with pytest.raises(ValueError, match="cores=1000"), bench._on(1000):
+        pass
+
+
+def test_c_that_does_not_compile_says_why(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="error"):
+        c_library.compile_c({"net.h": b"", "net.c": b"no C"}, tmp_path)
+    monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
+    with pytest.raises(ValueError, match="no compiler: "):
+        c_library.compile_c({"net.h": b"", "net.c": b""}, tmp_path)
 
 
 @contextlib.contextmanager
@@ -270,10 +297,12 @@ def test_the_exported_net_in_a_process_of_its_own(job):
         answer = process.ask("prepare", images=str(images))
         assert answer["failed"] == {}
         with np.load(answer["logits"]) as logits:
-            np.testing.assert_allclose(logits["tuned"], ct.load(job.export)(np.load(images)), atol=1e-4)
-        sample = process.ask("sample", form="tuned", calls=None)
+            form, = logits
+            assert form.startswith("as loaded: ")
+            np.testing.assert_allclose(logits[form], ct.load(job.export)(np.load(images)), atol=1e-4)
+        sample = process.ask("sample", form=form, calls=None)
         assert sample["seconds"] > 0 and sample["calls"] >= 1
-        assert process.ask("sample", form="tuned", calls=3)["calls"] == 3
+        assert process.ask("sample", form=form, calls=3)["calls"] == 3
         os.kill(process._process.pid, 9)
         with pytest.raises(worker.Failed, match="ended with -9"):
             process.ask("memory")
@@ -310,7 +339,7 @@ RECORD = {
         "date": "2026-11-23T10:00:00+00:00", "python": "3.12.1", "versions": {"jax": "0.12"},
         "device": {"platform": "cpu", "kind": "cpu"}, "cpu": {"model": "A CPU", "cores": 2},
     },
-    "net": {"net": {"name": "vgg13", "width": 1.0}},
+    "net": {"net": {"name": "vgg13", "width": 1.0}}, "tile": [32, 1],
     "sizes": {
         "files": {"manifest.json": 1000, "weights.safetensors": 5_999_000, "net.onnx": 40_000_000},
         "dense_bytes": 39_000_000, "conv_weights": 800, "conv_kept": 100, "conv_dense_bytes": 32, "conv_bytes": 4,
@@ -321,7 +350,7 @@ RECORD = {
     "batches": {
         size: {
             name: {"form": "f", "low_s": 0.9 * scale * s, "median_s": scale * s, "high_s": scale * s, "refused": {}}
-            for name, s in {THIS_NET: 0.010, DENSE: 0.026, PYTORCH: 0.019}.items()
+            for name, s in {THIS_NET: 0.010, IN_C: 0.009, DENSE: 0.036, PYTORCH: 0.029}.items()
         }
         for size, scale in {"1": 1, "128": 100}.items()
     },
@@ -338,14 +367,18 @@ def line_of(text, *cells):
 
 
 def test_ratios_and_goals_by_hand():
-    assert deploy.ratios(RECORD["batches"]["1"]) == pytest.approx({DENSE: 2.6, PYTORCH: 1.9})
+    assert deploy.ratios(RECORD["batches"]["1"]) == pytest.approx({IN_C: 0.9, DENSE: 3.6, PYTORCH: 2.9})
     text = deploy.deploy_tables(RECORD)
-    assert "| 2.60 " in text and "1.90: dense (PyTorch)" in text
-    assert "2.5 than XLA: met; 1 than PyTorch: met; 2 than the fastest dense engine: not met" in text
-    assert "not met" not in deploy.summary_table({**RECORD, "net": {"net": {"name": "vgg16", "width": 1.0}}})
+    # The same net in C is no dense engine.
+    assert "| 3.60 " in text and "2.90: dense (PyTorch)" in text
+    assert "3: not met" in text and "in C at most" not in text
+    alone = {**RECORD, "setting": {**RECORD["setting"], "cpu": {"model": "A CPU", "cores": 1}}}
+    assert "3: not met; in C at most 1 of this net's time: met" in deploy.summary_table(alone)
+    assert "3: " not in deploy.summary_table({**RECORD, "net": {"net": {"name": "vgg16", "width": 1.0}}})
+    assert "2.2: met" in deploy.summary_table({**RECORD, "tile": [1, 1]})
     assert "128" in line_of(text, "128", THIS_NET) and "128" == f"{128 / 1.0:.0f}"
     assert "not measured" in line_of(text, "1", OPENVINO) and "openvino is not installed" in text
-    assert "under 3 s: met" in text and "not measured" in line_of(text, DENSE, "3.50")
+    assert "under 1 s: not met" in text and "not measured" in line_of(text, DENSE, "3.50")
     assert "6.00 MB to load" in text and "6.50x smaller" in text and "net.onnx 40.00 MB" in text
     assert "| 2.00 " in line_of(text, "Conv_1")
 
@@ -364,5 +397,5 @@ def test_the_document(tmp_path):
     assert "On a CPU: not measured." in deploy.generate(tmp_path)
     path.write_text(json.dumps(RECORD))
     text = deploy.generate(tmp_path)
-    assert "### vgg13, 8.00x fewer convolution weights" in text and "On a CPU" not in text
+    assert "### vgg13, 8.00x fewer convolution weights, tiles of (32, 1), on 2 cores" in text and "On a CPU" not in text
     assert "On a GPU: not measured." in text and "A CPU, 2 cores" in text
