@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.masks import LayerChoice, Masks, expand
-from clicktrain_jax.plan import LayerPlan, Plan
+from clicktrain_jax.plan import Plan
 from clicktrain_jax.trees import Tree, is_none, map_named, path_keys
 
 
@@ -36,7 +37,8 @@ def keep_all(layer: LayerPlan, num_patterns: int) -> EncodedLayer:
     ids, patterns = None, None
     if layer.has_patterns:
         ids, patterns = jnp.zeros((cin, cout), jnp.uint8), jnp.ones((num_patterns, kh, kw), bool)
-    return encode(LayerChoice(ids, jnp.ones((cin, cout), bool), patterns))
+    kernel = jnp.ones((cin, cout) if layer.axes == "HWIO" else (cout, cin, 1, 1), bool)
+    return encode(LayerChoice(ids, kernel, patterns))
 
 
 def encode(choice: LayerChoice) -> EncodedLayer:

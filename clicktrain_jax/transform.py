@@ -94,7 +94,7 @@ def phase_updates(
     """
     patterns = check_patterns(plan, fixed_set(4) if patterns is None else patterns)
     supported = optax.with_extra_args_support(inner)
-    criterion = importance_lib.criterion(importance)
+    criterion = importance_lib.criterion(importance, plan.axes)
     if not isinstance(coeff, jax.Array) and not (isinstance(coeff, numbers.Real) and 0 <= coeff < math.inf):
         raise ValueError(f"coeff={coeff!r}: expected a finite number >= 0, the weight of the group lasso in the loss")
 
@@ -124,7 +124,7 @@ def phase_updates(
         }, finite
 
     def regularize(grads: Tree, state: Any, params: Tree, masks: Masks, **extra: Any) -> tuple[Tree, Any]:
-        return supported.update(add_group_lasso(grads, params, masks, coeff), state, params, **extra)
+        return supported.update(add_group_lasso(grads, params, masks, coeff, axes=plan.axes), state, params, **extra)
 
     def prune(grads: Tree, state: Any, params: Tree, masks: Masks, **extra: Any) -> tuple[Tree, Any]:
         updates, state = supported.update(grads, state, params, **extra)
@@ -140,7 +140,7 @@ def empty_scores(plan: Plan, importance_steps: int) -> dict[str, jax.Array]:
     """Where scores are gathered: zeros for each planned layer, nothing when a selection takes one update's."""
     if importance_steps == 1:
         return {}
-    return {layer.name: jnp.zeros(layer.shape, jnp.float32) for layer in plan.layers}
+    return {layer.name: jnp.zeros(layer.leaf_shape, jnp.float32) for layer in plan.layers}
 
 
 def clicktrain(
@@ -244,7 +244,7 @@ def clicktrain(
             jnp.int32(phase == Phase.REGULARIZE) + 2 * jnp.int32(phase == Phase.PRUNED),
             [
                 lambda: grads,
-                lambda: add_group_lasso(grads, params, decode_masks(masks), coeff),
+                lambda: add_group_lasso(grads, params, decode_masks(masks), coeff, axes=plan.axes),
                 lambda: apply_masks(grads, decode_masks(masks)),
             ],
         )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.plan import LayerPlan
+from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.selection.tiles import tile_sizes, untile
 from clicktrain_jax.targets import Rows
 
@@ -63,7 +63,7 @@ def rows_of(values: jax.Array, layer: LayerPlan) -> Rows:
     """
     flat, counts = _blocks(protect(values, layer), layer)
     size = flat.shape[1]
-    weights = layer.cost * (layer.entries if layer.has_patterns else 1)
+    weights = layer.cost * layer.kept_taps
     costs = tile_sizes(layer.removal_tile, layer.shape[2:]) * float(weights)
     if (costs == costs[0, 0]).all():
         ordered, ordered_costs = jnp.sort(flat, axis=1), jnp.full(flat.shape, costs[0, 0], jnp.float32)
