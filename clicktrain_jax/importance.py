@@ -50,7 +50,7 @@ def taylor(params: Tree, grads: Tree) -> Tree:
     return map_named(lambda name, weight, grad: _square(_change(name, weight, grad)), params, grads, what="grads")
 
 
-def group_taylor(params: Tree, grads: Tree, axes: Axes | None = None) -> Tree:
+def group_taylor(params: Tree, grads: Tree, axes: Axes = "HWIO") -> Tree:
     """First-order Taylor importance of whole kernels, spread over their weights.
 
     The score of a kernel is ``(sum over its taps of w * g)**2``, the squared first-order change of the loss when all
@@ -60,7 +60,7 @@ def group_taylor(params: Tree, grads: Tree, axes: Axes | None = None) -> Tree:
     Args:
         params: tree of arrays; leaves that are not (kh, kw, cin, cout) are scored as by `taylor`.
         grads: as for `taylor`.
-        axes: the layout of the kernels, "HWIO" or "OIHW"; None goes by their shapes.
+        axes: the layout of the kernels, "HWIO" or "OIHW".
 
     Returns:
         A tree like ``params``, float32.
@@ -93,7 +93,7 @@ def magnitude(params: Tree, grads: Tree | None = None) -> Tree:
 CRITERIA: dict[str, Criterion] = {"taylor": taylor, "group_taylor": group_taylor, "magnitude": magnitude}
 
 
-def criterion(which: str | Criterion, axes: Axes | None = None) -> Criterion:
+def criterion(which: str | Criterion, axes: Axes = "HWIO") -> Criterion:
     """Look a criterion up by name, for kernels of a layout; a function ``(params, grads) -> scores`` passes through.
 
     Raises:
@@ -103,4 +103,4 @@ def criterion(which: str | Criterion, axes: Axes | None = None) -> Criterion:
         return which
     if which not in CRITERIA:
         raise ValueError(f"importance={which!r}: expected one of {sorted(CRITERIA)} or a function (params, grads)")
-    return partial(group_taylor, axes=axes) if which == "group_taylor" else CRITERIA[which]
+    return partial(group_taylor, axes=axes) if (which, axes) == ("group_taylor", "OIHW") else CRITERIA[which]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from clicktrain_jax.convolutions import FROM_HWIO
-from clicktrain_jax.trees import Tree, map_named
+from clicktrain_jax.trees import Tree, map_named, placed_like, replicated
 
 
 class Masks(NamedTuple):
@@ -43,6 +43,7 @@ def expand(choice: LayerChoice) -> tuple[jax.Array | None, jax.Array]:
 
     That is (kh, kw, cin, cout), and OIHW where the choice's ``kernel`` is (cout, cin, 1, 1).
     """
+    choice = jax.tree.map(replicated, choice)
     if choice.kernel.ndim == 4:
         masks = expand(choice._replace(kernel=choice.kernel[:, :, 0, 0].T))
         return tuple(None if mask is None else mask.transpose(FROM_HWIO["OIHW"]) for mask in masks)
@@ -105,7 +106,7 @@ def apply_masks(params: Tree, masks: Masks) -> Tree:
             return weight
         check_shape(name, weight, keep)
         weight = jnp.asarray(weight)
-        return jnp.where(keep, weight, jnp.zeros((), weight.dtype))
+        return jnp.where(placed_like(keep, weight), weight, jnp.zeros((), weight.dtype))
 
     return map_named(mask, params, combine(masks), what="masks")
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from clicktrain_jax.convolutions import Axes, cout_axis, tap_axes
 from clicktrain_jax.masks import Masks, check_shape
-from clicktrain_jax.trees import Tree, map_named
+from clicktrain_jax.trees import Tree, map_named, placed_like
 
 EPSILON = 1e-8
 
@@ -26,7 +26,7 @@ def _norms(weight: jax.Array, axes: Axes | None) -> jax.Array:
 
 def _marked(weight: jax.Array, keep: jax.Array | None) -> jax.Array:
     """The part of a weight that its mask marks for removal; nothing where there is no mask."""
-    return jnp.zeros_like(weight) if keep is None else jnp.where(keep, 0.0, weight)
+    return jnp.zeros_like(weight) if keep is None else jnp.where(placed_like(keep, weight), 0.0, weight)
 
 
 def group_lasso(params: Tree, masks: Masks, *, axes: Axes | None = None) -> tuple[jax.Array, jax.Array]:

@@ -21,7 +21,7 @@ from clicktrain_jax.phases import Phase, PhaseSchedule
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.regularization import add_group_lasso
 from clicktrain_jax.selection import check_patterns, num_patterns_of, select_layers
-from clicktrain_jax.trees import Tree, map_named, named_leaves, path_keys
+from clicktrain_jax.trees import Tree, map_named, named_leaves, path_keys, placed_like, replicated
 
 
 class ClickTrainState(NamedTuple):
@@ -100,7 +100,7 @@ def phase_updates(
 
     def planned_scores(grads: Tree, params: Tree) -> dict[str, jax.Array]:
         by_name = dict(named_leaves(criterion(params, grads)))
-        return {layer.name: by_name[layer.name].astype(jnp.float32) for layer in plan.layers}
+        return {layer.name: replicated(by_name[layer.name]).astype(jnp.float32) for layer in plan.layers}
 
     def gather(scores: dict[str, jax.Array], grads: Tree, params: Tree) -> dict[str, jax.Array]:
         new = planned_scores(grads, params)
@@ -221,6 +221,8 @@ def clicktrain(
             if layer.name not in present:
                 raise ValueError(f"{layer.name!r} is pruned, but it has no gradient")
         phase = schedule.phase_index(state.count)
+        # What jit returned may be sharded in any way; see `replicated`.
+        state = state._replace(masks=jax.tree.map(replicated, state.masks), scores=jax.tree.map(replicated, state.scores))
 
         def choose() -> tuple[Tree, jax.Array]:
             layers, finite = updates_of.select(grads, params, state.scores)
@@ -312,7 +314,7 @@ def enforce(updates: Tree, inner_state: Any, params: Tree, masks: Masks) -> tupl
 
     def hold(_: str, update: Any, weight: Any, mask: Any) -> Any:
         # w + (-w) is exactly zero.
-        return update if mask is None or update is None else jnp.where(mask, update, -weight)
+        return update if mask is None or update is None else jnp.where(placed_like(mask, weight), update, -weight)
 
     updates = map_named(hold, updates, params, keep, what="masks")
     return updates, _mask_mirrors(inner_state, dict(named_leaves(keep)))
@@ -334,7 +336,7 @@ def _mask_mirrors(inner_state: Any, keep: dict[str, Any]) -> Any:
         held = keep.get(name_of(path_keys(path)))
         if held is None or jnp.shape(leaf) != held.shape or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf
-        return jnp.where(held, leaf, jnp.zeros((), leaf.dtype))
+        return jnp.where(placed_like(held, leaf), leaf, jnp.zeros((), leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(mask, inner_state)
 

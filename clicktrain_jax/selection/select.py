@@ -20,7 +20,7 @@ from clicktrain_jax.selection.kernel_choice import keep, protect, rows_of
 from clicktrain_jax.selection.pattern_choice import check_quads, choose_patterns, retained_by
 from clicktrain_jax.selection.tiles import tile_sums
 from clicktrain_jax.targets import resolve
-from clicktrain_jax.trees import Tree, has_negative, has_non_finite, named_leaves
+from clicktrain_jax.trees import Tree, has_negative, has_non_finite, named_leaves, replicated
 
 
 def select_masks(scores: Tree, plan: Plan, patterns: Any) -> Masks:
@@ -62,7 +62,7 @@ def select_layers(scores: Tree, plan: Plan, patterns: Any) -> dict[str, LayerCho
     # The barrier keeps a compiler from fusing the criterion's products into the sums with multiply-adds, whose
     # other rounding could flip a near-tie.
     by_name = {
-        layer.name: jax.lax.optimization_barrier(layer.to_hwio(leaves[layer.name]).astype(jnp.float32))
+        layer.name: jax.lax.optimization_barrier(layer.to_hwio(replicated(leaves[layer.name])).astype(jnp.float32))
         for layer in plan.layers
     }
     sets = _pattern_sets(by_name, plan, patterns)
