@@ -222,7 +222,8 @@ def clicktrain(
                 raise ValueError(f"{layer.name!r} is pruned, but it has no gradient")
         phase = schedule.phase_index(state.count)
         # What jit returned may be sharded in any way; see `replicated`.
-        state = state._replace(masks=jax.tree.map(replicated, state.masks), scores=jax.tree.map(replicated, state.scores))
+        whole_masks, whole_scores = jax.tree.map(replicated, (state.masks, state.scores))
+        state = state._replace(masks=whole_masks, scores=whole_scores)
 
         def choose() -> tuple[Tree, jax.Array]:
             layers, finite = updates_of.select(grads, params, state.scores)
