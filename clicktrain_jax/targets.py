@@ -205,5 +205,6 @@ def _rank(rows: Rows) -> jax.Array:
     damage = jnp.where(values > 0, values / jnp.maximum(remaining, values), 0.0)
     rank = damage / jnp.maximum(rows.costs, 1.0)
     # A layer keeps its last row whatever comes.
-    rank = jnp.where(free, rank, jnp.inf).at[-1].set(jnp.inf)
+    last = jnp.arange(rank.size) == rank.size - 1
+    rank = jnp.where(free & ~last, rank, jnp.inf)
     return jax.lax.cummax(rank)
