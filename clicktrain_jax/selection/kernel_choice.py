@@ -21,7 +21,7 @@ def protect(values: jax.Array, layer: LayerPlan) -> jax.Array:
     if not layer.num_protected:
         return values
     rows, columns = values.shape
-    best_of_row = jnp.argmax(values, axis=1)[:, None] == jnp.arange(columns)
+    best_of_row = jnp.argmax(values, axis=1)[:, None] == jnp.arange(columns)[None, :]
     best_of_column = jnp.argmax(values, axis=0)[None, :] == jnp.arange(rows)[:, None]
     return jnp.where(best_of_row | best_of_column, jnp.inf, values)
 
