@@ -13,6 +13,7 @@ from clicktrain_jax.phases import Phase, PhaseSchedule
 from clicktrain_jax.plan import Plan, make_plan
 from clicktrain_jax.regularization import add_group_lasso, group_lasso
 from clicktrain_jax.selection import select_masks
+from clicktrain_jax.shares import schedule
 from clicktrain_jax.transform import ClickTrainState, PhaseUpdates, clicktrain, masks_of, phase_updates
 
 __version__ = "0.1.0"
@@ -40,5 +41,6 @@ __all__ = [
     "patterns",
     "phase_updates",
     "report",
+    "schedule",
     "select_masks",
 ]

@@ -1,7 +1,9 @@
 """How many weights and multiply-adds a pruned net keeps: plain data, no arrays.
 
-"Conv" counts every 4-D leaf, first convolution and shortcuts included; "model" counts all leaves (BatchNorm
-scale and bias are parameters, its statistics are not). Retained counts come from the masks, not from zeros.
+"Conv" counts every leaf that is pruned or looks like a convolution's kernel (`clicktrain_jax.convolutions`), first
+convolution and shortcuts included; "model" counts all leaves (BatchNorm scale and bias are parameters, its statistics
+are not). Retained is what the masks keep and, between the selection and the prune, what they mark and is not yet zero;
+a weight that the masks keep counts, whatever its value. Of parameters without values the masks alone are counted.
 """
 
 import dataclasses
@@ -9,16 +11,31 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clicktrain_jax.convolutions import Axes, check_axes, convolutions, in_hwio
 from clicktrain_jax.masks import Masks, check_shape, combine
-from clicktrain_jax.trees import Tree, is_kernel_shape, map_named
+from clicktrain_jax.trees import Tree, map_named, named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One leaf: sizes in weights, work in multiply-adds for one image (None when its output size is unknown)."""
+    """One leaf: sizes in weights, work in multiply-adds for one image (None when its output size is unknown).
+
+    Attributes:
+        name: the leaf's name.
+        shape: its shape, in its own layout.
+        pruned: whether it has a mask.
+        weights: how many there are.
+        retained: of those, the ones that the masks keep, and the marked ones.
+        kernels_removed: by the masks.
+        multiply_adds: for one image.
+        retained_multiply_adds: of those, the ones with retained weights.
+        marked: weights that the masks remove and that are not zero.
+        kernels: (input channel, filter) pairs of a convolution; 0 for other leaves.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -28,11 +45,13 @@ class LayerReport:
     kernels_removed: int
     multiply_adds: int | None = None
     retained_multiply_adds: int | None = None
+    marked: int = 0
+    kernels: int = 0
 
     @property
     def is_conv(self) -> bool:
-        """True for a 4-D kernel."""
-        return is_kernel_shape(self.shape)
+        """True for what is pruned, or looks like a convolution's kernel."""
+        return self.kernels > 0
 
     @property
     def compression(self) -> float:
@@ -40,7 +59,7 @@ class LayerReport:
         return _ratio(self.weights, self.retained)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
     """All leaves, and totals over them."""
 
@@ -91,6 +110,21 @@ class Report:
         return _ratio(self.model_weights, self.model_retained)
 
     @property
+    def marked(self) -> int:
+        """Weights that the masks remove and that are not zero: none of them is left once they are pruned."""
+        return self._total("marked", list(self.layers))
+
+    @property
+    def promised_conv_compression(self) -> float:
+        """`conv_compression` once what is marked is zero."""
+        return _ratio(self.conv_weights, self.conv_retained - self._total("marked", self.convs))
+
+    @property
+    def promised_model_compression(self) -> float:
+        """`model_compression` once what is marked is zero."""
+        return _ratio(self.model_weights, self.model_retained - self.marked)
+
+    @property
     def multiply_adds(self) -> int:
         """Of the leaves whose output size is known, for one image."""
         return self._total("multiply_adds", list(self.layers))
@@ -109,8 +143,7 @@ class Report:
         """A table for people: the convolutions, what was removed of each, then the totals."""
         rows = [f"{'layer':<36}{'shape':<20}{'kernels gone':>14}{'weights':>12}{'retained':>12}{'ratio':>8}"]
         for layer in self.convs:
-            kernels = math.prod(layer.shape[2:])
-            gone = f"{100 * layer.kernels_removed / kernels:.1f}%" if layer.pruned else "dense"
+            gone = f"{100 * layer.kernels_removed / layer.kernels:.1f}%" if layer.pruned else "dense"
             rows.append(
                 f"{layer.name:<36}{'x'.join(map(str, layer.shape)):<20}{gone:>14}{layer.weights:>12,}"
                 f"{layer.retained:>12,}{layer.compression:>7.2f}x"
@@ -120,27 +153,51 @@ class Report:
             ("whole model", self.model_weights, self.model_retained, self.model_compression),
         ):
             rows.append(f"{what:<70}{weights:>12,}{retained:>12,}{ratio:>7.2f}x")
+        if self.marked:
+            rows.append(
+                f"marked, not yet zero: {self.marked:,} weights; without them {self.promised_conv_compression:.2f}x "
+                f"over all convolutions, {self.promised_model_compression:.2f}x over the whole model"
+            )
         return "\n".join(rows)
+
+    __str__ = to_text
+
+    def __repr__(self) -> str:
+        marked = f", {self.marked} weights marked, not yet zero" * bool(self.marked)
+        return (
+            f"Report({len(self.convs)} convolutions {self.conv_compression:.2f}x, "
+            f"{len(self.layers)} leaves {self.model_compression:.2f}x{marked})"
+        )
 
 
 def report(
-    params: Tree, masks: Masks, *, output_sizes: Mapping[str, tuple[int, int]] | None = None
+    params: Tree,
+    masks: Masks,
+    *,
+    output_sizes: Mapping[str, tuple[int, int]] | None = None,
+    axes: Axes | None = None,
 ) -> Report:
     """Count weights, retained weights and multiply-adds.
 
     Args:
-        params: the parameter tree (arrays or ``jax.ShapeDtypeStruct``).
+        params: the parameter tree: arrays, or ``jax.ShapeDtypeStruct`` for what the masks promise.
         masks: concrete `Masks` of that tree.
         output_sizes: ``{leaf name: (height, width)}`` of what each kernel computes; the models of this package
             supply them (`clicktrain_jax.models.output_sizes`). Other leaves get no multiply-adds.
+        axes: the layout of the kernels, "HWIO" or "OIHW"; None goes by their shapes.
 
     Returns:
-        A `Report`.
+        A `Report`. Its compressions are those of the weights: weights that are marked and not yet zero count as
+        retained, and stand in ``marked`` too.
 
     Raises:
         ValueError: masks of another tree; output sizes for names that are no leaves.
     """
+    check_axes(axes)
     sizes = dict(output_sizes or {})
+    shapes = {name: tuple(jnp.shape(leaf)) for name, leaf in named_leaves(params) if leaf is not None}
+    hwio = in_hwio(shapes, axes)
+    looks = {name for name, doubt in convolutions(hwio).items() if doubt is None}
     layers: list[LayerReport] = []
 
     def count(name: str, leaf: Any, keep: Any, kernel: Any) -> None:
@@ -148,11 +205,16 @@ def report(
             return
         shape = tuple(int(size) for size in jnp.shape(leaf))
         weights = math.prod(shape)
-        retained, removed = weights, 0
+        kernels = math.prod(hwio[name][2:]) if name in looks or keep is not None else 0
+        retained, removed, marked = weights, 0, 0
         if keep is not None:
             check_shape(name, leaf, keep)
-            retained = int(np.asarray(keep).sum())
-            removed = 0 if kernel is None else int((~np.asarray(kernel)[0, 0]).sum())
+            keep = np.asarray(keep)
+            if not isinstance(leaf, (jax.ShapeDtypeStruct, jax.core.Tracer)):
+                marked = int(np.count_nonzero(np.asarray(leaf)[~keep]))
+            retained = int(keep.sum()) + marked
+            # All taps of a kernel go together.
+            removed = 0 if kernel is None else int((~np.asarray(kernel)).sum()) * kernels // weights
         positions = math.prod(sizes.pop(name)) if name in sizes else None
         layers.append(
             LayerReport(
@@ -164,6 +226,8 @@ def report(
                 kernels_removed=removed,
                 multiply_adds=None if positions is None else positions * weights,
                 retained_multiply_adds=None if positions is None else positions * retained,
+                marked=marked,
+                kernels=kernels,
             )
         )
 

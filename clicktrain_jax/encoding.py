@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.masks import LayerChoice, Masks, expand
-from clicktrain_jax.plan import LayerPlan, Plan
-from clicktrain_jax.trees import Tree, is_none, map_named, path_keys
+from clicktrain_jax.plan import Plan
+from clicktrain_jax.trees import Tree, is_none, map_named, path_keys, replicated
 
 
 class EncodedLayer(NamedTuple):
@@ -36,7 +37,8 @@ def keep_all(layer: LayerPlan, num_patterns: int) -> EncodedLayer:
     ids, patterns = None, None
     if layer.has_patterns:
         ids, patterns = jnp.zeros((cin, cout), jnp.uint8), jnp.ones((num_patterns, kh, kw), bool)
-    return encode(LayerChoice(ids, jnp.ones((cin, cout), bool), patterns))
+    kernel = jnp.ones((cin, cout) if layer.axes == "HWIO" else (cout, cin, 1, 1), bool)
+    return encode(LayerChoice(ids, kernel, patterns))
 
 
 def encode(choice: LayerChoice) -> EncodedLayer:
@@ -51,7 +53,7 @@ def encode(choice: LayerChoice) -> EncodedLayer:
 
 def decode(encoded: EncodedLayer) -> tuple[jax.Array | None, jax.Array]:
     """Full boolean masks ``(pattern or None, kernel)`` of shape (kh, kw, cin, cout)."""
-    bits = jnp.asarray(encoded.kernel_bits)
+    bits = replicated(encoded.kernel_bits)
     kernel = bits.astype(bool) if bits.dtype == bool else jnp.unpackbits(bits, axis=0).astype(bool)
     if encoded.patterns is None:
         return expand(LayerChoice(None, kernel, None))

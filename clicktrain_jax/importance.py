@@ -6,11 +6,13 @@ batches' scores, each taken at the weights of its own update (`clicktrain_jax.cl
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 
-from clicktrain_jax.trees import TAP_AXES, Tree, is_kernel_shape, map_named
+from clicktrain_jax.convolutions import Axes, tap_axes
+from clicktrain_jax.trees import Tree, is_kernel_shape, map_named
 
 Criterion = Callable[[Tree, Tree], Tree]
 
@@ -48,7 +50,7 @@ def taylor(params: Tree, grads: Tree) -> Tree:
     return map_named(lambda name, weight, grad: _square(_change(name, weight, grad)), params, grads, what="grads")
 
 
-def group_taylor(params: Tree, grads: Tree) -> Tree:
+def group_taylor(params: Tree, grads: Tree, axes: Axes = "HWIO") -> Tree:
     """First-order Taylor importance of whole kernels, spread over their weights.
 
     The score of a kernel is ``(sum over its taps of w * g)**2``, the squared first-order change of the loss when all
@@ -58,6 +60,7 @@ def group_taylor(params: Tree, grads: Tree) -> Tree:
     Args:
         params: tree of arrays; leaves that are not (kh, kw, cin, cout) are scored as by `taylor`.
         grads: as for `taylor`.
+        axes: the layout of the kernels, "HWIO" or "OIHW".
 
     Returns:
         A tree like ``params``, float32.
@@ -74,8 +77,9 @@ def group_taylor(params: Tree, grads: Tree) -> Tree:
         if change is None or not is_kernel_shape(change.shape):
             return _square(change)
         squared = jnp.square(change)
-        whole = jnp.sum(squared, axis=TAP_AXES)
-        group = jnp.square(jnp.sum(change, axis=TAP_AXES))
+        taps = tap_axes(change.shape, axes)
+        whole = jnp.sum(squared, axis=taps, keepdims=True)
+        group = jnp.square(jnp.sum(change, axis=taps, keepdims=True))
         return squared * jnp.where(whole > 0, group / jnp.where(whole > 0, whole, 1.0), 0.0)
 
     return map_named(score, params, grads, what="grads")
@@ -89,8 +93,8 @@ def magnitude(params: Tree, grads: Tree | None = None) -> Tree:
 CRITERIA: dict[str, Criterion] = {"taylor": taylor, "group_taylor": group_taylor, "magnitude": magnitude}
 
 
-def criterion(which: str | Criterion) -> Criterion:
-    """Look a criterion up by name; a function ``(params, grads) -> scores`` passes through.
+def criterion(which: str | Criterion, axes: Axes = "HWIO") -> Criterion:
+    """Look a criterion up by name, for kernels of a layout; a function ``(params, grads) -> scores`` passes through.
 
     Raises:
         ValueError: unknown name.
@@ -99,4 +103,4 @@ def criterion(which: str | Criterion) -> Criterion:
         return which
     if which not in CRITERIA:
         raise ValueError(f"importance={which!r}: expected one of {sorted(CRITERIA)} or a function (params, grads)")
-    return CRITERIA[which]
+    return partial(group_taylor, axes=axes) if (which, axes) == ("group_taylor", "OIHW") else CRITERIA[which]

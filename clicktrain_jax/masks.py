@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clicktrain_jax.trees import Tree, map_named
+from clicktrain_jax.convolutions import FROM_HWIO
+from clicktrain_jax.trees import Tree, map_named, placed_like, replicated
 
 
 class Masks(NamedTuple):
@@ -28,7 +29,7 @@ class LayerChoice(NamedTuple):
 
     Attributes:
         pattern_ids: uint8 (cin, cout), the index of each kernel's pattern; None for 1x1 layers.
-        kernel: bool (cin, cout), True where the kernel stays.
+        kernel: bool (cin, cout), True where the kernel stays; (cout, cin, 1, 1) for a leaf that is OIHW.
         patterns: bool (P, kh, kw), the set that the ids index; None for 1x1 layers.
     """
 
@@ -38,13 +39,22 @@ class LayerChoice(NamedTuple):
 
 
 def expand(choice: LayerChoice) -> tuple[jax.Array | None, jax.Array]:
-    """A layer's choice as full boolean masks ``(pattern or None, kernel)``, each (kh, kw, cin, cout)."""
+    """A layer's choice as full boolean masks ``(pattern or None, kernel)``, each of the leaf's shape and layout.
+
+    That is (kh, kw, cin, cout), and OIHW where the choice's ``kernel`` is (cout, cin, 1, 1).
+    """
+    choice = jax.tree.map(replicated, choice)
+    if choice.kernel.ndim == 4:
+        masks = expand(choice._replace(kernel=choice.kernel[:, :, 0, 0].T))
+        return tuple(None if mask is None else mask.transpose(FROM_HWIO["OIHW"]) for mask in masks)
     if choice.pattern_ids is None:
         return None, choice.kernel[None, None]
     patterns = jnp.asarray(choice.patterns)
     kh, kw = patterns.shape[1:]
     shape = (kh, kw, *choice.kernel.shape)
-    kernel = jnp.broadcast_to(choice.kernel, shape)
+    kernel = jnp.broadcast_to(choice.kernel[None, None], shape)
+    if kh * kw > 32:
+        return jnp.moveaxis(patterns[choice.pattern_ids], (2, 3), (0, 1)), kernel
     # One table look-up a kernel (its taps as bits of a word), then a bit test a tap: a gather of whole
     # patterns would read nine times as many entries.
     weights = jnp.left_shift(jnp.uint32(1), jnp.arange(kh * kw, dtype=jnp.uint32))
@@ -96,7 +106,7 @@ def apply_masks(params: Tree, masks: Masks) -> Tree:
             return weight
         check_shape(name, weight, keep)
         weight = jnp.asarray(weight)
-        return jnp.where(keep, weight, jnp.zeros((), weight.dtype))
+        return jnp.where(placed_like(keep, weight), weight, jnp.zeros((), weight.dtype))
 
     return map_named(mask, params, combine(masks), what="masks")
 

@@ -12,28 +12,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from clicktrain_jax.convolutions import Axes, cout_axis, tap_axes
 from clicktrain_jax.masks import Masks, check_shape
-from clicktrain_jax.trees import TAP_AXES, Tree, map_named
+from clicktrain_jax.trees import Tree, map_named, placed_like
 
 EPSILON = 1e-8
 
 
-def _norms(weight: jax.Array) -> jax.Array:
-    """(kh, kw, cin, cout) -> (cin, cout): sqrt(sum of squares over the taps + eps)."""
-    return jnp.sqrt(jnp.sum(jnp.square(weight), axis=TAP_AXES) + EPSILON)
+def _norms(weight: jax.Array, axes: Axes | None) -> jax.Array:
+    """sqrt(sum of squares over the taps + eps), the taps' axes kept as 1."""
+    return jnp.sqrt(jnp.sum(jnp.square(weight), axis=tap_axes(weight.shape, axes), keepdims=True) + EPSILON)
 
 
 def _marked(weight: jax.Array, keep: jax.Array | None) -> jax.Array:
     """The part of a weight that its mask marks for removal; nothing where there is no mask."""
-    return jnp.zeros_like(weight) if keep is None else jnp.where(keep, 0.0, weight)
+    return jnp.zeros_like(weight) if keep is None else jnp.where(placed_like(keep, weight), 0.0, weight)
 
 
-def group_lasso(params: Tree, masks: Masks) -> tuple[jax.Array, jax.Array]:
+def group_lasso(params: Tree, masks: Masks, *, axes: Axes | None = None) -> tuple[jax.Array, jax.Array]:
     """The two sums of the group lasso.
 
     Args:
-        params: tree of arrays, kernels (kh, kw, cin, cout).
+        params: tree of arrays.
         masks: `Masks` of that tree.
+        axes: the layout of the kernels, "HWIO" or "OIHW"; None goes by their shapes.
 
     Returns:
         ``(pattern_sum, kernel_sum)``, float32 scalars, before any coefficient. A pruned 1x1 layer, which has no
@@ -42,6 +44,7 @@ def group_lasso(params: Tree, masks: Masks) -> tuple[jax.Array, jax.Array]:
     Raises:
         ValueError: masks of another tree, or of other shapes.
     """
+
     pattern_sum = jnp.float32(0)
     kernel_sum = jnp.float32(0)
 
@@ -54,14 +57,17 @@ def group_lasso(params: Tree, masks: Masks) -> tuple[jax.Array, jax.Array]:
                 check_shape(name, weight, mask)
         weight = jnp.asarray(weight, jnp.float32)
         # Row sums first: one long float32 sum of many 1e-4 drifts.
-        pattern_sum += _norms(_marked(weight, pattern)).sum(axis=0).sum()
-        kernel_sum += _norms(_marked(weight, kernel)).sum(axis=0).sum()
+        rows = tuple(axis for axis in range(4) if axis != cout_axis(weight.shape, axes))
+        pattern_sum += _norms(_marked(weight, pattern), axes).sum(axis=rows).sum()
+        kernel_sum += _norms(_marked(weight, kernel), axes).sum(axis=rows).sum()
 
     map_named(add, params, masks.pattern, masks.kernel, what="masks")
     return pattern_sum, kernel_sum
 
 
-def add_group_lasso(grads: Tree, params: Tree, masks: Masks, coeff: float | jax.Array) -> Tree:
+def add_group_lasso(
+    grads: Tree, params: Tree, masks: Masks, coeff: float | jax.Array, *, axes: Axes | None = None
+) -> Tree:
     """Add ``coeff * dR/dw`` to the gradients of the pruned leaves; the others pass through untouched.
 
     Args:
@@ -69,6 +75,7 @@ def add_group_lasso(grads: Tree, params: Tree, masks: Masks, coeff: float | jax.
         params: tree of arrays.
         masks: `Masks` of that tree.
         coeff: weight of the group lasso in the loss.
+        axes: as in `group_lasso`.
 
     Returns:
         A tree like ``grads``, each leaf in its own dtype; the sum is formed in float32 or wider.
@@ -88,7 +95,7 @@ def add_group_lasso(grads: Tree, params: Tree, masks: Masks, coeff: float | jax.
             if mask is not None:
                 check_shape(name, weight, mask)
                 marked = _marked(weight, mask)
-                push += marked / _norms(marked)
+                push += marked / _norms(marked, axes)
         wide = jnp.promote_types(grad.dtype, jnp.float32)
         return (grad.astype(wide) + coeff * push).astype(grad.dtype)
 

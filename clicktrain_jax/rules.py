@@ -5,7 +5,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-NumberRules = list[tuple[re.Pattern[str], int]]
+from clicktrain_jax.convolutions import is_shortcut
+
+NumberRules = list[tuple[re.Pattern[str], int | None]]
 
 
 def exactly(name: str) -> str:
@@ -33,8 +35,12 @@ def compile_rules(rules: Mapping[str, Any] | None) -> dict[str, re.Pattern[str]]
     return {text: _compile(text, "rules") for text in rules}
 
 
-def compile_numbers(rules: Mapping[str, int], names: list[str], what: str, unit: str) -> NumberRules:
+def compile_numbers(
+    rules: Mapping[str, int | None], names: list[str], what: str, unit: str, none: str = ""
+) -> NumberRules:
     """The expressions of ``{expression: positive integer}``, each of which must match a name.
+
+    ``none`` says what None stands for where it may stand in place of a number.
 
     Raises:
         ValueError: another value, no regular expression, or one that matches nothing.
@@ -43,8 +49,10 @@ def compile_numbers(rules: Mapping[str, int], names: list[str], what: str, unit:
         raise ValueError(f"{what}={rules!r}: expected a mapping {{path regex: {unit} of 1 or more}}")
     compiled = []
     for text, count in rules.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"{what}: {text!r} has {count!r}; expected {unit} of 1 or more")
+        allowed = count is None and none
+        if not allowed and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            otherwise = f", or None for {none}" if none else ""
+            raise ValueError(f"{what}: {text!r} has {count!r}; expected {unit} of 1 or more{otherwise}")
         expression = _compile(text, what)
         if not any(expression.fullmatch(name) for name in names):
             raise ValueError(f"{what}: {explain_unused(text, expression, names)}")
@@ -63,7 +71,65 @@ def explain_unused(rule: str, expression: re.Pattern[str], names: list[str]) -> 
     if shadowed:
         return f"rule {rule!r} never applies: rules before it match {shadowed[0]!r} and all else it would match"
     kernels = [name for name in names if name.endswith("kernel")] or names
-    return f"rule {rule!r} matches nothing; names are matched whole, for example {kernels[:4]}"
+    hint = next((hint for name in kernels if (hint := near_miss(name, rule, expression))), "")
+    return f"rule {rule!r} matches nothing; names are matched whole, for example {kernels[:4]}{hint}"
+
+
+def explain_unmatched(name: str, rules: Mapping[str, re.Pattern[str]]) -> str:
+    """Why a convolution is left dense when no rule matches it, with the rule that nearly does."""
+    hint = next((hint for rule, expression in rules.items() if (hint := near_miss(name, rule, expression))), "")
+    return f"no rule matches it{hint}"
+
+
+def near_miss(name: str, rule: str, expression: re.Pattern[str]) -> str:
+    """The rule that was probably meant, when one matches a part of a name; "" when it does not."""
+    keys = name.split("/")
+    ends = ["/".join(keys[start:]) for start in range(1, len(keys))]
+    if any(expression.fullmatch(end) for end in ends):
+        meant = f"(.*/)?{rule}" if "|" not in rule else f"(.*/)?({rule})"
+    elif len(keys) > 1 and expression.fullmatch("/".join(keys[:-1])):
+        meant = f"{rule}/{keys[-1]}"
+    elif expression.fullmatch("params/" + name):
+        meant = rule.removeprefix("params/")
+    elif re.fullmatch(rule, name, re.IGNORECASE):
+        meant = exactly(name)
+    else:
+        return ""
+    return f" (rule {rule!r} nearly does: did you mean {meant!r}?)"
+
+
+def default_choice(
+    shapes: Mapping[str, tuple[int, ...]], doubts: Mapping[str, str | None], groups: NumberRules
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """What a target decides when there are no rules.
+
+    Args:
+        shapes: of all leaves, kernels as (kh, kw, cin, cout).
+        doubts: from `clicktrain_jax.convolutions.convolutions`.
+        groups: declared feature_group_counts.
+
+    Returns:
+        The names to prune, and ``[(name, why)]`` of the other leaves of 4 or more axes.
+    """
+    chosen, left_out = [], []
+    for name, shape in shapes.items():
+        if len(shape) < 4:
+            continue
+        if len(shape) > 4:
+            why = f"{len(shape)}-D: three-dimensional, or a stack of kernels; only 4-D kernels can be pruned"
+        elif doubts[name] is not None:
+            why = doubts[name]
+        elif shape[2] <= 4:
+            why = f"{shape[2]} input channel(s): reads the image, or is depthwise"
+        elif is_shortcut(name, shape):
+            why = "a shortcut, by its name"
+        elif (first_match(groups, name, 1) or 1) > 1:
+            why = "a grouped convolution"
+        else:
+            chosen.append(name)
+            continue
+        left_out.append((name, why))
+    return chosen, left_out
 
 
 def check_groups(name: str, shape: tuple[int, ...], fraction: Any, group_rules: NumberRules) -> None:

@@ -13,16 +13,13 @@ depend on a layer's scale, and grows to 1 for the last row, so that no layer col
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from clicktrain_jax.trees import is_kernel_shape
-
-if TYPE_CHECKING:
-    from clicktrain_jax.plan import LayerPlan
+from clicktrain_jax.layer_plan import LayerPlan
 
 SCOPES = ("convolutions", "model", "multiply_adds")
 
@@ -62,10 +59,13 @@ def make_target(
     ratio: Any,
     of: str,
     shapes: Mapping[str, tuple[int, ...]],
-    layers: Sequence["LayerPlan"],
+    layers: Sequence[LayerPlan],
     output_sizes: Mapping[str, tuple[int, int]] | None,
+    convolutions: Collection[str],
 ) -> Target:
     """Count what the target speaks of, and refuse one that cannot be reached.
+
+    ``convolutions`` names the leaves that count as such.
 
     Raises:
         ValueError: no number of 1 or more, an unknown scope, or out of reach; the reachable maximum is named.
@@ -82,7 +82,7 @@ def make_target(
     unknown = sorted(set(output_sizes or {}) - set(shapes))
     if of == "multiply_adds" and unknown:
         raise ValueError(f"output_sizes names {unknown[0]!r}, which is no leaf of params")
-    counted = {name: math.prod(shape) * _count(name, shape, of, output_sizes) for name, shape in shapes.items()}
+    counted = {name: math.prod(shape) * _count(name, of, output_sizes, convolutions) for name, shape in shapes.items()}
     total = sum(counted.values())
     dense = total - sum(counted[layer.name] for layer in layers)
     least = dense + sum(_least(layer) for layer in layers)
@@ -106,15 +106,17 @@ def _down(ratio: float) -> str:
     return f"{math.floor(100 * ratio) / 100:.2f}"
 
 
-def _count(name: str, shape: tuple[int, ...], of: str, output_sizes: Mapping[str, tuple[int, int]] | None) -> int:
+def _count(
+    name: str, of: str, output_sizes: Mapping[str, tuple[int, int]] | None, convolutions: Collection[str]
+) -> int:
     if of == "model":
         return 1
     if of == "convolutions":
-        return int(is_kernel_shape(shape))
+        return int(name in convolutions)
     return math.prod((output_sizes or {}).get(name, (0, 0)))
 
 
-def _least(layer: "LayerPlan", removed: bool = True) -> int:
+def _least(layer: LayerPlan, removed: bool = True) -> int:
     """The least that a layer can be brought to; with ``removed`` false, what patterns and a fraction leave."""
     kernels = layer.shape[2] * layer.shape[3]
     filters, channels = layer.removal_tile
@@ -124,11 +126,10 @@ def _least(layer: "LayerPlan", removed: bool = True) -> int:
         blocks = math.prod(math.ceil(size / block) for size, block in zip(layer.unit_grid, layer.scope_block))
         # Without a floor one unit stays all the same: the last row of a layer is never removed.
         kernels = min(kernels, max(layer.num_protected, blocks) * filters * channels)
-    taps = layer.entries if layer.has_patterns else 1
-    return kernels * taps * layer.cost
+    return kernels * layer.kept_taps * layer.cost
 
 
-def _removed_at_least(layer: "LayerPlan") -> int:
+def _removed_at_least(layer: LayerPlan) -> int:
     """Kernels that a fraction removes, when the short last tiles are the ones to go."""
     sizes, blocks = [], []
     for axis, (size, unit) in enumerate(zip(layer.shape[2:], layer.removal_tile[::-1])):
@@ -204,5 +205,6 @@ def _rank(rows: Rows) -> jax.Array:
     damage = jnp.where(values > 0, values / jnp.maximum(remaining, values), 0.0)
     rank = damage / jnp.maximum(rows.costs, 1.0)
     # A layer keeps its last row whatever comes.
-    rank = jnp.where(free, rank, jnp.inf).at[-1].set(jnp.inf)
+    last = jnp.arange(rank.size) == rank.size - 1
+    rank = jnp.where(free & ~last, rank, jnp.inf)
     return jax.lax.cummax(rank)

@@ -21,7 +21,7 @@ from clicktrain_jax.phases import Phase, PhaseSchedule
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.regularization import add_group_lasso
 from clicktrain_jax.selection import check_patterns, num_patterns_of, select_layers
-from clicktrain_jax.trees import Tree, map_named, named_leaves, path_keys
+from clicktrain_jax.trees import Tree, map_named, named_leaves, path_keys, placed_like, replicated
 
 
 class ClickTrainState(NamedTuple):
@@ -94,13 +94,13 @@ def phase_updates(
     """
     patterns = check_patterns(plan, fixed_set(4) if patterns is None else patterns)
     supported = optax.with_extra_args_support(inner)
-    criterion = importance_lib.criterion(importance)
+    criterion = importance_lib.criterion(importance, plan.axes)
     if not isinstance(coeff, jax.Array) and not (isinstance(coeff, numbers.Real) and 0 <= coeff < math.inf):
         raise ValueError(f"coeff={coeff!r}: expected a finite number >= 0, the weight of the group lasso in the loss")
 
     def planned_scores(grads: Tree, params: Tree) -> dict[str, jax.Array]:
         by_name = dict(named_leaves(criterion(params, grads)))
-        return {layer.name: by_name[layer.name].astype(jnp.float32) for layer in plan.layers}
+        return {layer.name: replicated(by_name[layer.name]).astype(jnp.float32) for layer in plan.layers}
 
     def gather(scores: dict[str, jax.Array], grads: Tree, params: Tree) -> dict[str, jax.Array]:
         new = planned_scores(grads, params)
@@ -124,7 +124,7 @@ def phase_updates(
         }, finite
 
     def regularize(grads: Tree, state: Any, params: Tree, masks: Masks, **extra: Any) -> tuple[Tree, Any]:
-        return supported.update(add_group_lasso(grads, params, masks, coeff), state, params, **extra)
+        return supported.update(add_group_lasso(grads, params, masks, coeff, axes=plan.axes), state, params, **extra)
 
     def prune(grads: Tree, state: Any, params: Tree, masks: Masks, **extra: Any) -> tuple[Tree, Any]:
         updates, state = supported.update(grads, state, params, **extra)
@@ -140,7 +140,7 @@ def empty_scores(plan: Plan, importance_steps: int) -> dict[str, jax.Array]:
     """Where scores are gathered: zeros for each planned layer, nothing when a selection takes one update's."""
     if importance_steps == 1:
         return {}
-    return {layer.name: jnp.zeros(layer.shape, jnp.float32) for layer in plan.layers}
+    return {layer.name: jnp.zeros(layer.leaf_shape, jnp.float32) for layer in plan.layers}
 
 
 def clicktrain(
@@ -221,6 +221,9 @@ def clicktrain(
             if layer.name not in present:
                 raise ValueError(f"{layer.name!r} is pruned, but it has no gradient")
         phase = schedule.phase_index(state.count)
+        # What jit returned may be sharded in any way; see `replicated`.
+        whole_masks, whole_scores = jax.tree.map(replicated, (state.masks, state.scores))
+        state = state._replace(masks=whole_masks, scores=whole_scores)
 
         def choose() -> tuple[Tree, jax.Array]:
             layers, finite = updates_of.select(grads, params, state.scores)
@@ -244,7 +247,7 @@ def clicktrain(
             jnp.int32(phase == Phase.REGULARIZE) + 2 * jnp.int32(phase == Phase.PRUNED),
             [
                 lambda: grads,
-                lambda: add_group_lasso(grads, params, decode_masks(masks), coeff),
+                lambda: add_group_lasso(grads, params, decode_masks(masks), coeff, axes=plan.axes),
                 lambda: apply_masks(grads, decode_masks(masks)),
             ],
         )
@@ -312,7 +315,7 @@ def enforce(updates: Tree, inner_state: Any, params: Tree, masks: Masks) -> tupl
 
     def hold(_: str, update: Any, weight: Any, mask: Any) -> Any:
         # w + (-w) is exactly zero.
-        return update if mask is None or update is None else jnp.where(mask, update, -weight)
+        return update if mask is None or update is None else jnp.where(placed_like(mask, weight), update, -weight)
 
     updates = map_named(hold, updates, params, keep, what="masks")
     return updates, _mask_mirrors(inner_state, dict(named_leaves(keep)))
@@ -334,7 +337,7 @@ def _mask_mirrors(inner_state: Any, keep: dict[str, Any]) -> Any:
         held = keep.get(name_of(path_keys(path)))
         if held is None or jnp.shape(leaf) != held.shape or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf
-        return jnp.where(held, leaf, jnp.zeros((), leaf.dtype))
+        return jnp.where(placed_like(held, leaf), leaf, jnp.zeros((), leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(mask, inner_state)
 

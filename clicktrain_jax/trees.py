@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Tree = Any
@@ -87,6 +88,26 @@ def check_same_names(expected: list[str], got: list[str], what: str) -> None:
         f"{what}: belongs to another tree, {len(got)} leaves against {len(expected)} expected ({detail}). "
         "Use the parameter tree that the plan and the masks were made for."
     )
+
+
+def replicated(array: Any) -> Any:
+    """An array whole on every device, where its type says that it is not: on a mesh of explicit axes.
+
+    What sorts, tiles and reshapes has no sharding of its own there. On other meshes the compiler finds one.
+    """
+    array = jnp.asarray(array)
+    sharding = jax.typeof(array).sharding
+    if all(axis is None for axis in sharding.spec):
+        return array
+    return jax.sharding.reshard(array, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()))
+
+
+def placed_like(array: Any, other: Any) -> Any:
+    """An array, sharded as another one of its shape is on a mesh of explicit axes, where the two must agree."""
+    sharding = jax.typeof(other).sharding
+    if all(axis is None for axis in sharding.spec):
+        return replicated(array)
+    return jax.sharding.reshard(jnp.asarray(array), sharding)
 
 
 def is_kernel_shape(shape: tuple[int, ...]) -> bool:

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-import clicktrain_jax as ct
 import pallas_kernels as pk
 from clicktrain_jax.deploy.structures import structures as make_structures
 from clicktrain_jax.encoding import decode_masks
@@ -221,5 +220,5 @@ def facts_of(config: Any, plan: Plan | None) -> dict[str, Any]:
         "width": config.width,
         "batch": config.batch_size,
         "precision": config.precision,
-        "plan": str(ct.Plan(plan.layers, (), plan.target)) if plan is not None else "",
+        "plan": f"{plan.layers} {plan.target}" if plan is not None else "",
     }

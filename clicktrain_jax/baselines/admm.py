@@ -24,9 +24,10 @@ import jax.numpy as jnp
 import optax
 
 from clicktrain_jax.baselines.states import check_integer, check_update, find_state, planned
+from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.masks import expand
 from clicktrain_jax.patterns import Generated
-from clicktrain_jax.plan import LayerPlan, Plan
+from clicktrain_jax.plan import Plan
 from clicktrain_jax.selection import check_patterns, select_layers
 from clicktrain_jax.trees import Tree, map_named
 

@@ -208,7 +208,7 @@ def _generate(
     if size == (3, 3) and entries == 4 and count in FIXED_SIZES:
         published = fixed_set(count)
         if published[:, 1, 1].all() or not centre:
-            starts.append(jnp.argmax(tap_sets.to_words(published)[:, None] == words, axis=1).astype(jnp.int32))
+            starts.append(jnp.argmax(tap_sets.to_words(published)[:, None] == words[None], axis=1).astype(jnp.int32))
     starts = jnp.stack(starts)
     finished = jax.lax.map(lambda start: search.exchange(retained, clash, usable, start), starts)
     values = jax.lax.map(lambda chosen: search.value(retained, chosen), finished)

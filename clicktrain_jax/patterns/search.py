@@ -26,7 +26,7 @@ def retained(sampled: tuple[jax.Array, jax.Array], indices: jax.Array) -> jax.Ar
     """
     scores, weights = sampled
     # Weighted after the sum, so that two tap sets of equal scores stay equal.
-    sums = ordered_sum(jnp.moveaxis(scores[indices], 1, 0)) * weights
+    sums = ordered_sum(jnp.moveaxis(scores[indices], 1, 0)) * weights[None]
     return jax.lax.optimization_barrier(sums)
 
 
@@ -50,7 +50,7 @@ def greedy(retained: jax.Array, clash: jax.Array, usable: jax.Array, count: int)
 
     def take(index: int, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         best, free, chosen = carry
-        values = total(jnp.maximum(best, retained))
+        values = total(jnp.maximum(best[None], retained))
         pick = jnp.argmax(jnp.where(free, values, -1.0)).astype(jnp.int32)
         return jnp.maximum(best, retained[pick]), free & ~clash[pick], chosen.at[index].set(pick)
 
@@ -81,7 +81,7 @@ def exchange(retained: jax.Array, clash: jax.Array, usable: jax.Array, chosen: j
         chosen, worth, place, idle = carry
         others = places != place
         best = jnp.max(jnp.where(others[:, None, None], retained[chosen], 0.0), axis=0)
-        values = total(jnp.maximum(best, retained))
+        values = total(jnp.maximum(best[None], retained))
         blocked = (clash[chosen] & others[:, None]).any(axis=0)
         pick = jnp.argmax(jnp.where(usable & ~blocked, values, -1.0)).astype(jnp.int32)
         helps = values[pick] > worth * (1.0 + _MARGIN)

@@ -89,7 +89,7 @@ def ranked(
     distinct = jnp.zeros(len(words), jnp.uint32).at[group].set(~words)
     frequent = jnp.where(most > 0, distinct[places], 0)
     spare = jnp.asarray(to_words(_first_sets(size, entries, centre, count)))
-    known = (spare[:, None] == frequent).any(axis=1)
+    known = (spare[:, None] == frequent[None]).any(axis=1)
     spare_votes = jnp.where(known, -1, 0).astype(jnp.int32)
     return jnp.concatenate([frequent, spare]), jnp.concatenate([jnp.where(most > 0, most, -1), spare_votes])
 
@@ -161,10 +161,10 @@ def to_words(patterns: np.ndarray) -> np.ndarray:
 def to_patterns(words: jax.Array, size: Size) -> jax.Array:
     """uint32 (P,) -> bool (P, kh, kw), in the order of the candidates."""
     words = ~jnp.sort(~words)
-    return ((words[:, None] & _bits(size)) != 0).reshape(-1, *size)
+    return ((words[:, None] & _bits(size)[None]) != 0).reshape(-1, *size)
 
 
 def tap_indices(words: jax.Array, size: Size, entries: int) -> jax.Array:
     """uint32 (C,) -> int32 (C, entries), ascending; for a word of another number of taps, anything valid."""
-    kept = (words[:, None] & _bits(size)) != 0
+    kept = (words[:, None] & _bits(size)[None]) != 0
     return jnp.argsort(~kept, axis=1, stable=True)[:, :entries].astype(jnp.int32)

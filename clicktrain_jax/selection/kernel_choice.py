@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.plan import LayerPlan
+from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.selection.tiles import tile_sizes, untile
 from clicktrain_jax.targets import Rows
 
@@ -21,7 +21,7 @@ def protect(values: jax.Array, layer: LayerPlan) -> jax.Array:
     if not layer.num_protected:
         return values
     rows, columns = values.shape
-    best_of_row = jnp.argmax(values, axis=1)[:, None] == jnp.arange(columns)
+    best_of_row = jnp.argmax(values, axis=1)[:, None] == jnp.arange(columns)[None, :]
     best_of_column = jnp.argmax(values, axis=0)[None, :] == jnp.arange(rows)[:, None]
     return jnp.where(best_of_row | best_of_column, jnp.inf, values)
 
@@ -63,7 +63,7 @@ def rows_of(values: jax.Array, layer: LayerPlan) -> Rows:
     """
     flat, counts = _blocks(protect(values, layer), layer)
     size = flat.shape[1]
-    weights = layer.cost * (layer.entries if layer.has_patterns else 1)
+    weights = layer.cost * layer.kept_taps
     costs = tile_sizes(layer.removal_tile, layer.shape[2:]) * float(weights)
     if (costs == costs[0, 0]).all():
         ordered, ordered_costs = jnp.sort(flat, axis=1), jnp.full(flat.shape, costs[0, 0], jnp.float32)

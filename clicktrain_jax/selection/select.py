@@ -9,16 +9,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.masks import LayerChoice, Masks, build_masks, expand
 from clicktrain_jax.patterns import Generated, check_set
 from clicktrain_jax.patterns.kernels import ordered_sum
-from clicktrain_jax.plan import LayerPlan, Plan
+from clicktrain_jax.plan import Plan
 from clicktrain_jax.selection.kernel_choice import keep, protect, rows_of
 from clicktrain_jax.selection.pattern_choice import check_quads, choose_patterns, retained_by
 from clicktrain_jax.selection.tiles import tile_sums
 from clicktrain_jax.targets import resolve
-from clicktrain_jax.trees import Tree, has_negative, has_non_finite, named_leaves
+from clicktrain_jax.trees import Tree, has_negative, has_non_finite, named_leaves, replicated
 
 
 def select_masks(scores: Tree, plan: Plan, patterns: Any) -> Masks:
@@ -60,7 +62,8 @@ def select_layers(scores: Tree, plan: Plan, patterns: Any) -> dict[str, LayerCho
     # The barrier keeps a compiler from fusing the criterion's products into the sums with multiply-adds, whose
     # other rounding could flip a near-tie.
     by_name = {
-        layer.name: jax.lax.optimization_barrier(leaves[layer.name].astype(jnp.float32)) for layer in plan.layers
+        layer.name: jax.lax.optimization_barrier(layer.to_hwio(replicated(leaves[layer.name])).astype(jnp.float32))
+        for layer in plan.layers
     }
     sets = _pattern_sets(by_name, plan, patterns)
     drafts = {layer.name: _draft(by_name[layer.name], layer, sets.get(layer.name)) for layer in plan.layers}
@@ -89,7 +92,7 @@ def check_patterns(plan: Plan, patterns: Any) -> Any:
         ValueError: another kernel size than a planned layer's; with a target, patterns of other than ``entries``
             taps; with quads, patterns of which no four fit beside each other.
     """
-    with_patterns = [layer for layer in plan.layers if layer.has_patterns]
+    with_patterns = [layer for layer in plan.layers if layer.chooses_patterns]
     quads = any(layer.quads for layer in with_patterns)
     if isinstance(patterns, Generated):
         if quads and not patterns.complementary:
@@ -106,7 +109,8 @@ def check_patterns(plan: Plan, patterns: Any) -> Any:
         if layer.shape[:2] != size:
             raise ValueError(
                 f"patterns of {size[0]}x{size[1]} taps on {layer.name!r} with {layer.shape[0]}x{layer.shape[1]} "
-                "kernels: leave that layer dense (None), or give patterns of its size"
+                "kernels: leave that layer dense (None), give patterns of its size, or remove whole kernels alone, "
+                f"make_plan(entries={{{layer.name!r}: None}})"
             )
     if isinstance(patterns, jax.core.Tracer):
         return patterns
@@ -143,18 +147,25 @@ class _Draft(NamedTuple):
 
 
 def _pattern_sets(scores: dict[str, jax.Array], plan: Plan, patterns: Any) -> dict[str, jax.Array]:
-    layers = [layer for layer in plan.layers if layer.has_patterns]
+    layers = [layer for layer in plan.layers if layer.chooses_patterns]
     if not isinstance(patterns, Generated):
-        return {layer.name: patterns for layer in layers}
-    return patterns.sets({layer.name: scores[layer.name] for layer in layers},
-                         {layer.name: layer.entries for layer in layers}) if layers else {}
+        sets = {layer.name: patterns for layer in layers}
+    else:
+        sets = patterns.sets({layer.name: scores[layer.name] for layer in layers},
+                             {layer.name: layer.entries for layer in layers}) if layers else {}
+    # Where nothing is chosen every pattern keeps all taps, as before a selection.
+    whole = [layer for layer in plan.layers if layer.has_patterns and not layer.chooses_patterns]
+    return sets | {layer.name: np.ones((num_patterns_of(patterns), *layer.shape[:2]), bool) for layer in whole}
 
 
 def _draft(scores: jax.Array, layer: LayerPlan, patterns: jax.Array | None) -> _Draft:
     kh, kw, cin, cout = layer.shape
     taps = scores.reshape(kh * kw, cin, cout)
-    ids = None if patterns is None else choose_patterns(taps, layer, patterns)
-    if patterns is None or layer.removal_score == "whole":
+    if layer.chooses_patterns:
+        ids = choose_patterns(taps, layer, patterns)
+    else:
+        ids = None if patterns is None else jnp.zeros((cin, cout), jnp.uint8)
+    if not layer.chooses_patterns or layer.removal_score == "whole":
         kernels = ordered_sum(taps)
     else:
         kernels = retained_by(taps, ids, patterns)
@@ -165,7 +176,7 @@ def _resolve(plan: Plan, drafts: dict[str, _Draft], levels: dict[str, int]) -> d
     """Levels of the layers that the target decides."""
     current, rows = jnp.float32(0), {}
     for layer in plan.layers:
-        weights = layer.cost * (layer.entries if layer.has_patterns else 1)
+        weights = layer.cost * layer.kept_taps
         units = drafts[layer.name].units
         if layer.fraction is None:
             rows[layer.name] = rows_of(units, layer)
@@ -180,7 +191,8 @@ def _finish(draft: _Draft, layer: LayerPlan, level: Any) -> LayerChoice:
     kernel = keep(protect(draft.units, layer), layer, level)
     ids = draft.pattern_ids
     shared = layer.tile != (1, 1) and layer.removal_tile != layer.tile
-    if ids is not None and shared and layer.removal_score == "retained":
+    if layer.chooses_patterns and shared and layer.removal_score == "retained":
         # A pattern that is shared is chosen once more, over the kernels that stay.
         ids = choose_patterns(jnp.where(kernel, draft.taps, 0.0), layer, draft.patterns)
-    return LayerChoice(ids, kernel, draft.patterns)
+    # Kept in the leaf's layout, which `expand` knows by the number of axes.
+    return LayerChoice(ids, kernel if layer.axes == "HWIO" else kernel.T[:, :, None, None], draft.patterns)
