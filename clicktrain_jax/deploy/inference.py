@@ -91,7 +91,7 @@ class InferenceNet:
         self._masks, self._normalises, self._identity, self._backend = masks, normalises, identity, backend
         self._choices = dict(choices or {})
         self._kernels = {name: np.asarray(array) for name, array in folded.arrays.items()}
-        self._structures: dict[tuple, Any] = {}
+        self._planner = layers.Planner(backend)
         self._prepared: dict[tuple, Any] = {}
         self._programs: dict[Any, Any] = {}
 
@@ -252,7 +252,7 @@ class InferenceNet:
             backend=self._backend,
             choices=choices,
         )
-        net._kernels, net._structures, net._prepared = self._kernels, self._structures, self._prepared
+        net._kernels, net._planner, net._prepared = self._kernels, self._planner, self._prepared
         return net
 
     def _choice(self, batch: int) -> whole_net.Choice:
@@ -275,31 +275,9 @@ class InferenceNet:
 
     def _site(self, step: ConvStep, wanted: str | None) -> Site:
         mask = self._masks.get(step.leaf)
-        shape = step.equation.invars[1].aval.shape
-        # A kernel that is computed from several leaves has no order but its own.
-        axes = step.axes or tuple(range(len(shape)))
-        everything = mask is None or bool(mask.all())
-        whole = np.ones(shape, bool).transpose(np.argsort(axes)) if everything else mask
-        convolution = Convolution(step.equation, step.name, kernel=Kernel(step.name, None, whole, axes))
-        why = layers.why_dense(convolution)
-        if why is not None:
-            return Site(step, None, None, layers.Plan("dense", "", why))
-        layer = layers.Layer(convolution, whole)
-        structure = None if everything else self._structure(step.name, layer.mask)
-        if wanted is None:
-            return Site(step, layer, structure, layers.portable_plan(structure))
-        try:
-            plan = layers.plan_layer(layer, structure, self._backend, wanted or None, is_prepared=True)
-        except ValueError as error:
-            raise ValueError(f"{step.name!r}: {error}") from error
-        return Site(step, layer, structure, plan)
-
-    def _structure(self, name: str, mask: np.ndarray) -> Any:
-        import pallas_kernels
-
-        if name not in self._structures:
-            self._structures[name] = pallas_kernels.make_structure(mask)
-        return self._structures[name]
+        convolution = Convolution(step.equation, (step.name,), kernel=Kernel(step.name, None, mask, step.moves))
+        settings = {"is_portable": True} if wanted is None else {"is_prepared": True}
+        return Site(step, *self._planner(convolution, wanted or None, **settings))
 
     def _function(self, batch: Any, sites: Mapping[str, Site]) -> Any:
         steps = self.folded.steps(batch)
