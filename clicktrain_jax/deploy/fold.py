@@ -27,6 +27,8 @@ _AFFINE = frozenset(("add", "sub", "mul", "div"))
 Arrays = dict[str, jax.Array]
 # Computes one convolution: its step, its images, its kernel, its bias (filters,) or None -> the step's result.
 Convolve = Callable[["ConvStep", Any, Any, Any], Any]
+# Computes any other step: its equation, its operands -> its results.
+Compute = Callable[[Any, list[Any]], Sequence[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +93,8 @@ class Steps:
         """The convolutions, in order."""
         return tuple(step for step in self.steps if isinstance(step, ConvStep))
 
-    def run(self, arrays: Mapping[str, Any], images: Any, convolve: Convolve) -> Any:
-        """The result for ``images``, each convolution computed by ``convolve``."""
+    def run(self, arrays: Mapping[str, Any], images: Any, convolve: Convolve, compute: Compute = bind) -> Any:
+        """The result for ``images``, or what stands for them: convolutions by ``convolve``, all else by ``compute``."""
         values = {self.input: images}
 
         def read(operand: tuple[str, Any]) -> Any:
@@ -104,7 +106,7 @@ class Steps:
                 bias = None if step.bias is None else arrays[step.bias]
                 values[step.result] = convolve(step, values[step.images], arrays[step.name], bias)
                 continue
-            values.update(zip(step.equation.outvars, bind(step.equation, [read(each) for each in step.operands])))
+            values.update(zip(step.equation.outvars, compute(step.equation, [read(each) for each in step.operands])))
         return read(self.output)
 
 

@@ -1,12 +1,17 @@
 """Jaxprs and the one way through them: an equation at a time, on whatever stands for the values."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core
 
 CONVOLUTION = "conv_general_dilated"
+# The parameters of a convolution that this package knows: each is passed on, or the convolution is left as it is.
+PARAMETERS = frozenset(
+    """window_strides padding lhs_dilation rhs_dilation dimension_numbers feature_group_count batch_group_count
+    precision preferred_element_type""".split()
+)
 # Operations that call a jaxpr, and the parameter that it is: without a gradient, all of them just run it.
 CALLS = dict.fromkeys(("jit", "pjit", "checkpoint", "remat", "remat2"), "jaxpr")
 CALLS |= dict.fromkeys(
@@ -76,6 +81,11 @@ def flattened(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
     closed, out = traced(function, *arguments)
     flat = jax.make_jaxpr(lambda *leaves: walk(closed, leaves))
     return flat(*jax.tree.leaves(arguments)), out
+
+
+def unknown_parameters(params: Mapping[str, Any]) -> str:
+    """What a convolution says that is not passed on: ``out_sharding``, what later versions of jax add; or empty."""
+    return ", ".join(f"{name}={params[name]!r}" for name in sorted(params.keys() - PARAMETERS) if params[name])
 
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:

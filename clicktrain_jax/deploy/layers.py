@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax.deploy.interception import Convolution
+from clicktrain_jax.deploy.jaxprs import unknown_parameters
 
 # By XLA's convolution, by the native kernels with all weights, or by the structure in a layout.
 Run = Literal["dense", "dense cpu", "NHWC", "HWNC"]
@@ -65,14 +66,21 @@ class Layer:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Strides and padding."""
-        return {"strides": self._params["window_strides"], "padding": self._params["padding"]}
+        """Strides, padding and precision, as `pallas_kernels` takes them; all else is refused by `why_dense`."""
+        params = self._params
+        return {
+            "strides": params["window_strides"],
+            "padding": params["padding"],
+            "precision": params["precision"],
+        }
 
     def facts(self, structure: Any) -> tuple:
         """What the speed depends on: layers of equal facts are run alike."""
         retained = round(float(self.mask.mean()), 2)
         x_shape = tuple(self.x_shape[axis] for axis in self._x_order["NHWC"])
         geometry = (tuple(self._params["window_strides"]), tuple(map(tuple, self._params["padding"])))
+        if self._params["precision"] is not None:
+            geometry = (*geometry, str(self._params["precision"]))
         pattern = () if structure is None else (structure.tile, structure.patterns, retained)
         return (x_shape, self.mask.shape, geometry, str(self.dtype), *pattern)
 
@@ -262,6 +270,8 @@ def why_dense(convolution: Convolution) -> str | None:
         return f"its kernel is computed from {leaves}, whose zeros it need not have"
     if convolution.inside:
         return f"it stands inside of {convolution.inside!r}, which is left as it is"
+    if unknown := unknown_parameters(params):
+        return f"{unknown} is not passed on to the kernels"
     rank = len(convolution.x_shape) - 2
     if rank != 2:
         return f"it is {rank}-dimensional"
