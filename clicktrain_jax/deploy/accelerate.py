@@ -18,6 +18,7 @@ import numpy as np
 from clicktrain_jax.deploy import interception, layers, whole_net
 from clicktrain_jax.deploy.arguments import Frame, check_function, parameter_names, state_of, take_apart, write_back
 from clicktrain_jax.deploy.jaxprs import traced
+from clicktrain_jax.deploy.pruned import check_zeros
 from clicktrain_jax.masks import Masks, combine
 from clicktrain_jax.trees import Tree, named_leaves
 
@@ -61,6 +62,9 @@ class AccelerateReport:
     convolutions: tuple[ConvolutionReport, ...]
     seconds: Mapping[str, float] | None = None
     device: str = ""
+
+    def __str__(self) -> str:
+        return self.to_text()
 
     def to_text(self) -> str:
         """A table, one line a convolution."""
@@ -106,13 +110,21 @@ class Accelerated:
         is_jitted = hasattr(apply_fn, "lower") and hasattr(apply_fn, "trace")
         self._run = jax.jit(self._evaluate, static_argnums=0) if is_jitted else self._evaluate
 
+    def __repr__(self) -> str:
+        name = getattr(self._apply_fn, "__qualname__", repr(self._apply_fn))
+        pruned = sum(mask is not None for mask in self._masks.values())
+        backend = "" if self._backend is None else f", backend={self._backend!r}"
+        return f"accelerate({name}, masks of {pruned} leaves{backend}; .report(*args) tells what runs how)"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function; arguments and result are its own.
 
         Raises:
-            ValueError: a mask meets no convolution, or the named backend cannot run a layer.
+            ValueError: a mask meets no convolution, convolutions read a parameter from several places, the named
+                backend cannot run a layer, or ``pruned`` was promised and concrete weights are not zero.
         """
         frame, arrays, modules = take_apart(args, kwargs)
+        self._check_promise(frame, arrays)
         results, changed = self._run(frame, arrays)
         write_back(modules, changed)
         return results
@@ -196,6 +208,7 @@ class Accelerated:
     def met(self, *args: Any, **kwargs: Any) -> list[tuple[interception.Convolution, layers.Site]]:
         """The convolutions of a call, in order, and how each runs."""
         frame, arrays, _ = take_apart(args, kwargs)
+        self._check_promise(frame, arrays)
         seen: list = []
         jax.eval_shape(lambda arrays: self._evaluate(frame, arrays, seen), arrays)
         return seen
@@ -216,6 +229,20 @@ class Accelerated:
 
     def _evaluate(self, frame: Frame, arrays: list[Any], seen: list | None = None) -> tuple[Any, dict]:
         """The results, and ``{path: value}`` of the variables of NNX modules that changed."""
+        closed, shapes, changed_paths = self._traced(frame, arrays)
+        names = self._names(frame, arrays, closed)
+        arguments = [
+            interception.Kernel(name, array, self._masks.get(name), is_pruned=self._pruned) if name else array
+            for name, array in zip(names, arrays)
+        ]
+        seen = [] if seen is None else seen
+        leaves, met = interception.run(closed, arguments, functools.partial(self._replace, seen))
+        self._check_met(met, seen, names)
+        results, changed = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+        return results, dict(zip(changed_paths, changed))
+
+    def _traced(self, frame: Frame, arrays: list[Any]) -> tuple[Any, Any, list]:
+        """``(closed jaxpr, shapes of the results, paths of the variables of NNX modules that changed)``."""
         changed_paths: list = []
 
         def call(arrays: list[Any]) -> tuple[Any, list[Any]]:
@@ -226,18 +253,20 @@ class Accelerated:
             changed_paths.extend(changed)
             return results, list(changed.values())
 
-        closed, shapes = traced(call, arrays)
-        read = functools.partial(interception.read_by_convolutions, closed, arrays)
-        names = parameter_names(frame.paths, [np.shape(array) for array in arrays], self._masks, read, self._at)
-        arguments = [
-            interception.Kernel(name, array, self._masks.get(name), is_pruned=self._pruned) if name else array
-            for name, array in zip(names, arrays)
-        ]
-        seen = [] if seen is None else seen
-        leaves, met = interception.run(closed, arguments, functools.partial(self._replace, seen))
-        self._check_met(met, seen, names)
-        results, changed = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-        return results, dict(zip(changed_paths, changed))
+        return *traced(call, arrays), changed_paths
+
+    def _names(self, frame: Frame, arrays: list[Any], closed: Any = None) -> list[str]:
+        def read(places: Mapping[int, str]) -> set[str]:
+            jaxpr = self._traced(frame, arrays)[0] if closed is None else closed
+            return interception.read_by_convolutions(jaxpr, arrays, places)
+
+        return parameter_names(frame.paths, [np.shape(array) for array in arrays], self._masks, read, self._at)
+
+    def _check_promise(self, frame: Frame, arrays: list[Any]) -> None:
+        if not self._pruned:
+            return
+        for name, array in zip(self._names(frame, arrays), arrays):
+            check_zeros({name: array}, self._masks, "leave pruned=True out: accelerate then masks them in each call")
 
     def _replace(self, seen: list, conv: interception.Convolution, x: Any) -> Any:
         site = self._planner(conv, self._wanted.get(conv.name))
@@ -298,7 +327,8 @@ def accelerate(
         backend: of `pallas_kernels.pattern_conv`: one that is named runs every pruned layer, or is refused; None
             takes what is best for each.
         pruned: promise that the parameters passed have exact zeros where the masks remove, as they have after the
-            prune. Layers that run dense then cost nothing extra; their gradients are not masked.
+            prune (concrete ones are looked at). Layers that run dense then cost nothing extra; their gradients are not
+            masked.
         at: where the arguments hold the parameters that the masks are of, ``"0/params"`` for ``params`` in the first
             argument, a keyword's name, "module 0" for an NNX module; several where several copies are pruned. None
             takes what convolutions read, and refuses where they read a parameter from several places.

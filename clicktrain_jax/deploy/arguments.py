@@ -160,7 +160,24 @@ def parameter_names(
     read: Callable[[Mapping[int, str]], set[str]],
     at: Sequence[str] | None = None,
 ) -> list[str]:
-    """What the masks call each array of a call; empty for what is no kernel.
+    """What the masks call each array of a call in a place of the masks; empty for what is no kernel. As `places_of`."""
+    prefixes = places_of(paths, shapes, masks, read, at)
+    names = []
+    for path, shape in zip(paths, shapes):
+        prefix = max((each for each in prefixes if path.startswith(each)), key=len, default=None)
+        is_kernel = prefix is not None and len(shape) >= _MIN_KERNEL_RANK
+        names.append(path.removeprefix(prefix) if is_kernel else "")
+    return names
+
+
+def places_of(
+    paths: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    masks: Mapping[str, Any],
+    read: Callable[[Mapping[int, str]], set[str]],
+    at: Sequence[str] | None = None,
+) -> list[str]:
+    """What stands before the masks' names, in each place that is the masks': "0/params/".
 
     The masks' names are looked for in all arguments, below any prefix ("0/params/" in linen's variables). Where a
     parameter is found in several places (averaged copies, a teacher), it is the one that a convolution reads.
@@ -171,9 +188,6 @@ def parameter_names(
         masks: ``{name: bool array, or None where all is retained}``.
         read: which of some arrays a convolution reads, ``{index: path} -> paths``; asked where several fit.
         at: the places that the masks are of, "0/params"; None to find them.
-
-    Returns:
-        For each array of rank 3 or more in a place of the masks its name there.
 
     Raises:
         ValueError: convolutions read a parameter from several places; ``at`` names a place without parameters.
@@ -186,16 +200,10 @@ def parameter_names(
             if name in masks and (masks[name] is None or np.shape(masks[name]) == tuple(shape)):
                 fits.setdefault("".join(f"{key}/" for key in keys[:start]), {})[name] = index
     if at is None:
-        prefixes = _decided(_likely(fits, masks), paths, masks, read)
-    else:
-        prefixes = ["".join(f"{key}/" for key in place.split("/") if key) for place in at]
-        _check_places(prefixes, fits, masks)
-    names = []
-    for path, shape in zip(paths, shapes):
-        prefix = max((each for each in prefixes if path.startswith(each)), key=len, default=None)
-        is_kernel = prefix is not None and len(shape) >= _MIN_KERNEL_RANK
-        names.append(path.removeprefix(prefix) if is_kernel else "")
-    return names
+        return _decided(_likely(fits, masks), paths, masks, read)
+    prefixes = ["".join(f"{key}/" for key in place.split("/") if key) for place in at]
+    _check_places(prefixes, fits, masks)
+    return prefixes
 
 
 _Fits = dict[str, dict[str, int]]

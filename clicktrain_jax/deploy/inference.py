@@ -5,6 +5,7 @@ for a batch size on this device; what it finds is kept for other processes.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -100,6 +101,13 @@ class InferenceNet:
         """Of images that need no conversion before: uint8 where the net normalises, else float32."""
         return np.dtype(np.uint8 if self._normalises else np.float32)
 
+    def __repr__(self) -> str:
+        sizes = " x ".join(map(str, self.folded.image_shape))
+        return (
+            f"InferenceNet({len(self.folded.steps(1).convolutions)} convolutions, {len(self._masks)} with masks, "
+            f"{self.image_dtype} images {sizes}; .report(batch) tells what runs how)"
+        )
+
     def __call__(self, images: Any) -> jax.Array:
         """Classify images.
 
@@ -165,15 +173,16 @@ class InferenceNet:
         """The convolutions for a batch size, in order, as they run."""
         return tuple(self._sites(batch, self._choice(batch)).values())
 
-    def tuned(self, batch: int) -> "InferenceNet":
+    def tuned(self, batch: Any) -> "InferenceNet":
         """Measure the whole net on this device, dense and by patterns, and keep what is fastest.
 
         Args:
-            batch: number of images a call.
+            batch: number of images a call, or the images.
 
         Returns:
             The same net; the choice for other batch sizes stays. What was measured before is taken from the cache.
         """
+        batch = _count(batch)
         rng = np.random.default_rng(0)
         images = jnp.asarray(rng.random((batch, *self.folded.image_shape), np.float32))
 
@@ -221,8 +230,9 @@ class InferenceNet:
         net.convolutions(batch)  # refuses what cannot be
         return net
 
-    def report(self, batch: int) -> AccelerateReport:
-        """How each convolution runs for a batch size, and what was measured."""
+    def report(self, batch: Any) -> AccelerateReport:
+        """How each convolution runs for a batch size, or for these images, and what was measured."""
+        batch = _count(batch)
         rows = []
         for site in self.convolutions(batch):
             by_pattern = site.plan.run != "dense"
@@ -313,6 +323,11 @@ class InferenceNet:
                     "255, and do not normalise, the net does"
                 )
         return images if dtype == np.float32 else images.astype(np.float32)
+
+
+def _count(batch: Any) -> int:
+    """A number of images, given itself or as images."""
+    return int(batch) if isinstance(batch, numbers.Integral) else int(np.shape(batch)[0])
 
 
 def _is_on_host(images: Any) -> bool:
