@@ -1,5 +1,6 @@
 """Convolutions that do the retained share of the work: arrays in, arrays out, knowing nothing of training."""
 
+from pallas_kernels import pattern_conv  # the module, which is called like its function
 from pallas_kernels.compat import compiler_options
 from pallas_kernels.pattern_conv import (
     BACKENDS,
@@ -11,7 +12,6 @@ from pallas_kernels.pattern_conv import (
     mask_of,
     pack,
     packed_conv,
-    pattern_conv,
     supported,
 )
 

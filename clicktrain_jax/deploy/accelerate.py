@@ -8,15 +8,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from clicktrain_jax.deploy import interception, layers, whole_net
-from clicktrain_jax.deploy.arguments import Frame, is_module, parameter_names, state_of, take_apart, write_back
+from clicktrain_jax.deploy.arguments import Frame, check_function, parameter_names, state_of, take_apart, write_back
 from clicktrain_jax.deploy.jaxprs import traced
+from clicktrain_jax.deploy.pruned import check_zeros
 from clicktrain_jax.masks import Masks, combine
 from clicktrain_jax.trees import Tree, named_leaves
 
@@ -26,11 +28,11 @@ class ConvolutionReport:
     """One convolution of the net.
 
     Attributes:
-        name: its kernel's leaf, ``"Conv_1/kernel"``; empty when the kernel is no parameter of
-            the masks' tree, or computed from one.
+        name: its kernel's leaf, ``"Conv_1/kernel"``, or the one that it is computed from; empty when that is no
+            parameter of the masks' tree, or several.
         kernel_shape: in the order in which the net has it.
         image_shape: of its input, likewise.
-        retained: share of its weights that the mask keeps; None without mask.
+        retained: share of its weights that the mask keeps; None without mask, or where the kernel is computed.
         runs: "dense" or "sparse".
         layout: in which it runs by its structure; empty when dense.
         backend: of `pallas_kernels.pattern_conv`; for a dense one "cpu" for the native kernels, empty for XLA's.
@@ -61,6 +63,9 @@ class AccelerateReport:
     seconds: Mapping[str, float] | None = None
     device: str = ""
 
+    def __str__(self) -> str:
+        return self.to_text()
+
     def to_text(self) -> str:
         """A table, one line a convolution."""
         rows = [("convolution", "kernel", "input", "kept", "runs", "why")]
@@ -87,6 +92,7 @@ class Accelerated:
         *,
         backend: str | None = None,
         pruned: bool = False,
+        at: tuple[str, ...] | None = None,
         wanted: Mapping[str, layers.Run] | None = None,
         seconds: Mapping[str, float] | None = None,
         device: str = "",
@@ -96,20 +102,29 @@ class Accelerated:
         self._masks = masks
         self._backend = backend
         self._pruned = pruned
+        self._at = at
         self._wanted = wanted or {}
         self._seconds, self._device = seconds, device
-        self._structures: dict[tuple, Any] = {}
+        self._planner = layers.Planner(backend)
         # A jitted function is one to be compiled as a whole; op by op, as it would be run here, it would crawl.
         is_jitted = hasattr(apply_fn, "lower") and hasattr(apply_fn, "trace")
         self._run = jax.jit(self._evaluate, static_argnums=0) if is_jitted else self._evaluate
+
+    def __repr__(self) -> str:
+        name = getattr(self._apply_fn, "__qualname__", repr(self._apply_fn))
+        pruned = sum(mask is not None for mask in self._masks.values())
+        backend = "" if self._backend is None else f", backend={self._backend!r}"
+        return f"accelerate({name}, masks of {pruned} leaves{backend}; .report(*args) tells what runs how)"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function; arguments and result are its own.
 
         Raises:
-            ValueError: a mask meets no convolution, or the named backend cannot run a layer.
+            ValueError: a mask meets no convolution, convolutions read a parameter from several places, the named
+                backend cannot run a layer, or ``pruned`` was promised and concrete weights are not zero.
         """
         frame, arrays, modules = take_apart(args, kwargs)
+        self._check_promise(frame, arrays)
         results, changed = self._run(frame, arrays)
         write_back(modules, changed)
         return results
@@ -124,7 +139,7 @@ class Accelerated:
         Raises:
             ValueError: as the call.
         """
-        met = [self._row(conv, plan) for conv, _, plan in self.met(*args, **kwargs)]
+        met = [self._row(conv, site.plan) for conv, site in self.met(*args, **kwargs)]
         return AccelerateReport(tuple(met), self._seconds, self._device)
 
     def tuned(
@@ -148,9 +163,9 @@ class Accelerated:
         """
         open_ended = self.with_choice({})
         sites = [
-            (conv.name, layer, open_ended.structure(conv.name, layer.mask))
-            for conv, layer, _ in open_ended.met(*args, **kwargs)
-            if layer is not None
+            (conv.name, site.layer, site.structure)
+            for conv, site in open_ended.met(*args, **kwargs)
+            if site.layer is not None
         ]
 
         def timed(choice: whole_net.Choice) -> tuple[Callable[[list[Any]], Any], list[Any]]:
@@ -184,31 +199,23 @@ class Accelerated:
             self._masks,
             backend=self._backend,
             pruned=self._pruned,
+            at=self._at,
             wanted=wanted,
             seconds=seconds,
             device=device,
         )
 
-    def met(self, *args: Any, **kwargs: Any) -> list[tuple[interception.Convolution, layers.Layer | None, layers.Plan]]:
-        """The convolutions of a call, in order; the layer is None for one that can only be dense."""
+    def met(self, *args: Any, **kwargs: Any) -> list[tuple[interception.Convolution, layers.Site]]:
+        """The convolutions of a call, in order, and how each runs."""
         frame, arrays, _ = take_apart(args, kwargs)
+        self._check_promise(frame, arrays)
         seen: list = []
         jax.eval_shape(lambda arrays: self._evaluate(frame, arrays, seen), arrays)
         return seen
 
-    def structure(self, name: str, mask: np.ndarray) -> Any:
-        """The `pallas_kernels.Structure` of a layer's mask (kh, kw, cin, cout); None where nothing is removed."""
-        import pallas_kernels
-
-        if mask.all():
-            return None
-        key = (name, mask.shape, mask.strides)  # one leaf may stand in several orders of its axes
-        if key not in self._structures:
-            self._structures[key] = pallas_kernels.make_structure(mask)
-        return self._structures[key]
-
     def _row(self, conv: interception.Convolution, plan: layers.Plan) -> ConvolutionReport:
-        mask = self._masks.get(conv.name)
+        # What is computed from a leaf need not have its zeros.
+        mask = None if conv.sources else self._masks.get(conv.name)
         return ConvolutionReport(
             name=conv.name,
             kernel_shape=conv.kernel_shape,
@@ -222,6 +229,20 @@ class Accelerated:
 
     def _evaluate(self, frame: Frame, arrays: list[Any], seen: list | None = None) -> tuple[Any, dict]:
         """The results, and ``{path: value}`` of the variables of NNX modules that changed."""
+        closed, shapes, changed_paths = self._traced(frame, arrays)
+        names = self._names(frame, arrays, closed)
+        arguments = [
+            interception.Kernel(name, array, self._masks.get(name), is_pruned=self._pruned) if name else array
+            for name, array in zip(names, arrays)
+        ]
+        seen = [] if seen is None else seen
+        leaves, met = interception.run(closed, arguments, functools.partial(self._replace, seen))
+        self._check_met(met, seen, names)
+        results, changed = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+        return results, dict(zip(changed_paths, changed))
+
+    def _traced(self, frame: Frame, arrays: list[Any]) -> tuple[Any, Any, list]:
+        """``(closed jaxpr, shapes of the results, paths of the variables of NNX modules that changed)``."""
         changed_paths: list = []
 
         def call(arrays: list[Any]) -> tuple[Any, list[Any]]:
@@ -232,49 +253,44 @@ class Accelerated:
             changed_paths.extend(changed)
             return results, list(changed.values())
 
-        closed, shapes = traced(call, arrays)
-        names = parameter_names(frame, [np.shape(array) for array in arrays], self._masks)
-        masks = {} if self._pruned else self._masks
-        arguments = [
-            interception.Kernel(name, array, masks.get(name)) if name else array for name, array in zip(names, arrays)
-        ]
-        seen = [] if seen is None else seen
-        leaves, met = interception.run(closed, arguments, functools.partial(self._replace, seen))
-        self._check_met(met, seen, names)
-        results, changed = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-        return results, dict(zip(changed_paths, changed))
+        return *traced(call, arrays), changed_paths
+
+    def _names(self, frame: Frame, arrays: list[Any], closed: Any = None) -> list[str]:
+        def read(places: Mapping[int, str]) -> set[str]:
+            jaxpr = self._traced(frame, arrays)[0] if closed is None else closed
+            return interception.read_by_convolutions(jaxpr, arrays, places)
+
+        return parameter_names(frame.paths, [np.shape(array) for array in arrays], self._masks, read, self._at)
+
+    def _check_promise(self, frame: Frame, arrays: list[Any]) -> None:
+        if not self._pruned:
+            return
+        for name, array in zip(self._names(frame, arrays), arrays):
+            check_zeros({name: array}, self._masks, "leave pruned=True out: accelerate then masks them in each call")
 
     def _replace(self, seen: list, conv: interception.Convolution, x: Any) -> Any:
-        layer, plan = self._planned(conv)
-        seen.append((conv, layer, plan))
-        if plan.run == "dense":
-            return layer.convolve(x, conv.kernel.masked(), None, plan) if plan.backend else None
-        return layer.convolve(x, conv.kernel.value, self.structure(conv.name, layer.mask), plan)
+        site = self._planner(conv, self._wanted.get(conv.name))
+        seen.append((conv, site))
+        if site.plan.run == "dense":
+            return site.layer.convolve(x, conv.kernel.masked(), None, site.plan) if site.plan.backend else None
+        return site.layer.convolve(x, conv.kernel.value, site.structure, site.plan)
 
-    def _planned(self, conv: interception.Convolution) -> tuple[layers.Layer | None, layers.Plan]:
-        if not conv.name:
-            return None, layers.Plan("dense", "", "its kernel is computed, or no parameter of the masks' tree")
-        mask, why = self._masks.get(conv.name), layers.why_dense(conv)
-        if why is not None:
-            whole = mask is None or mask.all()
-            return None, layers.Plan("dense", "", "nothing of it is removed" if whole else why)
-        if mask is None:
-            mask = np.ones(np.array(conv.kernel_shape)[np.argsort(conv.kernel.axes)], bool)
-        layer = layers.Layer(conv, mask)
-        structure = self.structure(conv.name, layer.mask)
-        try:
-            plan = layers.plan_layer(layer, structure, self._backend, self._wanted.get(conv.name))
-        except ValueError as error:
-            raise ValueError(f"{conv.name!r}: {error}") from error
-        return layer, plan
-
-    def _check_met(self, met: set[str], seen: list, names: list[str]) -> None:
-        missed = [name for name, mask in self._masks.items() if mask is not None and name not in met]
+    def _check_met(self, met: Mapping[str, bool], seen: list, names: list[str]) -> None:
+        masked = [name for name, mask in self._masks.items() if mask is not None and not mask.all()]
+        computed = [name for name in masked if met.get(name) is False]
+        if computed:
+            warnings.warn(
+                f"masks: {_listed(computed)} is pruned, but a convolution's kernel is computed from it: the zeros of "
+                "the leaf need not be zeros of that kernel, which runs dense. Prune what the convolution takes, or "
+                "leave the layer out",
+                stacklevel=2,
+            )
+        missed = [name for name in masked if name not in met]
         if not missed:
             return
         name = missed[0]
         where = "it is among the arguments, but no convolution takes it" if name in names else "no argument has it"
-        found = [f"{conv.name or 'another kernel'} {conv.kernel_shape}" for conv, _, _ in seen]
+        found = [f"{conv.name or 'another kernel'} {conv.kernel_shape}" for conv, _ in seen]
         raise ValueError(
             f"masks: {name!r} {self._masks[name].shape} meets no convolution ({where}); so do {len(missed) - 1} more. "
             f"Convolutions found: {', '.join(found) or 'none'}. Arguments must hold the parameters that the masks were "
@@ -282,14 +298,24 @@ class Accelerated:
         )
 
 
+def _listed(names: list[str]) -> str:
+    return repr(names[0]) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+
+
 def accelerate(
-    apply_fn: Callable[..., Any], masks: Masks | Tree, *, backend: str | None = None, pruned: bool = False
+    apply_fn: Callable[..., Any],
+    masks: Masks | Tree,
+    *,
+    backend: str | None = None,
+    pruned: bool = False,
+    at: str | Sequence[str] | None = None,
 ) -> Accelerated:
     """Run the pruned convolutions of a net by their patterns, without a change to its code.
 
-    The function is traced when it is called. Convolutions whose kernels are parameters with a mask are run by
-    `pallas_kernels.pattern_conv`; all else stays. Grouped, dilated, transposed and one- or three-dimensional
-    convolutions stay dense, those inside of loops and branches too. The result is that of the function on
+    The function is traced when it is called. Convolutions whose kernels are parameters with a mask (cast, transposed,
+    reshaped, flipped or scaled) are run by `pallas_kernels.pattern_conv`; all else stays. Grouped, dilated, transposed
+    and one- or three-dimensional convolutions, and those whose kernel is computed from a leaf (with a warning), stay
+    dense; those inside of loops and branches too. The result is that of the function on
     ``apply_masks(params, masks)``. Call it under `jax.jit`; it may be differentiated (differentiate the accelerated
     function, do not accelerate a gradient) and vmapped.
 
@@ -301,7 +327,11 @@ def accelerate(
         backend: of `pallas_kernels.pattern_conv`: one that is named runs every pruned layer, or is refused; None
             takes what is best for each.
         pruned: promise that the parameters passed have exact zeros where the masks remove, as they have after the
-            prune. Layers that run dense then cost nothing extra; their gradients are not masked.
+            prune (concrete ones are looked at). Layers that run dense then cost nothing extra; their gradients are not
+            masked.
+        at: where the arguments hold the parameters that the masks are of, ``"0/params"`` for ``params`` in the first
+            argument, a keyword's name, "module 0" for an NNX module; several where several copies are pruned. None
+            takes what convolutions read, and refuses where they read a parameter from several places.
 
     Returns:
         An `Accelerated`, called as ``apply_fn`` is. ``.report(*args)`` tells what runs how, ``.tuned(*args)`` gives
@@ -310,12 +340,9 @@ def accelerate(
     Raises:
         ValueError: a mask that is traced or not bool; no mask at all; a module in place of a function.
     """
-    if is_module(apply_fn):
-        raise ValueError(
-            f"apply_fn is a {type(apply_fn).__name__}, a module: its parameters would not be seen; "
-            "use accelerate(lambda model, x: model(x), masks), called as fast(model, x)"
-        )
-    return Accelerated(apply_fn, concrete_masks(masks), backend=backend, pruned=pruned)
+    check_function(apply_fn)
+    places = None if at is None else (at,) if isinstance(at, str) else tuple(at)
+    return Accelerated(apply_fn, concrete_masks(masks), backend=backend, pruned=pruned, at=places)
 
 
 def _of_arrays(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> tuple[Callable, list[Any]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,26 @@ def is_module(value: Any) -> bool:
     """Whether it is a module of Flax NNX; where nnx was never imported there is none."""
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and isinstance(value, nnx.Module)
+
+
+def check_function(function: Any) -> None:
+    """Raise a ValueError for what is no function of its parameters: a model, a state, a tree with arrays inside."""
+    kind = type(function).__name__
+    linen = sys.modules.get("flax.linen")
+    if is_module(function):
+        advice = "lambda model, x: model(x), called with the model"
+    elif linen is not None and isinstance(function, linen.Module):
+        advice = "model.apply, or lambda variables, x: model.apply(variables, x, train=False)"
+    elif not callable(function):
+        advice = "its apply function, such as lambda variables, x: model.apply(variables, x)"
+    elif any(_is_array(leaf) for leaf in jax.tree.leaves(function)):
+        advice = "lambda model, x: model(x), called with the model"
+    else:
+        return
+    raise ValueError(
+        f"apply_fn is a {kind}, a module or another object with parameters inside, which would not be seen; expected a "
+        f"function that takes them: {advice}"
+    )
 
 
 def _is_array(value: Any) -> bool:
@@ -34,7 +54,7 @@ class Frame:
         graphdef: of the modules together; None for none.
         state_treedef: of their state.
         counts: how many leaves stand outside of modules, and how many arrays in their state.
-        owners: for each array the argument that it stands in, and its name there.
+        paths: of the arrays: position or name of the argument, and the name there, "0/params/Conv_1/kernel".
     """
 
     treedef: Any
@@ -43,7 +63,7 @@ class Frame:
     graphdef: Any
     state_treedef: Any
     counts: tuple[int, int]
-    owners: tuple[tuple[str, str], ...]
+    paths: tuple[str, ...]
 
     def join(self, arrays: Sequence[Any]) -> tuple[tuple, dict[str, Any], list[Any]]:
         """``(args, kwargs, modules)`` with other arrays in the places of those taken out; modules are new ones."""
@@ -67,15 +87,14 @@ class Frame:
 def take_apart(args: tuple, kwargs: dict[str, Any]) -> tuple[Frame, list[Any], list[Any]]:
     """``(frame, arrays, modules)`` of a call: arrays in a fixed order, those in the state of NNX modules last."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_module)
-    arrays, owners, static, positions, modules = [], [], [], [], []
+    arrays, paths, static, positions, modules = [], [], [], [], []
     for index, (path, leaf) in enumerate(leaves):
         if is_module(leaf):
             positions.append(index)
             modules.append(leaf)
         elif _is_array(leaf):
             arrays.append(leaf)
-            keys = path_keys(path)
-            owners.append((keys[1], "/".join(keys[2:])))
+            paths.append("/".join(path_keys(path)[1:]))
         else:
             static.append((index, leaf))
     graphdef = state_treedef = None
@@ -88,7 +107,7 @@ def take_apart(args: tuple, kwargs: dict[str, Any]) -> tuple[Frame, list[Any], l
         in_state = len(found)
         arrays += [leaf for _, leaf in found]
         # Modules are split together, so that what they share stays shared: the first key counts them.
-        owners += [(f"module {keys[0]}", "/".join(keys[1:])) for keys in (path_keys(path) for path, _ in found)]
+        paths += [f"module {'/'.join(path_keys(path))}" for path, _ in found]
     frame = Frame(
         treedef,
         tuple(static),
@@ -96,7 +115,7 @@ def take_apart(args: tuple, kwargs: dict[str, Any]) -> tuple[Frame, list[Any], l
         graphdef,
         state_treedef,
         (len(leaves), in_state),
-        tuple(owners),
+        tuple(paths),
     )
     return frame, arrays, modules
 
@@ -134,36 +153,113 @@ def write_back(modules: Sequence[Any], changed: Mapping[tuple[str, ...], Any]) -
             nnx.update(module, jax.tree.unflatten(own_treedef, values))
 
 
-def parameter_names(frame: Frame, shapes: Sequence[tuple[int, ...]], masks: Mapping[str, Any]) -> list[str]:
-    """What the masks call each array of a call; empty for what is no kernel.
+def parameter_names(
+    paths: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    masks: Mapping[str, Any],
+    read: Callable[[Mapping[int, str]], set[str]],
+    at: Sequence[str] | None = None,
+) -> list[str]:
+    """What the masks call each array of a call in a place of the masks; empty for what is no kernel. As `places_of`."""
+    prefixes = places_of(paths, shapes, masks, read, at)
+    names = []
+    for path, shape in zip(paths, shapes):
+        prefix = max((each for each in prefixes if path.startswith(each)), key=len, default=None)
+        is_kernel = prefix is not None and len(shape) >= _MIN_KERNEL_RANK
+        names.append(path.removeprefix(prefix) if is_kernel else "")
+    return names
 
-    The masks' names are looked for in every argument, below any prefix ("params/" in linen's variables); the prefix
-    under which most of them are found is taken, the shortest of several, in every argument that has it.
+
+def places_of(
+    paths: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    masks: Mapping[str, Any],
+    read: Callable[[Mapping[int, str]], set[str]],
+    at: Sequence[str] | None = None,
+) -> list[str]:
+    """What stands before the masks' names, in each place that is the masks': "0/params/".
+
+    The masks' names are looked for in all arguments, below any prefix ("0/params/" in linen's variables). Where a
+    parameter is found in several places (averaged copies, a teacher), it is the one that a convolution reads.
 
     Args:
-        frame: of the call.
+        paths: of the arrays, from the argument on: "0/params/Conv_1/kernel".
         shapes: of the arrays.
         masks: ``{name: bool array, or None where all is retained}``.
+        read: which of some arrays a convolution reads, ``{index: path} -> paths``; asked where several fit.
+        at: the places that the masks are of, "0/params"; None to find them.
 
-    Returns:
-        For each array of rank 3 or more below the prefix its name there.
+    Raises:
+        ValueError: convolutions read a parameter from several places; ``at`` names a place without parameters.
     """
-    known = {name: None if mask is None else np.shape(mask) for name, mask in masks.items()}
-    found: dict[tuple[str, str], int] = {}
-    for (owner, name), shape in zip(frame.owners, shapes):
-        keys = name.split("/")
+    fits: dict[str, dict[str, int]] = {}
+    for index, (path, shape) in enumerate(zip(paths, shapes)):
+        keys = path.split("/")
         for start in range(len(keys)):
-            below = "/".join(keys[start:])
-            if below in known and known[below] in (None, tuple(shape)):
-                prefix = "".join(f"{key}/" for key in keys[:start])
-                found[owner, prefix] = found.get((owner, prefix), 0) + 1
-    best = max(found.values(), default=0)
-    candidates = [key for key, count in found.items() if count == best]
-    depth = min((prefix.count("/") for _, prefix in candidates), default=0)
-    prefixes = dict(key for key in candidates if key[1].count("/") == depth)
-    names = []
-    for (owner, name), shape in zip(frame.owners, shapes):
-        prefix = prefixes.get(owner)
-        known_tree = prefix is not None and name.startswith(prefix) and len(shape) >= _MIN_KERNEL_RANK
-        names.append(name.removeprefix(prefix) if known_tree else "")
-    return names
+            name = "/".join(keys[start:])
+            if name in masks and (masks[name] is None or np.shape(masks[name]) == tuple(shape)):
+                fits.setdefault("".join(f"{key}/" for key in keys[:start]), {})[name] = index
+    if at is None:
+        return _decided(_likely(fits, masks), paths, masks, read)
+    prefixes = ["".join(f"{key}/" for key in place.split("/") if key) for place in at]
+    _check_places(prefixes, fits, masks)
+    return prefixes
+
+
+_Fits = dict[str, dict[str, int]]
+
+
+def _likely(fits: _Fits, masks: Mapping[str, Any]) -> _Fits:
+    """The places that may be the masks': those that hold all that has a mask, or each its share of it."""
+    pruned = {name for name, mask in masks.items() if mask is not None}
+    whole = {prefix: found for prefix, found in fits.items() if pruned <= found.keys()}
+    if whole:
+        # A block inside of a net may have layers of the same names: the net has more of them.
+        def is_inside(prefix: str, other: str) -> bool:
+            return prefix.startswith(other) and len(whole[prefix]) < len(whole[other])
+
+        return {prefix: found for prefix, found in whole.items() if not any(is_inside(prefix, each) for each in whole)}
+    # Parts in several arguments: what has the longer name is not taken for a shorter one.
+    longest: dict[int, str] = {}
+    for prefix in sorted(fits, key=len, reverse=True):
+        longest.update(dict.fromkeys(fits[prefix].values(), prefix))
+    shares = {
+        prefix: {name: index for name, index in found.items() if longest[index] == prefix}
+        for prefix, found in fits.items()
+    }
+    return {prefix: found for prefix, found in shares.items() if pruned & found.keys()}
+
+
+def _decided(
+    fits: _Fits, paths: Sequence[str], masks: Mapping[str, Any], read: Callable[[Mapping[int, str]], set[str]]
+) -> list[str]:
+    """The prefixes of the places that are the masks'."""
+    pruned = [name for name, mask in masks.items() if mask is not None]
+    places = {name: [prefix for prefix, found in fits.items() if name in found] for name in pruned}
+    if all(len(each) < 2 for each in places.values()):
+        return list(fits)
+    used = read({found[name]: paths[found[name]] for found in fits.values() for name in pruned if name in found})
+    several = {}
+    for name, prefixes in places.items():
+        places[name] = sorted(prefix for prefix in prefixes if prefix + name in used)
+        if len(places[name]) > 1:
+            several[name] = places[name]
+    if several:
+        name, prefixes = next(iter(several.items()))
+        texts = [repr(prefix.rstrip("/")) for prefix in prefixes]
+        more = f" (and {len(several) - 1} more)" if len(several) > 1 else ""
+        raise ValueError(
+            f"masks: convolutions read {name!r}{more} from several places, {', '.join(texts)}: name the one that the "
+            f"masks are of, at={texts[0]}, or all that are pruned, at=({', '.join(texts)})"
+        )
+    return [prefix for prefix in fits if any(prefix in each for each in places.values())]
+
+
+def _check_places(prefixes: Sequence[str], fits: _Fits, masks: Mapping[str, Any]) -> None:
+    known = {prefix for prefix, found in fits.items() if any(masks[name] is not None for name in found)}
+    for prefix in prefixes:
+        if prefix not in known:
+            places = ", ".join(repr(place.rstrip("/")) for place in sorted(known))
+            raise ValueError(
+                f"at={prefix.rstrip('/')!r}: no parameter of the masks is found there; found at {places or 'no place'}"
+            )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from clicktrain_jax.deploy.jaxprs import CONVOLUTION, bind, flattened, is_literal
+from clicktrain_jax.deploy.jaxprs import CONVOLUTION, bind, flattened, walk
 
 # Each entry of the result comes from the same entry of the operands, which are alike in shape, or single numbers.
 _ENTRYWISE = frozenset(
@@ -59,19 +59,14 @@ class _Map(NamedTuple):
 
 
 def _run(closed: Any, images: Any) -> Any:
-    jaxpr = closed.jaxpr
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, images), strict=True))
-    for equation in jaxpr.eqns:
-        operands = [atom.val if is_literal(atom) else values[atom] for atom in equation.invars]
+    def step(equation: Any, operands: list[Any]) -> list[Any]:
         if any(isinstance(value, (_Map, jax.core.Tracer)) for value in operands):
-            results = _step(equation, operands)
-        else:
-            # No image has reached it.
-            with jax.ensure_compile_time_eval():
-                results = bind(equation, operands)
-        values.update(zip(equation.outvars, results, strict=True))
-    (result,) = jaxpr.outvars
-    return result.val if is_literal(result) else _plain(values[result])
+            return _step(equation, operands)
+        # No image has reached it.
+        with jax.ensure_compile_time_eval():
+            return bind(equation, operands)
+
+    return _plain(walk(closed, [images], step)[0])
 
 
 def _step(equation: Any, operands: list[Any]) -> list[Any]:
@@ -89,7 +84,7 @@ def _step(equation: Any, operands: list[Any]) -> list[Any]:
         for key in _PER_AXIS[name]:
             if params[key] is not None:
                 params[key] = tuple(params[key][axis] for axis in order)
-        return [_Map(equation.primitive.bind(first.array, *operands[1:], **params), order)]
+        return [_Map(*bind(equation, [first.array, *operands[1:]], **params), order)]
     if name == "concatenate":
         arrays = [_in_order(value, order) for value in operands]
         params["dimension"] = order.index(params["dimension"])

@@ -5,9 +5,13 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from clicktrain_jax import compact
-from clicktrain_jax.deploy.load import inference_net, zoo
+from clicktrain_jax.deploy.arguments import check_function
+from clicktrain_jax.deploy.load import inference_net, located, masks_by_leaf, zoo
 from clicktrain_jax.deploy.portable import STABLEHLO, to_stablehlo
+from clicktrain_jax.deploy.pruned import by_name, check_is_inference, check_zeros, zeroed
 from clicktrain_jax.masks import Masks
 from clicktrain_jax.trees import Tree
 
@@ -21,13 +25,16 @@ def export(
     masks: Masks | Tree,
     *,
     image_shape: Sequence[int],
-    normalise: Mapping[str, Sequence[float]] | None = None,
+    normalise: Mapping[str, Sequence[float] | float] | None = None,
     dtype: str = "float32",
     net: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
     stablehlo: bool = True,
     onnx: bool = False,
     c: bool = False,
+    opset: int | None = None,
+    prune: bool = False,
+    at: str | None = None,
 ) -> dict[str, Any]:
     """Write a pruned net into a folder that `load` reads.
 
@@ -39,11 +46,11 @@ def export(
         path: a new folder, or that of an earlier export, which is replaced.
         apply_fn: ``(variables, images) -> logits``, as in evaluation: BatchNorm by its running statistics, no dropout.
         variables: all that it takes: linen's variables, an ``nnx.State`` (merge it inside of ``apply_fn``), any tree.
-        masks: of the parameters among them; what they remove is stored as zero.
+        masks: of the parameters among them; what they remove must be zero, as it is after the prune.
         image_shape: (height, width, channels).
-        normalise: ``{"mean": ..., "std": ...}`` for each channel, of pixels in [0, 1], where ``apply_fn`` wants
-            normalised images: the exported net then takes pixels, uint8 or in [0, 1]. None: it takes floating images
-            as ``apply_fn`` does.
+        normalise: ``{"mean": ..., "std": ...}`` of pixels in [0, 1], for each channel or one for all, where
+            ``apply_fn`` wants normalised images: the exported net then takes pixels, uint8 or in [0, 1]. None: it takes
+            floating images as ``apply_fn`` does.
         dtype: of the stored weights: "float32" (as they are), "bfloat16", "float16" or "int8".
         net: ``{"name", "num_classes", "width", "precision"}`` of a net of `clicktrain_jax.models`, which then needs no
             code to be loaded; None for any other.
@@ -52,20 +59,34 @@ def export(
         onnx: add ``net.onnx`` (dense, BatchNorm folded), for which jax2onnx must be installed.
         c: add ``net.c`` and ``net.h`` (and ``net.weights``, where the weights are too many for a compiler): the net in
             C11 for one image a call, its patterns compiled in; uint8 pixels where the net normalises, else float32.
+        opset: of ONNX's operators; None for the converter's own choice.
+        prune: set what the masks remove to zero first, where the run ended between selection and prune.
+        at: where the variables hold the parameters that the masks are of, "params"; None takes those that convolutions
+            read.
 
     Returns:
         The manifest.
 
     Raises:
         ValueError: ``net`` does not have these variables; masks of other parameters, a function that jax cannot fold, a
-            folder that holds something else, a step that cannot be written as C.
+            folder that holds something else, a step that cannot be written as C; weights that are marked and not zero;
+            a function in training mode; convolutions that read a parameter from several places.
     """
+    check_function(apply_fn)
     facts = {
         **(facts or {}),
         "net": None if net is None else dict(net),
         "image_shape": [int(size) for size in image_shape],
-        "normalise": None if normalise is None else {key: [float(x) for x in normalise[key]] for key in normalise},
+        "normalise": None
+        if normalise is None
+        else {key: np.ravel(np.asarray(normalise[key], float)).tolist() for key in normalise},
     }
+    masks = located(masks, apply_fn, variables, image_shape, at)
+    if masks is not None:
+        keep = masks_by_leaf(masks, variables)
+        if prune:
+            variables = zeroed(variables, keep)
+        check_zeros(by_name(variables), keep, "export with prune=True")
     with tempfile.TemporaryDirectory() as temporary:
         # Read back, so that what else is made holds the weights as they are stored, rounded if they are.
         compact.write(temporary, variables, masks, facts=facts, dtype=dtype)
@@ -78,13 +99,14 @@ def export(
         image_shape=tuple(image_shape),
         normalise=facts["normalise"],
     )
+    check_is_inference(ready.folded)
     files = {}
     if stablehlo:
         files[STABLEHLO] = to_stablehlo(ready)
     if onnx:
         from clicktrain_jax.deploy.onnx import to_onnx
 
-        files[ONNX] = to_onnx(ready.folded, tuple(image_shape))
+        files[ONNX] = to_onnx(ready.folded, tuple(image_shape), opset)
     if c:
         from clicktrain_jax.deploy.c_net import to_c
 

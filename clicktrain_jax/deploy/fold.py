@@ -18,6 +18,7 @@ import numpy as np
 
 from clicktrain_jax.deploy import host
 from clicktrain_jax.deploy.jaxprs import CONVOLUTION, bind, flattened, is_literal
+from clicktrain_jax.deploy.kernels import PASSING, Moves, factor_of, moves_of
 from clicktrain_jax.trees import named_leaves
 
 # How many images a net is first traced for.
@@ -27,6 +28,8 @@ _AFFINE = frozenset(("add", "sub", "mul", "div"))
 Arrays = dict[str, jax.Array]
 # Computes one convolution: its step, its images, its kernel, its bias (filters,) or None -> the step's result.
 Convolve = Callable[["ConvStep", Any, Any, Any], Any]
+# Computes any other step: its equation, its operands -> its results.
+Compute = Callable[[Any, list[Any]], Sequence[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class ConvStep:
     Attributes:
         name: of its kernel among the arrays.
         leaf: the leaf of the variables that the kernel is; empty where it is computed from several.
-        axes: axis i of the kernel is axis ``axes[i]`` of the leaf.
+        moves: that the leaf's entries made on their way to the kernel.
         equation: as it was traced; its operands are ``(images, kernel)``.
         images: the value that it takes.
         bias: name of its bias among the arrays; None without.
@@ -47,7 +50,7 @@ class ConvStep:
 
     name: str
     leaf: str
-    axes: tuple[int, ...]
+    moves: Moves
     equation: Any
     images: Any
     bias: str | None
@@ -91,8 +94,8 @@ class Steps:
         """The convolutions, in order."""
         return tuple(step for step in self.steps if isinstance(step, ConvStep))
 
-    def run(self, arrays: Mapping[str, Any], images: Any, convolve: Convolve) -> Any:
-        """The result for ``images``, each convolution computed by ``convolve``."""
+    def run(self, arrays: Mapping[str, Any], images: Any, convolve: Convolve, compute: Compute = bind) -> Any:
+        """The result for ``images``, or what stands for them: convolutions by ``convolve``, all else by ``compute``."""
         values = {self.input: images}
 
         def read(operand: tuple[str, Any]) -> Any:
@@ -104,7 +107,7 @@ class Steps:
                 bias = None if step.bias is None else arrays[step.bias]
                 values[step.result] = convolve(step, values[step.images], arrays[step.name], bias)
                 continue
-            values.update(zip(step.equation.outvars, bind(step.equation, [read(each) for each in step.operands])))
+            values.update(zip(step.equation.outvars, compute(step.equation, [read(each) for each in step.operands])))
         return read(self.output)
 
 
@@ -208,11 +211,11 @@ def plain(step: ConvStep, images: Any, kernel: Any, bias: Any) -> Any:
 
 
 class _Known(NamedTuple):
-    """A value that no image reaches; ``leaf`` is the variable that it is, with ``axes`` in another order."""
+    """A value that no image reaches; ``leaf`` is the variable that it is a form of, its entries after ``moves``."""
 
     value: Any
     leaf: str = ""
-    axes: tuple[int, ...] = ()
+    moves: Moves = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,8 +289,8 @@ class _Folding:
         if known is None:
             return "value", self._value(atom)
         if atom not in self._stored:
-            plain_leaf = known.leaf and known.axes == tuple(range(len(known.axes)))
-            self._stored[atom] = self._store(known.leaf if plain_leaf else f"value {len(self._stored)}", known.value)
+            name = known.leaf if known.leaf and not known.moves else f"value {len(self._stored)}"
+            self._stored[atom] = self._store(name, known.value)
         return "array", self._stored[atom]
 
     def _value(self, var: Any) -> Any:
@@ -309,13 +312,14 @@ class _Folding:
 
     def _compute(self, equation: Any, knowns: list[_Known]) -> None:
         values = bind(equation, [known.value for known in knowns])
-        first, name = knowns[0], equation.primitive.name
-        leaf, axes = "", ()
-        if name in ("convert_element_type", "copy"):
-            leaf, axes = first.leaf, first.axes
-        elif name == "transpose" and first.leaf:
-            leaf, axes = first.leaf, tuple(first.axes[axis] for axis in equation.params["permutation"])
-        self.known.update((var, _Known(value, leaf, axes)) for var, value in zip(equation.outvars, values))
+        name, moves = equation.primitive.name, moves_of(equation)
+        is_leaf = [bool(known.leaf) for known in knowns]
+        place = 0 if moves is not None or (name in PASSING and len(knowns) == 1) else None
+        if place is None:
+            place = factor_of(equation, is_leaf, [np.shape(known.value) for known in knowns])
+        leaf, before = ("", ()) if place is None else (knowns[place].leaf, knowns[place].moves)
+        moves = (*before, *(moves or ())) if leaf else ()
+        self.known.update((var, _Known(value, leaf, moves)) for var, value in zip(equation.outvars, values))
 
     def _absorb(self, equation: Any, knowns: list[_Known | None]) -> bool:
         """Take a step into the convolution before it, if it is one that can be."""
@@ -357,7 +361,7 @@ class _Folding:
         if pending.shift is not None:
             filters = result.aval.shape[pending.out_channels[1]]
             bias = self._store(f"{name} bias", jnp.broadcast_to(pending.shift, (filters,)).astype(pending.dtype))
-        place = (name, kernel.leaf, kernel.axes, equation, pending.images)
+        place = (name, kernel.leaf, kernel.moves, equation, pending.images)
         self.steps.append(ConvStep(*place, bias, pending.dtype, relu, result))
 
 
@@ -394,6 +398,6 @@ def _take_apart(
     folding = _Folding(closed.jaxpr, computable)
     folding.known.update((var, _Known(value)) for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True))
     for var, name, leaf in zip(own, names, jax.tree.leaves(variables), strict=True):
-        folding.known[var] = _Known(leaf, name, tuple(range(np.ndim(leaf))))
+        folding.known[var] = _Known(leaf, name)
     output = folding.run()
     return folding.arrays, Steps(images, tuple(folding.steps), output)

@@ -5,6 +5,7 @@ for a batch size on this device; what it finds is kept for other processes.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -91,7 +92,7 @@ class InferenceNet:
         self._masks, self._normalises, self._identity, self._backend = masks, normalises, identity, backend
         self._choices = dict(choices or {})
         self._kernels = {name: np.asarray(array) for name, array in folded.arrays.items()}
-        self._structures: dict[tuple, Any] = {}
+        self._planner = layers.Planner(backend)
         self._prepared: dict[tuple, Any] = {}
         self._programs: dict[Any, Any] = {}
 
@@ -99,6 +100,13 @@ class InferenceNet:
     def image_dtype(self) -> Any:
         """Of images that need no conversion before: uint8 where the net normalises, else float32."""
         return np.dtype(np.uint8 if self._normalises else np.float32)
+
+    def __repr__(self) -> str:
+        sizes = " x ".join(map(str, self.folded.image_shape))
+        return (
+            f"InferenceNet({len(self.folded.steps(1).convolutions)} convolutions, {len(self._masks)} with masks, "
+            f"{self.image_dtype} images {sizes}; .report(batch) tells what runs how)"
+        )
 
     def __call__(self, images: Any) -> jax.Array:
         """Classify images.
@@ -165,15 +173,16 @@ class InferenceNet:
         """The convolutions for a batch size, in order, as they run."""
         return tuple(self._sites(batch, self._choice(batch)).values())
 
-    def tuned(self, batch: int) -> "InferenceNet":
+    def tuned(self, batch: Any) -> "InferenceNet":
         """Measure the whole net on this device, dense and by patterns, and keep what is fastest.
 
         Args:
-            batch: number of images a call.
+            batch: number of images a call, or the images.
 
         Returns:
             The same net; the choice for other batch sizes stays. What was measured before is taken from the cache.
         """
+        batch = _count(batch)
         rng = np.random.default_rng(0)
         images = jnp.asarray(rng.random((batch, *self.folded.image_shape), np.float32))
 
@@ -221,8 +230,9 @@ class InferenceNet:
         net.convolutions(batch)  # refuses what cannot be
         return net
 
-    def report(self, batch: int) -> AccelerateReport:
-        """How each convolution runs for a batch size, and what was measured."""
+    def report(self, batch: Any) -> AccelerateReport:
+        """How each convolution runs for a batch size, or for these images, and what was measured."""
+        batch = _count(batch)
         rows = []
         for site in self.convolutions(batch):
             by_pattern = site.plan.run != "dense"
@@ -252,7 +262,7 @@ class InferenceNet:
             backend=self._backend,
             choices=choices,
         )
-        net._kernels, net._structures, net._prepared = self._kernels, self._structures, self._prepared
+        net._kernels, net._planner, net._prepared = self._kernels, self._planner, self._prepared
         return net
 
     def _choice(self, batch: int) -> whole_net.Choice:
@@ -275,31 +285,9 @@ class InferenceNet:
 
     def _site(self, step: ConvStep, wanted: str | None) -> Site:
         mask = self._masks.get(step.leaf)
-        shape = step.equation.invars[1].aval.shape
-        # A kernel that is computed from several leaves has no order but its own.
-        axes = step.axes or tuple(range(len(shape)))
-        everything = mask is None or bool(mask.all())
-        whole = np.ones(shape, bool).transpose(np.argsort(axes)) if everything else mask
-        convolution = Convolution(step.equation, step.name, kernel=Kernel(step.name, None, whole, axes))
-        why = layers.why_dense(convolution)
-        if why is not None:
-            return Site(step, None, None, layers.Plan("dense", "", why))
-        layer = layers.Layer(convolution, whole)
-        structure = None if everything else self._structure(step.name, layer.mask)
-        if wanted is None:
-            return Site(step, layer, structure, layers.portable_plan(structure))
-        try:
-            plan = layers.plan_layer(layer, structure, self._backend, wanted or None, is_prepared=True)
-        except ValueError as error:
-            raise ValueError(f"{step.name!r}: {error}") from error
-        return Site(step, layer, structure, plan)
-
-    def _structure(self, name: str, mask: np.ndarray) -> Any:
-        import pallas_kernels
-
-        if name not in self._structures:
-            self._structures[name] = pallas_kernels.make_structure(mask)
-        return self._structures[name]
+        convolution = Convolution(step.equation, (step.name,), kernel=Kernel(step.name, None, mask, step.moves))
+        settings = {"is_portable": True} if wanted is None else {"is_prepared": True}
+        return Site(step, *self._planner(convolution, wanted or None, **settings))
 
     def _function(self, batch: Any, sites: Mapping[str, Site]) -> Any:
         steps = self.folded.steps(batch)
@@ -335,6 +323,11 @@ class InferenceNet:
                     "255, and do not normalise, the net does"
                 )
         return images if dtype == np.float32 else images.astype(np.float32)
+
+
+def _count(batch: Any) -> int:
+    """A number of images, given itself or as images."""
+    return int(batch) if isinstance(batch, numbers.Integral) else int(np.shape(batch)[0])
 
 
 def _is_on_host(images: Any) -> bool:

@@ -1,64 +1,74 @@
 """Runs the jaxpr of a user's function with some of its convolutions replaced.
 
-The parameters go through the jaxpr as `Kernel`s: arrays that remember which leaf they are. Casting, transposing and
-scaling keep the memory; a convolution that meets a kernel is handed to the replacement; everything else gets the leaf
-with zeros where its mask removes. So the whole computes what the function computes on masked parameters, whatever
-the parameters hold there.
+The parameters go through the jaxpr as `Kernel`s: arrays that remember which leaf they are. Casting, moving and scaling
+keep the memory; a convolution that meets a kernel is handed to the replacement; everything else gets the leaf with
+zeros where its mask removes, and what it makes of it remembers that it was computed from the leaf. So the whole
+computes what the function computes on masked parameters, whatever the parameters hold there.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.deploy.jaxprs import CONVOLUTION, bind, is_literal
+from clicktrain_jax.deploy.jaxprs import CALLS, CONVOLUTION, bind, inner_jaxprs, walk
+from clicktrain_jax.deploy.kernels import PASSING, Moves, factor_of, moved, moves_of
 
-_CALLS = frozenset("jit pjit closed_call core_call".split())
 _REMAT = frozenset("checkpoint remat remat2".split())
 _CUSTOM = frozenset("custom_jvp_call custom_vjp_call".split())
-# Operand i becomes result i, at the same places and zero where it was zero.
-_PASSING = frozenset(
-    "convert_element_type copy copy_p device_put name optimization_barrier reduce_precision sharding_constraint".split()
-)
 
 
 class Kernel:
-    """A parameter, or a cast, transposed or scaled form of it, that remembers which leaf it is.
+    """A parameter, or a cast, moved or scaled form of it, that remembers which leaf it is.
 
     Attributes:
         name: the leaf's.
-        value: the array; where the mask removes it may hold anything.
-        axes: axis i of the value is axis ``axes[i]`` of the leaf.
-        mask: bool of the leaf's shape, True where a weight is retained; None where nothing is removed.
+        value: the array; where the mask removes it may hold anything, unless ``is_pruned``.
+        leaf_mask: bool of the leaf's shape, True where a weight is retained; None where nothing is removed.
+        moves: that its entries made since the leaf.
+        is_pruned: whether the value is zero where the mask removes.
     """
 
-    def __init__(self, name: str, value: Any, mask: np.ndarray | None, axes: Sequence[int] | None = None):
-        self.name = name
-        self.value = value
-        self.mask = mask
-        self.axes = tuple(range(np.ndim(value))) if axes is None else tuple(axes)
+    def __init__(
+        self, name: str, value: Any, leaf_mask: np.ndarray | None, moves: Moves = (), is_pruned: bool = False
+    ):
+        self.name, self.value, self.leaf_mask, self.moves, self.is_pruned = name, value, leaf_mask, moves, is_pruned
         self._masked: Any = None
 
-    def like(self, value: Any, axes: Sequence[int] | None = None) -> "Kernel":
-        """Another form of the same leaf."""
-        return Kernel(self.name, value, self.mask, self.axes if axes is None else axes)
+    def like(self, value: Any, moves: Moves = ()) -> "Kernel":
+        """Another form of the same leaf, after further moves."""
+        return Kernel(self.name, value, self.leaf_mask, self.moves + moves, self.is_pruned)
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """The mask as the value's entries stand."""
+        return None if self.leaf_mask is None else moved(self.leaf_mask, self.moves)
 
     def masked(self) -> Any:
         """The value with zeros where the mask removes."""
-        if self.mask is None:
+        if self.leaf_mask is None or self.is_pruned:
             return self.value
         if self._masked is None:
-            self._masked = jnp.where(self.mask.transpose(self.axes), self.value, jnp.zeros((), self.value.dtype))
+            self._masked = jnp.where(self.mask, self.value, jnp.zeros((), self.value.dtype))
         return self._masked
 
 
-@dataclasses.dataclass(frozen=True)
-class _Zeros:
+class _Zeros(NamedTuple):
     """An array of zeros: what a kernel may be combined with by `jax.numpy.where` and stay one."""
 
+    value: Any
+
+
+class _Computed(NamedTuple):
+    """An array that is computed from masked leaves, whose zeros it need not have.
+
+    Attributes:
+        names: of the leaves.
+    """
+
+    names: frozenset[str]
     value: Any
 
 
@@ -66,7 +76,8 @@ class Convolution:
     """One convolution that the run has come to.
 
     Attributes:
-        name: the leaf that is its kernel; empty when the kernel is computed from something else.
+        name: the leaf that is its kernel, or that it is computed from; empty where that is none or several.
+        sources: the leaves that its kernel is computed from; empty where it is a leaf, or has nothing of one.
         params: of the primitive ``conv_general_dilated``.
         x_shape: of the images, in the axes' order that ``params`` tells.
         kernel_shape: likewise.
@@ -74,9 +85,12 @@ class Convolution:
         kernel: the `Kernel`; None where there is no name, or it stands inside.
     """
 
-    def __init__(self, equation: Any, name: str, inside: str = "", kernel: Kernel | None = None):
+    def __init__(self, equation: Any, names: Any = (), inside: str = "", kernel: Kernel | None = None):
         images, weights = (atom.aval for atom in equation.invars)
-        self.name, self.inside, self.kernel, self.params = name, inside, kernel, equation.params
+        self.name = next(iter(names)) if len(names) == 1 else ""
+        # What stands inside may be the leaf itself: that is not followed.
+        self.sources = frozenset() if kernel is not None or (inside and self.name) else frozenset(names)
+        self.inside, self.kernel, self.params = inside, kernel, equation.params
         self.x_shape, self.kernel_shape = tuple(images.shape), tuple(weights.shape)
         self.dtype = images.dtype
         self.kernel_dtype = weights.dtype
@@ -86,7 +100,7 @@ class Convolution:
 Replace = Callable[[Convolution, Any], Any]
 
 
-def run(closed: Any, arguments: Sequence[Any], replace: Replace) -> tuple[list[Any], set[str]]:
+def run(closed: Any, arguments: Sequence[Any], replace: Replace) -> tuple[list[Any], dict[str, bool]]:
     """The results of a closed jaxpr, its convolutions replaced.
 
     Args:
@@ -95,13 +109,35 @@ def run(closed: Any, arguments: Sequence[Any], replace: Replace) -> tuple[list[A
         replace: called for each convolution; those inside of loops and branches are shown to it with images None.
 
     Returns:
-        ``(arrays, names)``: a parameter that is returned as it came is masked; the names are those of all kernels
-        that a convolution takes. (Under differentiation a function with a rule of its own is not called, so that
-        ``replace`` may see fewer.)
+        ``(arrays, {name: whether a convolution takes it as it is})``: a parameter that is returned as it came is
+        masked; the names are those of all kernels that a convolution takes, or takes something that is computed from
+        it. (Under differentiation a function with a rule of its own is not called, so that ``replace`` may see fewer.)
     """
     runner = _Runner(replace)
-    results = runner.run(closed.jaxpr, closed.consts, arguments)
-    return [_plain(value) for value in results], runner.names
+    results = walk(closed, arguments, runner.step, _constant)
+    return [_plain(value) for value in results], runner.met
+
+
+def read_by_convolutions(closed: Any, arguments: Sequence[Any], places: Mapping[int, str]) -> set[str]:
+    """Which arguments a convolution's kernel is, or is computed from; nothing is computed.
+
+    Args:
+        closed: of `jax.make_jaxpr`.
+        arguments: arrays, or `jax.ShapeDtypeStruct`.
+        places: names of the arguments in question, by their index.
+    """
+    found: set[str] = set()
+
+    def call(arrays: list[Any]) -> None:
+        kernels = [Kernel(places[i], array, None) if i in places else array for i, array in enumerate(arrays)]
+        found.update(run(closed, kernels, lambda convolution, x: None)[1])
+
+    jax.eval_shape(call, list(arguments))
+    return found
+
+
+def _constant(value: Any) -> Any:
+    return _Zeros(value) if _is_zero(value) else value
 
 
 def _plain(value: Any) -> Any:
@@ -109,14 +145,20 @@ def _plain(value: Any) -> Any:
 
 
 def _raw(value: Any) -> Any:
-    return value.value if isinstance(value, (Kernel, _Zeros)) else value
+    return value.value if isinstance(value, (Kernel, _Zeros, _Computed)) else value
 
 
 def _with_value(value: Any, array: Any) -> Any:
     """What ``value`` remembers, for another array in its place."""
     if isinstance(value, Kernel):
         return value.like(array)
-    return _Zeros(array) if isinstance(value, _Zeros) else array
+    return value._replace(value=array) if isinstance(value, (_Zeros, _Computed)) else array
+
+
+def _names(value: Any) -> frozenset[str]:
+    if isinstance(value, Kernel):
+        return frozenset((value.name,))
+    return value.names if isinstance(value, _Computed) else frozenset()
 
 
 def _is_zero(array: Any) -> bool:
@@ -126,78 +168,69 @@ def _is_zero(array: Any) -> bool:
 class _Runner:
     def __init__(self, replace: Replace):
         self.replace = replace
-        self.names: set[str] = set()
+        self.met: dict[str, bool] = {}
 
-    def run(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    def step(self, equation: Any, values: list[Any]) -> Sequence[Any] | None:
         """The results, as arrays or as what remembers its leaf."""
-        env = dict(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, arguments, strict=True))
-
-        def read(atom: Any) -> Any:
-            if not is_literal(atom):
-                return env[atom]
-            return _Zeros(atom.val) if _is_zero(atom.val) else atom.val
-
-        for equation in jaxpr.eqns:
-            with equation.ctx.manager:
-                results = self._apply(equation, [read(atom) for atom in equation.invars])
-            env.update(zip(equation.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def _apply(self, equation: Any, values: list[Any]) -> list[Any]:
-        name, params = equation.primitive.name, equation.params
+        name = equation.primitive.name
         if name == CONVOLUTION:
             return [self._convolution(equation, *values)]
         if name in ("broadcast_in_dim", "convert_element_type") and isinstance(values[0], _Zeros):
             return [_Zeros(*bind(equation, [_raw(value) for value in values]))]
-        kernels = [value for value in values if isinstance(value, Kernel)]
-        if kernels:
-            kept = self._keep(equation, values)
-            if kept is not None:
-                return kept
-            if name in _CALLS:
-                return self.run(params["jaxpr"].jaxpr, params["jaxpr"].consts, values)
-            inner = [(jaxpr, _names(values, jaxpr)) for jaxpr in _inner_jaxprs(params)]
-            found = [one for jaxpr, names in inner for one in _convolutions(jaxpr, names, name) if one.name]
-            self.names.update(convolution.name for convolution in found)
-            if found and name in _REMAT:
-                return self._rematerialise(equation, values)
-            if found and name in _CUSTOM:
-                return self._custom(equation, values)
-            for convolution in found:
-                self.replace(convolution, None)
-        return bind(equation, [_plain(value) for value in values])
+        if not any(isinstance(value, (Kernel, _Computed)) for value in values):
+            return bind(equation, [_plain(value) for value in values])
+        kept = self._keep(equation, values)
+        if kept is not None:
+            return kept
+        if name in CALLS and name not in _REMAT | _CUSTOM:
+            return None
+        names = [_names(value) for value in values]
+        found = _inside(equation, names)
+        self._meet(found)
+        if found and name in _REMAT:
+            return self._rematerialise(equation, values)
+        if found and name in _CUSTOM:
+            return self._custom(equation, values)
+        for convolution in found:
+            self.replace(convolution, None)
+        results = bind(equation, [_plain(value) for value in values])
+        return [_Computed(frozenset().union(*names), result) for result in results]
 
     def _keep(self, equation: Any, values: list[Any]) -> list[Any] | None:
         """The results of an operation through which a kernel stays the same leaf; None if it is no such one."""
         name = equation.primitive.name
         first = values[0]
-        if name in _PASSING and len(values) == len(equation.outvars):
+        if name in PASSING and len(values) == len(equation.outvars):
             arrays = bind(equation, [_raw(value) for value in values])
             return [_with_value(value, array) for value, array in zip(values, arrays)]
-        if name == "transpose":
-            axes = tuple(first.axes[axis] for axis in equation.params["permutation"])
-            return [first.like(bind(equation, [first.value])[0], axes)]
-        if name in ("mul", "div", "neg"):
-            # What is zero stays zero, whatever it is multiplied with; a divisor alone is no factor.
-            factor = first if isinstance(first, Kernel) else None if name == "div" else values[1]
-            if factor is not None and np.shape(factor.value) == equation.outvars[0].aval.shape:
-                arrays = [value.value if value is factor else _plain(value) for value in values]
-                return [factor.like(bind(equation, arrays)[0])]
+        moves = moves_of(equation)
+        if moves is not None and isinstance(first, Kernel):
+            return [first.like(bind(equation, [_raw(value) for value in values])[0], moves)]
+        is_kernel = [isinstance(value, Kernel) for value in values]
+        place = factor_of(equation, is_kernel, [np.shape(_raw(value)) for value in values])
+        if place is not None:
+            arrays = [value.value if index == place else _plain(value) for index, value in enumerate(values)]
+            return [values[place].like(bind(equation, arrays)[0])]
         if name == "select_n":
             # `where(mask, kernel, 0)`, as in `apply_masks`: zeros more than there were.
             cases = values[1:]
-            forms = {(case.name, case.axes) for case in cases if isinstance(case, Kernel)}
+            forms = {(case.name, case.moves) for case in cases if isinstance(case, Kernel)}
             if len(forms) == 1 and all(isinstance(case, (Kernel, _Zeros)) for case in cases):
                 kernel = next(case for case in cases if isinstance(case, Kernel))
                 return [kernel.like(bind(equation, [_raw(value) for value in values])[0])]
         return None
 
+    def _meet(self, convolutions: Sequence[Convolution]) -> None:
+        for convolution in convolutions:
+            for name in convolution.sources | {convolution.name} - {""}:
+                self.met[name] = self.met.get(name, False) or not convolution.sources
+
     def _convolution(self, equation: Any, x: Any, weights: Any) -> Any:
         kernel = weights if isinstance(weights, Kernel) else None
         x = _plain(x)
-        self.names.update({kernel.name} if kernel else ())
-        result = self.replace(Convolution(equation, kernel.name if kernel else "", kernel=kernel), x)
+        convolution = Convolution(equation, _names(weights), kernel=kernel)
+        self._meet([convolution])
+        result = self.replace(convolution, x)
         return bind(equation, [x, _plain(weights)])[0] if result is None else result
 
     def _rematerialise(self, equation: Any, values: list[Any]) -> list[Any]:
@@ -215,7 +248,7 @@ class _Runner:
         closed = equation.params["call_jaxpr"]
 
         def value(*arrays: Any) -> list[Any]:
-            return self._inside(closed.jaxpr, values, arrays, closed.consts)
+            return self._inside(closed, values, arrays)
 
         def original(*arrays: Any) -> list[Any]:
             return bind(equation, [_plain(_with_value(*pair)) for pair in zip(values, arrays)])
@@ -228,49 +261,36 @@ class _Runner:
             function.defvjp(lambda *arrays: jax.vjp(original, *arrays), lambda pull, cotangents: pull(cotangents))
         return function(*(_raw(value) for value in values))
 
-    def _inside(
-        self, jaxpr: Any, values: Sequence[Any], arrays: Sequence[Any], consts: Sequence[Any] = ()
-    ) -> list[Any]:
+    def _inside(self, jaxpr: Any, values: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
         """Arrays from a jaxpr of arrays in the place of what ``values`` remember."""
         arguments = [_with_value(*pair) for pair in zip(values, arrays)]
-        return [_plain(result) for result in self.run(jaxpr, consts, arguments)]
+        return [_plain(result) for result in walk(jaxpr, arguments, self.step, _constant)]
 
 
-def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
-    """The jaxprs in an equation's parameters, opened."""
-    found = []
-    for value in params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            jaxpr = getattr(item, "jaxpr", item)
-            if hasattr(jaxpr, "eqns") and hasattr(jaxpr, "invars"):
-                found.append(jaxpr)
-    return found
+def _inside(equation: Any, names: Sequence[frozenset[str]]) -> list[Convolution]:
+    """The convolutions in the jaxprs of an equation, with the leaves of their kernels as far as they are known.
 
-
-def _names(values: Sequence[Any], jaxpr: Any) -> list[str]:
-    """The names of the leaves that a jaxpr inside of an operation gets, as far as its last operands tell.
-
-    Loops and branches hand their last operands on in order; what stands before them is their own.
+    Args:
+        equation: a loop, a branch, a call.
+        names: of the leaves that its operands are, or are computed from.
     """
-    names = [value.name if isinstance(value, Kernel) else "" for value in values]
-    count = len(jaxpr.invars)
-    return names[len(names) - count :] if count <= len(names) else [""] * count
+    inside = equation.primitive.name
+    found: list[Convolution] = []
 
+    def handed(equation: Any, operands: Sequence[frozenset[str]]) -> frozenset[str]:
+        for jaxpr in inner_jaxprs(equation):
+            count = len(jaxpr.invars)
+            # Loops and branches hand their last operands on in order; what stands before them is their own.
+            known = operands[len(operands) - count :] if count <= len(operands) else [frozenset()] * count
+            walk(jaxpr, known, step, lambda value: frozenset())
+        return frozenset().union(*operands)
 
-def _convolutions(jaxpr: Any, names: Sequence[str], inside: str) -> list[Convolution]:
-    """The convolutions in a jaxpr and in what it calls, with the names of their kernels as far as they are known."""
-    known = dict(zip(jaxpr.invars, names))
-    found = []
-    for equation in jaxpr.eqns:
-        variables = (None if is_literal(atom) else atom for atom in equation.invars)
-        operands = [known.get(variable, "") for variable in variables]
-        primitive = equation.primitive.name
-        if primitive == CONVOLUTION:
-            found.append(Convolution(equation, operands[1], inside))
-        elif primitive in _PASSING | {"transpose", "mul"} and len(equation.outvars) == 1:
-            known[equation.outvars[0]] = next(filter(None, operands), "")
-        for inner in _inner_jaxprs(equation.params):
-            count = len(inner.invars)
-            handed = operands[len(operands) - count :] if count <= len(operands) else [""] * count
-            found += _convolutions(inner, handed, inside)
+    def step(equation: Any, operands: list[frozenset[str]]) -> list[frozenset[str]]:
+        if equation.primitive.name == CONVOLUTION:
+            if operands[1]:
+                found.append(Convolution(equation, operands[1], inside))
+            return [frozenset()]
+        return [handed(equation, operands)] * len(equation.outvars)
+
+    handed(equation, names)
     return found

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax.deploy.interception import Convolution
+from clicktrain_jax.deploy.jaxprs import unknown_parameters
 
 # By XLA's convolution, by the native kernels with all weights, or by the structure in a layout.
 Run = Literal["dense", "dense cpu", "NHWC", "HWNC"]
@@ -45,32 +46,41 @@ class Layer:
         mask: bool (kh, kw, cin, cout).
         x_shape: of the images, as the net has them.
         dtype: of images and kernel.
+        kernel_order: which of the kernel's axes are the mask's.
         own_layout: the layout that the net runs it in, if it is one of the two; NHWC otherwise.
     """
 
     def __init__(self, convolution: Convolution, mask: np.ndarray):
+        """``mask`` is bool of the kernel's shape, in the order that the net has it in."""
         numbers = convolution.params["dimension_numbers"]
         batch, channels, rows, columns = numbers.lhs_spec
         self._x_order = {"NHWC": (batch, rows, columns, channels), "HWNC": (rows, columns, batch, channels)}
         outputs, inputs, window_rows, window_columns = numbers.rhs_spec
-        self._kernel_order = (window_rows, window_columns, inputs, outputs)
+        self.kernel_order = (window_rows, window_columns, inputs, outputs)
         self._out_spec = numbers.out_spec
         self._params = convolution.params
         self.x_shape = convolution.x_shape
         self.dtype = convolution.dtype
-        self.mask = mask.transpose(convolution.kernel.axes).transpose(self._kernel_order)
+        self.mask = mask.transpose(self.kernel_order)
         self.own_layout: Literal["NHWC", "HWNC"] = "HWNC" if self._x_order["HWNC"] == (0, 1, 2, 3) else "NHWC"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Strides and padding."""
-        return {"strides": self._params["window_strides"], "padding": self._params["padding"]}
+        """Strides, padding and precision, as `pallas_kernels` takes them; all else is refused by `why_dense`."""
+        params = self._params
+        return {
+            "strides": params["window_strides"],
+            "padding": params["padding"],
+            "precision": params["precision"],
+        }
 
     def facts(self, structure: Any) -> tuple:
         """What the speed depends on: layers of equal facts are run alike."""
         retained = round(float(self.mask.mean()), 2)
         x_shape = tuple(self.x_shape[axis] for axis in self._x_order["NHWC"])
         geometry = (tuple(self._params["window_strides"]), tuple(map(tuple, self._params["padding"])))
+        if self._params["precision"] is not None:
+            geometry = (*geometry, str(self._params["precision"]))
         pattern = () if structure is None else (structure.tile, structure.patterns, retained)
         return (x_shape, self.mask.shape, geometry, str(self.dtype), *pattern)
 
@@ -118,7 +128,7 @@ class Layer:
         """
         import pallas_kernels
 
-        kernel = kernel.transpose(self._kernel_order)
+        kernel = kernel.transpose(self.kernel_order)
         if plan.backend == "cpu":
             structure = _everything(self.mask.shape) if plan.run == "dense" else structure
             return pallas_kernels.pack(kernel, structure, backend="cpu")
@@ -162,7 +172,7 @@ class Layer:
         import pallas_kernels
 
         layout = self._layout(plan)
-        x, kernel = _transposed(x, self._x_order[layout]), _transposed(kernel, self._kernel_order)
+        x, kernel = _transposed(x, self._x_order[layout]), _transposed(kernel, self.kernel_order)
         settings = {"layout": layout, "backend": plan.backend, **self.settings}
         if plan.run == "dense":
             y = pallas_kernels.dense_conv(x, kernel, **settings)
@@ -181,11 +191,87 @@ class Layer:
         return _transposed(y, tuple(here[wanted[axis]] for axis in range(4)))
 
 
+class Site(NamedTuple):
+    """One convolution of a net and how it runs.
+
+    Attributes:
+        layer: None where it can only be dense as it stands.
+        structure: `pallas_kernels.Structure` of what is retained; None where nothing is removed.
+        plan: how it runs.
+    """
+
+    layer: Layer | None
+    structure: Any
+    plan: Plan
+
+
+class Planner:
+    """Plans the convolutions of one net; keeps their structures."""
+
+    def __init__(self, backend: str | None) -> None:
+        """``backend`` of `pallas_kernels.pattern_conv` for all pruned layers; None leaves it open."""
+        self._backend = backend
+        self._structures: dict[tuple, Any] = {}
+
+    def __call__(
+        self,
+        convolution: Convolution,
+        wanted: Run | None = None,
+        *,
+        is_prepared: bool = False,
+        is_portable: bool = False,
+    ) -> Site:
+        """How a convolution runs.
+
+        Args:
+            convolution: with its kernel, whose mask counts.
+            wanted: what was measured to be best, None where nothing was.
+            is_prepared: whether the weights are laid out before, once for all calls.
+            is_portable: whether it must run on any device, for any number of images.
+
+        Raises:
+            ValueError: the named backend cannot run it, or not as wanted.
+        """
+        kernel = convolution.kernel
+        mask = None if kernel is None else kernel.mask
+        why = why_dense(convolution)
+        if why is not None:
+            is_whole = kernel is not None and (mask is None or mask.all())
+            return Site(None, None, Plan("dense", "", "nothing of it is removed" if is_whole else why))
+        layer = Layer(convolution, np.ones(convolution.kernel_shape, bool) if mask is None else mask)
+        structure = None
+        if not layer.mask.all():
+            # One leaf may stand in several orders of its axes.
+            key = (convolution.name, kernel.moves, layer.kernel_order)
+            if key not in self._structures:
+                self._structures[key] = _structure(layer.mask)
+            structure = self._structures[key]
+        if is_portable:
+            return Site(layer, structure, portable_plan(structure))
+        try:
+            return Site(layer, structure, plan_layer(layer, structure, self._backend, wanted, is_prepared))
+        except ValueError as error:
+            raise ValueError(f"{convolution.name!r}: {error}") from error
+
+
+def _structure(mask: np.ndarray) -> Any:
+    import pallas_kernels
+
+    return pallas_kernels.make_structure(mask)
+
+
 def why_dense(convolution: Convolution) -> str | None:
     """Why a convolution cannot run by a structure, whatever backend there is; None if it can."""
     params = convolution.params
+    if convolution.kernel is None and not convolution.inside:
+        if not convolution.sources:
+            return "its kernel is no parameter of the masks' tree"
+        leaves = ", ".join(map(repr, sorted(convolution.sources)))
+        return f"its kernel is computed from {leaves}, whose zeros it need not have"
     if convolution.inside:
         return f"it stands inside of {convolution.inside!r}, which is left as it is"
+    if unknown := unknown_parameters(params):
+        return f"{unknown} is not passed on to the kernels"
     rank = len(convolution.x_shape) - 2
     if rank != 2:
         return f"it is {rank}-dimensional"

@@ -2,16 +2,21 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax import compact
-from clicktrain_jax.compact.containers import find_prefix
+from clicktrain_jax.compact.containers import find_prefix, nest
+from clicktrain_jax.deploy.arguments import check_function, places_of
 from clicktrain_jax.deploy.fold import Folded, fold
 from clicktrain_jax.deploy.inference import InferenceNet
+from clicktrain_jax.deploy.interception import read_by_convolutions
+from clicktrain_jax.deploy.jaxprs import traced
 from clicktrain_jax.deploy.portable import STABLEHLO, PortableNet
 from clicktrain_jax.masks import Masks, combine
 from clicktrain_jax.trees import Tree, named_leaves
@@ -64,16 +69,17 @@ def load(
         apply_fn = zoo(facts["net"], layout)
     elif layout != "NHWC":
         raise ValueError(f"layout={layout!r} is for nets known by name; an apply_fn has its own")
-    image_shape = _fact(stored.manifest, "image_shape")
-    return inference_net(
-        apply_fn,
-        stored.variables,
-        stored.masks,
-        image_shape=image_shape,
-        normalise=facts.get("normalise"),
-        backend=backend,
-        manifest=stored.manifest,
-    )
+    settings = {"image_shape": _fact(stored.manifest, "image_shape"), "normalise": facts.get("normalise")}
+    settings |= {"backend": backend, "manifest": stored.manifest}
+    try:
+        return inference_net(apply_fn, stored.variables, stored.masks, **settings)
+    except Exception as error:  # whatever a user's function raises for containers that it does not know
+        if like is not None or facts["net"] is not None:
+            raise
+        raise ValueError(
+            "apply_fn cannot take the variables as nested dictionaries of their names "
+            f"({type(error).__name__}: {error}): give like=, a tree with the containers that it wants"
+        ) from error
 
 
 def inference_net(
@@ -87,8 +93,17 @@ def inference_net(
     manifest: Mapping[str, Any] | None = None,
 ) -> InferenceNet:
     """An `InferenceNet` from masked variables; arguments are those of `export`."""
+    check_function(apply_fn)
     folded = fold(normalising(apply_fn, normalise), variables, image_shape)
     by_leaf = masks_by_leaf(masks, variables)
+    taken = {step.leaf for step in folded.steps(1).convolutions}
+    lost = [name for name, mask in by_leaf.items() if name not in taken and not mask.all()]
+    if lost:
+        warnings.warn(
+            f"masks: {', '.join(map(repr, lost[:3]))} are pruned ({len(lost)} in all), but no convolution takes them "
+            "as they are: what is computed from a leaf need not have its zeros, and runs dense",
+            stacklevel=2,
+        )
     return InferenceNet(
         folded,
         by_leaf,
@@ -109,16 +124,55 @@ def normalising(apply_fn: ApplyFn, normalise: Mapping[str, Any] | None) -> Apply
         return apply_fn
     if set(normalise) != {"mean", "std"}:
         raise ValueError(f"normalise={dict(normalise)!r}: expected {{'mean': [...], 'std': [...]}}, or None")
-    mean, std = (np.asarray(normalise[key], np.float32) for key in ("mean", "std"))
-    if mean.ndim != 1 or mean.shape != std.shape or not (std > 0).all() or not np.isfinite([mean, std]).all():
-        raise ValueError(f"normalise={dict(normalise)!r}: expected a finite mean and a std above 0 for each channel")
+    mean, std = (np.atleast_1d(np.asarray(normalise[key], np.float32)) for key in ("mean", "std"))
+    channels = max(mean.size, std.size)
+    is_finite = np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()
+    if max(mean.ndim, std.ndim) > 1 or not {mean.size, std.size} <= {1, channels} or not is_finite:
+        raise ValueError(
+            f"normalise={dict(normalise)!r}: expected a finite mean and a std above 0, one for all or for each channel"
+        )
 
     def apply(variables: Any, pixels: Any) -> Any:
-        if pixels.shape[-1] != len(mean):
-            raise ValueError(f"images have {pixels.shape[-1]} channels, normalise has {len(mean)}")
-        return apply_fn(variables, (pixels - jnp.asarray(mean)) / jnp.asarray(std))
+        if channels not in (1, pixels.shape[-1]):
+            raise ValueError(f"images have {pixels.shape[-1]} channels, normalise has {channels}")
+        return apply_fn(variables, (pixels - _over(pixels, mean)) / _over(pixels, std))
 
     return apply
+
+
+def _over(pixels: Any, vector: np.ndarray) -> Any:
+    """(channels,) or (1,) with the axes of images: ranks are not promoted where a user forbids it."""
+    return jnp.asarray(vector).reshape((1,) * (pixels.ndim - 1) + (-1,))
+
+
+def located(
+    masks: Masks | Tree | None, apply_fn: ApplyFn, variables: Tree, image_shape: Sequence[int], at: str | None
+) -> Masks | Tree | None:
+    """The masks, with the whole names of their leaves where the variables hold several copies of these.
+
+    Raises:
+        ValueError: convolutions read a parameter from several places; ``at`` names a place without parameters.
+    """
+    if masks is None:
+        return None
+    named = dict(named_leaves(combine(masks) if isinstance(masks, Masks) else masks))
+    leaves = [(name, leaf) for name, leaf in named_leaves(variables) if leaf is not None]
+    if at is None:
+        try:
+            find_prefix([name for name, _ in named_leaves(variables)], list(named))
+            return masks
+        except ValueError:
+            pass
+
+    def read(places: Mapping[int, str]) -> set[str]:
+        images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+        closed, _ = traced(apply_fn, variables, images)
+        return read_by_convolutions(closed, [*(leaf for _, leaf in leaves), images], places)
+
+    paths, shapes = [name for name, _ in leaves], [np.shape(leaf) for _, leaf in leaves]
+    found = places_of(paths, shapes, named, read, None if at is None else (at,))
+    # Masks of another tree are told by the storage.
+    return nest({found[0] + name: mask for name, mask in named.items()}) if len(found) == 1 else masks
 
 
 def masks_by_leaf(masks: Masks | Tree | None, variables: Tree) -> dict[str, np.ndarray]:

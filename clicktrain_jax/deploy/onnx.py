@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax.deploy.channels_first import channels_first
-from clicktrain_jax.deploy.jaxprs import bind, flattened, is_literal
+from clicktrain_jax.deploy.jaxprs import CONVOLUTION, bind, flattened, unknown_parameters, walk
 
 if TYPE_CHECKING:
     from clicktrain_jax.deploy.fold import Folded
@@ -25,12 +25,13 @@ INPUT, OUTPUT = "images", "logits"
 _NHWC, _NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
-def to_onnx(folded: "Folded", image_shape: Sequence[int]) -> bytes:
+def to_onnx(folded: "Folded", image_shape: Sequence[int], opset: int | None = None) -> bytes:
     """Convert a folded net.
 
     Args:
         folded: `Folded`, or what has its ``function(arrays, images)`` and ``arrays``.
         image_shape: (height, width, channels).
+        opset: version of ONNX's operators; None for the converter's own choice.
 
     Returns:
         An ONNX model. Its input "images" is float32 (batch, height, width, channels), any number of images, as the
@@ -49,11 +50,12 @@ def to_onnx(folded: "Folded", image_shape: Sequence[int]) -> bytes:
     images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
     # Traced here, not by jax2onnx: it puts other functions in the place of many of jax's while it traces.
     closed, _ = flattened(channels_first(folded.function, folded.arrays), images)
+    # What it cannot have is said before the converter wraps errors of its own.
+    jax.eval_shape(lambda images: _in_known_calls(closed, images), images)
+    options = {"input_names": [INPUT], "output_names": [OUTPUT]} | ({} if opset is None else {"opset": opset})
     try:
         with _quiet():
-            model = jax2onnx.to_onnx(
-                lambda images: _in_known_calls(closed, images), [images], input_names=[INPUT], output_names=[OUTPUT]
-            )
+            model = jax2onnx.to_onnx(lambda images: _in_known_calls(closed, images), [images], **options)
     except Exception as error:  # whatever a converter of another project raises
         raise ValueError(f"jax2onnx cannot convert this net: {type(error).__name__}: {error}") from error
     return model.SerializeToString()
@@ -74,15 +76,23 @@ def _quiet() -> Iterator[None]:
 
 
 def _in_known_calls(closed: Any, images: Any) -> Any:
-    jaxpr = closed.jaxpr
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, images), strict=True))
-    for equation in jaxpr.eqns:
-        operands = [atom.val if is_literal(atom) else values[atom] for atom in equation.invars]
+    def step(equation: Any, operands: list[Any]) -> list[Any]:
         known = _KNOWN.get(equation.primitive.name)
         result = None if known is None else known(equation.params, *operands)
-        values.update(zip(equation.outvars, bind(equation, operands) if result is None else [result], strict=True))
-    (result,) = jaxpr.outvars
-    return result.val if is_literal(result) else values[result]
+        return bind(equation, operands) if result is None else [result]
+
+    return walk(closed, [images], step)[0]
+
+
+def _convolution(params: dict[str, Any], x: Any, kernel: Any) -> Any:
+    """A convolution of ONNX has one dtype and no precision: it computes in what it is given."""
+    if unknown := unknown_parameters(params):
+        raise ValueError(f"a convolution has {unknown}, which ONNX does not know: leave onnx=True out")
+    if params["batch_group_count"] != 1:
+        raise ValueError("a convolution has groups of images, which ONNX does not know: leave onnx=True out")
+    wanted = params["preferred_element_type"] or x.dtype
+    settings = {**params, "precision": None, "preferred_element_type": None}
+    return jax.lax.conv_general_dilated_p.bind(*(each.astype(wanted) for each in (x, kernel)), **settings)
 
 
 def _relu(params: dict[str, Any], x: Any, least: Any) -> Any:
@@ -134,6 +144,7 @@ def _is_number(value: Any, number: float) -> bool:
 
 # How a primitive is said with a function that jax2onnx has a clean form for; None where it must stand as it is.
 _KNOWN: dict[str, Callable[..., Any]] = {
+    CONVOLUTION: _convolution,
     "max": _relu,
     "pad": _pad,
     "reduce_window_max": _pool("max_pool", -math.inf),

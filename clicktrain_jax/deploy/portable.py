@@ -85,6 +85,9 @@ class PortableNet:
         self._call = jax.jit(self._exported.call)
         (self._images,) = self._exported.in_avals
 
+    def __repr__(self) -> str:
+        return f"PortableNet({self._images.dtype} images {' x '.join(map(str, self._images.shape[1:]))})"
+
     def __call__(self, images: Any) -> jax.Array:
         """Classify images.
 

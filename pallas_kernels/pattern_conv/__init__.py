@@ -1,4 +1,13 @@
-"""A convolution compiled for the patterns of its kernel."""
+"""A convolution compiled for the patterns of its kernel.
+
+The module has the name of its function, and is called like it: ``pallas_kernels.pattern_conv(x, w, structure)`` and
+``import pallas_kernels.pattern_conv.mosaic_gpu as mosaic_gpu`` both work.
+"""
+
+import inspect
+import sys
+import types
+from typing import Any
 
 from pallas_kernels.pattern_conv.api import (
     BACKENDS,
@@ -25,3 +34,13 @@ __all__ = [
     "pattern_conv",
     "supported",
 ]
+
+
+class _Callable(types.ModuleType):
+    __signature__ = inspect.signature(pattern_conv)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return pattern_conv(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -6,7 +6,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ def pattern_conv(
     strides: Sequence[int] = (1, 1),
     padding: Padding = "SAME",
     layout: Literal["NHWC", "HWNC"] = "NHWC",
+    precision: Any = None,
     backend: Backend | None = None,
     scale: jax.Array | None = None,
     bias: jax.Array | None = None,
@@ -53,6 +54,7 @@ def pattern_conv(
         strides: (rows, columns).
         padding: "SAME", "VALID", or ((top, bottom), (left, right)).
         layout: of ``x`` and of the result.
+        precision: as `jax.lax.conv_general_dilated` takes it, for what XLA multiplies; other kernels sum in float32.
         backend: "reference" (dense with masked weights, in full precision), "dense" (the same in the device's fastest
             form), "xla" (any device, any structure), "cpu" (compiled C++, float32 and bfloat16, NHWC, any structure) or
             "mosaic_gpu" (Hopper and later, 16-bit, HWNC, blocks). One that is named is used or refused; None takes
@@ -70,7 +72,7 @@ def pattern_conv(
             what it could do.
     """
     _check(x, w, structure)
-    geometry = make_geometry(x.shape, structure.shape[:2], strides, padding, layout)
+    geometry = make_geometry(x.shape, structure.shape[:2], strides, padding, layout, precision)
     batch = x.shape[geometry.batch_axis]
     _check_vectors(structure.shape[3], scale, bias)
     if backend is None:
@@ -115,6 +117,7 @@ def packed_conv(
     strides: Sequence[int] = (1, 1),
     padding: Padding = "SAME",
     layout: Literal["NHWC", "HWNC"] = "NHWC",
+    precision: Any = None,
     scale: jax.Array | None = None,
     bias: jax.Array | None = None,
     relu: bool = False,
@@ -129,14 +132,14 @@ def packed_conv(
         strides: (rows, columns).
         padding: "SAME", "VALID", or ((top, bottom), (left, right)).
         layout: of ``x`` and of the result.
-        scale, bias, relu: as `pattern_conv` takes them.
+        precision, scale, bias, relu: as `pattern_conv` takes them.
 
     Raises:
         ValueError: shapes that do not fit, or weights packed for "cpu" where that cannot do this: the message says why.
     """
     if jnp.ndim(x) != 4 or x.shape[3] != structure.shape[2]:
         raise ValueError(f"x of shape {jnp.shape(x)} does not fit a kernel {structure.shape}")
-    geometry = make_geometry(x.shape, structure.shape[:2], strides, padding, layout)
+    geometry = make_geometry(x.shape, structure.shape[:2], strides, padding, layout, precision)
     _check_vectors(structure.shape[3], scale, bias)
     if isinstance(packed, tuple):
         return epilogue(xla.forward_packed(x, packed, structure, geometry), scale, bias, relu)
@@ -153,6 +156,7 @@ def dense_conv(
     strides: Sequence[int] = (1, 1),
     padding: Padding = "SAME",
     layout: Literal["NHWC", "HWNC"] = "NHWC",
+    precision: Any = None,
     backend: Literal["xla", "cpu"] | None = None,
 ) -> jax.Array:
     """The plain convolution in the device's fastest form: what `pattern_conv` must beat. Differentiable.
@@ -163,6 +167,7 @@ def dense_conv(
         strides: (rows, columns).
         padding: "SAME", "VALID", or ((top, bottom), (left, right)).
         layout: of ``x`` and of the result.
+        precision: as `pattern_conv` takes it.
         backend: "cpu": the native kernels with all weights retained; "xla": XLA's own, on any device and for
             `jax.export`; None for the native ones where they can do it.
 
@@ -172,7 +177,7 @@ def dense_conv(
     if jnp.ndim(w) != 4:
         raise ValueError(f"w is (kh, kw, cin, cout), got {jnp.shape(w)}")
     _check_arrays(x, w)
-    geometry = make_geometry(x.shape, w.shape[:2], strides, padding, layout)
+    geometry = make_geometry(x.shape, w.shape[:2], strides, padding, layout, precision)
     if backend not in (None, "xla", "cpu"):
         raise ValueError(f"backend is 'xla', 'cpu' or None for the faster, got {backend!r}")
     if backend == "cpu":

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def weight_gradient(x: jax.Array, dy: jax.Array, structure: Structure, geometry:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def convolve(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
     """XLA's plain convolution in the geometry's layout, result in x's dtype; differentiable."""
-    return window_sum(x, w, geometry.strides, geometry.padding, geometry.layout)
+    return window_sum(x, w, geometry.strides, geometry.padding, geometry.layout, precision=geometry.precision)
 
 
 def convolve_input_gradient(dy: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
@@ -61,13 +62,15 @@ def convolve_input_gradient(dy: jax.Array, w: jax.Array, geometry: Geometry) -> 
         spread = (out - 1) * stride + 1
         pads.append((size - 1 - before, length + before - spread))
     flipped = jnp.swapaxes(jnp.flip(w, (0, 1)), 2, 3)
-    return window_sum(dy, flipped, (1, 1), pads, geometry.layout, dilation=geometry.strides)
+    more = {"dilation": geometry.strides, "precision": geometry.precision}
+    return window_sum(dy, flipped, (1, 1), pads, geometry.layout, **more)
 
 
 def convolve_weight_gradient(x: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
     """x, dy -> dw in float32 or wider."""
     shape = (*geometry.window, x.shape[3], dy.shape[3])
-    return window_weight_gradient(x, dy, shape, geometry.strides, geometry.padding, geometry.layout)
+    place = (geometry.strides, geometry.padding, geometry.layout)
+    return window_weight_gradient(x, dy, shape, *place, precision=geometry.precision)
 
 
 def _forward(x: jax.Array, w: jax.Array, geometry: Geometry) -> tuple:
@@ -89,6 +92,7 @@ def window_sum(
     padding: Sequence[tuple[int, int]],
     layout: str,
     dilation: Sequence[int] = (1, 1),
+    precision: Any = None,
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` with ``lhs_dilation``, summed in float32 or wider, in x's dtype."""
     axes = (1, 2) if layout == "NHWC" else (0, 1)
@@ -108,6 +112,7 @@ def window_sum(
         padding,
         lhs_dilation=dilation,
         dimension_numbers=(layout, "HWIO", layout),
+        precision=precision,
         preferred_element_type=None if x.dtype == wide else wide,
     )
     return y.astype(x.dtype)
@@ -120,10 +125,11 @@ def window_weight_gradient(
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
     layout: str,
+    precision: Any = None,
 ) -> jax.Array:
     """The gradient of `window_sum` by a kernel of ``shape``, in float32 or wider."""
+    more = {"dimension_numbers": (layout, "HWIO", layout), "precision": precision}
     transposed = jax.linear_transpose(
-        lambda w: jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=(layout, "HWIO", layout)),
-        jax.ShapeDtypeStruct(shape, x.dtype),
+        lambda w: jax.lax.conv_general_dilated(x, w, strides, padding, **more), jax.ShapeDtypeStruct(shape, x.dtype)
     )
     return transposed(dy)[0].astype(jnp.promote_types(x.dtype, jnp.float32))

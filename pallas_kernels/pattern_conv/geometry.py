@@ -3,7 +3,7 @@
 import dataclasses
 import numbers
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 Layout = Literal["NHWC", "HWNC"]
 Padding = str | Sequence[tuple[int, int]]
@@ -19,6 +19,8 @@ class Geometry:
         strides: (rows, columns).
         padding: ((top, bottom), (left, right)), not negative.
         layout: "NHWC", or "HWNC": the batch beside the channels.
+        precision: of XLA's products of float32 numbers, as `jax.lax.conv_general_dilated` takes it. Kernels that are
+            compiled here multiply and sum in float32, which is the highest there is, and do not read it.
     """
 
     image: tuple[int, int]
@@ -26,6 +28,7 @@ class Geometry:
     strides: tuple[int, int]
     padding: tuple[tuple[int, int], tuple[int, int]]
     layout: Layout
+    precision: Any = None
 
     @property
     def output(self) -> tuple[int, int]:
@@ -57,7 +60,12 @@ class Geometry:
 
 
 def make_geometry(
-    x_shape: tuple[int, ...], window: tuple[int, int], strides: Sequence[int], padding: Padding, layout: str
+    x_shape: tuple[int, ...],
+    window: tuple[int, int],
+    strides: Sequence[int],
+    padding: Padding,
+    layout: str,
+    precision: Any = None,
 ) -> Geometry:
     """Check and normalise what `pattern_conv` is given.
 
@@ -71,7 +79,7 @@ def make_geometry(
         raise ValueError(f"strides are two positive integers (rows, columns), got {strides}")
     strides = (int(strides[0]), int(strides[1]))
     image = tuple(x_shape[1:3]) if layout == "NHWC" else tuple(x_shape[0:2])
-    geometry = Geometry(image, window, strides, _explicit(padding, image, window, strides), layout)
+    geometry = Geometry(image, window, strides, _explicit(padding, image, window, strides), layout, precision)
     if min(geometry.output) < 1:
         raise ValueError(f"an image of {image} with padding {geometry.padding} is smaller than the window {window}")
     return geometry

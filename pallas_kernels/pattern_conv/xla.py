@@ -119,6 +119,7 @@ def input_gradient(dy: jax.Array, w: jax.Array, structure: Structure, geometry: 
                 [(size - 1, size - 1) for size in piece.window],
                 "NHWC",
                 dilation=geometry.strides,
+                precision=geometry.precision,
             ).astype(wide)
             total = order.after(total + _collect(spread, piece, tile, geometry, order))
     axes = (3, 1, 2, 0) if geometry.layout == "NHWC" else (1, 2, 3, 0)
@@ -141,9 +142,8 @@ def weight_gradient(x: jax.Array, dy: jax.Array, structure: Structure, geometry:
                     continue
                 read = _read(padded, piece, tile, geometry, begin, end, order)
                 shape = (*piece.window, piece.rooms[tile], width)
-                product = window_weight_gradient(
-                    read, part, shape, _window_strides(piece, geometry), ((0, 0), (0, 0)), "NHWC"
-                )
+                place = (_window_strides(piece, geometry), ((0, 0), (0, 0)), "NHWC")
+                product = window_weight_gradient(read, part, shape, *place, precision=geometry.precision)
                 sums[index, tile] = order.after(sums[index, tile] + product if (index, tile) in sums else product)
     columns = []
     for tile in range(_num_tiles(structure)):
@@ -222,13 +222,15 @@ def _convolve(read: jax.Array, weights: jax.Array, piece: Pieces, geometry: Geom
             ],
             axis=-1,
         )
-        return jnp.matmul(patches, weights.reshape(-1, weights.shape[3]), preferred_element_type=wide)
+        weights = weights.reshape(-1, weights.shape[3])
+        return jnp.matmul(patches, weights, precision=geometry.precision, preferred_element_type=wide)
     return jax.lax.conv_general_dilated(
         read,
         weights,
         strides,
         "VALID",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=geometry.precision,
         preferred_element_type=None if read.dtype == wide else wide,
     )
 

@@ -222,3 +222,20 @@ def test_same_and_valid_pad_as_jax_does(data):
         conv = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
         y = jax.eval_shape(lambda x, w: conv(x, w, strides, padding.upper()), x, w)  # noqa: B023
         assert (3, *geometry.output, 4) == y.shape
+
+
+def test_the_module_is_called_like_its_function():
+    import inspect
+
+    import pallas_kernels.pattern_conv.mosaic_gpu as mosaic_gpu
+
+    assert mosaic_gpu.__name__.endswith(".mosaic_gpu") and callable(xla.forward)
+    assert inspect.signature(pk.pattern_conv) == inspect.signature(api.pattern_conv)
+    x, w = jnp.ones((1, 5, 5, 2)), jnp.ones((3, 3, 2, 4))
+    structure = pk.make_structure(np.arange(72).reshape(3, 3, 2, 4) % 3 > 0)
+    wanted = api.pattern_conv(x, w, structure, backend="reference")
+    call = jax.jit(pk.pattern_conv, static_argnames=("backend", "layout"))
+    for got in (pk.pattern_conv(x, w, structure, backend="xla"), call(x, w, structure, backend="xla", layout="NHWC")):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+    gradient = jax.grad(lambda w: pk.pattern_conv(x, w, structure).sum())(w)
+    assert gradient.shape == w.shape

@@ -14,7 +14,7 @@ from clicktrain_jax.deploy.c_net import nodes
 from clicktrain_jax.deploy.c_net.nodes import Graph, Node, Op
 from clicktrain_jax.deploy.fold import ConvStep
 from clicktrain_jax.deploy.inference import InferenceNet
-from clicktrain_jax.deploy.jaxprs import bind
+from clicktrain_jax.deploy.jaxprs import bind, unknown_parameters
 
 _POOLS = {"reduce_window_max": "max", "reduce_window_min": "min", "reduce_window_sum": "sum"}
 _REDUCING = {"reduce_max": "max", "reduce_min": "min", "reduce_sum": "sum"}
@@ -59,26 +59,13 @@ class _Reader:
             pixels = np.arange(256, dtype=np.float32) / np.float32(255)
             image.table = np.repeat(pixels[:, None], image.shape[2], axis=1)
         self._nodes: list[Node] = [image]
-        self._values: dict[Any, Any] = {self._steps.input: _places(image)}
 
     def run(self) -> Graph:
-        for step in self._steps.steps:
-            if isinstance(step, ConvStep):
-                self._values[step.result] = self._convolution(step)
-                continue
-            operands = [self._read(operand) for operand in step.operands]
-            results = self._step(step.equation, operands)
-            self._values.update(zip(step.equation.outvars, results, strict=True))
-        output = self._read(self._steps.output)
+        image = _places(self._nodes[0])
+        output = self._steps.run(self._arrays, image, self._convolution, self._step)
         if not isinstance(output, _Value):
             raise refuse("the logits do not depend on the image", "there is nothing to run")
         return Graph(self._nodes, output.node, output.where.reshape(-1))
-
-    def _read(self, operand: tuple[str, Any]) -> Any:
-        kind, what = operand
-        if kind == "value":
-            return self._values[what]
-        return self._arrays[what] if kind == "array" else np.asarray(what)
 
     def _add(self, node: Node) -> Node:
         self._nodes.append(node)
@@ -86,6 +73,7 @@ class _Reader:
 
     def _step(self, equation: Any, operands: list[Any]) -> list[Any]:
         name = equation.primitive.name
+        operands = [value if isinstance(value, _Value) else np.asarray(value) for value in operands]
         if not any(isinstance(value, _Value) for value in operands):
             return [np.asarray(result) for result in bind(equation, operands)]
         if name in _NOTHING:
@@ -128,20 +116,26 @@ class _Reader:
             raise refuse(f"zeros around a value of shape {value.where.shape} have no form in C", "leave c=True out")
         return _placed(self.map_of(value, axes), value.where.shape, axes)
 
-    def _convolution(self, step: ConvStep) -> _Value:
-        value, params = self._values[step.images], step.equation.params
+    def _convolution(self, step: ConvStep, value: Any, kernel: np.ndarray, bias: np.ndarray | None) -> _Value:
+        params = step.equation.params
         numbers = params["dimension_numbers"]
         if len(numbers.lhs_spec) != 4:
             raise refuse(f"the convolution {step.name!r} is over {len(numbers.lhs_spec) - 2} axes", "it must be over 2")
         for key, none in (("lhs_dilation", (1, 1)), ("rhs_dilation", (1, 1))):
             if tuple(params[key]) != none:
                 raise refuse(f"the convolution {step.name!r} is dilated ({key}={tuple(params[key])})", _PLAIN)
+        if unknown := unknown_parameters(params):
+            raise refuse(f"the convolution {step.name!r} has {unknown}, which is not known here", _PLAIN)
+        # All is computed in float32, which is the highest precision of float32 numbers and more than others have.
+        kinds = {np.dtype(atom.aval.dtype).name for atom in (*step.equation.invars, *step.equation.outvars)}
+        if not kinds <= {"float32", "bfloat16", "float16"}:
+            raise refuse(f"the convolution {step.name!r} is of {', '.join(sorted(kinds))}", "cast it to float32")
         groups = max(params["feature_group_count"], params["batch_group_count"])
         if groups != 1:
             raise refuse(f"the convolution {step.name!r} has {groups} groups", _PLAIN)
         _, channels, rows, columns = numbers.lhs_spec
         outputs, inputs, window_rows, window_columns = numbers.rhs_spec
-        kernel = _float32(self._arrays[step.name]).transpose(window_rows, window_columns, inputs, outputs)
+        kernel = _float32(kernel).transpose(window_rows, window_columns, inputs, outputs)
         out_shape = step.equation.outvars[0].aval.shape
         batch, filters, *pixels = numbers.out_spec
         node = nodes.Convolution(
@@ -150,7 +144,7 @@ class _Reader:
             name=step.name,
             kernel=kernel,
             mask=self._masks.get(step.name, np.ones(kernel.shape, bool)),
-            bias=np.zeros(kernel.shape[3], np.float32) if step.bias is None else _float32(self._arrays[step.bias]),
+            bias=np.zeros(kernel.shape[3], np.float32) if bias is None else _float32(bias),
             strides=tuple(params["window_strides"]),
             padding=tuple(before for before, _ in params["padding"]),
             ops=[Op("max", np.float32(0))] if step.relu else [],

@@ -221,14 +221,46 @@ def test_a_kernel_that_is_computed_from_a_parameter_is_computed_from_the_masked_
             x = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return x
 
-    wanted = jit(net)(ct.apply_masks(params, masks), X)
-    with pytest.raises(ValueError, match=r"'Conv_1/kernel' \(3, 3, 8, 8\) meets no convolution.*no convolution takes"):
-        ct.accelerate(net, masks)(params, X)
-    one = ct.Masks(*({**tree, "Conv_1": {"kernel": None}} for tree in masks))
-    fast = ct.accelerate(net, one, backend="xla")
-    half = {"Conv_0": poisoned(params, masks)["Conv_0"], "Conv_1": ct.apply_masks(params, masks)["Conv_1"]}
-    close(jit(fast)(half, X), wanted)
-    assert [conv.runs for conv in fast.report(params, X).convolutions] == ["sparse", "dense"]
+    fast = ct.accelerate(net, masks, backend="xla")
+    with pytest.warns(UserWarning, match="'Conv_1/kernel' is pruned, but a convolution's kernel is computed from it"):
+        got = jit(fast)(poisoned(params, masks), X)
+    close(got, jit(net)(ct.apply_masks(params, masks), X))
+    with pytest.warns(UserWarning, match="'Conv_1/kernel' is pruned"):
+        sparse, dense = fast.report(params, X).convolutions
+    assert (sparse.runs, dense.runs, dense.name, dense.retained) == ("sparse", "dense", "Conv_1/kernel", None)
+    assert "computed from 'Conv_1/kernel'" in dense.why
+
+
+class Computed(nn.Module):
+    """A plain convolution before one whose kernel is made in some way."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), name="plain")(x))
+        if self.kind == "spectral":
+            return nn.SpectralNorm(nn.Conv(8, (3, 3), name="made"))(x, update_stats=False)
+        if self.kind == "standardised":
+            return nn.WeightNorm(nn.Conv(8, (3, 3), name="made"))(x)
+        return nn.ConvTranspose(8, (3, 3), (2, 2), transpose_kernel=True, name="made")(x)
+
+
+@pytest.mark.parametrize(("kind", "runs"), [("spectral", "sparse"), ("standardised", "sparse"), ("flipped", "dense")])
+def test_what_keeps_zeros_is_followed_and_the_rest_of_the_net_runs_by_pattern(kind, runs):
+    """Divided by a norm, reshaped and flipped a kernel still has its zeros."""
+    model = Computed(kind)
+    x = jax.random.normal(jax.random.key(1), (2, 9, 8, 8))
+    variables = model.init(jax.random.key(0), x)
+    masks = masks_for(variables["params"], ("plain", "made"))
+    fast = ct.accelerate(model.apply, masks, backend="xla")
+    rows = {row.name.split("/")[-2]: row for row in fast.report(variables, x).convolutions}
+    assert [rows[name].runs for name in ("plain", "made")] == ["sparse", runs]
+    assert rows["made"].retained == pytest.approx(0.5 * 4 / 9)
+    wanted = jit(model.apply)(masked_variables(variables, masks), x)
+    close(jit(fast)(variables | {"params": poisoned(variables["params"], masks)}, x), wanted)
+    if kind == "flipped":
+        assert "transposed" in rows["made"].why
 
 
 class Block(nnx.Module):
@@ -416,5 +448,9 @@ def test_bad_input():
     refused("'kernel' is float32", ct.accelerate, apply_linen, {"kernel": np.ones((3, 3, 1, 1), np.float32)})
     refused("call accelerate outside jit", jax.jit(lambda mask: ct.accelerate(apply_linen, {"k": mask})), True)
     refused("is a NnxNet, a module.*lambda model, x", ct.accelerate, nnx_net(False)[0], masks)
+    refused("is a Net, a module.*model.apply", ct.accelerate, model, masks)
+    refused("is a dict, .*its apply function", ct.accelerate, variables, masks)
+    bound = jax.tree_util.Partial(apply_linen, variables)
+    refused("is a Partial, .*parameters inside", ct.accelerate, bound, masks)
     with pytest.raises(ValueError, match="mosaic_gpu"):
         jax.eval_shape(ct.accelerate(apply_linen, masks, backend="mosaic_gpu"), *call)

@@ -138,7 +138,7 @@ def test_other_orders_of_axes():
 
     folded, steps = check(apply_fn, variables, (5, 6, 2))
     (convolution,) = steps.convolutions
-    assert (convolution.leaf, convolution.axes) == ("w", (3, 2, 0, 1))
+    assert (convolution.leaf, convolution.moves) == ("w", (("transpose", (3, 2, 0, 1)),))
     assert folded.arrays["w"].shape == (4, 2, 3, 3)
 
 

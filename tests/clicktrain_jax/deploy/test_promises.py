@@ -1,0 +1,129 @@
+"""What exports and promises of zeros are made of: weights that are zero, one copy of them, a net in evaluation."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import clicktrain_jax as ct
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(8, (3, 3))(x)))
+        return nn.Dense(5)(nn.relu(nn.Conv(8, (3, 3))(x)).mean((1, 2)))
+
+
+SHAPE = (8, 8, 3)
+X = np.random.default_rng(0).random((4, *SHAPE), np.float32)
+VARIABLES = Net().init(jax.random.key(1), X)
+KEEP = np.asarray(jax.random.bernoulli(jax.random.key(3), 0.3, (3, 3, 8, 8)))
+MASKS = jax.tree.map(lambda _: None, VARIABLES["params"])
+MASKS["Conv_1"]["kernel"] = KEEP
+LEFT = int((~KEEP).sum())
+
+
+def apply(variables, x):
+    return Net().apply(variables, x)
+
+
+def with_kernel(kernel):
+    params = VARIABLES["params"]
+    return VARIABLES | {"params": params | {"Conv_1": params["Conv_1"] | {"kernel": kernel}}}
+
+
+PRUNED = with_kernel(VARIABLES["params"]["Conv_1"]["kernel"] * KEEP)
+SETTINGS = {"image_shape": SHAPE, "stablehlo": False}
+
+
+def close(got, wanted):
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_weights_that_are_marked_and_not_zero_are_refused_or_pruned(tmp_path):
+    said = f"{LEFT} weights are marked by the masks, but not yet zero .*'params/Conv_1/kernel'.*prune=True"
+    with pytest.raises(ValueError, match=said):
+        ct.export(tmp_path / "net", apply, VARIABLES, MASKS, **SETTINGS)
+    assert not (tmp_path / "net").exists()
+    one = PRUNED["params"]["Conv_1"]["kernel"].at[tuple(np.argwhere(~KEEP)[0])].set(1e-8)
+    with pytest.raises(ValueError, match="^1 weights"):
+        ct.export(tmp_path / "net", apply, with_kernel(one), MASKS, **SETTINGS)
+    ct.export(tmp_path / "net", apply, VARIABLES, MASKS, prune=True, **SETTINGS)
+    close(ct.load(tmp_path / "net", apply)(X), apply(PRUNED, X))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_a_promise_that_is_not_kept_is_refused(wrap):
+    fast = ct.accelerate(wrap(apply), MASKS, pruned=True)
+    close(fast(PRUNED, X), apply(PRUNED, X))
+    for call in (fast, fast.report):
+        with pytest.raises(ValueError, match=f"{LEFT} weights are marked.*leave pruned=True out"):
+            call(VARIABLES, X)
+
+
+def test_training_mode_is_refused(tmp_path):
+    def train(variables, x):
+        return Net().apply(variables, x, train=True, mutable=["batch_stats"])[0]
+
+    with pytest.raises(ValueError, match="training mode.*train=False"):
+        ct.export(tmp_path / "net", train, PRUNED, MASKS, **SETTINGS)
+
+    def centred(variables, x):
+        return apply(variables, x - x.mean(0, keepdims=True))
+
+    with pytest.raises(ValueError, match="depends on the images beside it"):
+        ct.export(tmp_path / "net", centred, PRUNED, MASKS, **SETTINGS)
+    assert not (tmp_path / "net").exists()
+
+
+def test_an_export_takes_the_copy_that_is_read(tmp_path):
+    copies = {"params": VARIABLES["params"], "ema": PRUNED["params"], "batch_stats": VARIABLES["batch_stats"]}
+
+    def averaged(v, x):
+        return apply({"params": v["ema"], "batch_stats": v["batch_stats"]}, x)
+
+    ct.export(tmp_path / "net", averaged, copies, MASKS, **SETTINGS)
+    net = ct.load(tmp_path / "net", averaged)
+    close(net(X), averaged(copies, X))
+    assert [row.retained for row in net.report(X).convolutions] == [None, pytest.approx(KEEP.mean())]
+
+    def both(v, x):
+        return averaged(v, x) + apply({"params": v["params"], "batch_stats": v["batch_stats"]}, x)
+
+    with pytest.raises(ValueError, match="several places, 'ema', 'params'"):
+        ct.export(tmp_path / "both", both, copies, MASKS, **SETTINGS)
+    ct.export(tmp_path / "both", both, copies, MASKS, at="ema", **SETTINGS)
+    close(ct.load(tmp_path / "both", both)(X), both(copies, X))
+    with pytest.raises(ValueError, match="at='nothing'"):
+        ct.export(tmp_path / "other", both, copies, MASKS, at="nothing", **SETTINGS)
+    with pytest.raises(ValueError, match="is a Net, a module"):
+        ct.export(tmp_path / "other", Net(), PRUNED, MASKS, **SETTINGS)
+
+
+def test_names_with_slashes_want_their_containers(tmp_path):
+    flat = {"block/conv/kernel": np.asarray(PRUNED["params"]["Conv_1"]["kernel"])}
+
+    def net(variables, x):
+        kernel = variables["block/conv/kernel"]
+        x = jnp.concatenate([x, x, x[..., :2]], -1)
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return y.mean((1, 2))
+
+    ct.export(tmp_path / "net", net, flat, {"block/conv/kernel": KEEP}, **SETTINGS)
+    with pytest.raises(ValueError, match="KeyError.*give like="):
+        ct.load(tmp_path / "net", net)
+    close(ct.load(tmp_path / "net", net, like=flat)(X), net(flat, X))
+
+
+@pytest.mark.parametrize("normalise", [{"mean": 0.5, "std": 0.25}, {"mean": [0.4, 0.5, 0.6], "std": 0.2}])
+def test_one_number_normalises_all_channels(tmp_path, normalise):
+    ct.export(tmp_path / "net", apply, PRUNED, MASKS, normalise=normalise, **SETTINGS)
+    net = ct.load(tmp_path / "net", apply)
+    close(net(X), apply(PRUNED, (X - np.float32(normalise["mean"])) / np.float32(normalise["std"])))
+    assert str(net.report(X)) == net.report(4).to_text()
+    assert re.match(r"InferenceNet\(2 convolutions, 1 with masks, uint8 images 8 x 8 x 3", repr(net))
+    assert repr(ct.accelerate(apply, MASKS)).startswith("accelerate(apply, masks of 1 leaves")
