@@ -2,6 +2,7 @@
 
 from pallas_kernels import pattern_conv  # the module, which is called like its function
 from pallas_kernels.compat import compiler_options
+from pallas_kernels.norm import batch_norm
 from pallas_kernels.pattern_conv import (
     BACKENDS,
     LEAST_GAIN,
@@ -19,6 +20,7 @@ __all__ = [
     "BACKENDS",
     "LEAST_GAIN",
     "Structure",
+    "batch_norm",
     "compiler_options",
     "dense_conv",
     "estimated_gain",

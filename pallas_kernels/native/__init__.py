@@ -23,6 +23,8 @@ TARGETS = (
     "clicktrain_conv_packed",
     "clicktrain_conv_input_gradient",
     "clicktrain_conv_weight_gradient",
+    "clicktrain_batch_norm",
+    "clicktrain_batch_norm_gradient",
 )
 _LOCK = threading.RLock()
 # Known to jax: what was traced without it is traced anew within.

@@ -99,9 +99,11 @@ def units(instructions: str | None = None) -> tuple[Unit, ...]:
     """What a library is made of: for a set of instructions, `instruction_set`'s when None, or "reference"."""
     instructions = instruction_set() if instructions is None else instructions
     if instructions == "reference":
-        return (Unit("ffi.cc"), Unit("plain.cc"), Unit("reference.cc"))
+        plain = ("ffi.cc", "norm_ffi.cc", "plain.cc", "reference.cc", "support.cc", "norm.cc")
+        return tuple(map(Unit, plain))
     flags = instruction_sets()[instructions]
-    return tuple(Unit(source, flags) for source in ("ffi.cc", "plain.cc", "support.cc", "kernels.cc"))
+    sources = ("ffi.cc", "norm_ffi.cc", "plain.cc", "support.cc", "kernels.cc", "norm.cc")
+    return tuple(Unit(source, flags) for source in sources)
 
 
 def _processor_flags() -> set[str]:

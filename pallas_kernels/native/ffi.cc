@@ -3,33 +3,13 @@
 // Empty arrays stand for what is not given: entries and counts of a dense convolution, scale, bias.
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <memory>
-#include <string>
 
+#include "handler.h"
 #include "plain.h"
-#include "pool.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace clicktrain {
 namespace {
-
-namespace ffi = xla::ffi;
-using Ints = ffi::Span<const int64_t>;
-using Array = ffi::AnyBuffer;
-
-class XlaPool : public Pool {
- public:
-  explicit XlaPool(ffi::ThreadPool& pool) : pool_(pool), threads_(std::max<int64_t>(pool.num_threads(), 1)) {}
-  int64_t threads() const override { return threads_; }
-  void run(int64_t count, void (*task)(void*, int64_t), void* context) override {
-    run_shared(threads_, count, task, context, [this](auto function) { pool_.Schedule(std::move(function)); });
-  }
-
- private:
-  ffi::ThreadPool& pool_;
-  const int64_t threads_;
-};
 
 // What every handler reads from its arguments, and what was wrong with them.
 struct Call {
@@ -42,16 +22,6 @@ struct Call {
     if (wrong.empty()) wrong = reason;
   }
 };
-
-std::string text(Array array) {
-  std::string shape;
-  for (int64_t length : array.dimensions()) shape += (shape.empty() ? "" : ", ") + std::to_string(length);
-  return "(" + shape + ")";
-}
-
-bool has_shape(Array array, std::initializer_list<int64_t> shape) {
-  return std::equal(shape.begin(), shape.end(), array.dimensions().begin(), array.dimensions().end());
-}
 
 // x and y are the images on the input's and on the output's side, whichever of them is an argument.
 Call read_images(Array x, Array y, Ints window, Ints strides, Ints padding, Ints tile) {
@@ -139,22 +109,16 @@ const float* read_vector(Call& call, const char* name, Array vector) {
   return vector.typed_data<float>();
 }
 
-// Runs the kernel, unless something is wrong or there are no images; nothing is thrown across the handler's border.
 template <typename Kernel>
 ffi::Error run(const char* name, const Call& call, Array result, Kernel kernel) {
-  if (!call.wrong.empty()) return ffi::Error::InvalidArgument(std::string(name) + ": " + call.wrong);
-  try {
+  return guarded(name, call.wrong, [&] {
     if (call.geometry.batch == 0 || call.geometry.out_h < 1 || call.geometry.out_w < 1) {
       std::memset(result.untyped_data(), 0, result.size_bytes());
     } else {
+      advise(result);
       kernel();
     }
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string(name) + ": out of memory");
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(std::string(name) + ": " + error.what());
-  }
-  return ffi::Error::Success();
+  });
 }
 
 ffi::Error conv(ffi::ThreadPool threads, Array x, Array w, Array entries, Array counts, Array entries_by_channels,
@@ -238,8 +202,6 @@ auto with_lists(ffi::Binding<ffi::ExecutionStage::kExecute> binding) {
 
 }  // namespace
 }  // namespace clicktrain
-
-#define CLICKTRAIN_HANDLER __attribute__((visibility("default")))
 
 // Of the headers that this was built with: jaxlibs of older ones refuse it.
 extern "C" CLICKTRAIN_HANDLER int64_t clicktrain_ffi_version() {

@@ -7,6 +7,7 @@
 
 #include <cstring>
 
+#include "norm.h"
 #include "pool.h"
 
 #if defined(_WIN32)
@@ -113,4 +114,33 @@ CLICKTRAIN_PUBLIC void clicktrain_weight_gradient(const int64_t* numbers, const 
   const Given given = clicktrain::read(numbers, entries, counts, entries_by_channels, counts_by_channels);
   OwnThreads pool(threads);
   clicktrain::weight_gradient(given.type, given.geometry, given.mask, x, dy, dw, pool);
+}
+
+namespace {
+
+// `numbers`: type, batch, height, width, channels, relu, pool.
+clicktrain::Norm read_norm(const int64_t* n, float epsilon) {
+  return {n[1], n[2], n[3], n[4], epsilon, n[5] != 0, n[6] != 0};
+}
+
+}  // namespace
+
+// `added` may be null.
+CLICKTRAIN_PUBLIC void clicktrain_batch_norm_plain(const int64_t* numbers, float epsilon, const void* x,
+                                                   const float* scale, const float* bias, const void* added, void* y,
+                                                   float* mean, float* var, int64_t threads) {
+  OwnThreads pool(threads);
+  clicktrain::batch_norm(static_cast<clicktrain::Type>(numbers[0]), read_norm(numbers, epsilon), x, scale, bias, added, y,
+                         mean, var, pool);
+}
+
+// `y` and `dadded` are null where nothing was added.
+CLICKTRAIN_PUBLIC void clicktrain_batch_norm_gradient_plain(const int64_t* numbers, float epsilon, const void* dy,
+                                                            const float* dmean, const float* dvar, const void* x,
+                                                            const void* y, const float* scale, const float* bias,
+                                                            const float* mean, const float* var, void* dx, float* dscale,
+                                                            float* dbias, void* dadded, int64_t threads) {
+  OwnThreads pool(threads);
+  clicktrain::batch_norm_gradient(static_cast<clicktrain::Type>(numbers[0]), read_norm(numbers, epsilon), dy, dmean, dvar,
+                                  x, y, scale, bias, mean, var, dx, dscale, dbias, dadded, pool);
 }
