@@ -7,13 +7,12 @@ scale and bias are parameters, its statistics are not). Retained counts come fro
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.masks import Masks, check_shape, combine
-from clicktrain_jax.trees import Tree, is_kernel_shape, map_named
+from clicktrain_jax.masks import Masks, layers_for
+from clicktrain_jax.trees import Tree, is_kernel_shape, named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +123,13 @@ class Report:
 
 
 def report(
-    params: Tree, masks: Masks, *, output_sizes: Mapping[str, tuple[int, int]] | None = None
+    params: Tree, masks: Masks | None, *, output_sizes: Mapping[str, tuple[int, int]] | None = None
 ) -> Report:
     """Count weights, retained weights and multiply-adds.
 
     Args:
         params: the parameter tree (arrays or ``jax.ShapeDtypeStruct``).
-        masks: concrete `Masks` of that tree.
+        masks: concrete `Masks` of that tree, or of a part of it; None for a dense net.
         output_sizes: ``{leaf name: (height, width)}`` of what each kernel computes; the models of this package
             supply them (`clicktrain_jax.models.output_sizes`). Other leaves get no multiply-adds.
 
@@ -141,24 +140,24 @@ def report(
         ValueError: masks of another tree; output sizes for names that are no leaves.
     """
     sizes = dict(output_sizes or {})
+    masked = layers_for(params, masks)
     layers: list[LayerReport] = []
-
-    def count(name: str, leaf: Any, keep: Any, kernel: Any) -> None:
+    for name, leaf in named_leaves(params):
         if leaf is None:
-            return
+            continue
         shape = tuple(int(size) for size in jnp.shape(leaf))
         weights = math.prod(shape)
         retained, removed = weights, 0
-        if keep is not None:
-            check_shape(name, leaf, keep)
-            retained = int(np.asarray(keep).sum())
-            removed = 0 if kernel is None else int((~np.asarray(kernel)[0, 0]).sum())
+        if name in masked:
+            mask = masked[name].full()
+            retained = int(np.asarray(mask.combined()).sum())
+            removed = 0 if mask.kernel is None else int((~np.asarray(mask.kernel)[0, 0]).sum())
         positions = math.prod(sizes.pop(name)) if name in sizes else None
         layers.append(
             LayerReport(
                 name=name,
                 shape=shape,
-                pruned=keep is not None,
+                pruned=name in masked,
                 weights=weights,
                 retained=retained,
                 kernels_removed=removed,
@@ -166,8 +165,6 @@ def report(
                 retained_multiply_adds=None if positions is None else positions * retained,
             )
         )
-
-    map_named(count, params, combine(masks), masks.kernel, what="masks")
     if sizes:
         raise ValueError(f"output_sizes names {next(iter(sizes))!r}, which is no leaf of params")
     return Report(tuple(layers))

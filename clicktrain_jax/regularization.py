@@ -12,15 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clicktrain_jax.masks import Masks, check_shape
-from clicktrain_jax.trees import TAP_AXES, Tree, map_named
+from clicktrain_jax.masks import Masks, layers_for
+from clicktrain_jax.trees import TAP_AXES, Tree, map_named, named_leaves
 
 EPSILON = 1e-8
 
 
 def _norms(weight: jax.Array) -> jax.Array:
-    """(kh, kw, cin, cout) -> (cin, cout): sqrt(sum of squares over the taps + eps)."""
-    return jnp.sqrt(jnp.sum(jnp.square(weight), axis=TAP_AXES) + EPSILON)
+    """(kh, kw, cin, cout) -> (1, 1, cin, cout): sqrt(sum of squares over the taps + eps)."""
+    return jnp.sqrt(jnp.sum(jnp.square(weight), axis=TAP_AXES, keepdims=True) + EPSILON)
 
 
 def _marked(weight: jax.Array, keep: jax.Array | None) -> jax.Array:
@@ -33,7 +33,7 @@ def group_lasso(params: Tree, masks: Masks) -> tuple[jax.Array, jax.Array]:
 
     Args:
         params: tree of arrays, kernels (kh, kw, cin, cout).
-        masks: `Masks` of that tree.
+        masks: `Masks` of that tree, or of a part of it.
 
     Returns:
         ``(pattern_sum, kernel_sum)``, float32 scalars, before any coefficient. A pruned 1x1 layer, which has no
@@ -42,23 +42,17 @@ def group_lasso(params: Tree, masks: Masks) -> tuple[jax.Array, jax.Array]:
     Raises:
         ValueError: masks of another tree, or of other shapes.
     """
-    pattern_sum = jnp.float32(0)
-    kernel_sum = jnp.float32(0)
-
-    def add(name: str, weight: Any, pattern: Any, kernel: Any) -> None:
-        nonlocal pattern_sum, kernel_sum
-        if weight is None or (pattern is None and kernel is None):
-            return
-        for mask in (pattern, kernel):
-            if mask is not None:
-                check_shape(name, weight, mask)
-        weight = jnp.asarray(weight, jnp.float32)
-        # Row sums first: one long float32 sum of many 1e-4 drifts.
-        pattern_sum += _norms(_marked(weight, pattern)).sum(axis=0).sum()
-        kernel_sum += _norms(_marked(weight, kernel)).sum(axis=0).sum()
-
-    map_named(add, params, masks.pattern, masks.kernel, what="masks")
-    return pattern_sum, kernel_sum
+    sums = [jnp.float32(0), jnp.float32(0)]
+    leaves = dict(named_leaves(params))
+    layers = layers_for(params, masks)
+    for name in leaves:
+        if name not in layers or leaves[name] is None:
+            continue
+        weight = jnp.asarray(leaves[name], jnp.float32)
+        for which, mask in enumerate(layers[name].full()):
+            # Row sums first: one long float32 sum of many 1e-4 drifts.
+            sums[which] += _norms(_marked(weight, mask)).sum(axis=(0, 1, 2)).sum()
+    return sums[0], sums[1]
 
 
 def add_group_lasso(grads: Tree, params: Tree, masks: Masks, coeff: float | jax.Array) -> Tree:
@@ -67,7 +61,7 @@ def add_group_lasso(grads: Tree, params: Tree, masks: Masks, coeff: float | jax.
     Args:
         grads: tree like ``params``.
         params: tree of arrays.
-        masks: `Masks` of that tree.
+        masks: `Masks` of that tree, or of a part of it.
         coeff: weight of the group lasso in the loss.
 
     Returns:
@@ -77,19 +71,20 @@ def add_group_lasso(grads: Tree, params: Tree, masks: Masks, coeff: float | jax.
         ValueError: trees or shapes that do not belong together.
     """
 
-    def add(name: str, grad: Any, weight: Any, pattern: Any, kernel: Any) -> Any:
-        if pattern is None and kernel is None:
+    layers = layers_for(params, masks)
+
+    def add(name: str, grad: Any, weight: Any) -> Any:
+        if name not in layers:
             return grad
         if grad is None or weight is None:
             raise ValueError(f"{name!r} is pruned, but its {'gradient' if grad is None else 'weight'} is None")
         weight = jnp.asarray(weight, jnp.float32)
         push = jnp.zeros_like(weight)
-        for mask in (pattern, kernel):
+        for mask in layers[name].full():
             if mask is not None:
-                check_shape(name, weight, mask)
                 marked = _marked(weight, mask)
                 push += marked / _norms(marked)
         wide = jnp.promote_types(grad.dtype, jnp.float32)
-        return (grad.astype(wide) + coeff * push).astype(grad.dtype)
+        return (grad.astype(wide) + jnp.asarray(coeff, jnp.float32) * push).astype(grad.dtype)
 
-    return map_named(add, grads, params, masks.pattern, masks.kernel, what="params or masks")
+    return map_named(add, grads, params, what="params")
