@@ -170,7 +170,7 @@ def _epoch(
     }
     line["training_multiply_adds"] = multiply_adds(trainer, state)
     if "select" in line["phases"]:
-        line["selection"] = dataclasses.asdict(ct.status(state.opt_state))
+        line["selection"] = _selection(state)
     if reconfigured is not None:
         line["channels"] = reconfigured
     if trainer.pruned.choice is not None and "pruned" in line["phases"]:
@@ -249,7 +249,7 @@ def summarise(
         "pruned_convolution": _pruned_convolution(lines),
         "params_sha256": digest(state.params),
         "masks_sha256": None if masks is None else digest(masks),
-        "selection": None if trainer.updates is None else dataclasses.asdict(ct.status(state.opt_state)),
+        "selection": None if trainer.updates is None else _selection(state),
     }
 
 
@@ -262,6 +262,12 @@ def method_name(config: TrainConfig) -> str:
     if config.channels is not None:
         return "prunetrain"
     return "dense" if config.prune is None else "clicktrain"
+
+
+def _selection(state: TrainState) -> dict[str, Any]:
+    """`clicktrain_jax.status` as plain data."""
+    status = ct.status(state.opt_state)
+    return dataclasses.asdict(status) | {"by_magnitude": list(status.by_magnitude)}
 
 
 def _pruned_convolution(lines: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -93,7 +93,7 @@ class PrunedPhase:
         self.configured, self.asked, self.plan, self.facts = asked, asked, plan, dict(facts)
         self.ways: tuple[Way, ...] = ("dense", "pattern", "pattern_hwnc") if hwnc else ("dense", "pattern")
         self.waited_seconds = 0.0
-        self._selected: int | None = None
+        self._known: Any = None
         self.choice: Choice | None = None
         self._candidates: tuple[Way, ...] = ()
         self._structures: dict[str, Any] = {}
@@ -105,21 +105,21 @@ class PrunedPhase:
         if self._compiling is not None:
             self._compiling.join()
         self._compiling, self._failure = None, None
-        self.asked, self._selected, self.choice = way or self.configured, None, None
+        self.asked, self._known, self.choice = way or self.configured, None, None
 
-    def prepare(self, selected: int, masks: ct.Masks, compile_way: Callable[[Way, dict[str, Any]], None]) -> None:
+    def prepare(self, known: Any, masks: ct.Masks, compile_way: Callable[[Way, dict[str, Any]], None]) -> None:
         """Start compiling what may be needed, for these masks; does nothing when they are known.
 
         Args:
-            selected: the update that chose the masks.
+            known: what tells these masks from those of other runs and selections.
             masks: of the run.
             compile_way: compiles the pruned update of a way; is called from another thread.
         """
-        if selected == self._selected:
+        if known == self._known:
             return
         start = time.perf_counter()
         self._wait()
-        self._selected, self.choice = selected, None
+        self._known, self.choice = known, None
         self._structures = {} if self.asked == "dense" else gaining_structures(masks, self.plan)
         if not self._structures:
             self.choice = Choice("dense", {}, {}, "asked for" if self.asked == "dense" else "estimated")

@@ -169,7 +169,9 @@ class Trainer:
         while not self.ran or self.ran[-1][3] < self.steps_per_epoch:
             for segment in self.segments(epoch, self.ran[-1][3] if self.ran else 0, facts):
                 self.ran.append(segment)
-                state, metrics = self._run_segment(segment, facts, state, metrics, order, key, on_step)
+                state, metrics = self._run_segment(
+                    segment, (seed, facts and facts[0]), state, metrics, order, key, on_step
+                )
                 if segment[0] == Phase.SELECT:
                     # Scores that are not finite put it off: what follows depends on whether masks stand.
                     facts = self._facts(state)
@@ -177,13 +179,13 @@ class Trainer:
         return state, np.asarray(metrics)
 
     def _run_segment(
-        self, segment: Segment, facts: Any, state: TrainState, metrics: Any, order: Any, key: Any,
+        self, segment: Segment, known: Any, state: TrainState, metrics: Any, order: Any, key: Any,
         on_step: Callable[[int], None],
     ) -> tuple[TrainState, Any]:
         phase, gathers, first, end = segment
         way, structures = "dense", {}
         if phase >= Phase.REGULARIZE:
-            self._prepare_pruned(facts, state, metrics, order, key)
+            self._prepare_pruned(known, state, metrics, order, key)
         if phase == Phase.PRUNED:
             choice = self._choose_pruned(state, metrics, order, key)
             way, structures = choice.way, choice.structures
@@ -250,7 +252,7 @@ class Trainer:
         parts = [(first, min(end, full), self.config.batch_size), (max(first, full), end, self.tail)]
         return [(begin, stop, batch) for begin, stop, batch in parts if begin < stop]
 
-    def _prepare_pruned(self, facts: Any, state: Any, metrics: Any, order: Any, key: Any) -> None:
+    def _prepare_pruned(self, known: Any, state: Any, metrics: Any, order: Any, key: Any) -> None:
         """Have the pruned phase's programs compiled in the background, while the phases before it train."""
         if self.schedule.prune_step + 1 >= self.config.total_epochs * self.steps_per_epoch:
             return  # no update follows the prune
@@ -265,7 +267,7 @@ class Trainer:
             (state, metrics, self.train_data, order, *self._few_updates(), key),
         )
         before = self.pruned.waited_seconds
-        self.pruned.prepare(facts[0], self.masks(state), compile_way)
+        self.pruned.prepare(known, self.masks(state), compile_way)
         self.compile_seconds += self.pruned.waited_seconds - before
 
     def _few_updates(self) -> tuple[np.int32, ...]:

@@ -198,7 +198,7 @@ def test_a_selection_that_is_put_off_is_tried_again_in_the_next_update(tiny_data
     status = ct.status(state.opt_state)
     assert (status.selected, status.postponed, status.pruned) == (select + 2, 2, trainer.schedule.prune_step)
     assert [segment for segment in ran if segment[0] == "SELECT" or segment[1]] == [
-        ("DENSE", True, select - 1, select), ("SELECT", False, select, select + 1),
+        ("DENSE", True, select - 1, select), ("DENSE", True, select, select + 1),
         ("SELECT", False, select + 1, select + 2), ("SELECT", False, select + 2, select + 3),
     ]
 
