@@ -8,24 +8,27 @@ from clicktrain_jax import channels, importance, patterns
 from clicktrain_jax.accounting import Report, report
 from clicktrain_jax.compact import masks_from_zeros
 from clicktrain_jax.deploy import accelerate, export, load  # they import pallas_kernels when they are called
-from clicktrain_jax.masks import Masks, apply_masks
+from clicktrain_jax.masks import LayerMask, Masks, apply_masks
 from clicktrain_jax.phases import Phase, PhaseSchedule
 from clicktrain_jax.plan import Plan, make_plan
 from clicktrain_jax.regularization import add_group_lasso, group_lasso
 from clicktrain_jax.selection import select_masks
 from clicktrain_jax.shares import schedule
-from clicktrain_jax.transform import ClickTrainState, PhaseUpdates, clicktrain, masks_of, phase_updates
+from clicktrain_jax.states import ClickTrainState, Status, masks_of, status
+from clicktrain_jax.transform import PhaseUpdates, clicktrain, phase_updates
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ClickTrainState",
+    "LayerMask",
     "Masks",
     "Phase",
     "PhaseSchedule",
     "PhaseUpdates",
     "Plan",
     "Report",
+    "Status",
     "accelerate",
     "add_group_lasso",
     "apply_masks",
@@ -43,4 +46,5 @@ __all__ = [
     "report",
     "schedule",
     "select_masks",
+    "status",
 ]

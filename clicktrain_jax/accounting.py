@@ -9,15 +9,14 @@ a weight that the masks keep counts, whatever its value. Of parameters without v
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax.convolutions import Axes, check_axes, convolutions, in_hwio
-from clicktrain_jax.masks import Masks, check_shape, combine
-from clicktrain_jax.trees import Tree, map_named, named_leaves
+from clicktrain_jax.masks import Masks, layers_for
+from clicktrain_jax.trees import Tree, named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +171,7 @@ class Report:
 
 def report(
     params: Tree,
-    masks: Masks,
+    masks: Masks | None,
     *,
     output_sizes: Mapping[str, tuple[int, int]] | None = None,
     axes: Axes | None = None,
@@ -181,7 +180,7 @@ def report(
 
     Args:
         params: the parameter tree: arrays, or ``jax.ShapeDtypeStruct`` for what the masks promise.
-        masks: concrete `Masks` of that tree.
+        masks: concrete `Masks` of that tree, or of a part of it; None for a dense net.
         output_sizes: ``{leaf name: (height, width)}`` of what each kernel computes; the models of this package
             supply them (`clicktrain_jax.models.output_sizes`). Other leaves get no multiply-adds.
         axes: the layout of the kernels, "HWIO" or "OIHW"; None goes by their shapes.
@@ -195,32 +194,32 @@ def report(
     """
     check_axes(axes)
     sizes = dict(output_sizes or {})
+    masked = layers_for(params, masks)
     shapes = {name: tuple(jnp.shape(leaf)) for name, leaf in named_leaves(params) if leaf is not None}
     hwio = in_hwio(shapes, axes)
     looks = {name for name, doubt in convolutions(hwio).items() if doubt is None}
     layers: list[LayerReport] = []
-
-    def count(name: str, leaf: Any, keep: Any, kernel: Any) -> None:
+    for name, leaf in named_leaves(params):
         if leaf is None:
-            return
+            continue
         shape = tuple(int(size) for size in jnp.shape(leaf))
         weights = math.prod(shape)
-        kernels = math.prod(hwio[name][2:]) if name in looks or keep is not None else 0
+        kernels = math.prod(hwio[name][2:]) if name in looks or name in masked else 0
         retained, removed, marked = weights, 0, 0
-        if keep is not None:
-            check_shape(name, leaf, keep)
-            keep = np.asarray(keep)
+        if name in masked:
+            mask = masked[name].full()
+            keep = np.asarray(mask.combined())
             if not isinstance(leaf, (jax.ShapeDtypeStruct, jax.core.Tracer)):
                 marked = int(np.count_nonzero(np.asarray(leaf)[~keep]))
             retained = int(keep.sum()) + marked
             # All taps of a kernel go together.
-            removed = 0 if kernel is None else int((~np.asarray(kernel)).sum()) * kernels // weights
+            removed = 0 if mask.kernel is None else int((~np.asarray(mask.kernel)).sum()) * kernels // weights
         positions = math.prod(sizes.pop(name)) if name in sizes else None
         layers.append(
             LayerReport(
                 name=name,
                 shape=shape,
-                pruned=keep is not None,
+                pruned=name in masked,
                 weights=weights,
                 retained=retained,
                 kernels_removed=removed,
@@ -230,8 +229,6 @@ def report(
                 kernels=kernels,
             )
         )
-
-    map_named(count, params, combine(masks), masks.kernel, what="masks")
     if sizes:
         raise ValueError(f"output_sizes names {next(iter(sizes))!r}, which is no leaf of params")
     return Report(tuple(layers))

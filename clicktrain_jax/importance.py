@@ -9,12 +9,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from clicktrain_jax.convolutions import Axes, tap_axes
-from clicktrain_jax.trees import Tree, is_kernel_shape, map_named
+from clicktrain_jax.trees import Tree, is_kernel_shape, map_named, named_leaves
 
 Criterion = Callable[[Tree, Tree], Tree]
+# Scores are scaled by powers of two, which changes no bit but the exponent's: a layer's largest to about 2**80, so that
+# what is 2**200 times smaller does not underflow and the sum over a layer does not overflow.
+_SCALE = 80
+# The exponent of scores that are all zero: below any other.
+NO_SCORE = -(2**20)
 
 
 def _square(value: Any) -> Any:
@@ -104,3 +110,55 @@ def criterion(which: str | Criterion, axes: Axes = "HWIO") -> Criterion:
     if which not in CRITERIA:
         raise ValueError(f"importance={which!r}: expected one of {sorted(CRITERIA)} or a function (params, grads)")
     return partial(group_taylor, axes=axes) if (which, axes) == ("group_taylor", "OIHW") else CRITERIA[which]
+
+
+def scaled_scores(
+    which: Criterion, params: Tree, grads: Tree, names: list[str]
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """A criterion's scores of some leaves, each leaf's scaled so that its squares neither underflow nor overflow.
+
+    The criteria of this module are given scaled weights and gradients: the gradients of a net that has nearly
+    converged, or of a loss in another unit, may be 1e-24, whose square float32 does not hold. Functions of others see
+    the trees as they are.
+
+    Args:
+        which: a criterion.
+        params: tree of arrays.
+        grads: tree like it.
+        names: of the leaves that count.
+
+    Returns:
+        ``{name: (float32 scores, int32 exponent)}``; the score itself is ``scores * 2.0**exponent``.
+    """
+    if getattr(which, "func", which) not in CRITERIA.values():
+        found = dict(named_leaves(which(params, grads)))
+        return {name: rescaled(found[name].astype(jnp.float32)) for name in names}
+    trees, exponent = [], dict.fromkeys(names, 0)
+    for tree, goal, read in ((params, 0, True), (grads, _SCALE // 2, which is not magnitude)):
+        leaves = dict(named_leaves(tree))
+        pairs = {name: rescaled(jnp.asarray(leaves[name], jnp.float32), goal) for name in names}
+        trees.append({name: leaf for name, (leaf, _) in pairs.items()})
+        if read:
+            exponent = {name: exponent[name] + 2 * pairs[name][1] for name in names}
+    return {
+        name: (score, jnp.where(score.any(), exponent[name], NO_SCORE))
+        for name, score in which(*trees).items()
+    }
+
+
+def rescaled(values: jax.Array, goal: int = _SCALE) -> tuple[jax.Array, jax.Array]:
+    """Float32 values scaled by a power of two so that the largest is about ``2**goal``, and the exponent of what is
+    left: ``values == scaled * 2.0**exponent``. All zero, or not finite: as they are."""
+    bits = jax.lax.bitcast_convert_type(jnp.max(jnp.abs(values), initial=0.0), jnp.int32)
+    exponent = jnp.right_shift(bits, 23) - 127 - goal
+    exponent = jnp.where((bits >= 1 << 23) & (bits < 255 << 23), exponent, 0)
+    return times_power_of_two(values, -exponent), jnp.where(bits == 0, NO_SCORE, exponent)
+
+
+def times_power_of_two(values: jax.Array, exponent: jax.Array) -> jax.Array:
+    """Float32 ``values * 2**exponent``, exact where the result is in float32's range."""
+    exponent = jnp.clip(exponent, -252, 252)
+    half = exponent // 2
+    for part in (half, exponent - half):
+        values = values * jax.lax.bitcast_convert_type((part + 127) << 23, jnp.float32)
+    return values

@@ -1,90 +1,255 @@
-"""Masks: which taps and which kernels stay; building, applying, combining and checking them.
+"""Masks: which taps and which kernels stay; building, viewing, applying and checking them.
 
-Masks are two boolean trees with the parameters' containers, True where a weight stays: ``pattern`` (each
-kernel keeps its pattern's taps) and ``kernel`` (whole kernels removed). The two are chosen independently
-of one another and a weight stays when both say so.
+A layer's choice is a `LayerMask`: a byte and a bool a kernel, and the set of patterns. The optimizer state holds a tree
+of them, `Masks` is such a tree with two boolean views, ``pattern`` (each kernel keeps its pattern's taps) and
+``kernel`` (whole kernels removed). The two are chosen independently of one another and a weight stays when both say so.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clicktrain_jax.convolutions import FROM_HWIO
-from clicktrain_jax.trees import Tree, map_named, placed_like, replicated
+from clicktrain_jax.trees import (
+    Tree,
+    check_same_names,
+    is_none,
+    map_named,
+    named_leaves,
+    path_keys,
+    placed_like,
+    replicated,
+)
 
 
-class Masks(NamedTuple):
-    """Two trees like the parameters; at each leaf bool (kh, kw, cin, cout), or None where that kind does not apply.
+class FullMask(NamedTuple):
+    """The mask of one leaf, a bool for each weight: what others hand in, and what `LayerMask.full` spells out.
 
-    A 3x3 layer that is pruned has both, a 1x1 layer has ``kernel`` alone, a dense leaf has neither.
+    Attributes:
+        pattern: bool of the leaf's shape, or None where patterns do not apply.
+        kernel: the same; one of the two is there.
     """
 
-    pattern: Tree
-    kernel: Tree
+    pattern: Any
+    kernel: Any
+
+    @property
+    def parts(self) -> str:
+        """Which masks there are: "pattern", "kernel" or "both"."""
+        if self.pattern is None or self.kernel is None:
+            return "kernel" if self.pattern is None else "pattern"
+        return "both"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the leaf."""
+        return jnp.shape(self.kernel if self.pattern is None else self.pattern)
+
+    def combined(self) -> Any:
+        """Bool of the leaf's shape, True where a weight stays."""
+        if self.pattern is None or self.kernel is None:
+            return self.kernel if self.pattern is None else self.pattern
+        return self.pattern & self.kernel
+
+    def full(self) -> "FullMask":
+        """Itself."""
+        return self
 
 
-class LayerChoice(NamedTuple):
-    """What was chosen for one layer.
+class LayerMask(NamedTuple):
+    """The mask of one layer as it is chosen and kept.
 
     Attributes:
         pattern_ids: uint8 (cin, cout), the index of each kernel's pattern; None for 1x1 layers.
         kernel: bool (cin, cout), True where the kernel stays; (cout, cin, 1, 1) for a leaf that is OIHW.
-        patterns: bool (P, kh, kw), the set that the ids index; None for 1x1 layers.
+        patterns: bool (P, kh, kw), the set that the ids index; None for 1x1 layers. Before the selection every pattern
+            keeps all taps.
     """
 
-    pattern_ids: jax.Array | None
-    kernel: jax.Array
-    patterns: jax.Array | None
+    pattern_ids: Any
+    kernel: Any
+    patterns: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the leaf: (kh, kw, cin, cout), or OIHW where ``kernel`` says so."""
+        taps = (1, 1) if self.patterns is None else jnp.shape(self.patterns)[1:]
+        if np.ndim(self.kernel) == 4:
+            return (*jnp.shape(self.kernel)[:2], *taps)
+        return (*taps, *jnp.shape(self.kernel))
+
+    def full(self) -> FullMask:
+        """Both masks as bool of the leaf's shape; no pattern for a 1x1 layer."""
+        if isinstance(self.kernel, np.ndarray):
+            xp = np
+        else:
+            # What jit returned may be sharded in any way.
+            xp, self = jnp, LayerMask(*(None if part is None else replicated(part) for part in self))
+        if self.kernel.ndim == 4:
+            parts = self._replace(kernel=self.kernel[:, :, 0, 0].T).full()
+            return FullMask(*(None if part is None else part.transpose(FROM_HWIO["OIHW"]) for part in parts))
+        kernel = xp.broadcast_to(self.kernel[None, None], self.shape)
+        if self.patterns is None:
+            return FullMask(None, kernel)
+        if self.shape[0] * self.shape[1] > 32:
+            return FullMask(xp.moveaxis(self.patterns[self.pattern_ids], (2, 3), (0, 1)), kernel)
+        # One table look-up a kernel (its taps as bits of a word), then a bit test a tap: a gather of whole
+        # patterns would read nine times as many entries.
+        taps = xp.arange(self.shape[0] * self.shape[1], dtype=xp.uint32)
+        bits = xp.left_shift(self.patterns.reshape(-1, taps.size).astype(xp.uint32), taps[None])
+        words = xp.sum(bits, axis=1, dtype=xp.uint32)[self.pattern_ids]
+        pattern = xp.right_shift(words[None], taps[:, None, None]) & xp.uint32(1)
+        return FullMask(pattern.astype(bool).reshape(self.shape), kernel)
+
+    def combined(self) -> jax.Array:
+        """Bool of the leaf's shape, True where a weight stays."""
+        return self.full().combined()
 
 
-def expand(choice: LayerChoice) -> tuple[jax.Array | None, jax.Array]:
-    """A layer's choice as full boolean masks ``(pattern or None, kernel)``, each of the leaf's shape and layout.
+@jax.tree_util.register_pytree_with_keys_class
+class Masks:
+    """The masks of a parameter tree: a `LayerMask` at each pruned leaf. A pytree of their arrays.
 
-    That is (kh, kw, cin, cout), and OIHW where the choice's ``kernel`` is (cout, cin, 1, 1).
+    ``Masks(pattern=tree, kernel=tree)`` is made of two boolean trees with the parameters' containers, True where a
+    weight stays, each leaf of its weight's shape or None; `Masks.of` takes a tree of `LayerMask`. The attributes
+    ``pattern`` and ``kernel`` are such trees again, made on demand, inside jit too: a 3x3 layer that is pruned has
+    both, a 1x1 layer has ``kernel`` alone, a dense leaf has neither.
+
+    Attributes:
+        layers: ``{leaf name: LayerMask}``, or `FullMask` where the masks came as boolean trees; dense leaves are
+            missing.
+        names: of all leaves of the tree.
+
+    Raises:
+        ValueError: the two trees have other leaves than one another.
     """
-    choice = jax.tree.map(replicated, choice)
-    if choice.kernel.ndim == 4:
-        masks = expand(choice._replace(kernel=choice.kernel[:, :, 0, 0].T))
-        return tuple(None if mask is None else mask.transpose(FROM_HWIO["OIHW"]) for mask in masks)
-    if choice.pattern_ids is None:
-        return None, choice.kernel[None, None]
-    patterns = jnp.asarray(choice.patterns)
-    kh, kw = patterns.shape[1:]
-    shape = (kh, kw, *choice.kernel.shape)
-    kernel = jnp.broadcast_to(choice.kernel[None, None], shape)
-    if kh * kw > 32:
-        return jnp.moveaxis(patterns[choice.pattern_ids], (2, 3), (0, 1)), kernel
-    # One table look-up a kernel (its taps as bits of a word), then a bit test a tap: a gather of whole
-    # patterns would read nine times as many entries.
-    weights = jnp.left_shift(jnp.uint32(1), jnp.arange(kh * kw, dtype=jnp.uint32))
-    table = jnp.sum(
-        jnp.where(patterns.reshape(-1, kh * kw), weights, jnp.uint32(0)), axis=1, dtype=jnp.uint32
-    )
-    words = table[choice.pattern_ids]
-    taps = jnp.arange(kh * kw, dtype=jnp.uint32)[:, None, None]
-    pattern = (jnp.right_shift(words[None], taps) & jnp.uint32(1)).astype(bool)
-    return pattern.reshape(shape), kernel
+
+    _fields = ("pattern", "kernel")
+
+    def __init__(self, pattern: Tree, kernel: Tree) -> None:
+        patterns, kernels = dict(named_leaves(pattern)), dict(named_leaves(kernel))
+        check_same_names(list(patterns), list(kernels), "masks.kernel")
+        pairs = {name: FullMask(leaf, kernels[name]) for name, leaf in patterns.items()}
+        present = {name: pair for name, pair in pairs.items() if not (pair.pattern is None and pair.kernel is None)}
+        self._fill(present, tuple(patterns), jax.tree.structure(pattern, is_leaf=is_none))
+
+    def _fill(self, layers: dict[str, Any], names: tuple[str, ...], structure: Any) -> None:
+        self.layers, self.names, self._structure = layers, names, structure
+
+    @classmethod
+    def of(cls, tree: Any) -> "Masks":
+        """Masks of any form: `Masks`, a tree of `LayerMask` (or of the dictionaries that a checkpoint read without a
+        template makes of them) and None, or one boolean tree."""
+        if isinstance(tree, cls):
+            return tree
+        with_paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_layer)
+        found = {"/".join(path_keys(path)): leaf for path, leaf in with_paths}
+        layers = {name: _as_layer(leaf) for name, leaf in found.items() if leaf is not None}
+        return cls.tree_unflatten((tuple(found), structure), (layers,))
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """For jax."""
+        return ((jax.tree_util.GetAttrKey("layers"), self.layers),), (self.names, self._structure)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> "Masks":
+        """For jax."""
+        masks = object.__new__(cls)
+        masks._fill(children[0], *static)
+        return masks
+
+    def __iter__(self):
+        return iter((self.pattern, self.kernel))
+
+    def _replace(self, **parts: Tree) -> "Masks":
+        return type(self)(**{"pattern": self.pattern, "kernel": self.kernel} | parts)
+
+    def __reduce__(self):
+        return type(self), (self.pattern, self.kernel)
+
+    def __repr__(self) -> str:
+        layers = ", ".join(f"{name!r}: {tuple(layer.shape)}" for name, layer in self.layers.items())
+        return f"Masks({len(self.layers)} of {len(self.names)} leaves: {layers})"
+
+    def view(self, part: Callable[[Any], Any]) -> Tree:
+        """The tree of ``part(layer mask)``; None at dense leaves."""
+        return self._structure.unflatten(
+            [part(self.layers[name]) if name in self.layers else None for name in self.names]
+        )
+
+    @property
+    def pattern(self) -> Tree:
+        """Bool (kh, kw, cin, cout), True where a weight is in its kernel's pattern; or None."""
+        return self.view(lambda layer: layer.full().pattern)
+
+    @property
+    def kernel(self) -> Tree:
+        """Bool (kh, kw, cin, cout), True where a weight's kernel stays; or None."""
+        return self.view(lambda layer: layer.full().kernel)
 
 
-def build_masks(tree: Tree, layer_masks: dict[str, tuple[Any, Any]]) -> Masks:
-    """Masks with the containers of ``tree`` from ``{name: (pattern, kernel)}``; None elsewhere."""
-    nothing = (None, None)
-    return Masks(
-        pattern=map_named(lambda name, _: layer_masks.get(name, nothing)[0], tree),
-        kernel=map_named(lambda name, _: layer_masks.get(name, nothing)[1], tree),
+def _is_layer(node: Any) -> bool:
+    return node is None or isinstance(node, (LayerMask, FullMask)) or (
+        isinstance(node, dict) and set(node) == set(LayerMask._fields)
     )
+
+
+def _as_layer(node: Any) -> LayerMask | FullMask:
+    """A layer's mask of arrays, whatever wraps them (an nnx optimizer wraps arrays in variables)."""
+    if isinstance(node, FullMask):
+        return node
+    if not isinstance(node, (LayerMask, dict)):
+        return FullMask(None, node)
+    fields = node if isinstance(node, dict) else node._asdict()
+    arrays = {name: jax.tree.leaves(value) for name, value in fields.items()}
+    return LayerMask(**{name: values[0] if values else None for name, values in arrays.items()})
+
+
+def keep_all(shape: tuple[int, ...], num_patterns: int, axes: str = "HWIO") -> LayerMask:
+    """The mask that keeps every weight of a (kh, kw, cin, cout) layer, with the shapes that a selection will fill.
+
+    ``axes`` is the layout of the leaf, and so of the masks.
+    """
+    kh, kw, cin, cout = shape
+    kernel = jnp.ones((cin, cout) if axes == "HWIO" else (cout, cin, 1, 1), bool)
+    if kh * kw == 1:
+        return LayerMask(None, kernel, None)
+    return LayerMask(jnp.zeros((cin, cout), jnp.uint8), kernel, jnp.ones((num_patterns, kh, kw), bool))
+
+
+def build_masks(tree: Tree, layers: Mapping[str, Any]) -> Masks:
+    """Masks with the containers of ``tree`` from ``{name: LayerMask, or (pattern, kernel) of full shape}``."""
+    found = {name: layer if isinstance(layer, LayerMask) else FullMask(*layer) for name, layer in layers.items()}
+    names = tuple(name for name, _ in named_leaves(tree))
+    return Masks.tree_unflatten((names, jax.tree.structure(tree, is_leaf=is_none)), (found,))
+
+
+def layers_for(tree: Tree, masks: Masks | Tree | None, what: str = "masks") -> dict[str, LayerMask | FullMask]:
+    """The layers' masks by name, for leaves of ``tree``; masks of a part of the tree leave the rest
+    dense, None all of it.
+
+    Raises:
+        ValueError: masks of another tree, or of other shapes.
+    """
+    if masks is None:
+        return {}
+    masks = Masks.of(masks)
+    leaves = dict(named_leaves(tree))
+    check_same_names(list(leaves), [*(set(leaves) - set(masks.names)), *masks.names], what)
+    for name, layer in masks.layers.items():
+        if leaves[name] is None:
+            continue
+        for mask in [layer] if isinstance(layer, LayerMask) else [part for part in layer if part is not None]:
+            check_shape(name, leaves[name], mask)
+    return masks.layers
 
 
 def combine(masks: Masks) -> Tree:
     """One boolean tree, True where a weight stays; None at dense leaves."""
-
-    def both(_: str, pattern: Any, kernel: Any) -> Any:
-        if pattern is None or kernel is None:
-            return kernel if pattern is None else pattern
-        return pattern & kernel
-
-    return map_named(both, masks.pattern, masks.kernel, what="masks.kernel")
+    return Masks.of(masks).view(lambda layer: layer.combined())
 
 
 def apply_masks(params: Tree, masks: Masks) -> Tree:
@@ -92,7 +257,7 @@ def apply_masks(params: Tree, masks: Masks) -> Tree:
 
     Args:
         params: tree of arrays.
-        masks: `Masks` of that tree; None leaves are left as they are.
+        masks: `Masks` of that tree, or of a part of it; leaves without a mask are left as they are.
 
     Returns:
         The same tree, same dtypes, +0.0 where masked (also where the weight was NaN or infinite).
@@ -100,20 +265,19 @@ def apply_masks(params: Tree, masks: Masks) -> Tree:
     Raises:
         ValueError: masks of another tree, or of other shapes.
     """
+    layers = layers_for(params, masks)
 
-    def mask(name: str, weight: Any, keep: Any) -> Any:
-        if weight is None or keep is None:
+    def mask(name: str, weight: Any) -> Any:
+        if weight is None or name not in layers:
             return weight
-        check_shape(name, weight, keep)
         weight = jnp.asarray(weight)
-        return jnp.where(placed_like(keep, weight), weight, jnp.zeros((), weight.dtype))
+        return jnp.where(placed_like(layers[name].combined(), weight), weight, jnp.zeros((), weight.dtype))
 
-    return map_named(mask, params, combine(masks), what="masks")
+    return map_named(mask, params)
 
 
 def check_shape(name: str, weight: Any, mask: Any) -> None:
     """Raise a ValueError when a mask does not have its weight's shape."""
-    if jnp.shape(weight) != jnp.shape(mask):
-        raise ValueError(
-            f"masks: belongs to another tree, {name!r} has shape {jnp.shape(weight)}, its mask {jnp.shape(mask)}"
-        )
+    shape = mask.shape if isinstance(mask, (LayerMask, FullMask)) else np.shape(mask)
+    if tuple(jnp.shape(weight)) != tuple(shape):
+        raise ValueError(f"masks: belongs to another tree, {name!r} has shape {jnp.shape(weight)}, its mask {shape}")

@@ -8,14 +8,19 @@
 
 Two additions of this project: scores may be gathered over the ``importance_steps`` updates that end with a
 selection, and masks may be selected a second time, at ``reselect_step``, while the lasso is on.
+
+That is how a run goes as planned. Whether masks stand is a fact of the run, not arithmetic on its step: a selection is
+due from its step on until it is done. An update whose scores are not finite adds none and selects nothing, so it
+postpones the selection by one; the mean is over ``importance_steps`` finite updates all the same. The prune comes at
+its step at the earliest, and at least one update after the last selection.
 """
 
 import dataclasses
 import enum
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+from jax.core import Tracer
 
 
 class Phase(enum.IntEnum):
@@ -26,6 +31,30 @@ class Phase(enum.IntEnum):
     REGULARIZE = 2
     PRUNE = 3
     PRUNED = 4
+
+
+class Due(NamedTuple):
+    """What an update is to do: bools, traced where the facts or the schedule are. At most one of all but ``gathers``.
+
+    Attributes:
+        gathers: its scores count for a selection later on.
+        selects: it chooses the masks.
+        regularizes: its gradient gets the group lasso.
+        prunes: masked weights are zero after it.
+        pruned: its gradient is masked too.
+    """
+
+    gathers: Any
+    selects: Any
+    regularizes: Any
+    prunes: Any
+    pruned: Any
+
+    @property
+    def phase(self) -> Phase:
+        """Of concrete ones."""
+        marks = (self.selects, self.regularizes, self.prunes, self.pruned)
+        return Phase(sum(mark * phase for phase, mark in enumerate(marks, start=1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +77,10 @@ class PhaseSchedule:
     importance_steps: int = 1
 
     def __post_init__(self) -> None:
-        for field in ("select_step", "prune_step", "reselect_step", "importance_steps"):
+        steps = ("select_step", "prune_step", "reselect_step", "importance_steps")
+        if any(isinstance(getattr(self, field), Tracer) for field in steps):
+            return  # hyperparameters that optax has injected: nothing can be said of them
+        for field in steps:
             value = getattr(self, field)
             if value is None and field == "reselect_step":
                 continue
@@ -75,40 +107,63 @@ class PhaseSchedule:
                 f"importance_steps={self.importance_steps} after select_step={self.select_step}"
             )
 
-    @property
-    def selections(self) -> tuple[int, ...]:
-        """The updates that choose masks."""
-        return (self.select_step,) if self.reselect_step is None else (self.select_step, self.reselect_step)
+    def due(self, count: Any, selected: Any, pruned: Any, gathered: Any) -> Due:
+        """What the next update is to do, from facts of a `clicktrain_jax.ClickTrainState`; ints, or traced ones.
 
-    @property
-    def _starts(self) -> tuple[tuple[Phase, int], ...]:
-        """First updates of the phases after DENSE; two are equal when no update is regularised."""
-        chosen = [pair for step in self.selections for pair in ((Phase.SELECT, step), (Phase.REGULARIZE, step + 1))]
-        return (*chosen, (Phase.PRUNE, self.prune_step), (Phase.PRUNED, self.prune_step + 1))
+        Args:
+            count: updates done.
+            selected: the update that chose the masks; -1 for none yet.
+            pruned: the update that pruned; -1 for none yet.
+            gathered: how many updates' scores are in the sums.
+        """
+        chosen, is_pruned = selected >= 0, pruned >= 0
+        first = (selected < 0) & (count > self.select_step - self.importance_steps)
+        again, waits = False, False
+        if self.reselect_step is not None:
+            waits = chosen & (selected < self.reselect_step) & (pruned < 0)
+            again = waits & (count > self.reselect_step - self.importance_steps)
+        full = gathered + 1 >= self.importance_steps
+        selects = full & (first & (count >= self.select_step) | again & (count >= (self.reselect_step or 0)))
+        prunes = chosen & (pruned < 0) & (count >= self.prune_step) & (waits == 0)
+        ordinary = selects | prunes | is_pruned
+        return Due((first | again) & (selects == 0), selects, chosen & (ordinary == 0), prunes, is_pruned)
+
+    def planned(self, step: int) -> tuple[int, int, int]:
+        """``(selected, pruned, gathered)`` before update ``step`` of a run that goes as planned."""
+        selections = [at for at in (self.select_step, self.reselect_step) if at is not None]
+        selected = max((at for at in selections if at < step), default=-1)
+        coming = min((at for at in selections if at >= step), default=step + self.importance_steps)
+        return (
+            selected,
+            self.prune_step if self.prune_step < step else -1,
+            max(0, step - (coming - self.importance_steps + 1)),
+        )
 
     def phase(self, step: int) -> Phase:
-        """The phase of update ``step``, for a loop that knows where it is."""
-        return next((phase for phase, start in reversed(self._starts) if step >= start), Phase.DENSE)
+        """The phase of update ``step`` of a run that goes as planned."""
+        return self.due(step, *self.planned(step)).phase
 
-    def phase_index(self, step: Any) -> Any:
-        """The same as an int32 scalar; ``step`` may be traced."""
-        index = jnp.int32(Phase.DENSE)
-        for phase, start in self._starts:
-            index = jnp.where(jnp.asarray(step) >= start, jnp.int32(phase), index)
-        return index
+    def segments(
+        self, start: int, stop: int, facts: tuple[int, int, int] | None = None
+    ) -> Iterator[tuple[Phase, bool, int, int]]:
+        """Split updates [start, stop) into runs ``(phase, gathers, first, end)`` that are alike.
 
-    def gathers(self, step: Any) -> Any:
-        """Whether update ``step`` adds its scores to a sum for a later one; ``step`` may be traced."""
-        found = False
-        for selection in self.selections:
-            found = found | (selection - self.importance_steps < step) & (step < selection)
-        return found
-
-    def segments(self, start: int, stop: int) -> Iterator[tuple[Phase, bool, int, int]]:
-        """Split updates [start, stop) into runs ``(phase, gathers, first, end)`` that are alike."""
-        gathering = [cut for step in self.selections for cut in (step - self.importance_steps + 1, step)]
-        cuts = {first for _, first in self._starts} | set(gathering)
-        bounds = [start, *sorted(cut for cut in cuts if start < cut < stop), stop]
-        for first, end in zip(bounds, bounds[1:]):
-            if first < end:
-                yield self.phase(first), bool(self.gathers(first)), first, end
+        Args:
+            start: updates done.
+            stop: the first update that is not asked for.
+            facts: ``(selected, pruned, gathered)`` before ``start``; by default as planned. All scores from there on
+                are taken to be finite.
+        """
+        selected, pruned, gathered = self.planned(start) if facts is None else facts
+        first, current = start, None
+        for count in range(start, stop):
+            due = self.due(count, selected, pruned, gathered)
+            gathered = gathered + 1 if due.gathers else 0 if due.selects else gathered
+            selected, pruned = count if due.selects else selected, count if due.prunes else pruned
+            kind = due.phase, bool(due.gathers)
+            if current not in (None, kind):
+                yield *current, first, count
+                first = count
+            current = kind
+        if start < stop:
+            yield *current, first, stop

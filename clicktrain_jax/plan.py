@@ -16,7 +16,7 @@ from clicktrain_jax import rules as rule_lib
 from clicktrain_jax.convolutions import Axes
 from clicktrain_jax.layer_plan import LayerPlan, check_layer
 from clicktrain_jax.targets import Target, make_target
-from clicktrain_jax.trees import Tree, check_same_names, is_kernel_shape, named_leaves
+from clicktrain_jax.trees import Tree, check_names_of, is_kernel_shape, named_leaves
 
 Tile = tuple[int | None, int | None]
 Fraction = float | Literal["auto"] | None
@@ -50,7 +50,7 @@ class Plan:
     def check_tree(self, tree: Tree, what: str = "params") -> None:
         """Raise a ValueError unless ``tree`` has the names, and the planned layers the shapes, of this plan."""
         leaves = named_leaves(tree)
-        check_same_names(list(self.leaf_names), [name for name, _ in leaves], what)
+        check_names_of(tree, list(self.leaf_names), what)
         shapes = {name: jnp.shape(leaf) for name, leaf in leaves if leaf is not None}
         for layer in self.layers:
             if layer.name not in shapes:

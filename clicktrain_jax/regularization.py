@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from clicktrain_jax.convolutions import Axes, cout_axis, tap_axes
-from clicktrain_jax.masks import Masks, check_shape
-from clicktrain_jax.trees import Tree, map_named, placed_like
+from clicktrain_jax.masks import Masks, layers_for
+from clicktrain_jax.trees import Tree, map_named, named_leaves, placed_like
 
 EPSILON = 1e-8
 
@@ -34,7 +34,7 @@ def group_lasso(params: Tree, masks: Masks, *, axes: Axes | None = None) -> tupl
 
     Args:
         params: tree of arrays.
-        masks: `Masks` of that tree.
+        masks: `Masks` of that tree, or of a part of it.
         axes: the layout of the kernels, "HWIO" or "OIHW"; None goes by their shapes.
 
     Returns:
@@ -44,25 +44,18 @@ def group_lasso(params: Tree, masks: Masks, *, axes: Axes | None = None) -> tupl
     Raises:
         ValueError: masks of another tree, or of other shapes.
     """
-
-    pattern_sum = jnp.float32(0)
-    kernel_sum = jnp.float32(0)
-
-    def add(name: str, weight: Any, pattern: Any, kernel: Any) -> None:
-        nonlocal pattern_sum, kernel_sum
-        if weight is None or (pattern is None and kernel is None):
-            return
-        for mask in (pattern, kernel):
-            if mask is not None:
-                check_shape(name, weight, mask)
-        weight = jnp.asarray(weight, jnp.float32)
-        # Row sums first: one long float32 sum of many 1e-4 drifts.
-        rows = tuple(axis for axis in range(4) if axis != cout_axis(weight.shape, axes))
-        pattern_sum += _norms(_marked(weight, pattern), axes).sum(axis=rows).sum()
-        kernel_sum += _norms(_marked(weight, kernel), axes).sum(axis=rows).sum()
-
-    map_named(add, params, masks.pattern, masks.kernel, what="masks")
-    return pattern_sum, kernel_sum
+    sums = [jnp.float32(0), jnp.float32(0)]
+    leaves = dict(named_leaves(params))
+    layers = layers_for(params, masks)
+    for name in leaves:
+        if name not in layers or leaves[name] is None:
+            continue
+        weight = jnp.asarray(leaves[name], jnp.float32)
+        for which, mask in enumerate(layers[name].full()):
+            # Row sums first: one long float32 sum of many 1e-4 drifts.
+            rows = tuple(axis for axis in range(4) if axis != cout_axis(weight.shape, axes))
+            sums[which] += _norms(_marked(weight, mask), axes).sum(axis=rows).sum()
+    return sums[0], sums[1]
 
 
 def add_group_lasso(
@@ -73,7 +66,7 @@ def add_group_lasso(
     Args:
         grads: tree like ``params``.
         params: tree of arrays.
-        masks: `Masks` of that tree.
+        masks: `Masks` of that tree, or of a part of it.
         coeff: weight of the group lasso in the loss.
         axes: as in `group_lasso`.
 
@@ -84,19 +77,20 @@ def add_group_lasso(
         ValueError: trees or shapes that do not belong together.
     """
 
-    def add(name: str, grad: Any, weight: Any, pattern: Any, kernel: Any) -> Any:
-        if pattern is None and kernel is None:
+    layers = layers_for(params, masks)
+
+    def add(name: str, grad: Any, weight: Any) -> Any:
+        if name not in layers:
             return grad
         if grad is None or weight is None:
             raise ValueError(f"{name!r} is pruned, but its {'gradient' if grad is None else 'weight'} is None")
         weight = jnp.asarray(weight, jnp.float32)
         push = jnp.zeros_like(weight)
-        for mask in (pattern, kernel):
+        for mask in layers[name].full():
             if mask is not None:
-                check_shape(name, weight, mask)
                 marked = _marked(weight, mask)
                 push += marked / _norms(marked, axes)
         wide = jnp.promote_types(grad.dtype, jnp.float32)
-        return (grad.astype(wide) + coeff * push).astype(grad.dtype)
+        return (grad.astype(wide) + jnp.asarray(coeff, jnp.float32) * push).astype(grad.dtype)
 
-    return map_named(add, grads, params, masks.pattern, masks.kernel, what="params or masks")
+    return map_named(add, grads, params, what="params")

@@ -1,7 +1,8 @@
 """ClickTrain as an optax transformation, and the same pieces one phase at a time.
 
 `clicktrain` wraps any optax optimizer and goes through all phases inside a user's own loop. A loop that
-knows its phase uses `phase_updates` instead and carries no conditional; both are made of the same functions.
+knows its phase uses `phase_updates` instead and carries no conditional; both are made of the same functions, and
+both hold one state, a `ClickTrainState`.
 """
 
 import math
@@ -14,50 +15,36 @@ import jax.numpy as jnp
 import optax
 
 from clicktrain_jax import importance as importance_lib
-from clicktrain_jax.encoding import EncodedLayer, decode_masks, empty_masks, encode, fill_masks
-from clicktrain_jax.masks import Masks, apply_masks, combine
+from clicktrain_jax.eager import compiled
+from clicktrain_jax.importance import NO_SCORE, rescaled, scaled_scores, times_power_of_two
+from clicktrain_jax.masks import Masks, apply_masks, keep_all, layers_for
 from clicktrain_jax.patterns import fixed_set
-from clicktrain_jax.phases import Phase, PhaseSchedule
+from clicktrain_jax.phases import PhaseSchedule
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.regularization import add_group_lasso
 from clicktrain_jax.selection import check_patterns, num_patterns_of, select_layers
+from clicktrain_jax.states import ClickTrainState, check_state, fill_masks
 from clicktrain_jax.trees import Tree, map_named, named_leaves, path_keys, placed_like, replicated
 
 
-class ClickTrainState(NamedTuple):
-    """The state of `clicktrain`: arrays only, any checkpoint of the optimizer state carries it.
-
-    Attributes:
-        count: int32, updates done.
-        masks: tree like the parameters, an `EncodedLayer` at each planned leaf (a byte and a bit a kernel).
-        scores_finite: bool, False once a selection met a score that was not finite.
-        scores: float32 arrays by leaf name, the sum of the scores gathered so far for the next selection; empty when
-            a selection takes one update's.
-        inner_state: the wrapped optimizer's state.
-    """
-
-    count: jax.Array
-    masks: Tree
-    scores_finite: jax.Array
-    scores: dict[str, jax.Array]
-    inner_state: Any
-
-
 class PhaseUpdates(NamedTuple):
-    """Updates for a loop that knows its phase. Each is jittable.
+    """Whole updates for a loop that knows its phase, named like `Phase`. Each is jittable, without a conditional, and
+    ``(grads, state, params, **extra) -> (updates, state)`` of a `ClickTrainState`; the inner optimizer gets ``extra``.
 
     Attributes:
-        dense: ``(grads, inner_state, params) -> (updates, inner_state)``: the inner optimizer's own update. It
-            serves the selecting update too.
-        gather: ``(scores, grads, params) -> scores``: adds an update's scores to the sums in ``scores``, float32 arrays
-            by leaf name; `empty_scores` starts them.
-        select: ``(grads, params, scores=None) -> (encoded layers by name, scores_finite)``, from the selecting update's
-            gradient and the sums of the ``importance_steps - 1`` updates before it.
-        regularize: ``(grads, inner_state, params, masks) -> (updates, inner_state)`` with the group lasso.
-        prune: the same signature; once, at prune_step.
-        pruned: the same signature, from then on.
+        init: ``params -> state``.
+        dense: the inner optimizer's own update.
+        gather: an update of the dense or the regularize phase whose scores are added for a selection later on, in the
+            ``importance_steps - 1`` updates before it.
+        select: an ordinary update whose gradient, with what was gathered, chooses the masks. Where a score is not
+            finite, or too few were, nothing is chosen and ``state.selected`` stays as it was: call it again in the
+            next update.
+        regularize: with the group lasso.
+        prune: once, at prune_step.
+        pruned: from then on.
     """
 
+    init: Callable[..., Any]
     dense: Callable[..., Any]
     gather: Callable[..., Any]
     select: Callable[..., Any]
@@ -66,11 +53,135 @@ class PhaseUpdates(NamedTuple):
     pruned: Callable[..., Any]
 
 
+class _Pieces:
+    """What all updates are made of."""
+
+    def __init__(
+        self, inner: Any, plan: Plan, coeff: Any, patterns: Any, importance: Any, importance_steps: Any
+    ) -> None:
+        self.inner, self.plan, self.importance_steps = optax.with_extra_args_support(inner), plan, importance_steps
+        self.patterns = check_patterns(plan, fixed_set(4) if patterns is None else patterns)
+        self.criterion = importance_lib.criterion(importance, plan.axes)
+        real = isinstance(coeff, numbers.Real) and 0 <= coeff < math.inf
+        if not (callable(coeff) or isinstance(coeff, jax.Array) or real):
+            raise ValueError(
+                f"coeff={coeff!r}: expected a finite number >= 0, the weight of the group lasso in the loss, or a "
+                "function of the updates done"
+            )
+        self.coeff = coeff if callable(coeff) else lambda count: coeff
+        # In the order of their names, which every container and every checkpoint keeps.
+        self.names = sorted(layer.name for layer in plan.layers)
+
+    def init(self, params: Tree) -> ClickTrainState:
+        self.plan.check_tree(params)
+        if isinstance(self.importance_steps, jax.core.Tracer):
+            raise ValueError("importance_steps is traced: name it in static_args of optax.inject_hyperparams")
+        num_patterns = num_patterns_of(self.patterns)
+        layers = {layer.name: keep_all(layer.shape, num_patterns, layer.axes) for layer in self.plan.layers}
+        gathers = self.importance_steps > 1
+        scores = {layer.name: jnp.zeros(layer.leaf_shape, jnp.float32) for layer in self.plan.layers if gathers}
+        return ClickTrainState(
+            count=jnp.zeros([], jnp.int32),
+            selected=jnp.full([], -1, jnp.int32),
+            pruned=jnp.full([], -1, jnp.int32),
+            postponed=jnp.zeros([], jnp.int32),
+            by_magnitude=jnp.zeros(len(self.names), bool),
+            masks=fill_masks(params, layers),
+            gathered=jnp.zeros([], jnp.int32),
+            scores=scores,
+            exponents=jnp.full(len(self.names), NO_SCORE, jnp.int32),
+            inner_state=self.inner.init(params),
+        )
+
+    def _add_scores(self, grads: Tree, state: ClickTrainState, params: Tree) -> tuple[ClickTrainState, jax.Array]:
+        """The state with this update's scores among the sums, and whether they are finite; if not, they are zero."""
+        new = scaled_scores(self.criterion, params, grads, self.names)
+        # Whole on every device: what sorts has no sharding of its own.
+        new = {name: (replicated(score), exponent) for name, (score, exponent) in new.items()}
+        finite = jnp.all(jnp.stack([jnp.isfinite(score).all() for score, _ in new.values()]))
+        new = {name: (jnp.where(finite, one, 0.0), jnp.where(finite, at, NO_SCORE)) for name, (one, at) in new.items()}
+        if not state.scores:
+            return state._replace(scores={name: score for name, (score, _) in new.items()}), finite
+        sums, exponents = {}, []
+        for index, name in enumerate(self.names):
+            exponents.append(jnp.maximum(state.exponents[index], new[name][1]))
+            parts = (state.scores[name], state.exponents[index]), new[name]
+            sums[name] = sum(times_power_of_two(score, at - exponents[-1]) for score, at in parts)
+        return state._replace(scores=sums, exponents=jnp.stack(exponents)), finite
+
+    def gather(self, grads: Tree, state: ClickTrainState, params: Tree) -> ClickTrainState:
+        """The state after a look at a gradient that counts for a selection later on."""
+        state, finite = self._add_scores(grads, state, params)
+        return state._replace(
+            gathered=state.gathered + finite.astype(jnp.int32), postponed=state.postponed + (~finite).astype(jnp.int32)
+        )
+
+    def select(self, grads: Tree, old: ClickTrainState, params: Tree) -> ClickTrainState:
+        """The state after the choice of the masks; as after `gather` where there are not enough finite scores yet."""
+        seen = self.gather(grads, old, params)
+        complete = (seen.gathered > old.gathered) & (seen.gathered >= self.importance_steps)
+        weights, means, alike = dict(named_leaves(params)), {}, {}
+        for name, total in seen.scores.items():
+            mean = total / jnp.float32(self.importance_steps)
+            # A frozen layer, or a dead one, says nothing of its weights: their magnitudes do.
+            alike[name] = mean.max() == mean.min()
+            means[name] = jnp.where(alike[name], jnp.square(rescaled(weights[name].astype(jnp.float32), 0)[0]), mean)
+        layers = select_layers(means, self.plan, self.patterns)
+        if not old.scores:
+            seen = seen._replace(scores={}, gathered=old.gathered)
+        new = seen._replace(
+            selected=old.count,
+            by_magnitude=jnp.stack([alike[name] for name in self.names]),
+            masks=fill_masks(old.masks, layers),
+            gathered=jnp.zeros_like(old.gathered),
+            scores=jax.tree.map(jnp.zeros_like, old.scores),
+            exponents=jnp.full_like(old.exponents, NO_SCORE),
+        )
+        return _where(complete, lambda: new, seen)
+
+    def move(
+        self, grads: Tree, state: ClickTrainState, params: Tree, extra: dict[str, Any], *,
+        lasso: Any = False, masked: Any = False, held: Any = False,
+    ) -> tuple[Tree, ClickTrainState]:
+        """The inner optimizer's update, with what a phase does to the gradient before it and to its result.
+
+        Args:
+            grads, state, params, extra: as for ``update``.
+            lasso, masked: whether the gradient gets the group lasso, or is masked; bools, perhaps traced.
+            held: whether masked weights are zero afterwards.
+        """
+        masks = Masks.of(state.masks)
+        grads = _where(
+            lasso,
+            lambda: add_group_lasso(grads, params, masks, self.coeff(state.count), axes=self.plan.axes),
+            grads,
+        )
+        grads = _where(masked, lambda: apply_masks(grads, masks), grads)
+        updates, inner_state = self.inner.update(grads, state.inner_state, params, **extra)
+        held_at_zero = _where(held, lambda: enforce(updates, inner_state, params, masks), (updates, inner_state))
+        updates, inner_state = held_at_zero
+        return updates, state._replace(count=optax.safe_increment(state.count), inner_state=inner_state)
+
+
+def _where(flag: Any, change: Callable[[], Any], value: Any) -> Any:
+    """``change() if flag else value``, as arithmetic where the flag is traced."""
+    if flag is False:
+        return value
+    changed = change()
+    if flag is True:
+        return changed
+
+    def choose(new: Any, old: Any) -> Any:
+        return old if new is old else jnp.where(flag, new, old.astype(new.dtype))
+
+    return jax.tree.map(choose, changed, value)
+
+
 def phase_updates(
     inner: optax.GradientTransformation,
     plan: Plan,
     *,
-    coeff: float,
+    coeff: float | optax.Schedule,
     patterns: Any = None,
     importance: str | importance_lib.Criterion = "taylor",
     importance_steps: int = 1,
@@ -80,67 +191,56 @@ def phase_updates(
     Args:
         inner: any optax optimizer.
         plan: from `clicktrain_jax.make_plan`.
-        coeff: weight of the group lasso in the loss, >= 0.
+        coeff: weight of the group lasso in the loss, >= 0; or a function of the updates done.
         patterns: bool (P, kh, kw), by default the published set of 4; or a `clicktrain_jax.patterns.Generated`.
         importance: "taylor", "group_taylor", "magnitude", or a function ``(params, grads) -> scores``.
         importance_steps: scores are the mean over so many updates.
 
     Returns:
-        `PhaseUpdates`. ``masks`` of its functions are `clicktrain_jax.masks.Masks` of booleans;
-        `clicktrain_jax.encoding` turns what ``select`` returns into them.
+        `PhaseUpdates`; `PhaseSchedule` knows which is due.
 
     Raises:
         ValueError: a negative coefficient, an unknown criterion, patterns that do not fit the plan.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, clicktrain_jax as ct
+        >>> params = {"Conv_0": {"kernel": jnp.ones((3, 3, 8, 16))}}
+        >>> plan = ct.make_plan(params, {"Conv_0/kernel": 0.5})
+        >>> updates_of = ct.phase_updates(optax.sgd(0.1), plan, coeff=1e-4)
+        >>> schedule = ct.PhaseSchedule(select_step=1, prune_step=2)
+        >>> state = updates_of.init(params)
+        >>> for step in range(3):
+        ...     grads = jax.tree.map(jnp.ones_like, params)
+        ...     update = getattr(updates_of, schedule.phase(step).name.lower())
+        ...     updates, state = update(grads, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> int((params["Conv_0"]["kernel"] != 0).sum())
+        256
     """
-    patterns = check_patterns(plan, fixed_set(4) if patterns is None else patterns)
-    supported = optax.with_extra_args_support(inner)
-    criterion = importance_lib.criterion(importance, plan.axes)
-    if not isinstance(coeff, jax.Array) and not (isinstance(coeff, numbers.Real) and 0 <= coeff < math.inf):
-        raise ValueError(f"coeff={coeff!r}: expected a finite number >= 0, the weight of the group lasso in the loss")
+    pieces = _Pieces(inner, plan, coeff, patterns, importance, importance_steps)
 
-    def planned_scores(grads: Tree, params: Tree) -> dict[str, jax.Array]:
-        by_name = dict(named_leaves(criterion(params, grads)))
-        return {layer.name: replicated(by_name[layer.name]).astype(jnp.float32) for layer in plan.layers}
+    def dense(grads: Tree, state: ClickTrainState, params: Tree, **extra: Any) -> tuple[Tree, ClickTrainState]:
+        return pieces.move(grads, state, params, extra)
 
-    def gather(scores: dict[str, jax.Array], grads: Tree, params: Tree) -> dict[str, jax.Array]:
-        new = planned_scores(grads, params)
-        return {name: scores[name] + new[name] for name in scores}
+    def gather(grads: Tree, state: ClickTrainState, params: Tree, **extra: Any) -> tuple[Tree, ClickTrainState]:
+        if not state.scores:
+            raise ValueError("importance_steps=1: there is nothing to gather, call select")
+        seen = pieces.gather(grads, state, params)
+        return pieces.move(grads, seen, params, extra, lasso=state.selected >= 0)
 
-    def select(
-        grads: Tree, params: Tree, scores: dict[str, jax.Array] | None = None
-    ) -> tuple[dict[str, EncodedLayer], jax.Array]:
-        if importance_steps > 1:
-            if not scores:
-                raise ValueError(f"importance_steps={importance_steps}: pass the scores gathered by the updates before")
-            by_name = {name: total / importance_steps for name, total in gather(scores, grads, params).items()}
-        else:
-            by_name = planned_scores(grads, params)
-        finite = jnp.all(jnp.stack([jnp.isfinite(score).all() for score in by_name.values()]))
-        choices = select_layers(map_named(lambda name, _: by_name.get(name), params), plan, patterns)
-        # A copy of the set for each layer: a buffer that stands in a state twice cannot be donated.
-        return {
-            name: encode(choice._replace(patterns=None if choice.patterns is None else jnp.copy(choice.patterns)))
-            for name, choice in choices.items()
-        }, finite
+    def select(grads: Tree, state: ClickTrainState, params: Tree, **extra: Any) -> tuple[Tree, ClickTrainState]:
+        return pieces.move(grads, pieces.select(grads, state, params), params, extra)
 
-    def regularize(grads: Tree, state: Any, params: Tree, masks: Masks, **extra: Any) -> tuple[Tree, Any]:
-        return supported.update(add_group_lasso(grads, params, masks, coeff, axes=plan.axes), state, params, **extra)
+    def regularize(grads: Tree, state: ClickTrainState, params: Tree, **extra: Any) -> tuple[Tree, ClickTrainState]:
+        return pieces.move(grads, state, params, extra, lasso=True)
 
-    def prune(grads: Tree, state: Any, params: Tree, masks: Masks, **extra: Any) -> tuple[Tree, Any]:
-        updates, state = supported.update(grads, state, params, **extra)
-        return enforce(updates, state, params, masks)
+    def prune(grads: Tree, state: ClickTrainState, params: Tree, **extra: Any) -> tuple[Tree, ClickTrainState]:
+        return pieces.move(grads, state._replace(pruned=state.count), params, extra, held=True)
 
-    def pruned(grads: Tree, state: Any, params: Tree, masks: Masks, **extra: Any) -> tuple[Tree, Any]:
-        return prune(apply_masks(grads, masks), state, params, masks, **extra)
+    def pruned(grads: Tree, state: ClickTrainState, params: Tree, **extra: Any) -> tuple[Tree, ClickTrainState]:
+        return pieces.move(grads, state, params, extra, masked=True, held=True)
 
-    return PhaseUpdates(inner.update, gather, select, regularize, prune, pruned)
-
-
-def empty_scores(plan: Plan, importance_steps: int) -> dict[str, jax.Array]:
-    """Where scores are gathered: zeros for each planned layer, nothing when a selection takes one update's."""
-    if importance_steps == 1:
-        return {}
-    return {layer.name: jnp.zeros(layer.leaf_shape, jnp.float32) for layer in plan.layers}
+    return PhaseUpdates(pieces.init, dense, gather, select, regularize, prune, pruned)
 
 
 def clicktrain(
@@ -149,7 +249,7 @@ def clicktrain(
     *,
     select_step: int,
     prune_step: int,
-    coeff: float,
+    coeff: float | optax.Schedule,
     patterns: Any = None,
     importance: str | importance_lib.Criterion = "taylor",
     importance_steps: int = 1,
@@ -199,103 +299,48 @@ def clicktrain(
     Source: ClickTrain, arXiv 2011.10170; step semantics of the authors' code, see `clicktrain_jax.phases`.
     """
     schedule = PhaseSchedule(select_step, prune_step, reselect_step, importance_steps)
-    inner = optax.with_extra_args_support(inner)
-    patterns = check_patterns(plan, fixed_set(4) if patterns is None else patterns)
-    updates_of = phase_updates(
-        inner, plan, coeff=coeff, patterns=patterns, importance=importance, importance_steps=importance_steps
-    )
+    pieces = _Pieces(inner, plan, coeff, patterns, importance, importance_steps)
 
-    def init(params: Tree) -> ClickTrainState:
-        plan.check_tree(params)
-        masks = empty_masks(params, plan, num_patterns_of(patterns))
-        scores = empty_scores(plan, importance_steps)
-        return ClickTrainState(jnp.zeros([], jnp.int32), masks, jnp.ones([], bool), scores, inner.init(params))
+    def whole_update(
+        grads: Tree, state: ClickTrainState, params: Tree, extra: dict[str, Any]
+    ) -> tuple[Tree, ClickTrainState]:
+        check_state(state, plan, num_patterns_of(pieces.patterns), importance_steps)
+        due = schedule.due(state.count, state.selected, state.pruned, state.gathered)
+        whatever = {"inner_state": None}  # no business of the selection
+
+        def look(how: Callable[..., Any]) -> Callable[[], ClickTrainState]:
+            return lambda: how(grads, state._replace(**whatever), params)
+
+        ways = [lambda: state._replace(**whatever), look(pieces.select)]
+        if state.scores:
+            ways.append(look(pieces.gather))
+        # The only conditional, around the only costly thing.
+        seen = _branch(jnp.int32(due.selects) + 2 * jnp.int32(due.gathers), ways)
+        pruned = jnp.where(due.prunes, state.count, state.pruned)
+        return pieces.move(
+            grads, seen._replace(pruned=pruned, inner_state=state.inner_state), params, extra,
+            lasso=due.regularizes, masked=due.pruned, held=due.prunes | due.pruned,
+        )
+
+    # Hyperparameters that are arrays are new ones in every update: a compiled update would serve one.
+    fixed = not any(isinstance(value, jax.Array) for value in (coeff, patterns, select_step, prune_step))
+    whole_update = compiled(whole_update) if fixed else whole_update
 
     def update(
         grads: Tree, state: ClickTrainState, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, ClickTrainState]:
         if params is None:
             raise ValueError("clicktrain needs the parameters: call update(grads, state, params)")
-        present = {name for name, grad in named_leaves(grads) if grad is not None}
-        for layer in plan.layers:
-            if layer.name not in present:
-                raise ValueError(f"{layer.name!r} is pruned, but it has no gradient")
-        phase = schedule.phase_index(state.count)
-        # What jit returned may be sharded in any way; see `replicated`.
-        whole_masks, whole_scores = jax.tree.map(replicated, (state.masks, state.scores))
-        state = state._replace(masks=whole_masks, scores=whole_scores)
+        return whole_update(grads, state, params, extra)
 
-        def choose() -> tuple[Tree, jax.Array]:
-            layers, finite = updates_of.select(grads, params, state.scores)
-            chosen = fill_masks(state.masks, layers)
-            # Scores that are not finite choose nothing: what was kept is kept, and `masks_of` says why.
-            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), chosen, state.masks), finite
-
-        masks, finite = jax.lax.cond(phase == Phase.SELECT, choose, lambda: (state.masks, state.scores_finite))
-        scores = state.scores
-        if scores:
-            scores = jax.lax.switch(
-                jnp.int32(schedule.gathers(state.count)) + 2 * jnp.int32(phase == Phase.SELECT),
-                [
-                    lambda: scores,
-                    lambda: updates_of.gather(scores, grads, params),
-                    lambda: jax.tree.map(jnp.zeros_like, scores),
-                ],
-            )
-        # Masks are decoded inside the branches, so that phases without them pay nothing.
-        grads = jax.lax.switch(
-            jnp.int32(phase == Phase.REGULARIZE) + 2 * jnp.int32(phase == Phase.PRUNED),
-            [
-                lambda: grads,
-                lambda: add_group_lasso(grads, params, decode_masks(masks), coeff, axes=plan.axes),
-                lambda: apply_masks(grads, decode_masks(masks)),
-            ],
-        )
-        updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
-        updates = _at_least_param_precision(updates, params, plan)
-        updates, inner_state = jax.lax.cond(
-            phase >= Phase.PRUNE,
-            lambda: enforce(updates, inner_state, params, decode_masks(masks)),
-            lambda: (updates, inner_state),
-        )
-        return updates, ClickTrainState(optax.safe_increment(state.count), masks, finite, scores, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(pieces.init, update)
 
 
-def masks_of(opt_state: Any) -> Masks:
-    """The masks inside an optimizer state.
-
-    Args:
-        opt_state: any state that holds one of `clicktrain`: chained, wrapped, of an ``nnx.Optimizer``, restored
-            from a checkpoint (also without a template, when NamedTuples have become dictionaries).
-
-    Returns:
-        `Masks` with the parameters' containers (nested dictionaries for an ``nnx.State``); all True before the
-        selection.
-
-    Raises:
-        ValueError: no such state, or several; or the scores at the selection were not finite.
-    """
-    fields = set(ClickTrainState._fields)
-
-    def is_state(node: Any) -> bool:
-        return isinstance(node, ClickTrainState) or (isinstance(node, dict) and set(node) == fields)
-
-    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
-    if len(found) != 1:
-        raise ValueError(f"expected an optimizer state with one clicktrain(...) inside, found {len(found)}")
-    state = found[0] if isinstance(found[0], dict) else found[0]._asdict()
-    finite = jax.tree.leaves(state["scores_finite"])[0]
-    if isinstance(finite, jax.ShapeDtypeStruct):
-        raise ValueError("an abstract optimizer state holds no masks: pass one of arrays")
-    if not isinstance(finite, jax.core.Tracer) and not finite:
-        raise ValueError(
-            "the scores at the selection were not finite (NaN or infinite loss or gradient), so nothing was selected "
-            "then (a first selection's masks stand when it was the second): go back to an earlier checkpoint and lower "
-            "the learning rate or check the data"
-        )
-    return decode_masks(state["masks"])
+def _branch(index: jax.Array, ways: list[Callable[[], Any]]) -> Any:
+    """`jax.lax.switch`; by Python where the index is there, which compiles nothing."""
+    if isinstance(index, jax.core.Tracer):
+        return jax.lax.switch(index, ways)
+    return ways[int(index)]()
 
 
 def enforce(updates: Tree, inner_state: Any, params: Tree, masks: Masks) -> tuple[Tree, Any]:
@@ -311,19 +356,22 @@ def enforce(updates: Tree, inner_state: Any, params: Tree, masks: Masks) -> tupl
     Returns:
         ``(updates, inner_state)``.
     """
-    keep = combine(masks)
+    keep = {name: layer.combined() for name, layer in layers_for(params, masks).items()}
 
-    def hold(_: str, update: Any, weight: Any, mask: Any) -> Any:
-        # w + (-w) is exactly zero.
-        return update if mask is None or update is None else jnp.where(placed_like(mask, weight), update, -weight)
+    def hold(name: str, update: Any, weight: Any) -> Any:
+        if update is None or name not in keep:
+            return update
+        # w + (-w) is exactly zero, in a dtype that holds w.
+        wide = jnp.promote_types(update.dtype, weight.dtype)
+        return jnp.where(placed_like(keep[name], weight), update.astype(wide), -weight.astype(wide))
 
-    updates = map_named(hold, updates, params, keep, what="masks")
-    return updates, _mask_mirrors(inner_state, dict(named_leaves(keep)))
+    updates = map_named(hold, updates, params, what="params")
+    return updates, _mask_mirrors(inner_state, keep, [name for name, _ in named_leaves(params)])
 
 
-def _mask_mirrors(inner_state: Any, keep: dict[str, Any]) -> Any:
+def _mask_mirrors(inner_state: Any, keep: dict[str, Any], leaf_names: list[str]) -> Any:
     paths = {path_keys(path) for path, _ in jax.tree_util.tree_flatten_with_path(inner_state)[0]}
-    names = {tuple(name.split("/")) if name else () for name in keep}
+    names = {tuple(name.split("/")) if name else () for name in leaf_names}
 
     def name_of(keys: tuple[str, ...]) -> str | None:
         """The parameter whose path ends these keys. A module may be called like a field of the state: of several
@@ -340,15 +388,3 @@ def _mask_mirrors(inner_state: Any, keep: dict[str, Any]) -> Any:
         return jnp.where(placed_like(held, leaf), leaf, jnp.zeros((), leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(mask, inner_state)
-
-
-def _at_least_param_precision(updates: Tree, params: Tree, plan: Plan) -> Tree:
-    """Cast the planned leaves' updates up to their weight's dtype, so that -w is exact in them."""
-    planned = plan.by_name()
-
-    def cast(name: str, update: Any, weight: Any) -> Any:
-        if name not in planned:
-            return update
-        return update.astype(jnp.promote_types(update.dtype, weight.dtype))
-
-    return map_named(cast, updates, params, what="updates")

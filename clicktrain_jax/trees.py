@@ -4,16 +4,18 @@ Linen parameters, ``nnx.State`` and plain dictionaries are all trees of arrays t
 package speaks of a leaf by its *name*: the "/"-joined keys on the way to it, ``"Conv_1/kernel"``.
 
 A tree may hold ``None`` where nothing applies (a mask tree does). Every function here counts ``None``
-as a leaf, so that a mask tree and its parameter tree flatten to lists of the same length.
+as a leaf, so that a mask tree and its parameter tree flatten to lists of the same length. Where an outer transformation
+(`optax.masked`, `optax.multi_transform`) has put an ``optax.MaskedNode``, there is no leaf at all.
 """
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 Tree = Any
 KERNEL_AXES = ("kh", "kw", "cin", "cout")
@@ -77,6 +79,20 @@ def map_named(function: Callable[..., Any], tree: Tree, *rest: Tree, what: str =
     return structure.unflatten([function(name, leaf, *(other[name] for other in others)) for name, leaf in leaves])
 
 
+def nest(leaves: Mapping[str, Any]) -> Tree:
+    """Nested dictionaries of leaves by name; a leaf named "" is the whole tree."""
+    if set(leaves) == {""}:
+        return leaves[""]
+    nested: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *outer, last = name.split("/")
+        node = nested
+        for key in outer:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return nested
+
+
 def check_same_names(expected: list[str], got: list[str], what: str) -> None:
     """Raise a ValueError that names the first leaf in which two trees differ. Order does not count."""
     missing = sorted(set(expected) - set(got))
@@ -108,6 +124,18 @@ def placed_like(array: Any, other: Any) -> Any:
     if all(axis is None for axis in sharding.spec):
         return replicated(array)
     return jax.sharding.reshard(jnp.asarray(array), sharding)
+
+
+def check_names_of(tree: Tree, expected: list[str], what: str) -> None:
+    """`check_same_names` of a tree, in which parts may stand as ``optax.MaskedNode``."""
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    with_paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)[0]
+    hidden = tuple("/".join((*path_keys(path), "")) for path, leaf in with_paths if is_masked(leaf))
+    names = [name for name, _ in named_leaves(tree)]
+    check_same_names([name for name in expected if not f"{name}/".startswith(hidden)], names, what)
 
 
 def is_kernel_shape(shape: tuple[int, ...]) -> bool:

@@ -24,7 +24,6 @@ import optax
 
 import clicktrain_jax as ct
 from clicktrain_jax import models
-from clicktrain_jax.encoding import decode_masks, empty_masks, fill_masks
 from clicktrain_jax.selection import select_layers
 from experiments import configs
 from experiments.data import Dataset
@@ -107,12 +106,12 @@ def loss_function(model: Any) -> Callable[..., Any]:
 
 
 def train_step(model: Any, update: Callable[..., Any]) -> Callable[..., Any]:
-    """``(params, batch_stats, opt_state, images, labels, *masks) -> (params, batch_stats, opt_state)``."""
+    """``(params, batch_stats, opt_state, images, labels) -> (params, batch_stats, opt_state)``."""
     loss = loss_function(model)
 
-    def step(params: Any, batch_stats: Any, opt_state: Any, images: Any, labels: Any, *masks: Any) -> Any:
+    def step(params: Any, batch_stats: Any, opt_state: Any, images: Any, labels: Any) -> Any:
         grads, batch_stats = jax.grad(loss, has_aux=True)(params, batch_stats, images, labels)
-        updates, opt_state = update(grads, opt_state, params, *masks)
+        updates, opt_state = update(grads, opt_state, params)
         return optax.apply_updates(params, updates), batch_stats, opt_state
 
     return step
@@ -137,42 +136,42 @@ def measure_steps(net: str, width: float, batch_size: int, repeats: int) -> list
 
     grads = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape), params)
     select = jax.jit(updates.select)
-    layers, _ = select(grads, params)
-    encoded = fill_masks(empty_masks(params, plan, _PATTERNS), layers)
-    masks = decode_masks(encoded)
-    pruned_params = ct.apply_masks(params, masks)
+    fresh = updates.init(params)
+    _, selected = select(grads, fresh, params)
+    pruned_params = ct.apply_masks(params, ct.masks_of(selected))
 
-    def runner(step: Callable[..., Any], params: Any, opt_state: Any, *masks: Any) -> Callable[[], Any]:
+    def runner(step: Callable[..., Any], params: Any, opt_state: Any) -> Callable[[], Any]:
         # Donated, and fed back: as in a training loop.
         compiled = jax.jit(step, donate_argnums=(0, 1, 2))
         state = jax.tree.map(jnp.copy, (params, batch_stats, opt_state))
 
         def call() -> Any:
             nonlocal state
-            state = compiled(*state, images, labels, *masks)
+            state = compiled(*state, images, labels)
             return state
 
         return call
 
-    def whole_at(count: int, params: Any) -> Callable[[], Any]:
-        state = whole.init(params)._replace(count=jnp.int32(count), masks=encoded)
+    def whole_at(count: int, params: Any, state: Any) -> Callable[[], Any]:
+        state = state._replace(count=jnp.int32(count))
         return runner(train_step(model, whole.update), params, state)
 
+    pruned = selected._replace(pruned=jnp.int32(_PRUNE_STEP))
     plain = train_step(model, inner.update)
     functions = {
         "plain optax step": runner(plain, params, inner.init(params)),
         "plain optax step, again (noise)": runner(plain, params, inner.init(params)),
-        "phase: regularize": runner(train_step(model, updates.regularize), params, inner.init(params), masks),
-        "phase: pruned": runner(train_step(model, updates.pruned), pruned_params, inner.init(params), masks),
-        "clicktrain(...), dense phase": whole_at(0, params),
-        "clicktrain(...), regularize phase": whole_at(_SELECT_STEP + 1, params),
-        "clicktrain(...), pruned phase": whole_at(_PRUNE_STEP + 1, pruned_params),
+        "phase: regularize": runner(train_step(model, updates.regularize), params, selected),
+        "phase: pruned": runner(train_step(model, updates.pruned), pruned_params, pruned),
+        "clicktrain(...), dense phase": whole_at(0, params, fresh),
+        "clicktrain(...), regularize phase": whole_at(_SELECT_STEP + 1, params, selected),
+        "clicktrain(...), pruned phase": whole_at(_PRUNE_STEP + 1, pruned_params, pruned),
     }
     goals = ("", "", "1.05", "1.02", "1.10", "1.10", "1.10")
     seconds = interleaved(functions, repeats)
     base = seconds["plain optax step"]
     rows = [_row(name, seconds[name], base, goal) for name, goal in zip(functions, goals)]
-    selection = interleaved({"select": lambda: select(grads, params)}, repeats)["select"]
+    selection = interleaved({"select": lambda: select(grads, fresh, params)}, repeats)["select"]
     name = f"selection, {len(plan.layers)} layers, {_PATTERNS} patterns, compiled"
     return [*rows, _row(name, selection, None, "under 1 s on 2 cores")]
 
@@ -290,11 +289,11 @@ def measure_loop(net: str, width: float, batch_size: int, repeats: int) -> list[
 
 
 def _epoch_runner(trainer: Trainer) -> Callable[[], Any]:
-    state, masks = trainer.init(0)
+    state = trainer.init(0)
 
     def call() -> Any:
         nonlocal state
-        state, _, metrics = trainer.run_epoch(state, masks, 0, 0)
+        state, metrics = trainer.run_epoch(state, 0, 0)
         return metrics
 
     return call

@@ -19,15 +19,12 @@ import numpy as np
 
 import clicktrain_jax as ct
 from clicktrain_jax import models
-from clicktrain_jax.encoding import encode, fill_masks
-from clicktrain_jax.phases import Phase
-from clicktrain_jax.selection import select_layers
+from clicktrain_jax.states import fill_masks
 from experiments import configs
 from experiments.configs.base import PruneConfig, TrainConfig
 from experiments.data import Dataset
 from experiments.pruned_phase import gaining_structures
-from experiments.step import Trainer, decode
-from experiments.train_state import Held
+from experiments.step import Trainer
 from pallas_kernels import native
 
 TARGET = 8.0
@@ -76,24 +73,24 @@ def measure(
     functions: dict[str, Callable[[], Any]] = {}
     tile_of: dict[str, Tile] = {}
 
-    def add(name: str, of: Trainer, phase: Phase, state: Any, held: Any, way: str = "dense") -> None:
-        program, args = jax.jit(of.update_step(phase, batch_size, way=way)), arguments(of)
-        functions[name] = lambda: program(state, *args, held)
+    def add(name: str, of: Trainer, kind: str, state: Any, structures: Any, way: str = "dense") -> None:
+        program, args = jax.jit(of.update_step(kind, batch_size, way)), arguments(of)
+        functions[name] = lambda: program(state, *args, structures)
 
     trainers = {form: random_trainer(*size, form, tiles[0], target) for form in names}
-    state, _ = trainers["direct"].init(0)
+    state = trainers["direct"].init(0)
     for form, trainer in trainers.items():
-        add(f"dense, {names[form]}", trainer, Phase.DENSE, state, None)
+        add(f"dense, {names[form]}", trainer, "dense", state, {})
     ways = {"pattern": "NHWC"} | ({} if jax.default_backend() == "cpu" else {"pattern_hwnc": "HWNC"})
     for tile in tiles:
         trainer = random_trainer(*size, "direct", tile, target)
-        pruned, masks, structures = pruned_state(trainer)
+        pruned, structures = pruned_state(trainer)
         # On a CPU it costs what a dense step costs, and there are many rows.
         if jax.default_backend() != "cpu" and tile == tiles[0]:
-            add("pruned, dense under masks", trainer, Phase.PRUNED, pruned, Held(masks, {}))
+            add("pruned, dense under masks", trainer, "pruned", pruned, {})
         for way, layout in ways.items() if structures else ():
             name = f"pruned, by pattern in tiles of {tile}, {layout}"
-            add(name, trainer, Phase.PRUNED, pruned, Held(masks, structures), way)
+            add(name, trainer, "pruned", pruned, structures, way)
             tile_of[name] = tile
     if not tile_of:
         raise ValueError(f"{net} in tiles of {', '.join(map(str, tiles))}: no layer gains by its structure")
@@ -133,31 +130,27 @@ def follow(config: TrainConfig, dataset: Dataset, steps: int) -> dict[str, list[
     ):
         loop = dataclasses.replace(config.loop, convolution=form)
         trainer = Trainer(dataclasses.replace(config, loop=loop), dataset)
-        state, masks, structures = pruned_state(trainer)
-        held = Held(masks, structures if way == "pattern" else {})
-        program = jax.jit(trainer.update_step(Phase.PRUNED, config.batch_size, way=way))
+        state, structures = pruned_state(trainer)
+        held = structures if way == "pattern" else {}
+        program = jax.jit(trainer.update_step("pruned", config.batch_size, way))
         metrics, data, order, _, key = arguments(trainer)
         losses[name] = []
         for step in range(steps):
             index = np.int32(step % trainer.steps_per_epoch)
-            state, metrics, _ = program(state, metrics, data, order, index, key, held)
+            state, metrics = program(state, metrics, data, order, index, key, held)
             losses[name].append(float(metrics[index, 0]))
     return losses
 
 
-def pruned_state(trainer: Trainer) -> tuple[Any, Any, dict[str, Any]]:
-    """``(state, masks, structures)`` after a selection from random scores with heavy tails, as scores have."""
-    state, encoded = trainer.init(0)
+def pruned_state(trainer: Trainer) -> tuple[Any, dict[str, Any]]:
+    """``(state, structures)`` after a selection from random scores with heavy tails, as scores have."""
+    state = trainer.init(0)
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(state.params))))
     scores = jax.tree.map(lambda leaf: jnp.exp(2 * jax.random.normal(next(keys), leaf.shape)), state.params)
-
-    def select(tree: Any) -> dict[str, Any]:
-        return {name: encode(choice) for name, choice in select_layers(tree, trainer.plan, trainer.patterns).items()}
-
-    encoded = fill_masks(encoded, jax.jit(select)(scores))
-    masks = decode(encoded)
-    pruned = state._replace(params=ct.apply_masks(state.params, masks))
-    return pruned, masks, gaining_structures(encoded, trainer.plan)
+    masks = jax.jit(lambda tree: ct.select_masks(tree, trainer.plan, trainer.patterns))(scores)
+    held = state.opt_state._replace(masks=fill_masks(state.opt_state.masks, masks.layers))
+    pruned = state._replace(params=ct.apply_masks(state.params, masks), opt_state=held)
+    return pruned, gaining_structures(masks, trainer.plan)
 
 
 def random_trainer(

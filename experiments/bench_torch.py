@@ -98,7 +98,7 @@ def run(
             "each, and 0 or more workers"
         )
     trainer = make_trainer(net, width, batch_size, images)
-    state, _ = trainer.init(0)
+    state = trainer.init(0)
     loads, begin = [os.getloadavg()], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         hand_over(trainer, state, Path(folder), threads=cores, workers=workers)
@@ -216,7 +216,7 @@ def ways(trainer: Trainer, state: Any, torch_loop: Any) -> dict[str, Callable[[]
     def ours() -> float:
         nonlocal state, epoch
         compiled, begin = trainer.compile_seconds, time.perf_counter()
-        state, _, metrics = trainer.run_epoch(state, None, epoch, 0)
+        state, metrics = trainer.run_epoch(state, epoch, 0)
         jax.block_until_ready(state)
         seconds = time.perf_counter() - begin - (trainer.compile_seconds - compiled)
         epoch += 1

@@ -108,8 +108,7 @@ class ChannelPruning:
             batch_stats=narrow(host.batch_stats, kept, self._nodes, prefix=_STATS),
             opt_state=narrow(host.opt_state, kept, self._nodes, prefix=_PARAMS),
         )
-        dense = jax.tree.map(lambda _: None, host.params)
-        report = ct.report(host.params, ct.Masks(dense, dense), output_sizes=self._output_sizes)
+        report = ct.report(host.params, None, output_sizes=self._output_sizes)
         facts = {
             "channels": widths(kept),
             "conv_weights": report.conv_weights,

@@ -8,7 +8,6 @@ import jax
 
 import clicktrain_jax as ct
 from clicktrain_jax import models
-from clicktrain_jax.encoding import decode_masks
 from clicktrain_jax.phases import Phase
 from experiments.configs.base import TrainConfig
 
@@ -31,27 +30,24 @@ def conv_work(net: str, width: float) -> tuple[int, int]:
     return weights, sum(math.prod((*layer.output_size, *layer.kernel_shape)) for layer in by_path.values())
 
 
-def multiply_adds(trainer: Any, state: Any, epoch: int, encoded: Any) -> int:
-    """Of an epoch's updates as they were run, forward and backward: three times the forward ones.
+def multiply_adds(trainer: Any, state: Any) -> int:
+    """Of the last epoch's updates as they were run, forward and backward: three times the forward ones.
 
     Args:
         trainer: `experiments.step.Trainer`, after the epoch.
-        state: its state; a narrowed net counts as it is.
-        epoch: from 0.
-        encoded: masks as the state holds them; layers that ran by pattern count what they retain.
+        state: its state; a narrowed net counts as it is, layers that ran by pattern count what they retain.
     """
-    none = ct.Masks(*(jax.tree.map(lambda _: None, state.params) for _ in range(2)))
     sizes = models.output_sizes(trainer.model, trainer.image_shape)
-    dense = ct.report(state.params, none, output_sizes=sizes).multiply_adds
+    dense = ct.report(state.params, None, output_sizes=sizes).multiply_adds
     images = {True: 0, False: 0}
-    for phase, _, first, end in trainer.segments(epoch):
+    for phase, _, first, end in trainer.ran:
         images[phase == Phase.PRUNED] += sum(
             (stop - begin) * batch for begin, stop, batch in trainer.by_batch_size(first, end)
         )
     choice, pruned = trainer.pruned.choice, dense
     if images[True] and choice is not None and choice.layers:
         by_pattern = set(choice.layers)
-        retained = ct.report(state.params, decode_masks(encoded), output_sizes=sizes)
+        retained = ct.report(state.params, trainer.masks(state), output_sizes=sizes)
         pruned = sum(
             (layer.retained_multiply_adds if layer.name in by_pattern else layer.multiply_adds) or 0
             for layer in retained.layers

@@ -81,13 +81,13 @@ def _fork(config: TrainConfig, run: RunFolder, trunk: Path, epochs: int, dataset
         raise ValueError(f"{trunk} is no dense run of {config.name}: its {field} is {theirs!r}, the cell's {ours!r}")
     RunFolder(trunk).check(dense, dataset.fingerprint)
     compiled_before = trainer.compile_seconds
-    state, masks = trainer.init(config.seed)
+    state = trainer.init(config.seed)
     compiling = trainer.compile_seconds - compiled_before
-    shared, _ = _restore(dense, trunk, epochs, dataset)
+    shared = _restore(dense, trunk, epochs, dataset)
     # By field: a state may hold more in a pruned run.
     state = state._replace(
         **{name: getattr(shared, name) for name in ("step", "params", "batch_stats")},
-        opt_state=_adopted(state.opt_state, shared),
+        opt_state=_adopted(state.opt_state, shared.opt_state, shared.step),
     )
     run.open(config, dataset.fingerprint)
     path = run.path / "setting.json"
@@ -100,19 +100,20 @@ def _fork(config: TrainConfig, run: RunFolder, trunk: Path, epochs: int, dataset
         run.append_metrics(line | {"compile_seconds": compiling if line["epoch"] == 0 else 0.0})
     # Last: with a checkpoint the fork is complete, without one it is made anew.
     checkpoints = Checkpoints(run.checkpoints, config.loop.keep_checkpoints)
-    checkpoints.save(epochs, (state, masks))
+    checkpoints.save(epochs, state)
     checkpoints.close()
 
 
-def _adopted(fresh: Any, shared: Any) -> Any:
-    """An optimizer state as if its transformation had done nothing but count so far."""
+def _adopted(fresh: Any, shared: Any, step: Any) -> Any:
+    """An optimizer state as if the transformations around the shared one had done nothing but count so far."""
     if "inner_state" not in getattr(fresh, "_fields", ()):
-        return shared.opt_state
-    return fresh._replace(count=jax.numpy.asarray(shared.step, fresh.count.dtype), inner_state=shared.opt_state)
+        return shared
+    inner = _adopted(fresh.inner_state, shared, step)
+    return fresh._replace(count=jax.numpy.asarray(step, fresh.count.dtype), inner_state=inner)
 
 
 def _restore(dense: TrainConfig, trunk: Path, epochs: int, dataset: Dataset) -> Any:
-    """``(state, masks)`` of a dense run after so many epochs."""
+    """The state of a dense run after so many epochs."""
     trainer = Trainer(dense, dataset)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = jax.tree.map(

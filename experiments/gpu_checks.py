@@ -117,10 +117,10 @@ def check_resume(smoke: bool, packed: str | None) -> dict[str, Any]:
         pass
 
     class Stopping(Trainer):
-        def run_epoch(self, state: Any, encoded: Any, epoch: int, *rest: Any, **options: Any) -> Any:
+        def run_epoch(self, state: Any, epoch: int, *rest: Any, **options: Any) -> Any:
             if epoch == 3:
                 raise Stop
-            return super().run_epoch(state, encoded, epoch, *rest, **options)
+            return super().run_epoch(state, epoch, *rest, **options)
 
     trainer = Stopping(config, dataset)
     with tempfile.TemporaryDirectory() as folder:
@@ -160,13 +160,13 @@ def measure_training(smoke: bool, packed: str | None) -> dict[str, Any]:
         for precision in ("bfloat16", "float32"):
             config = dataclasses.replace(configs.get(name), precision=precision, width=0.125 if smoke else 1.0)
             trainer = Trainer(config, dataset)
-            state, masks = trainer.init(0)
+            state = trainer.init(0)
             # Mixup is on in both: it begins with the prune, also in the dense run.
             epoch = config.mixup_epoch + 1
             seconds = []
             for _ in range(3):
                 start = time.perf_counter()
-                state, masks, _ = trainer.run_epoch(state, masks, epoch, 0)
+                state, _ = trainer.run_epoch(state, epoch, 0)
                 seconds.append(time.perf_counter() - start)
             # The first epoch compiles.
             rates[f"{name}, {precision}"] = len(dataset.train_labels) / min(seconds[1:])

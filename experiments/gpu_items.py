@@ -17,7 +17,6 @@ import numpy as np
 import clicktrain_jax as ct
 import pallas_kernels as pk
 from clicktrain_jax import models
-from clicktrain_jax.phases import Phase
 from experiments import bench_conv, bench_step, configs, loop
 from experiments.configs import TrainConfig, price
 from experiments.conv_ways import DIRECTIONS, Way, make_problem, ways
@@ -26,7 +25,6 @@ from experiments.device_time import device_time
 from experiments.pruned_phase import structure_names
 from experiments.records import read_json, write_json
 from experiments.step import update_loop
-from experiments.train_state import Held
 from pallas_kernels.pattern_conv import cases
 
 Outcome = Iterator[dict[str, Any]]
@@ -58,16 +56,15 @@ def steps(batch: int, tile: tuple[int, int], ways: tuple[str, ...], out: Path, s
         net, width, updates, batch, tile = "vgg11", 0.125, 2, 8, (4, 1)
         ways = tuple("pattern" if way == "pattern_hwnc" else way for way in ways)
     trainer = bench_step.random_trainer(net, width, batch, "bfloat16", "xla", tile, 8.0, updates=updates)
-    state, _ = trainer.init(0)
-    pruned, masks, structures = bench_step.pruned_state(trainer)
+    state = trainer.init(0)
+    pruned, structures = bench_step.pruned_state(trainer)
     metrics, data, order, _, key = bench_step.arguments(trainer)
-    work = ct.report(pruned.params, masks, output_sizes=models.output_sizes(trainer.model, trainer.image_shape))
+    sizes = models.output_sizes(trainer.model, trainer.image_shape)
+    work = ct.report(pruned.params, trainer.masks(pruned), output_sizes=sizes)
     rows, programs = [], {}
     # Ours first: while others compile theirs nothing disturbs them, whereas what chooses kernels by trying wants quiet.
     for way in sorted(ways, key=lambda way: way == "dense"):
-        phase, begin, held = (Phase.DENSE, state, None) if way == "dense" else (
-            Phase.PRUNED, pruned, Held(masks, structures)
-        )
+        kind, begin, held = ("dense", state, {}) if way == "dense" else ("pruned", pruned, structures)
         row = {
             "net": net, "width": width, "batch": batch, "tile": list(tile), "way": way, "precision": "bfloat16",
             "conv_compression": 1.0 if way == "dense" else work.conv_compression,
@@ -79,7 +76,7 @@ def steps(batch: int, tile: tuple[int, int], ways: tuple[str, ...], out: Path, s
         arguments = (begin, metrics, data, order, np.int32(0), np.int32(updates), key, held)
         with _device(out, alone=way == "dense"):
             start = time.perf_counter()
-            lowered = jax.jit(update_loop(trainer.update_step(phase, batch, way=way))).lower(*arguments)
+            lowered = jax.jit(update_loop(trainer.update_step(kind, batch, way))).lower(*arguments)
             programs[way] = lowered.compile(pk.compiler_options("bfloat16")), arguments
             row["compile_seconds"] = time.perf_counter() - start
         yield {"steps": rows}

@@ -27,7 +27,7 @@ import numpy as np
 
 import clicktrain_jax as ct
 from clicktrain_jax import models
-from clicktrain_jax.phases import Phase
+from clicktrain_jax.states import fill_masks
 from clicktrain_jax.trees import named_leaves
 from experiments import configs
 from experiments.configs import TrainConfig
@@ -39,7 +39,7 @@ from experiments.parts import Parts, plain
 from experiments.recipe import make_optimizer, prune_rules
 from experiments.records import setting, write_json
 from experiments.step import Trainer
-from experiments.train_state import Held, TrainState
+from experiments.train_state import TrainState
 
 _NETS = ("slim-vgg11-cifar10-dense", "slim-vgg11-cifar10-8.6x")
 GRADIENT_CRITERIA = ("taylor", "group_taylor")
@@ -218,7 +218,7 @@ class _Bench:
     def nets_of(self, seed: int) -> list[dict[str, Any]]:
         """The measurements on each checkpoint of one training run."""
         nets = []
-        state = self.trainer.init(seed)[0]
+        state = self.trainer.init(seed)
         done = 0
         for epochs in self.study.checkpoint_epochs:
             state = self._trained(state, seed, done, epochs)
@@ -238,7 +238,7 @@ class _Bench:
         def compute() -> dict[str, np.ndarray]:
             nonlocal state
             for epoch in range(first, end):
-                state, _, metrics = self.trainer.run_epoch(state, None, epoch, seed)
+                state, metrics = self.trainer.run_epoch(state, epoch, seed)
                 if not np.isfinite(metrics[:, 0]).all():
                     raise ValueError(f"seed {seed}: the loss is not finite in epoch {epoch}; lower learning_rate")
                 self.parts.passed(self.costs["train"], f"seed {seed}: epoch {epoch} trained")
@@ -320,7 +320,7 @@ class _Bench:
         )
         tuner.optimizer = make_optimizer(tuner.config, self._full_batches)
         tuner.updates = ct.phase_updates(tuner.optimizer, self.plan, coeff=0.0, patterns=self.patterns)
-        return jax.jit(tuner.update_step(Phase.PRUNED, tuner.config.batch_size), donate_argnums=0), tuner
+        return jax.jit(tuner.update_step("pruned", tuner.config.batch_size), donate_argnums=0), tuner
 
     def _masks(self, state: TrainState, seed: int, cell: tuple[str, int | None], means: Any) -> ct.Masks:
         name, _ = cell
@@ -340,9 +340,10 @@ class _Bench:
             tuner = self.tuner
             masks = self._masks(state, seed, cell, means)
             params, statistics = jax.tree.map(jnp.copy, (ct.apply_masks(state.params, masks), state.batch_stats))
+            held = tuner.updates.init(params)
             pruned = state._replace(
                 step=jnp.zeros([], jnp.int32), params=params, batch_stats=statistics,
-                opt_state=tuner.optimizer.init(params),
+                opt_state=held._replace(masks=fill_masks(held.masks, masks.layers)),
             )
             before = tuner.evaluate(pruned)[1]
             metrics = jnp.zeros((tuner.steps_per_epoch, 2), jnp.float32)
@@ -351,8 +352,8 @@ class _Bench:
                 # The same order, crops and flips in every cell of a seed: their differences are paired.
                 order = jax.random.permutation(jax.random.fold_in(key, epoch), len(tuner.train_data.labels))
                 for index in range(self._full_batches):
-                    pruned, metrics, _ = self.tune_step(
-                        pruned, metrics, tuner.train_data, order, np.int32(index), key, Held(masks, {})
+                    pruned, metrics = self.tune_step(
+                        pruned, metrics, tuner.train_data, order, np.int32(index), key, {}
                     )
             report = ct.report(pruned.params, masks)
             loss, top1 = tuner.evaluate(pruned)

@@ -1,6 +1,7 @@
 """The host side of a run: epochs, evaluation, records, checkpoints, resuming and stopping."""
 
 import contextlib
+import dataclasses
 import math
 import signal
 import sys
@@ -15,7 +16,6 @@ import numpy as np
 
 import clicktrain_jax as ct
 from clicktrain_jax import models
-from clicktrain_jax.encoding import decode_masks
 from experiments.checkpoints import Checkpoints, digest
 from experiments.configs.base import TrainConfig, to_dict
 from experiments.costs import multiply_adds
@@ -71,16 +71,16 @@ def train(
     # Whatever is wrong with the config shows here, before anything is written.
     trainer = trainer or Trainer(config, dataset)
     compiled_before = trainer.compile_seconds
-    state, masks = trainer.init(config.seed)
+    state = trainer.init(config.seed)
     compiled_for_init = trainer.compile_seconds - compiled_before
     folder.open(config, dataset.fingerprint)
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(folder.checkpoints, config.loop.keep_checkpoints)
         stack.callback(checkpoints.close)
         saved = 0
-        restored = checkpoints.restore_newest(template(trainer, folder, (state, masks)))
+        restored = checkpoints.restore_newest(template(trainer, folder, state))
         if restored is not None:
-            saved, (state, masks) = restored
+            saved, state = restored
         lines = folder.keep_epochs(saved)
         # A resumed run goes on in the way that it began, whatever would be measured now.
         before = _pruned_convolution(lines)
@@ -91,7 +91,7 @@ def train(
         for epoch in range(saved, config.total_epochs):
             on_step = _watch(bar, stop, trainer.steps_per_epoch, saved)
             try:
-                state, masks, line = _epoch(trainer, state, masks, epoch, config, on_step)
+                state, line = _epoch(trainer, state, epoch, config, on_step)
             except NonFinite as error:
                 raise NonFiniteLoss(
                     f"{config.name}: {error} in epoch {epoch}. The newest checkpoint, of {saved} whole epochs, is kept "
@@ -102,20 +102,20 @@ def train(
             folder.append_metrics(line)
             lines.append(line)
             if stop.signal_number is not None or _due(epoch, config.loop.checkpoint_every_epochs, config):
-                checkpoints.save(epoch + 1, (state, masks))
+                checkpoints.save(epoch + 1, state)
                 saved = epoch + 1
             events(line)
             bar.set_postfix(loss=f"{line['train_loss']:.3f}", top1=f"{100 * line.get('eval_top1', math.nan):.2f}")
             if epoch + 1 < config.total_epochs:
                 stop.check(saved)
-        summary = summarise(trainer, config, state, masks, lines)
+        summary = summarise(trainer, config, state, lines)
         folder.write_summary(summary)
         # One that came during the last epoch: the run is complete, but whoever sent it wants no further one.
         stop.check(saved)
     return summary
 
 
-def template(trainer: Trainer, folder: RunFolder, fresh: tuple[TrainState, Any]) -> Any:
+def template(trainer: Trainer, folder: RunFolder, fresh: TrainState) -> Any:
     """What `experiments.checkpoints.Checkpoints.restore_newest` wants for a run.
 
     Args:
@@ -128,10 +128,9 @@ def template(trainer: Trainer, folder: RunFolder, fresh: tuple[TrainState, Any])
         return fresh
     facts = {line["epoch"]: line["channels"] for line in read_metrics(folder.path) if "channels" in line}
 
-    def shaped(epochs_done: int) -> tuple[TrainState, Any]:
+    def shaped(epochs_done: int) -> TrainState:
         past = [epoch for epoch in facts if epoch < epochs_done]
-        state, masks = fresh
-        return (channels.template(state, facts[max(past)]) if past else state), masks
+        return channels.template(fresh, facts[max(past)]) if past else fresh
 
     return shaped
 
@@ -156,20 +155,22 @@ def _due(epoch: int, every: int, config: TrainConfig) -> bool:
 
 
 def _epoch(
-    trainer: Trainer, state: TrainState, masks: Any, epoch: int, config: TrainConfig, on_step: Callable[[int], None]
-) -> tuple[TrainState, Any, dict[str, Any]]:
+    trainer: Trainer, state: TrainState, epoch: int, config: TrainConfig, on_step: Callable[[int], None]
+) -> tuple[TrainState, dict[str, Any]]:
     compiled_before, start = trainer.compile_seconds, time.perf_counter()
     state, reconfigured = trainer.between_epochs(state, epoch)
-    state, masks, metrics = trainer.run_epoch(state, masks, epoch, config.seed, on_step)
+    state, metrics = trainer.run_epoch(state, epoch, config.seed, on_step)
     compiled = trainer.compile_seconds - compiled_before
     line: dict[str, Any] = {
         "epoch": epoch,
-        "phases": list(dict.fromkeys(phase.name.lower() for phase, *_ in trainer.segments(epoch))),
+        "phases": list(dict.fromkeys(phase.name.lower() for phase, *_ in trainer.ran)),
         "train_loss": float(metrics[:, 0].mean()),
         "train_top1": float(metrics[:, 1].mean()),
         "train_seconds": time.perf_counter() - start - compiled,
     }
-    line["training_multiply_adds"] = multiply_adds(trainer, state, epoch, masks)
+    line["training_multiply_adds"] = multiply_adds(trainer, state)
+    if "select" in line["phases"]:
+        line["selection"] = _selection(state)
     if reconfigured is not None:
         line["channels"] = reconfigured
     if trainer.pruned.choice is not None and "pruned" in line["phases"]:
@@ -188,16 +189,14 @@ def _epoch(
         line["eval_seconds"] = time.perf_counter() - start - eval_compiled
         compiled += eval_compiled
     line["compile_seconds"] = compiled
-    return state, masks, line
+    return state, line
 
 
 def summarise(
-    trainer: Trainer, config: TrainConfig, state: TrainState, encoded: Any, lines: list[dict[str, Any]]
+    trainer: Trainer, config: TrainConfig, state: TrainState, lines: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The facts of a finished run. Accuracies are fractions, times are seconds."""
-    masks = trainer.masks(state, encoded)
-    if masks is None:
-        masks = ct.Masks(*(jax.tree.map(lambda _: None, state.params) for _ in range(2)))
+    masks = trainer.masks(state)
     sizes = models.output_sizes(trainer.model, trainer.image_shape)
     report = ct.report(state.params, masks, output_sizes=sizes)
     evaluated = [line for line in lines if "eval_top1" in line]
@@ -237,7 +236,7 @@ def summarise(
                 "shape": list(layer.shape),
                 "retained": layer.retained,
                 "kernels_removed": layer.kernels_removed,
-                "pattern_counts": _pattern_counts(encoded, layer.name),
+                "pattern_counts": _pattern_counts(masks, layer.name),
             }
             for layer in report.convs
         ],
@@ -249,7 +248,8 @@ def summarise(
         "training_bytes": trainer.program_bytes,
         "pruned_convolution": _pruned_convolution(lines),
         "params_sha256": digest(state.params),
-        "masks_sha256": _masks_digest(trainer, state, encoded),
+        "masks_sha256": None if masks is None else digest(masks),
+        "selection": None if trainer.updates is None else _selection(state),
     }
 
 
@@ -264,9 +264,10 @@ def method_name(config: TrainConfig) -> str:
     return "dense" if config.prune is None else "clicktrain"
 
 
-def _masks_digest(trainer: Trainer, state: TrainState, encoded: Any) -> str | None:
-    masks = encoded if encoded is not None else trainer.masks(state, None)
-    return None if masks is None else digest(masks)
+def _selection(state: TrainState) -> dict[str, Any]:
+    """`clicktrain_jax.status` as plain data."""
+    status = ct.status(state.opt_state)
+    return dataclasses.asdict(status) | {"by_magnitude": list(status.by_magnitude)}
 
 
 def _pruned_convolution(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -274,17 +275,14 @@ def _pruned_convolution(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
     return next((line["convolution"] for line in lines if "convolution" in line), None)
 
 
-def _pattern_counts(encoded: Any, name: str) -> dict[str, int] | None:
+def _pattern_counts(masks: ct.Masks | None, name: str) -> dict[str, int] | None:
     """How many of a layer's kept kernels use each pattern, by the pattern's text."""
-    node = encoded
-    for key in name.split("/") if encoded is not None else ():
-        node = node[key]
-    if node is None or node.pattern_ids is None:
+    layer = None if masks is None else masks.layers.get(name)
+    if getattr(layer, "pattern_ids", None) is None:
         return None
-    kept = np.asarray(decode_masks(node).kernel)[0, 0]
-    ids = np.asarray(node.pattern_ids)[kept]
-    texts = [ct.patterns.to_text(pattern) for pattern in np.asarray(node.patterns)]
-    return dict(zip(texts, np.bincount(ids, minlength=len(texts)).tolist()))
+    ids, kernel, patterns = jax.device_get(layer)
+    counts = np.bincount(ids[kernel], minlength=len(patterns)).tolist()
+    return dict(zip(map(ct.patterns.to_text, patterns), counts))
 
 
 class _NoBar(contextlib.nullcontext):

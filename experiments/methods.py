@@ -14,7 +14,7 @@ import optax
 
 import clicktrain_jax as ct
 from clicktrain_jax import baselines, models
-from clicktrain_jax.trees import map_named, named_leaves
+from clicktrain_jax.trees import named_leaves
 from experiments.channel_pruning import ChannelPruning
 from experiments.configs.base import TrainConfig
 
@@ -86,12 +86,6 @@ def make_method(
             baselines.rigl, inner, plan, drop_fraction=sparse.drop_fraction, **settings
         ))
     return Method(wrapped, masks=lambda params, opt_state: baselines.masks_of(opt_state))
-
-
-def as_masks(params: Any, by_name: dict[str, Any]) -> ct.Masks:
-    """Masks of single weights as `clicktrain_jax.Masks`: no patterns, "kernels" as the weights are kept."""
-    none = jax.tree.map(lambda _: None, params)
-    return ct.Masks(none, map_named(lambda name, _: by_name.get(name), params))
 
 
 def _rigl(make: Callable[..., Any]) -> Any:

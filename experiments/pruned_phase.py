@@ -15,9 +15,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+import clicktrain_jax as ct
 import pallas_kernels as pk
 from clicktrain_jax.deploy.structures import structures as make_structures
-from clicktrain_jax.encoding import decode_masks
 from clicktrain_jax.masks import combine
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.trees import map_named, path_keys
@@ -62,13 +62,12 @@ def structure_names(structures: dict[str, Any]) -> list[str]:
     return ["/".join(path_keys(path)) for path, _ in leaves]
 
 
-def gaining_structures(encoded: Any, plan: Plan) -> dict[str, Any]:
+def gaining_structures(masks: ct.Masks, plan: Plan) -> dict[str, Any]:
     """The structures of all layers that should gain by them, as a linen collection.
 
     A layer whose kernels choose their own patterns among a tile's superset is run by the superset: what it computes
     beyond the masks is multiplied by weights that are zero.
     """
-    masks = combine(decode_masks(encoded))
     layers = plan.by_name()
 
     def widened(name: str, mask: Any) -> np.ndarray | None:
@@ -76,7 +75,7 @@ def gaining_structures(encoded: Any, plan: Plan) -> dict[str, Any]:
             return None
         return _shared(np.asarray(mask), layers[name].tile if layers[name].superset is not None else (1, 1))
 
-    found = make_structures(map_named(widened, masks))
+    found = make_structures(map_named(widened, combine(masks)))
     return _gaining(found)
 
 
@@ -94,7 +93,7 @@ class PrunedPhase:
         self.configured, self.asked, self.plan, self.facts = asked, asked, plan, dict(facts)
         self.ways: tuple[Way, ...] = ("dense", "pattern", "pattern_hwnc") if hwnc else ("dense", "pattern")
         self.waited_seconds = 0.0
-        self._masks: Any = None
+        self._known: Any = None
         self.choice: Choice | None = None
         self._candidates: tuple[Way, ...] = ()
         self._structures: dict[str, Any] = {}
@@ -106,21 +105,22 @@ class PrunedPhase:
         if self._compiling is not None:
             self._compiling.join()
         self._compiling, self._failure = None, None
-        self.asked, self._masks, self.choice = way or self.configured, None, None
+        self.asked, self._known, self.choice = way or self.configured, None, None
 
-    def prepare(self, encoded: Any, compile_way: Callable[[Way, dict[str, Any]], None]) -> None:
+    def prepare(self, known: Any, masks: ct.Masks, compile_way: Callable[[Way, dict[str, Any]], None]) -> None:
         """Start compiling what may be needed, for these masks; does nothing when they are known.
 
         Args:
-            encoded: masks as the state holds them.
+            known: what tells these masks from those of other runs and selections.
+            masks: of the run.
             compile_way: compiles the pruned update of a way; is called from another thread.
         """
-        if encoded is self._masks:
+        if known == self._known:
             return
         start = time.perf_counter()
         self._wait()
-        self._masks, self.choice = encoded, None
-        self._structures = {} if self.asked == "dense" else gaining_structures(encoded, self.plan)
+        self._known, self.choice = known, None
+        self._structures = {} if self.asked == "dense" else gaining_structures(masks, self.plan)
         if not self._structures:
             self.choice = Choice("dense", {}, {}, "asked for" if self.asked == "dense" else "estimated")
             return

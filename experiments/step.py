@@ -17,22 +17,24 @@ import clicktrain_jax as ct
 import pallas_kernels as pk
 from clicktrain_jax import models
 from clicktrain_jax.baselines import random_scores
-from clicktrain_jax.encoding import decode_masks, empty_masks, fill_masks
+from clicktrain_jax.masks import build_masks
 from clicktrain_jax.phases import Phase
-from clicktrain_jax.selection import num_patterns_of
-from clicktrain_jax.transform import empty_scores
 from experiments.configs.base import TrainConfig
 from experiments.costs import bytes_of, size_of
 from experiments.data import Dataset
-from experiments.methods import as_masks, make_method
+from experiments.methods import make_method
 from experiments.pruned_phase import Choice, PrunedPhase, Way, facts_of
 from experiments.recipe import make_models, make_optimizer, make_plan, pattern_source
-from experiments.train_state import Held, Images, NonFinite, TrainState
-from experiments.update import change_of, evaluation_of, gradient_of, importance_of, update_step
+from experiments.train_state import Images, TrainState
+from experiments.update import change_of, evaluation_of, gradient_of, update_step
 
 # Streams of random numbers, each folded into the run's key.
 _INIT, _ORDER = range(2)  # experiments.update has the third
 EVAL_BATCH = 500
+
+
+# (phase, gathers scores, first, end), updates counted from an epoch's start.
+Segment = tuple[Phase, bool, int, int]
 
 
 class Trainer:
@@ -41,6 +43,7 @@ class Trainer:
     Attributes:
         steps_per_epoch: updates an epoch.
         schedule: phases in updates; None for a dense run.
+        ran: the segments of the last epoch, as they were run.
         compile_seconds: host seconds spent in tracing and compiling so far.
         program_bytes: memory that the largest update compiled so far asks for, data set included.
     """
@@ -85,6 +88,7 @@ class Trainer:
         self.pruned = PrunedPhase(
             config.loop.pruned_convolution, self.plan, facts_of(config, self.plan), hwnc=not on_cpu
         )
+        self.ran: list[Segment] = []
         self.compile_seconds, self.program_bytes = 0.0, 0
         self._programs: dict[Any, Callable[..., Any]] = {}
 
@@ -110,88 +114,90 @@ class Trainer:
             importance_steps=prune.importance_steps,
         )
 
-    def fresh(self, key: jax.Array) -> tuple[TrainState, Any]:
-        """``(state, encoded masks)`` before the first update, as a pure function; the masks of a dense run are None."""
+    def fresh(self, key: jax.Array) -> TrainState:
+        """The state before the first update, as a pure function."""
         variables = self.model.init(key, jnp.zeros((1, *self.image_shape), jnp.float32), train=False)
         params = variables["params"]
-        scores, masks = {}, None
-        if self.plan is not None:
-            scores = empty_scores(self.plan, self.config.prune.importance_steps)
-            masks = empty_masks(params, self.plan, num_patterns_of(self.patterns))
-        start, stats = jnp.zeros([], jnp.int32), variables.get("batch_stats", {})
-        return TrainState(start, params, stats, self.optimizer.init(params), scores), masks
+        begin = self.optimizer.init if self.updates is None else self.updates.init
+        return TrainState(jnp.zeros([], jnp.int32), params, variables.get("batch_stats", {}), begin(params))
 
-    def init(self, seed: int) -> tuple[TrainState, Any]:
+    def init(self, seed: int) -> TrainState:
         """What `fresh` makes of a run's seed."""
         key = jax.random.fold_in(jax.random.key(seed), _INIT)
         return self._compiled(("init",), lambda: self.fresh, (key,), ())(key)
 
-    def segments(self, epoch: int) -> list[tuple[Phase, bool, int, int]]:
-        """The phases of an epoch: ``(phase, gathers scores, first, end)`` in updates counted from the epoch's start."""
+    def segments(self, epoch: int, done: int = 0, facts: tuple[int, int, int] | None = None) -> list[Segment]:
+        """The phases of an epoch after its first ``done`` updates.
+
+        Args:
+            epoch: from 0.
+            done: updates.
+            facts: ``(selected, pruned, gathered)`` of the state then; as planned when None.
+        """
         start = epoch * self.steps_per_epoch
         if self.schedule is None:
-            return [(Phase.DENSE, False, 0, self.steps_per_epoch)]
-        runs = self.schedule.segments(start, start + self.steps_per_epoch)
+            return [(Phase.DENSE, False, done, self.steps_per_epoch)]
+        runs = self.schedule.segments(start + done, start + self.steps_per_epoch, facts)
         return [(phase, gathers, first - start, end - start) for phase, gathers, first, end in runs]
 
+    def _facts(self, state: TrainState) -> tuple[int, int, int] | None:
+        """What has happened, on the host."""
+        if self.schedule is None:
+            return None
+        held = state.opt_state
+        return tuple(int(fact) for fact in jax.device_get((held.selected, held.pruned, held.gathered)))
+
     def run_epoch(
-        self, state: TrainState, encoded: Any, epoch: int, seed: int, on_step: Callable[[int], None] = lambda _: None
-    ) -> tuple[TrainState, Any, np.ndarray]:
+        self, state: TrainState, epoch: int, seed: int, on_step: Callable[[int], None] = lambda _: None
+    ) -> tuple[TrainState, np.ndarray]:
         """Train one epoch. ``state`` is donated: its buffers are gone afterwards.
 
         Args:
             state: at the epoch's start.
-            encoded: encoded masks, or None.
             epoch: from 0.
             seed: the run's.
             on_step: called on the host with the number of updates dispatched, between updates ("steps") or
                 between segments ("scan"); may raise to stop.
 
         Returns:
-            ``(state, encoded masks, metrics)``, metrics float32 (steps, 2): loss without group lasso, top-1.
-
-        Raises:
-            NonFinite: a score at the selection was not finite.
+            ``(state, metrics)``, metrics float32 (steps, 2): loss without group lasso, top-1.
         """
         key = jax.random.key(seed)
         order = _order(jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch), len(self.train_data.labels))
         metrics = jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
-        masks = None
-        for phase, gathers, first, end in self.segments(epoch):
-            if phase >= Phase.REGULARIZE and masks is None:
-                masks = self._timed(decode, encoded)
-            # A selecting update is an ordinary one, even when there are masks already.
-            held = Held(masks, {}) if phase >= Phase.REGULARIZE else None
-            way: Way = "dense"
-            if phase >= Phase.REGULARIZE:
-                self._prepare_pruned(encoded, state, metrics, order, key, masks)
-            if phase == Phase.PRUNED:
-                choice = self._choose_pruned(state, metrics, order, key, masks)
-                way, held = choice.way, Held(masks, choice.structures)
-            for begin, stop, batch in self.by_batch_size(first, end):
-                looped = self.scan and stop - begin > 1
-                if looped:
-                    args = (state, metrics, self.train_data, order, np.int32(begin), np.int32(stop), key, held)
-                    state, metrics, chosen = self._program(phase, gathers, batch, True, way, args)(*args)
-                    on_step(stop)
-                    continue
-                for index in range(begin, stop):
-                    args = (state, metrics, self.train_data, order, np.int32(index), key, held)
-                    state, metrics, chosen = self._program(phase, gathers, batch, False, way, args)(*args)
-                    on_step(index + 1)
-                if phase == Phase.SELECT:
-                    layers, finite = chosen
-                    if not finite:
-                        raise NonFinite("a score at the selection is not finite")
-                    encoded, masks = self._timed(fill_masks, encoded, layers), None
-        return state, encoded, np.asarray(metrics)
+        self.ran, facts = [], self._facts(state)
+        while not self.ran or self.ran[-1][3] < self.steps_per_epoch:
+            for segment in self.segments(epoch, self.ran[-1][3] if self.ran else 0, facts):
+                self.ran.append(segment)
+                state, metrics = self._run_segment(
+                    segment, (seed, facts and facts[0]), state, metrics, order, key, on_step
+                )
+                if segment[0] == Phase.SELECT:
+                    # Scores that are not finite put it off: what follows depends on whether masks stand.
+                    facts = self._facts(state)
+                    break
+        return state, np.asarray(metrics)
 
-    def _timed(self, work: Callable[..., Any], *args: Any) -> Any:
-        """What a run does once for its masks, most of it compiling: counted as that."""
-        start = time.perf_counter()
-        result = jax.block_until_ready(work(*args))
-        self.compile_seconds += time.perf_counter() - start
-        return result
+    def _run_segment(
+        self, segment: Segment, known: Any, state: TrainState, metrics: Any, order: Any, key: Any,
+        on_step: Callable[[int], None],
+    ) -> tuple[TrainState, Any]:
+        phase, gathers, first, end = segment
+        way, structures = "dense", {}
+        if phase >= Phase.REGULARIZE:
+            self._prepare_pruned(known, state, metrics, order, key)
+        if phase == Phase.PRUNED:
+            choice = self._choose_pruned(state, metrics, order, key)
+            way, structures = choice.way, choice.structures
+        kind = "gather" if gathers else phase.name.lower()
+        for begin, stop, batch in self.by_batch_size(first, end):
+            looped = self.scan and stop - begin > 1
+            for index in (begin,) if looped else range(begin, stop):
+                bounds = (np.int32(begin), np.int32(stop)) if looped else (np.int32(index),)
+                args = (state, metrics, self.train_data, order, *bounds, key, structures)
+                state, metrics = self._program(kind, batch, looped, way, args)(*args)
+                on_step(stop if looped else index + 1)
+        return state, metrics
 
     def compile_dense(self, state: TrainState) -> float:
         """Compile the dense phase's update, for a run that begins after it; returns the seconds."""
@@ -199,8 +205,8 @@ class Trainer:
         key, metrics = jax.random.key(0), jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
         order = _order(key, len(self.train_data.labels))
         batch = min(self.config.batch_size, len(self.train_data.labels))
-        args = (state, metrics, self.train_data, order, *self._few_updates(), key, None)
-        self._program(Phase.DENSE, False, batch, self.scan, "dense", args, True)
+        args = (state, metrics, self.train_data, order, *self._few_updates(), key, {})
+        self._program("dense", batch, self.scan, "dense", args, True)
         self.compile_seconds = before + time.perf_counter() - start
         return self.compile_seconds - before
 
@@ -228,12 +234,12 @@ class Trainer:
             return state, None
         return channels.reconfigure(state)
 
-    def masks(self, state: TrainState, encoded: Any) -> ct.Masks | None:
+    def masks(self, state: TrainState) -> ct.Masks | None:
         """The masks of a run in any phase, of whichever method; None for a dense one."""
-        if encoded is not None:
-            return decode(encoded)
+        if self.updates is not None:
+            return ct.masks_of(state.opt_state)
         by_name = self.method.masks(state.params, state.opt_state)
-        return as_masks(state.params, by_name) if by_name else None
+        return build_masks(state.params, {name: (None, mask) for name, mask in by_name.items()}) if by_name else None
 
     def variables(self, state: TrainState) -> dict[str, Any]:
         """What the net answers with, as for `flax.linen.Module.apply`: 2:4 keeps more weights than it computes with."""
@@ -246,36 +252,35 @@ class Trainer:
         parts = [(first, min(end, full), self.config.batch_size), (max(first, full), end, self.tail)]
         return [(begin, stop, batch) for begin, stop, batch in parts if begin < stop]
 
-    def _prepare_pruned(self, encoded: Any, state: Any, metrics: Any, order: Any, key: Any, masks: Any) -> None:
+    def _prepare_pruned(self, known: Any, state: Any, metrics: Any, order: Any, key: Any) -> None:
         """Have the pruned phase's programs compiled in the background, while the phases before it train."""
         if self.schedule.prune_step + 1 >= self.config.total_epochs * self.steps_per_epoch:
             return  # no update follows the prune
         batch = min(self.config.batch_size, len(self.train_data.labels))
 
         def compile_way(way: Way, structures: dict[str, Any]) -> None:
-            args = (*shapes, Held(mask_shapes, structures))
-            self._program(Phase.PRUNED, False, batch, self.scan, way, args, True)
+            self._program("pruned", batch, self.scan, way, (*shapes, structures), True)
 
         # Shapes alone: the arrays themselves are donated meanwhile.
-        shapes, mask_shapes = jax.tree.map(
+        shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype),
-            ((state, metrics, self.train_data, order, *self._few_updates(), key), masks),
+            (state, metrics, self.train_data, order, *self._few_updates(), key),
         )
         before = self.pruned.waited_seconds
-        self.pruned.prepare(encoded, compile_way)
+        self.pruned.prepare(known, self.masks(state), compile_way)
         self.compile_seconds += self.pruned.waited_seconds - before
 
     def _few_updates(self) -> tuple[np.int32, ...]:
         """Which updates are timed: the first one, or the first few of an epoch's loop."""
         return (np.int32(0), np.int32(min(3, self.steps_per_epoch))) if self.scan else (np.int32(0),)
 
-    def _choose_pruned(self, state: Any, metrics: Any, order: Any, key: Any, masks: Any) -> Choice:
+    def _choose_pruned(self, state: Any, metrics: Any, order: Any, key: Any) -> Choice:
         batch = min(self.config.batch_size, len(self.train_data.labels))
 
         def run(way: Way, structures: dict[str, Any]) -> None:
             copies = jax.tree.map(jnp.copy, (state, metrics))
-            args = (*copies, self.train_data, order, *self._few_updates(), key, Held(masks, structures))
-            jax.block_until_ready(self._program(Phase.PRUNED, False, batch, self.scan, way, args)(*args))
+            args = (*copies, self.train_data, order, *self._few_updates(), key, structures)
+            jax.block_until_ready(self._program("pruned", batch, self.scan, way, args)(*args))
 
         before = self.pruned.waited_seconds
         choice = self.pruned.choose(run)
@@ -283,61 +288,41 @@ class Trainer:
         return choice
 
     def _program(
-        self,
-        phase: Phase,
-        gathers: bool,
-        batch: int,
-        looped: bool,
-        way: Way,
-        args: tuple,
-        in_background: bool = False,
+        self, kind: str, batch: int, looped: bool, way: Way, args: tuple, in_background: bool = False
     ) -> Callable[..., Any]:
-        """An update, ``(state, metrics, data, order, ..., key, held) -> (state, metrics, chosen)``, or a loop of them.
+        """An update, ``(state, metrics, data, order, ..., key, structures) -> (state, metrics)``, or a loop of them.
 
-        In a loop it is one program. An update by itself is several, so that all phases share the costly one, which has
+        In a loop it is one program. An update by itself is two, so that all phases share the costly one, which has
         the convolutions, and few have to wait for a compiler.
         """
         # Structures of another size, and nets that became narrower, are other programs.
-        held, narrowed = args[-1], self._shapes(args[0].params)
-        shapes = (jax.tree.structure(held.structures if held is not None else {}), *narrowed)
+        narrowed = self._shapes(args[0].params)
+        shapes = (jax.tree.structure(args[-1]), *narrowed)
         if looped:
             return self._compiled(
-                (phase, gathers, batch, way, held is None, *shapes),
-                lambda: update_loop(self.update_step(phase, batch, gathers, way)), args, (0, 1), in_background,
+                (kind, batch, way, *shapes), lambda: update_loop(self.update_step(kind, batch, way)), args, (0, 1),
+                in_background,
             )
 
         def run(state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, held: Any) -> Any:
-            masks, structures = (None, {}) if held is None else held
-            inputs = (state.params, state.batch_stats, state.step, data, order, index, key, structures)
+            inputs = (state.params, state.batch_stats, state.step, data, order, index, key, held)
             gradient = self._compiled(
                 ("gradient", batch, way, *shapes), lambda: gradient_of(self, batch, way), inputs, (), in_background,
-                size_of((state.opt_state, state.scores, masks)),
+                size_of(state.opt_state),
             )
             if in_background:
                 found = jax.eval_shape(gradient_of(self, batch, way), *inputs)
             else:
                 found = gradient(*inputs)
-            chosen = None
-            if gathers or phase == Phase.SELECT:
-                # The scores are donated: each update's take the place of those before.
-                gather, select = self._of_scores("gather", (0,)), self._of_scores("select", ())
-                state, chosen = importance_of(gather, select, phase, gathers, state, found.grads)
-            # A selecting update is an ordinary one.
-            kind = Phase.DENSE if phase == Phase.SELECT else phase
-            changed = (state, metrics, index, found, masks)
+            changed = (state, metrics, index, found)
             change = self._compiled(
                 ("change", kind, *narrowed), lambda: change_of(self, kind), changed, (0, 1), in_background
             )
-            return None if in_background else (*change(*changed), chosen)
+            return None if in_background else change(*changed)
 
         if in_background:
             run(*args)
         return run
-
-    def _of_scores(self, name: str, donate: tuple[int, ...]) -> Callable[..., Any]:
-        """`clicktrain_jax.PhaseUpdates`' function of this name, compiled at its first call."""
-        work = getattr(self.updates, name)
-        return lambda *args: self._compiled((name,), lambda: work, args, donate)(*args)
 
     def _compiled(
         self,
@@ -362,14 +347,9 @@ class Trainer:
                 self.compile_seconds += time.perf_counter() - start
         return self._programs[key]
 
-    def update_step(
-        self, phase: Phase, batch: int, gathers: bool = False, way: Way = "dense"
-    ) -> Callable[..., Any]:
+    def update_step(self, kind: str, batch: int, way: Way = "dense") -> Callable[..., Any]:
         """One whole update as a pure function: `experiments.update.update_step` of this trainer."""
-        return update_step(self, phase, batch, gathers, way)
-
-
-decode = jax.jit(decode_masks)
+        return update_step(self, kind, batch, way)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -382,8 +362,8 @@ def update_loop(body: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(state: Any, metrics: Any, data: Any, order: Any, first: Any, end: Any, key: Any, held: Any) -> Any:
         def once(index: Any, carry: Any) -> Any:
-            return body(*carry, data, order, index, key, held)[:2]
+            return body(*carry, data, order, index, key, held)
 
-        return *jax.lax.fori_loop(first, end, once, (state, metrics)), None
+        return jax.lax.fori_loop(first, end, once, (state, metrics))
 
     return run

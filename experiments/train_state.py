@@ -12,15 +12,13 @@ class TrainState(NamedTuple):
         step: int32 scalar, the number of updates done.
         params: the net's parameters.
         batch_stats: BatchNorm's statistics.
-        opt_state: the optimizer's state.
-        scores: sums of scores for the next selection, float32 by leaf name; empty when a selection takes one update's.
+        opt_state: the optimizer's state; a `clicktrain_jax.ClickTrainState` where ClickTrain prunes.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
-    scores: dict[str, jax.Array]
 
 
 class Images(NamedTuple):
@@ -28,13 +26,6 @@ class Images(NamedTuple):
 
     images: jax.Array
     labels: jax.Array
-
-
-class Held(NamedTuple):
-    """What an update is given of a selection: `clicktrain_jax.Masks`, and structures by path, empty when dense."""
-
-    masks: Any
-    structures: dict[str, Any]
 
 
 class NonFinite(ArithmeticError):

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clicktrain_jax.phases import Phase
 from experiments.configs.base import TrainConfig
 from experiments.data import augment, mixup, normalise
-from experiments.train_state import Held, Images, TrainState
+from experiments.train_state import Images, TrainState
 
 # Of the run's key: experiments.step has the streams before it.
 _STEP = 2
@@ -97,43 +96,20 @@ def gradient_of(trainer: Any, batch: int, way: str) -> Callable[..., Gradient]:
     return gradient
 
 
-def importance_of(
-    gather: Callable[..., Any], select: Callable[..., Any], phase: Phase, gathers: bool, state: TrainState, grads: Any
-) -> tuple[TrainState, Any]:
-    """What an update says of importance: ``(state, chosen)``, with the scores it leaves and what SELECT chose.
+def change_of(trainer: Any, kind: str) -> Callable[..., Any]:
+    """What an update does with a gradient, ``(state, metrics, index, gradient) -> (state, metrics)``, a pure function.
 
-    ``gather`` and ``select`` are those of `clicktrain_jax.PhaseUpdates`, compiled or not; ``chosen`` is None in other
-    phases.
+    ``kind`` is a field of `clicktrain_jax.PhaseUpdates`; a run without them has the optimizer's own update.
     """
-    if gathers:
-        state = state._replace(scores=gather(state.scores, grads, state.params))
-    if phase != Phase.SELECT:
-        return state, None
-    chosen = select(grads, state.params, state.scores)
-    return state._replace(scores=jax.tree.map(jnp.zeros_like, state.scores)), chosen
+    plain = optax.with_extra_args_support(trainer.optimizer).update
+    update = plain if trainer.updates is None else getattr(trainer.updates, kind)
 
-
-def change_of(trainer: Any, phase: Phase) -> Callable[..., Any]:
-    """What a phase does with a gradient, as a pure function.
-
-    ``(state, metrics, index, gradient, masks) -> (state, metrics)``. In the dense phase, and where it selects, the
-    optimizer's update is called as it is: no mask, no conditional.
-    """
-    updates, optimizer = trainer.updates, optax.with_extra_args_support(trainer.optimizer)
-
-    def change(state: TrainState, metrics: Any, index: Any, gradient: Gradient, masks: Any) -> tuple[TrainState, Any]:
-        grads, loss = gradient.grads, gradient.loss
-        arguments = (grads, state.opt_state, state.params)
-        if phase <= Phase.SELECT:
-            moved, opt_state = optimizer.update(*arguments, value=loss)
-        else:
-            by_phase = {
-                Phase.REGULARIZE: updates.regularize, Phase.PRUNE: updates.prune, Phase.PRUNED: updates.pruned,
-            }
-            moved, opt_state = by_phase[phase](*arguments, masks, value=loss)
+    def change(state: TrainState, metrics: Any, index: Any, gradient: Gradient) -> tuple[TrainState, Any]:
+        loss = gradient.loss
+        moved, opt_state = update(gradient.grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, moved)
         metrics = metrics.at[index].set(jnp.stack([loss, gradient.top1]).astype(jnp.float32))
-        return TrainState(state.step + 1, params, gradient.batch_stats, opt_state, state.scores), metrics
+        return TrainState(state.step + 1, params, gradient.batch_stats, opt_state), metrics
 
     return change
 
@@ -153,29 +129,17 @@ def evaluation_of(trainer: Any, batch: int) -> Callable[..., jax.Array]:
     return evaluate
 
 
-def update_step(
-    trainer: Any, phase: Phase, batch: int, gathers: bool = False, way: str = "dense"
-) -> Callable[..., Any]:
-    """One whole update as a pure function.
+def update_step(trainer: Any, kind: str, batch: int, way: str = "dense") -> Callable[..., Any]:
+    """One whole update, ``(state, metrics, data, order, index, key, structures) -> (state, metrics)``, a pure function.
 
-    ``(state, metrics, data, order, index, key, held) -> (state, metrics, chosen)``; ``held`` is `Held` from the
-    regularize phase on, None before; ``chosen`` is None except for SELECT, which empties the scores; with ``gathers``
-    the update's own are added to them first. The other arguments are those of `gradient_of` and `change_of`.
+    ``structures`` is empty when dense; the other arguments are those of `gradient_of` and `change_of`.
     """
-    gradient, change = gradient_of(trainer, batch, way), change_of(trainer, phase)
+    gradient, change = gradient_of(trainer, batch, way), change_of(trainer, kind)
 
     def step(
-        state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, held: Any
-    ) -> tuple[TrainState, Any, Any]:
-        # Masks are a pair as well: taken for one another they would train on, wrongly.
-        if held is not None and not isinstance(held, Held):
-            raise TypeError(f"held is Held(masks, structures) or None, got {type(held).__name__}")
-        masks, structures = (None, {}) if held is None else held
+        state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, structures: Any
+    ) -> tuple[TrainState, Any]:
         found = gradient(state.params, state.batch_stats, state.step, data, order, index, key, structures)
-        chosen = None
-        if gathers or phase == Phase.SELECT:
-            updates = trainer.updates
-            state, chosen = importance_of(updates.gather, updates.select, phase, gathers, state, found.grads)
-        return *change(state, metrics, index, found, masks), chosen
+        return change(state, metrics, index, found)
 
     return step

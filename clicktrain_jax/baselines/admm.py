@@ -25,7 +25,6 @@ import optax
 
 from clicktrain_jax.baselines.states import check_integer, check_update, find_state, planned
 from clicktrain_jax.layer_plan import LayerPlan
-from clicktrain_jax.masks import expand
 from clicktrain_jax.patterns import Generated
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.selection import check_patterns, select_layers
@@ -67,7 +66,7 @@ def project_patterns(values: Arrays, plan: Plan, patterns: Any) -> Arrays:
         nearest point; ties to the lowest index. Same shapes and dtypes.
     """
     choices = _select(values, plan, patterns)
-    return {name: _keep(expand(choices[name])[0], values[name]) for name in _with_patterns(plan)}
+    return {name: _keep(choices[name].full().pattern, values[name]) for name in _with_patterns(plan)}
 
 
 def project_kernels(values: Arrays, plan: Plan, patterns: Any) -> Arrays:
@@ -228,7 +227,7 @@ def admm_residual(state: Any, params: Tree) -> dict[str, float]:
 def _select(values: Arrays, plan: Plan, patterns: Any) -> dict[str, Any]:
     """The project's selection by sums of squares; every choice by whole scores, which makes it a projection."""
     layers = tuple(dataclasses.replace(layer, removal_score="whole") for layer in plan.layers)
-    scores = {name: jnp.square(values[name]) if name in plan.by_name() else None for name in plan.leaf_names}
+    scores = {layer.name: jnp.square(values[layer.name]) for layer in plan.layers}
     return select_layers(scores, dataclasses.replace(plan, layers=layers), patterns)
 
 

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.compact.layers import LayerMask
-from clicktrain_jax.masks import Masks, check_shape
-from clicktrain_jax.trees import Tree, check_same_names, is_kernel_shape, key_name, map_named, named_leaves
+from clicktrain_jax.masks import FullMask, Masks, build_masks, check_shape
+from clicktrain_jax.trees import Tree, check_same_names, is_kernel_shape, key_name, map_named, named_leaves, nest
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -46,7 +45,7 @@ def find_prefix(names: Iterable[str], mask_names: list[str]) -> str:
     raise AssertionError("names that are the same have the prefix ''")
 
 
-def masks_by_name(masks: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> tuple[str, dict[str, LayerMask | None]]:
+def masks_by_name(masks: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> tuple[str, dict[str, FullMask | None]]:
     """The masks' prefix (see `find_prefix`), and the masks by the variables' names; None at dense leaves.
 
     Args:
@@ -56,25 +55,16 @@ def masks_by_name(masks: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> t
     Raises:
         ValueError: masks of another tree, of other shapes, or not bool.
     """
-    if isinstance(masks, Masks):
-        pattern, kernel = (named_leaves(tree) for tree in masks)
-        check_same_names([name for name, _ in pattern], [name for name, _ in kernel], "masks.kernel")
-        kernels = dict(kernel)
-        pairs = {name: (leaf, kernels[name]) for name, leaf in pattern}
-    else:
-        pairs = {name: (leaf, None) for name, leaf in named_leaves(masks)}
-    if not pairs:
+    whole = not isinstance(masks, Masks)
+    masks = Masks.of(masks)
+    if not masks.names:
         raise ValueError("masks have no leaves: give None for no masks")
-    prefix = find_prefix(shapes, list(pairs))
-    found: dict[str, LayerMask | None] = {}
-    for name, pair in pairs.items():
-        arrays = [None if leaf is None else _bools(prefix + name, leaf, shapes) for leaf in pair]
-        if arrays[0] is None and arrays[1] is None:
-            found[prefix + name] = None
-        elif isinstance(masks, Masks):
-            found[prefix + name] = LayerMask(*arrays)
-        else:
-            found[prefix + name] = split(arrays[0])
+    prefix = find_prefix(shapes, list(masks.names))
+    found: dict[str, FullMask | None] = dict.fromkeys(prefix + name for name in masks.names)
+    for name, layer in jax.device_get(masks.layers).items():
+        name = prefix + name
+        parts = FullMask(*(None if leaf is None else _bools(name, leaf, shapes) for leaf in layer.full()))
+        found[name] = split(parts.kernel) if whole else parts
     return prefix, found
 
 
@@ -88,14 +78,14 @@ def _bools(name: str, leaf: Any, shapes: Mapping[str, tuple[int, ...] | None]) -
     return mask
 
 
-def split(keep: np.ndarray) -> LayerMask:
+def split(keep: np.ndarray) -> FullMask:
     """Pattern and kernel mask of one mask of weights: kernels without any weight are removed, patterns are the rest."""
     if not is_kernel_shape(keep.shape):
-        return LayerMask(keep, None)
+        return FullMask(keep, None)
     if keep.shape[0] * keep.shape[1] == 1:
-        return LayerMask(None, keep)
+        return FullMask(None, keep)
     kernel = np.broadcast_to(keep.any(axis=(0, 1)), keep.shape)
-    return LayerMask(keep | ~kernel, kernel)
+    return FullMask(keep | ~kernel, kernel)
 
 
 def masks_from_zeros(params: Tree) -> Masks:
@@ -109,30 +99,14 @@ def masks_from_zeros(params: Tree) -> Masks:
         None elsewhere. A kernel that is zero at all taps is removed, and its pattern is all True; the others' patterns
         are their taps that are not zero (NaN is not). 1x1 leaves have no pattern.
     """
-    found: dict[str, LayerMask] = {}
+    found: dict[str, FullMask] = {}
     for name, leaf in named_leaves(params):
         if leaf is None or not is_kernel_shape(jnp.shape(leaf)) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
         keep = np.asarray(leaf) != 0
         if not keep.all():
             found[name] = split(keep)
-    dense = LayerMask(None, None)
-    return Masks(*(map_named(lambda name, _, part=part: getattr(found.get(name, dense), part), params)
-                   for part in LayerMask._fields))
-
-
-def nest(leaves: Mapping[str, Any]) -> Tree:
-    """Nested dictionaries of leaves by name; a leaf named "" is the whole tree."""
-    if set(leaves) == {""}:
-        return leaves[""]
-    nested: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *outer, last = name.split("/")
-        node = nested
-        for key in outer:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return nested
+    return build_masks(params, found)
 
 
 def fill(like: Tree, leaves: Mapping[str, Any]) -> Tree:
@@ -158,17 +132,16 @@ def fill(like: Tree, leaves: Mapping[str, Any]) -> Tree:
     return map_named(put, like)
 
 
-def fill_masks(like: Tree | None, prefix: str, masks: Mapping[str, LayerMask]) -> Masks:
+def fill_masks(like: Tree | None, prefix: str, masks: Mapping[str, FullMask]) -> Masks:
     """`Masks` by name in the containers that ``like`` has below the prefix.
 
     They become nested dictionaries where there is no ``like``, or where its leaves are more than the masks'.
     """
     masks = {name.removeprefix(prefix): mask for name, mask in masks.items()}
-    parts = [{name: getattr(mask, part) for name, mask in masks.items()} for part in LayerMask._fields]
     inner = None if like is None else _below(like, prefix)
     if inner is None or {name for name, _ in named_leaves(inner)} != set(masks):
-        return Masks(*(nest(part) for part in parts))
-    return Masks(*(map_named(lambda name, _, part=part: part[name], inner) for part in parts))
+        inner = nest(dict.fromkeys(masks))
+    return build_masks(inner, {name: mask for name, mask in masks.items() if mask is not None})
 
 
 def _below(tree: Tree, prefix: str) -> Tree | None:

@@ -19,35 +19,11 @@ from typing import NamedTuple
 import numpy as np
 
 from clicktrain_jax.compact.bits import pack, packed_bytes, unpack, width_of
+from clicktrain_jax.masks import FullMask
 
 CODINGS = ("bits", "indices", "weights")
 # Patterns are told apart as the bits of a 64-bit word.
 _MAX_PATTERN_TAPS = 64
-
-
-class LayerMask(NamedTuple):
-    """The mask of one leaf, in full.
-
-    Attributes:
-        pattern: bool of the leaf's shape, or None.
-        kernel: the same; one of the two is there.
-    """
-
-    pattern: np.ndarray | None
-    kernel: np.ndarray | None
-
-    @property
-    def parts(self) -> str:
-        """Which masks there are: "pattern", "kernel" or "both"."""
-        if self.pattern is None or self.kernel is None:
-            return "kernel" if self.pattern is None else "pattern"
-        return "both"
-
-    def combined(self) -> np.ndarray:
-        """Bool of the leaf's shape, True where a weight stays."""
-        if self.pattern is None or self.kernel is None:
-            return self.kernel if self.pattern is None else self.pattern
-        return self.pattern & self.kernel
 
 
 class Coding(NamedTuple):
@@ -55,7 +31,7 @@ class Coding(NamedTuple):
 
     Attributes:
         coding: one of `CODINGS`.
-        parts: "pattern", "kernel" or "both", as in `LayerMask`.
+        parts: "pattern", "kernel" or "both", as in `FullMask`.
         kept: weights that stay, of all filters.
         filters: unique filters.
         patterns: patterns that occur; 0 for "weights".
@@ -79,7 +55,7 @@ def view_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return math.prod(shape[:-2]), shape[-2], shape[-1]
 
 
-def encode(mask: LayerMask) -> tuple[Coding, bytes]:
+def encode(mask: FullMask) -> tuple[Coding, bytes]:
     """Store a mask in the smallest coding.
 
     Args:
@@ -137,7 +113,7 @@ def stored_bytes(coding: Coding, shape: tuple[int, ...]) -> int:
     return size + counts + packed_bytes(coding.kernels, width_of(cin))
 
 
-def decode(coding: Coding, data: bytes, shape: tuple[int, ...]) -> LayerMask:
+def decode(coding: Coding, data: bytes, shape: tuple[int, ...]) -> FullMask:
     """The inverse of `encode`; patterns are all True where the kernel is removed.
 
     Raises:
@@ -186,8 +162,8 @@ def decode(coding: Coding, data: bytes, shape: tuple[int, ...]) -> LayerMask:
         pattern, stays = pattern[:, :, filter_of], stays[:, :, filter_of]
     pattern = pattern.reshape(shape)
     if coding.parts != "both":
-        return LayerMask(pattern, None) if coding.parts == "pattern" else LayerMask(None, pattern)
-    return LayerMask(pattern, np.broadcast_to(stays, (taps, cin, cout)).reshape(shape))
+        return FullMask(pattern, None) if coding.parts == "pattern" else FullMask(None, pattern)
+    return FullMask(pattern, np.broadcast_to(stays, (taps, cin, cout)).reshape(shape))
 
 
 def _require(holds: bool, what: str) -> None:

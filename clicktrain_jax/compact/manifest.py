@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clicktrain_jax.compact.layers import CODINGS, Coding, LayerMask, stored_bytes, view_shape
+from clicktrain_jax.compact.layers import CODINGS, Coding, stored_bytes, view_shape
 from clicktrain_jax.compact.values import DTYPES, STORABLE, num_filters
+from clicktrain_jax.masks import FullMask
 from clicktrain_jax.trees import KERNEL_AXES
 
 FORMAT = "clicktrain-jax export"
@@ -253,7 +254,7 @@ def _coding(where: str, entry: Any, shape: tuple[int, ...]) -> Coding:
     return coding
 
 
-def masks_digest(masks: Iterable[tuple[str, LayerMask]]) -> str:
+def masks_digest(masks: Iterable[tuple[str, FullMask]]) -> str:
     """sha256 of masks by name, the same however they are stored. Patterns count where their kernel stays."""
     digest = hashlib.sha256()
     for name, mask in sorted(masks, key=lambda one: one[0]):

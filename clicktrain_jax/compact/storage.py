@@ -12,7 +12,7 @@ import numpy as np
 
 from clicktrain_jax.compact import containers
 from clicktrain_jax.compact.folder import naming, place, read_checked, read_checked_manifest, sha256
-from clicktrain_jax.compact.layers import LayerMask, decode, encode
+from clicktrain_jax.compact.layers import decode, encode
 from clicktrain_jax.compact.manifest import (
     FORMAT,
     MANIFEST,
@@ -31,7 +31,7 @@ from clicktrain_jax.compact.manifest import (
     to_text,
 )
 from clicktrain_jax.compact.values import DTYPES, STORABLE, narrow, stored_dtype, to_numpy, widen
-from clicktrain_jax.masks import Masks
+from clicktrain_jax.masks import FullMask, Masks
 from clicktrain_jax.trees import KERNEL_AXES, Tree, named_leaves
 
 # As safetensors names dtypes, and as this room does.
@@ -150,7 +150,7 @@ def read(folder: str | os.PathLike, like: Tree | None = None) -> Stored:
     variables = containers.nest(arrays) if like is None else containers.fill(like, arrays)
     if manifest["masks"] is None:
         return Stored(variables, None, manifest)
-    covered = {leaf.name: masks.get(leaf.name, LayerMask(None, None)) for leaf in leaves if leaf.in_masks}
+    covered = {leaf.name: masks.get(leaf.name) for leaf in leaves if leaf.in_masks}
     return Stored(variables, containers.fill_masks(like, manifest["masks"]["prefix"], covered), manifest)
 
 
@@ -186,7 +186,7 @@ def _software() -> dict[str, str]:
 
 def _encode(
     variables: Tree, masks: Any, dtype: str
-) -> tuple[list[Leaf], dict[str, np.ndarray], dict[str, LayerMask], str]:
+) -> tuple[list[Leaf], dict[str, np.ndarray], dict[str, FullMask], str]:
     """Leaves of the manifest, tensors of the file, the masks as they will be read, and their prefix."""
     named = named_leaves(variables)
     containers.check_names(name for name, _ in named)
@@ -248,10 +248,10 @@ def _tensors(data: bytes, leaves: list[Leaf]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _decode(tensors: Mapping[str, np.ndarray], leaves: list[Leaf]) -> tuple[dict[str, Any], dict[str, LayerMask]]:
+def _decode(tensors: Mapping[str, np.ndarray], leaves: list[Leaf]) -> tuple[dict[str, Any], dict[str, FullMask]]:
     """Leaves and masks by name."""
     arrays: dict[str, Any] = {}
-    masks: dict[str, LayerMask] = {}
+    masks: dict[str, FullMask] = {}
     for leaf in leaves:
         arrays[leaf.name] = None
         if leaf.shape is None:

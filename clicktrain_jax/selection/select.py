@@ -5,14 +5,16 @@ loses, by its fraction or by the plan's target; then which.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clicktrain_jax.importance import rescaled
 from clicktrain_jax.layer_plan import LayerPlan
-from clicktrain_jax.masks import LayerChoice, Masks, build_masks, expand
+from clicktrain_jax.masks import LayerMask, Masks, build_masks
 from clicktrain_jax.patterns import Generated, check_set
 from clicktrain_jax.patterns.kernels import ordered_sum
 from clicktrain_jax.plan import Plan
@@ -33,7 +35,7 @@ def select_masks(scores: Tree, plan: Plan, patterns: Any) -> Masks:
             `clicktrain_jax.patterns.Generated`, which makes sets from the scores.
 
     Returns:
-        `Masks` of full (kh, kw, cin, cout) shape.
+        `Masks`, whose ``pattern`` and ``kernel`` are bool (kh, kw, cin, cout).
 
     Raises:
         ValueError: scores of another tree; patterns that do not fit the plan; NaN or infinite scores (seen outside
@@ -43,14 +45,13 @@ def select_masks(scores: Tree, plan: Plan, patterns: Any) -> Masks:
     the largest sum of scores, ties to the lowest index. Of each layer's kernels the
     ``ceil(round(fraction * n, 6))`` with the smallest sum over all taps go, ties by lowest (cout, cin) index.
     """
-    choices = select_layers(scores, plan, check_patterns(plan, patterns))
-    return build_masks(scores, {name: expand(choice) for name, choice in choices.items()})
-
-
-def select_layers(scores: Tree, plan: Plan, patterns: Any) -> dict[str, LayerChoice]:
-    """`select_masks` in its compact form: the choice of each planned layer, by name."""
+    patterns = check_patterns(plan, patterns)
     plan.check_tree(scores, "scores")
-    leaves = dict(named_leaves(scores))
+    return build_masks(scores, select_layers(dict(named_leaves(scores)), plan, patterns))
+
+
+def select_layers(leaves: Mapping[str, Any], plan: Plan, patterns: Any) -> dict[str, LayerMask]:
+    """`select_masks` by leaf name, with patterns that are checked."""
     for layer in plan.layers:
         if has_non_finite(leaves[layer.name]):
             raise ValueError(
@@ -62,7 +63,9 @@ def select_layers(scores: Tree, plan: Plan, patterns: Any) -> dict[str, LayerCho
     # The barrier keeps a compiler from fusing the criterion's products into the sums with multiply-adds, whose
     # other rounding could flip a near-tie.
     by_name = {
-        layer.name: jax.lax.optimization_barrier(layer.to_hwio(replicated(leaves[layer.name])).astype(jnp.float32))
+        layer.name: layer.to_hwio(
+            rescaled(jax.lax.optimization_barrier(replicated(leaves[layer.name]).astype(jnp.float32)))[0]
+        )
         for layer in plan.layers
     }
     sets = _pattern_sets(by_name, plan, patterns)
@@ -187,12 +190,14 @@ def _resolve(plan: Plan, drafts: dict[str, _Draft], levels: dict[str, int]) -> d
     return resolve(plan.target, current, rows)
 
 
-def _finish(draft: _Draft, layer: LayerPlan, level: Any) -> LayerChoice:
+def _finish(draft: _Draft, layer: LayerPlan, level: Any) -> LayerMask:
     kernel = keep(protect(draft.units, layer), layer, level)
     ids = draft.pattern_ids
     shared = layer.tile != (1, 1) and layer.removal_tile != layer.tile
     if layer.chooses_patterns and shared and layer.removal_score == "retained":
         # A pattern that is shared is chosen once more, over the kernels that stay.
         ids = choose_patterns(jnp.where(kernel, draft.taps, 0.0), layer, draft.patterns)
-    # Kept in the leaf's layout, which `expand` knows by the number of axes.
-    return LayerChoice(ids, kernel if layer.axes == "HWIO" else kernel.T[:, :, None, None], draft.patterns)
+    # Kept in the leaf's layout, which `LayerMask` knows by the number of axes.
+    kernel = kernel if layer.axes == "HWIO" else kernel.T[:, :, None, None]
+    # A copy of the set for each layer: a buffer that stands in a state twice cannot be donated.
+    return LayerMask(ids, kernel, None if draft.patterns is None else jnp.array(draft.patterns, bool, copy=True))

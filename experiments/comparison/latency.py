@@ -172,7 +172,7 @@ def _masks(found: Restored) -> tuple[Any, Any]:
     """``(as the run holds them, `clicktrain_jax.Masks` that convolutions can be run by)``; None where it has none."""
     masks = found.masks
     # Only those that ClickTrain's selection made, whoever asked for it, are in patterns.
-    return (masks, None) if found.encoded is None else (found.encoded, masks)
+    return masks, None if found.trainer.updates is None else masks
 
 
 def _net(model: Any, variables: Any, masks: Any, image_shape: tuple[int, ...], dataset: Dataset) -> InferenceNet:

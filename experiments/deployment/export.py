@@ -33,7 +33,6 @@ class Restored:
         trainer: its programs.
         epochs_done: of the checkpoint.
         state: `experiments.train_state.TrainState`.
-        encoded: masks as the state holds them; None where no phase of ClickTrain chose any.
     """
 
     config: TrainConfig
@@ -41,7 +40,6 @@ class Restored:
     trainer: Trainer
     epochs_done: int
     state: Any
-    encoded: Any
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -51,7 +49,7 @@ class Restored:
     @property
     def masks(self) -> ct.Masks | None:
         """Of whichever method; None for a dense run."""
-        return jax.device_get(self.trainer.masks(self.state, self.encoded))
+        return jax.device_get(self.trainer.masks(self.state))
 
 
 def restore(run: Path, data_dir: str | None = None) -> Restored:
@@ -76,8 +74,7 @@ def restore(run: Path, data_dir: str | None = None) -> Restored:
     checkpoints.close()
     if restored is None:
         raise ValueError(f"{run} holds no checkpoint")
-    epochs_done, (state, encoded) = restored
-    return Restored(config, dataset, trainer, epochs_done, state, encoded)
+    return Restored(config, dataset, trainer, *restored)
 
 
 def top1(net: Any, dataset: Dataset) -> float:

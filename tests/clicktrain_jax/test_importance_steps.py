@@ -7,8 +7,6 @@ import optax
 import pytest
 
 import clicktrain_jax as ct
-from clicktrain_jax.encoding import decode_masks, empty_masks, fill_masks
-from clicktrain_jax.transform import empty_scores
 
 FOUR = ct.patterns.fixed_set(4)
 STEPS = {"select_step": 3, "prune_step": 8, "coeff": 0.05}
@@ -31,7 +29,7 @@ def gathered(toy):
 
 
 def test_each_selection_takes_the_mean_of_the_updates_that_end_with_it(toy, gathered):
-    assert all(bool(leaf.all()) for leaf in jax.tree.leaves(ct.masks_of(gathered.states[3])))
+    assert all(keep.all() for keep in toy.keep_of(gathered.states[3]).values())
     first = masks_from(toy, gathered, (1, 2, 3))
     second = masks_from(toy, gathered, (5, 6, 7))
     alone = masks_from(toy, gathered, (3,))
@@ -47,7 +45,9 @@ def test_each_selection_takes_the_mean_of_the_updates_that_end_with_it(toy, gath
 
 def test_the_sums_are_empty_between_the_selections_and_gone_when_not_asked_for(toy, gathered):
     def sums(step):
-        return [float(jnp.sum(leaf)) for leaf in gathered.states[step].scores.values()]
+        state = gathered.states[step]
+        scales = dict(zip(sorted(state.scores), np.asarray(state.exponents)))
+        return [float(jnp.sum(leaf)) * 2.0 ** max(-1000, scales[name]) for name, leaf in state.scores.items()]
 
     # Before updates 1 and 2 of the first window and 5 and 6 of the second: nothing, then one update, then two.
     for start in (1, 5):
@@ -69,23 +69,15 @@ def test_updates_by_phase_are_the_transformation(toy, gathered):
     schedule = ct.PhaseSchedule(3, 8, 7, 3)
     updates_of = ct.phase_updates(inner, plan, coeff=STEPS["coeff"], importance_steps=3)
     tree = toy.params()
-    state, scores, masks = inner.init(tree), empty_scores(plan, 3), None
+    state = updates_of.init(tree)
     for step in range(10):
         phase, grads = schedule.phase(step), jax.grad(toy.loss)(tree, jnp.float32(step))
-        if schedule.gathers(step):
-            scores = updates_of.gather(scores, grads, tree)
-        if phase is ct.Phase.SELECT:
-            layers, finite = updates_of.select(grads, tree, scores)
-            assert finite
-            masks = decode_masks(fill_masks(empty_masks(tree, plan, 4), layers))
-            scores = empty_scores(plan, 3)
-        if phase <= ct.Phase.SELECT:
-            updates, state = updates_of.dense(grads, state, tree)
-        else:
-            update = {ct.Phase.REGULARIZE: updates_of.regularize, ct.Phase.PRUNE: updates_of.prune}
-            updates, state = update.get(phase, updates_of.pruned)(grads, state, tree, masks)
+        due = schedule.due(step, *schedule.planned(step))
+        update = updates_of.gather if due.gathers else getattr(updates_of, phase.name.lower())
+        updates, state = update(grads, state, tree)
         tree = optax.apply_updates(tree, updates)
-    same(masks, ct.masks_of(gathered.states[10]))
+    same(ct.masks_of(state), ct.masks_of(gathered.states[10]))
+    assert ct.status(state) == ct.status(gathered.states[10])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), tree, gathered.params[10])
 
 
@@ -148,7 +140,7 @@ def test_bad_steps(toy, options, message):
         ct.clicktrain(optax.sgd(0.1), toy.plan(), **STEPS, **options)
 
 
-def test_selecting_without_the_gathered_scores(toy):
-    updates_of = ct.phase_updates(optax.sgd(0.1), toy.plan(), coeff=0.0, importance_steps=2)
-    with pytest.raises(ValueError, match="importance_steps=2: pass the scores gathered"):
-        updates_of.select(toy.params(), toy.params())
+def test_gathering_what_nobody_asked_for(toy):
+    updates_of = ct.phase_updates(optax.sgd(0.1), toy.plan(), coeff=0.0)
+    with pytest.raises(ValueError, match="importance_steps=1: there is nothing to gather"):
+        updates_of.gather(toy.params(), updates_of.init(toy.params()), toy.params())

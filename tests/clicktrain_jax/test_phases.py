@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from clicktrain_jax import Phase, PhaseSchedule
+from clicktrain_jax.phases import Due
 
 SCHEDULES = [(0, 1), (0, 3), (2, 3), (2, 4), (2, 7)]
 STOP = 10
@@ -26,10 +27,10 @@ def test_host_and_device_agree(steps):
     schedule = PhaseSchedule(*steps)
     expected = [expected_phase(step, *steps) for step in range(STOP)]
     assert [schedule.phase(step) for step in range(STOP)] == expected
-    assert [int(schedule.phase_index(step)) for step in range(STOP)] == expected
-    traced = jax.jit(schedule.phase_index)(jnp.arange(STOP))
-    assert traced.dtype == jnp.int32
-    np.testing.assert_array_equal(traced, expected)
+    facts = jnp.asarray([schedule.planned(step) for step in range(STOP)]).T
+    marks = jax.jit(schedule.due)(jnp.arange(STOP), *facts)
+    assert all(mark.dtype == bool for mark in marks)
+    assert [Due(*each).phase for each in zip(*map(np.asarray, marks))] == expected
 
 
 @pytest.mark.parametrize("steps", SCHEDULES)

@@ -1,5 +1,7 @@
 """What each phase does to the gradient and to the update, and the same from `phase_updates`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,6 @@ import optax
 import pytest
 
 import clicktrain_jax as ct
-from clicktrain_jax.encoding import decode_masks, empty_masks, fill_masks
 
 
 def recorder():
@@ -82,34 +83,22 @@ def test_updates_are_counted(recorded, toy):
 
 
 def run_by_phase(toy, inner, tree, plan, compile):
-    """`toy.run` for a loop that knows its phase; yields masks, weights and inner state after each update."""
+    """`toy.run` for a loop that knows its phase; yields weights and state after each update."""
     updates_of = ct.phase_updates(inner, plan, coeff=toy.SCHEDULE["coeff"])
     schedule = ct.PhaseSchedule(toy.SELECT, toy.PRUNE)
 
-    def train_step(update):
-        def step(tree, state, grads, *masks):
-            updates, state = update(grads, state, tree, *masks)
+    @functools.cache
+    def train_step(phase):
+        def step(tree, state, grads):
+            updates, state = getattr(updates_of, phase.name.lower())(grads, state, tree)
             return optax.apply_updates(tree, updates), state
 
         return compile(step)
 
-    ordinary, masked = train_step(updates_of.dense), train_step(updates_of.pruned)
-    unmasked = {
-        ct.Phase.REGULARIZE: train_step(updates_of.regularize),
-        ct.Phase.PRUNE: train_step(updates_of.prune),
-    }
-    state, masks = inner.init(tree), None
+    state = updates_of.init(tree)
     for step in range(toy.STOP):
-        phase, grads = schedule.phase(step), jax.grad(toy.loss)(tree, jnp.float32(step))
-        if phase is ct.Phase.SELECT:
-            layers, finite = compile(updates_of.select)(grads, tree)
-            assert finite
-            masks = decode_masks(fill_masks(empty_masks(tree, plan, 4), layers))
-        if phase <= ct.Phase.SELECT:
-            tree, state = ordinary(tree, state, grads)
-        else:
-            tree, state = unmasked.get(phase, masked)(tree, state, grads, masks)
-        yield masks, tree, state
+        tree, state = train_step(schedule.phase(step))(tree, state, jax.grad(toy.loss)(tree, jnp.float32(step)))
+        yield tree, state
 
 
 INNERS = {"momentum": optax.sgd(0.1, momentum=0.9), "adamw": optax.adamw(1e-2, weight_decay=0.1)}
@@ -119,12 +108,11 @@ INNERS = {"momentum": optax.sgd(0.1, momentum=0.9), "adamw": optax.adamw(1e-2, w
 def test_compiled_phase_updates_are_the_transformation(toy, inner):
     """The same masks and zeros, weights within rounding: the compiler fuses the two programs differently."""
     expected = toy.run(ct.clicktrain(inner, toy.plan(), **toy.SCHEDULE))
-    for step, (masks, tree, state) in enumerate(run_by_phase(toy, inner, toy.params(), toy.plan(), toy.quick_jit)):
+    for step, (tree, state) in enumerate(run_by_phase(toy, inner, toy.params(), toy.plan(), toy.quick_jit)):
         assert_close(tree, expected.params[step + 1])
-        assert_close(jax.tree.leaves(state), jax.tree.leaves(expected.states[step + 1].inner_state))
+        assert_close(state, expected.states[step + 1])
+        assert_equal(state._replace(inner_state=()), expected.states[step + 1]._replace(inner_state=()))
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a == 0, b == 0), tree, expected.params[step + 1])
-        if masks is not None:
-            assert_equal(masks, ct.masks_of(expected.states[step + 1]))
 
 
 def test_phase_updates_are_the_transformation_bit_for_bit(toy):
@@ -136,16 +124,27 @@ def test_phase_updates_are_the_transformation_bit_for_bit(toy):
     with jax.disable_jit():
         state = tx.init(tree)
         by_phase = run_by_phase(toy, inner, tree, plan, lambda function: function)
-        for step, (_, other_tree, other_state) in enumerate(by_phase):
+        for step, (other_tree, other_state) in enumerate(by_phase):
             updates, state = tx.update(jax.grad(toy.loss)(tree, jnp.float32(step)), state, tree)
             tree = optax.apply_updates(tree, updates)
             assert_equal(other_tree, tree)
-            assert_equal(other_state, state.inner_state)
+            assert_equal(other_state, state)
 
 
-def test_dense_phase_is_the_inner_optimizer_itself(toy):
-    inner = optax.adam(1e-2)
-    assert ct.phase_updates(inner, toy.plan(), coeff=0.1).dense is inner.update
+def test_updates_by_phase_hold_no_conditional_and_the_transformation_one(toy):
+    tree, plan = toy.params(), toy.plan()
+
+    def conditionals(update, state):
+        text = jax.jit(update).lower(tree, state, tree).as_text()
+        return text.count("stablehlo.case") + text.count("stablehlo.if")
+
+    for steps in (1, 2):
+        updates_of = ct.phase_updates(optax.adam(1e-2), plan, coeff=0.1, importance_steps=steps)
+        state = updates_of.init(tree)
+        names = set(updates_of._fields) - {"init"} - ({"gather"} if steps == 1 else set())
+        assert {name: conditionals(getattr(updates_of, name), state) for name in names} == dict.fromkeys(names, 0)
+        tx = ct.clicktrain(optax.adam(1e-2), plan, **toy.SCHEDULE, importance_steps=steps)
+        assert conditionals(tx.update, tx.init(tree)) == 1
 
 
 def own_criterion(params, grads):

@@ -35,7 +35,7 @@ def _arm(epoch: int, fraction: float) -> None:
     def kill() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def run_epoch(self, state, encoded, now, seed, on_step=lambda _: None):
+    def run_epoch(self, state, now, seed, on_step=lambda _: None):
         started[now] = time.perf_counter()
 
         def armed(done):
@@ -46,7 +46,7 @@ def _arm(epoch: int, fraction: float) -> None:
                 threading.Timer(fraction * length, kill).start()
             on_step(done)
 
-        return original(self, state, encoded, now, seed, armed)
+        return original(self, state, now, seed, armed)
 
     Trainer.run_epoch = run_epoch
 

@@ -35,11 +35,11 @@ def trunk(tmp_path_factory, tiny_dataset):
     """Run folder of a dense run that has finished one epoch."""
     folder = RunFolder(tmp_path_factory.mktemp("trunk") / "try-dense-seed0")
     trainer = Trainer(DENSE, tiny_dataset)
-    state, masks, _ = trainer.run_epoch(*trainer.init(0), 0, 0)
+    state, _ = trainer.run_epoch(trainer.init(0), 0, 0)
     folder.open(DENSE, tiny_dataset.fingerprint)
     folder.append_metrics({"epoch": 0, "train_seconds": 123.0, "compile_seconds": 0.0})
     checkpoints = Checkpoints(folder.checkpoints)
-    checkpoints.save(1, (state, masks))
+    checkpoints.save(1, state)
     checkpoints.close()
     return folder.path
 

@@ -53,7 +53,7 @@ def trainer():
 
 @pytest.fixture(scope="module")
 def state(trainer):
-    return drawn(trainer, 0)[0]
+    return drawn(trainer, 0)
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_the_record_and_its_table(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_torch, "check_logits", lambda *_: 1e-6)
     monkeypatch.setattr(bench_torch, "_REST_S", 0)
     monkeypatch.setattr(Trainer, "init", drawn)
-    monkeypatch.setattr(Trainer, "run_epoch", lambda _, state, *rest: (state, None, np.ones((1, 2), np.float32)))
+    monkeypatch.setattr(Trainer, "run_epoch", lambda _, state, *rest: (state, np.ones((1, 2), np.float32)))
     path = tmp_path / "bench" / "torch-vgg11.json"
     printed = bench_torch.run(net="vgg11", width=0.125, batch_size=4, images=4, rounds=3, workers=2, out=path)
     record = read_json(path)
@@ -249,13 +249,13 @@ def test_two_updates_are_alike(torch_loop, trainer, tmp_path):
     """Momentum, weight decay and the gradients through BatchNorm; running variances count otherwise there."""
     config = dataclasses.replace(trainer.config, dropout=0.0, crop_padding=0, flip=False, batch_size=12)
     ours = Trainer(config, trainer.dataset)
-    state = jax.device_put(drawn(ours, 0)[0])
+    state = jax.device_put(drawn(ours, 0))
     bench_torch.hand_over(ours, state, tmp_path, threads=1, workers=0)
     served = torch_loop.Served(tmp_path)
     before = jax.device_get(state.params)
     loop = torch_loop.Loop(served.job, served.arrays, served.images, loader=False)
     for epoch in range(2):
-        state, _, metrics = ours.run_epoch(state, None, epoch, 0)
+        state, metrics = ours.run_epoch(state, epoch, 0)
         assert loop.epoch()["loss"] == pytest.approx(metrics[0, 0], rel=1e-4)
     parts = (*loop.net.features, *loop.net.classifier)
     kernels = [part.weight.detach().numpy() for part in parts if getattr(part, "weight", np.ones(1)).ndim > 1]

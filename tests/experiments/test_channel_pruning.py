@@ -51,13 +51,13 @@ def run():
 
         (loss, batch_stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         change, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, change), batch_stats, opt_state, {}), loss
+        return TrainState(state.step + 1, optax.apply_updates(state.params, change), batch_stats, opt_state), loss
 
     @quick_jit
     def start(key):
         variables = model.init(key, images, train=False)
         params = variables["params"]
-        return TrainState(jnp.int32(0), params, variables["batch_stats"], optimizer.init(params), {})
+        return TrainState(jnp.int32(0), params, variables["batch_stats"], optimizer.init(params))
 
     @quick_jit
     def logits(state):
@@ -125,7 +125,7 @@ def test_the_lasso_kills_channels_that_the_run_then_drops():
     optimizer = pruning.optimizer(optax.sgd(0.02))
     variables = quick_jit(partial(model.init, train=False))(jax.random.key(0), jnp.zeros((1, *IMAGE)))
     params = variables["params"]
-    state = TrainState(jnp.int32(0), params, variables["batch_stats"], optimizer.init(params), {})
+    state = TrainState(jnp.int32(0), params, variables["batch_stats"], optimizer.init(params))
 
     # A coefficient of 0.5: each update takes 0.01 off a norm, so that 400 are more than any needs.
     value = 0.5 * channel_lasso(params, nodes)

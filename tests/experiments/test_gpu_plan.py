@@ -221,8 +221,8 @@ def test_a_run_cut_into_pieces_ends_with_the_bits_of_a_whole_one(tiny_dataset, t
             def __getattr__(self, name):
                 return getattr(trainer, name)
 
-            def run_epoch(self, state, masks, epoch, seed, on_step):
-                ended = trainer.run_epoch(state, masks, epoch, seed)
+            def run_epoch(self, state, epoch, seed, on_step):
+                ended = trainer.run_epoch(state, epoch, seed)
                 time.sleep(0.3)
                 return ended
 

@@ -142,7 +142,7 @@ def test_a_study_records_what_it_measured(studied):
 def test_scores_are_of_the_training_gradient(studied, trainer):
     """Against `jax.grad` of a training forward written out, on the study's own first two batches."""
     record, folder, _ = studied
-    blank = trainer.init(0)[0]
+    blank = trainer.init(0)
     with np.load(folder / "net-seed0-epoch1.npz") as stored:
         leaves = [jnp.asarray(stored[str(at)]) for at in range(len(jax.tree.leaves(blank)))]
     state = jax.tree.unflatten(jax.tree.structure(blank), leaves)

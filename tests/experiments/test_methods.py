@@ -123,7 +123,7 @@ def test_sparse_training_reaches_its_compression(method, trunk, tiny_dataset, tm
     assert found.trainer.evaluate(found.state)[1] == summary["final_top1"]
     if method == "rigl":  # each run draws its own first masks
         first, second = (
-            jax.tree.leaves(trainer.init(seed)[0].opt_state.masks)[0] for seed in (0, 1)
+            jax.tree.leaves(trainer.init(seed).opt_state.masks)[0] for seed in (0, 1)
         )
         assert (np.asarray(first) != np.asarray(second)).any()
     if method == "gradual":

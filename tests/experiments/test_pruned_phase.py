@@ -10,8 +10,6 @@ import pytest
 
 import clicktrain_jax as ct
 import pallas_kernels as pk
-from clicktrain_jax.encoding import decode_masks, empty_masks, encode, fill_masks
-from clicktrain_jax.selection import select_layers
 from experiments import bench_step, configs, pruned_phase
 from experiments.configs.base import PruneConfig
 from experiments.data import load
@@ -53,12 +51,11 @@ def asked(way, **changes):
 
 
 def selected(shape, **options):
-    """Encoded masks of one layer, and their plan."""
+    """Masks of one layer, and their plan."""
     params = {"Conv_0": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
     plan = ct.make_plan(params, {".*": 0.6}, **options)
     scores = {"Conv_0": {"kernel": jax.random.uniform(jax.random.key(0), shape)}}
-    layers = {name: encode(choice) for name, choice in select_layers(scores, plan, ct.patterns.fixed_set(4)).items()}
-    return fill_masks(empty_masks(params, plan, 4), layers), plan
+    return ct.select_masks(scores, plan, ct.patterns.fixed_set(4)), plan
 
 
 @pytest.mark.parametrize(
@@ -84,33 +81,31 @@ def test_a_hundred_updates_by_pattern_follow_the_dense_masked_ones(digits, preci
 )
 def test_layers_without_gain_stay_dense(tile, is_fast, gains, monkeypatch):
     monkeypatch.setattr(pruned_phase.native, "is_fast", lambda: is_fast)
-    encoded, plan = selected((3, 3, 32, 64), tile=tile)
-    assert bool(gaining_structures(encoded, plan)) == gains
+    masks, plan = selected((3, 3, 32, 64), tile=tile)
+    assert bool(gaining_structures(masks, plan)) == gains
 
 
 def test_a_structure_retains_what_the_masks_retain_and_with_supersets_no_less():
-    encoded, plan = selected((3, 3, 32, 64), tile=(64, 1))
-    mask = decode_masks(encoded)
-    structure = gaining_structures(encoded, plan)["Conv_0"]["kernel"]
+    mask, plan = selected((3, 3, 32, 64), tile=(64, 1))
+    structure = gaining_structures(mask, plan)["Conv_0"]["kernel"]
     kept = np.asarray(mask.pattern["Conv_0"]["kernel"] & mask.kernel["Conv_0"]["kernel"])
     np.testing.assert_array_equal(np.asarray(pk.mask_of(structure)), kept)
 
-    encoded, plan = selected((3, 3, 32, 64), tile=(64, 1), superset=6)
-    mask = decode_masks(encoded)
+    mask, plan = selected((3, 3, 32, 64), tile=(64, 1), superset=6)
     kept = np.asarray(mask.pattern["Conv_0"]["kernel"] & mask.kernel["Conv_0"]["kernel"])
-    retained = np.asarray(pk.mask_of(gaining_structures(encoded, plan)["Conv_0"]["kernel"]))
+    retained = np.asarray(pk.mask_of(gaining_structures(mask, plan)["Conv_0"]["kernel"]))
     assert (retained >= kept).all() and kept.sum() < retained.sum() < 0.5 * retained.size
 
 
 def phase_for(asked="auto"):
-    encoded, plan = selected((3, 3, 32, 64), tile=(64, 1))
-    return PrunedPhase(asked, plan, {"net": "one layer"}, hwnc=False), encoded
+    masks, plan = selected((3, 3, 32, 64), tile=(64, 1))
+    return PrunedPhase(asked, plan, {"net": "one layer"}, hwnc=False), masks
 
 
 def test_the_fastest_way_is_measured_once_and_remembered(monkeypatch):
     compiled, ran = [], []
-    phase, encoded = phase_for()
-    phase.prepare(encoded, lambda way, structures: compiled.append((way, bool(structures))))
+    phase, masks = phase_for()
+    phase.prepare(5, masks, lambda way, structures: compiled.append((way, bool(structures))))
     phase._wait()
     assert compiled == [("dense", False), ("pattern", True)]
     times = {"dense": 2.0, "pattern": 1.0}
@@ -126,8 +121,8 @@ def test_the_fastest_way_is_measured_once_and_remembered(monkeypatch):
     assert choice.seconds == {"dense": 2.0, "pattern": 1.0}
     assert phase.choose(run) is choice and len(ran) == 8
 
-    again, encoded = phase_for()
-    again.prepare(encoded, lambda way, structures: compiled.append(way))
+    again, masks = phase_for()
+    again.prepare(5, masks, lambda way, structures: compiled.append(way))
     choice = again.choose(lambda way, structures: pytest.fail("measured again"))
     assert (choice.way, choice.source) == ("pattern", "cached") and compiled[2:] == ["pattern"]
 
@@ -135,8 +130,8 @@ def test_the_fastest_way_is_measured_once_and_remembered(monkeypatch):
 def test_a_way_that_is_hardly_faster_is_not_taken(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(pruned_phase.time, "perf_counter", lambda: now[0])
-    phase, encoded = phase_for()
-    phase.prepare(encoded, lambda way, structures: None)
+    phase, masks = phase_for()
+    phase.prepare(5, masks, lambda way, structures: None)
 
     def run(way, structures):
         now[0] += {"dense": 1.0, "pattern": 0.99}[way]
@@ -146,12 +141,12 @@ def test_a_way_that_is_hardly_faster_is_not_taken(monkeypatch):
 
 
 def test_what_fails_in_the_background_is_raised_where_it_is_waited_for():
-    phase, encoded = phase_for("pattern")
+    phase, masks = phase_for("pattern")
 
     def fail(way, structures):
         raise MemoryError("no room")
 
-    phase.prepare(encoded, fail)
+    phase.prepare(5, masks, fail)
     with pytest.raises(MemoryError, match="no room"):
         phase.choose(lambda way, structures: None)
 
@@ -180,10 +175,10 @@ def test_a_resumed_run_goes_on_in_its_way(tmp_path, digits):
 
     original = trainer.run_epoch
 
-    def until_three(state, masks, epoch, *rest):
+    def until_three(state, epoch, *rest):
         if epoch == 3:
             raise Stop
-        return original(state, masks, epoch, *rest)
+        return original(state, epoch, *rest)
 
     trainer.run_epoch = until_three
     with pytest.raises(Stop):

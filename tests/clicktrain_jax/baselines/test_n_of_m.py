@@ -124,8 +124,9 @@ def test_random_scores_depend_on_the_weights(toy):
 def test_random_importance_selects(toy, criterion):
     updates = ct.phase_updates(optax.sgd(0.1), toy.plan(), coeff=0.0, importance=criterion)
     params = toy.params()
-    chosen, finite = toy.quick_jit(updates.select)(params, params)
-    assert bool(finite) and set(chosen) == {"Conv_1/kernel", "Conv_2/kernel"}
+    _, state = toy.quick_jit(updates.select)(params, updates.init(params), params)
+    assert ct.status(state).selected == 0 and set(ct.masks_of(state).layers) == {"Conv_1/kernel", "Conv_2/kernel"}
+    assert not any(keep.all() for keep in toy.keep_of(state).values())
 
 
 def test_a_seed_must_be_an_integer():

@@ -6,9 +6,9 @@ import pytest
 
 import clicktrain_jax as ct
 from clicktrain_jax import compact
-from clicktrain_jax.compact.containers import find_prefix, nest, split
+from clicktrain_jax.compact.containers import find_prefix, split
 from clicktrain_jax.masks import combine
-from clicktrain_jax.trees import named_leaves
+from clicktrain_jax.trees import named_leaves, nest
 
 
 def test_masks_from_zeros_by_hand():

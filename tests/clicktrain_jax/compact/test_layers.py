@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clicktrain_jax.compact.layers import Coding, LayerMask, decode, encode, stored_bytes
+from clicktrain_jax.compact.layers import Coding, decode, encode, stored_bytes
+from clicktrain_jax.masks import FullMask
 
 # Two patterns of a 1x8 kernel. The table holds them by the number that their taps' bits make, tap 0 the lowest.
 LEFT, RIGHT = [True] * 4 + [False] * 4, [False] * 4 + [True] * 4
@@ -20,7 +21,7 @@ def from_ids(ids, patterns, shape=None):
     taps = patterns.shape[1]
     shape = shape or (1, taps, *ids.shape)
     kernel = np.broadcast_to(stays, (taps, *ids.shape))
-    return LayerMask(np.moveaxis(pattern, -1, 0).reshape(shape), kernel.reshape(shape))
+    return FullMask(np.moveaxis(pattern, -1, 0).reshape(shape), kernel.reshape(shape))
 
 
 def same(one, other):
@@ -108,7 +109,7 @@ def test_many_kernels_take_bits_few_take_indices_and_others_take_weights():
         coding, data, back = round_trip(mask)
         assert coding.coding == expected
         same(back, mask)
-    unstructured = LayerMask(None, rng.random((3, 3, 128, 64)) < 0.3)
+    unstructured = FullMask(None, rng.random((3, 3, 128, 64)) < 0.3)
     coding, data, back = round_trip(unstructured)
     assert coding.coding == "weights" and len(data) == 9 * 128 * 64 / 8
     same(back, unstructured)
@@ -125,7 +126,7 @@ def test_the_paper_form_costs_about_one_bit_a_kernel_and_two_a_kept_one():
 def test_all_and_nothing(shape):
     for fill in (True, False):
         full = np.full(shape, fill)
-        for mask in (LayerMask(full, full), LayerMask(None, full), LayerMask(full, None)):
+        for mask in (FullMask(full, full), FullMask(None, full), FullMask(full, None)):
             _, data, back = round_trip(mask)
             assert back.parts == mask.parts
             if back.kernel is not None:
@@ -141,7 +142,7 @@ def test_any_rank_and_size(shape):
     rng = np.random.default_rng(3)
     keep = np.asarray(rng.random(shape) < 0.5)
     kernel = np.asarray(rng.random(shape) < 0.5)
-    for mask in (LayerMask(None, keep), LayerMask(keep, None), LayerMask(keep, kernel)):
+    for mask in (FullMask(None, keep), FullMask(keep, None), FullMask(keep, kernel)):
         back = round_trip(mask)[2]
         if mask.parts == "both":
             np.testing.assert_array_equal(back.kernel, kernel)
@@ -153,7 +154,7 @@ def test_patterns_come_back_all_true_where_their_kernel_goes():
     shape = (3, 3, 6, 5)
     pattern = rng.random(shape) < 0.5
     kernel = np.broadcast_to(rng.random(shape[2:]) < 0.5, shape)
-    back = round_trip(LayerMask(pattern, kernel))[2]
+    back = round_trip(FullMask(pattern, kernel))[2]
     np.testing.assert_array_equal(back.kernel, kernel)
     np.testing.assert_array_equal(back.pattern, pattern | ~kernel)
 
@@ -163,15 +164,15 @@ def test_a_kernel_that_stays_without_any_tap():
     kernel = np.ones((3, 3, 2, 2), bool)
     pattern = kernel.copy()
     pattern[:, :, 0, 0] = False
-    same(round_trip(LayerMask(pattern, kernel))[2], LayerMask(pattern, kernel))
+    same(round_trip(FullMask(pattern, kernel))[2], FullMask(pattern, kernel))
 
 
 def test_a_kernel_mask_that_differs_between_taps():
     rng = np.random.default_rng(6)
     pattern, kernel = rng.random((2, 3, 3, 16, 16)) < 0.5
-    coding, data, back = round_trip(LayerMask(pattern, kernel))
+    coding, data, back = round_trip(FullMask(pattern, kernel))
     assert (coding.coding, coding.kernel_weights, len(data)) == ("weights", True, 2 * 9 * 16 * 16 / 8)
-    same(back, LayerMask(pattern | ~kernel, kernel))
+    same(back, FullMask(pattern | ~kernel, kernel))
 
 
 def test_more_patterns_than_a_byte_tells_apart():
@@ -196,7 +197,7 @@ def layer_masks(draw):
     kernel = rng.random(shape[2:] if draw(st.booleans()) else shape) < draw(st.floats(0, 1))
     order = rng.permutation(unique * repeats) % unique
     pattern, kernel = pattern[..., order], np.broadcast_to(kernel, shape)[..., order]
-    return draw(st.sampled_from([LayerMask(pattern, kernel), LayerMask(pattern, None), LayerMask(None, kernel)]))
+    return draw(st.sampled_from([FullMask(pattern, kernel), FullMask(pattern, None), FullMask(None, kernel)]))
 
 
 @settings(deadline=None, max_examples=150)

@@ -10,7 +10,6 @@ import pytest
 import tiny
 
 import clicktrain_jax as ct
-from clicktrain_jax.encoding import decode_masks, fill_masks
 from clicktrain_jax.masks import combine
 from experiments import loop
 from experiments.checkpoints import Checkpoints, digest
@@ -49,19 +48,18 @@ def quick_init():
 def finish(config, dataset, path):
     """A run folder as a run leaves it, without training: of the first weights, masked."""
     trainer = Trainer(config, dataset)
-    state, encoded = trainer.init(config.seed)
-    if encoded is not None:
-        layers, _ = jax.jit(trainer.updates.select)(state.params, state.params)
-        encoded = fill_masks(encoded, layers)
-        state = state._replace(params=ct.apply_masks(state.params, decode_masks(encoded)))
+    state = trainer.init(config.seed)
+    if trainer.updates is not None:
+        _, held = jax.jit(trainer.updates.select)(state.params, state.opt_state, state.params)
+        state = state._replace(params=ct.apply_masks(state.params, ct.masks_of(held)), opt_state=held)
     folder = RunFolder(path)
     folder.open(config, dataset.fingerprint)
     checkpoints = Checkpoints(folder.checkpoints)
-    checkpoints.save(config.epochs, (state, encoded))
+    checkpoints.save(config.epochs, state)
     checkpoints.close()
     loss, top1 = trainer.evaluate(state)
     line = {"epoch": config.epochs, "eval_loss": loss, "eval_top1": top1, "train_seconds": 1.0, "compile_seconds": 1.0}
-    folder.write_summary(loop.summarise(trainer, config, state, encoded, [line]))
+    folder.write_summary(loop.summarise(trainer, config, state, [line]))
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +139,12 @@ def test_trained_by_other_methods(name, tmp_path, tiny_dataset):
 
 
 def test_masks_without_patterns_are_those_of_a_dense_net(runs):
-    """As a sparse training method has them: nothing encoded, masks of single weights all the same."""
+    """As a sparse training method has them: no selection of ClickTrain's, masks of single weights all the same."""
     found = export.restore(runs["pruned"])
     held, masks = latency._masks(found)
     assert digest(held) == read_json(runs["pruned"] / "summary.json")["masks_sha256"]
     assert not all(mask.all() for mask in jax.tree.leaves(combine(masks)))
-    sparse = types.SimpleNamespace(encoded=None, masks=masks)
+    sparse = types.SimpleNamespace(trainer=types.SimpleNamespace(updates=None), masks=masks)
     assert latency._masks(sparse) == (masks, None)
     assert latency._masks(export.restore(runs["narrow"])) == (None, None)
 
