@@ -271,9 +271,18 @@ class Accelerated:
     def _replace(self, seen: list, conv: interception.Convolution, x: Any) -> Any:
         site = self._planner(conv, self._wanted.get(conv.name))
         seen.append((conv, site))
-        if site.plan.run == "dense":
-            return site.layer.convolve(x, conv.kernel.masked(), None, site.plan) if site.plan.backend else None
-        return site.layer.convolve(x, conv.kernel.value, site.structure, site.plan)
+        if site.plan.run == "dense" and not site.plan.backend:
+            return None
+        kernel = conv.kernel.masked() if site.plan.run == "dense" else conv.kernel.value
+
+        def convolve(x: Any, kernel: Any) -> Any:
+            return site.layer.convolve(x, kernel, site.structure, site.plan)
+
+        mesh = getattr(conv.sharding, "mesh", None)
+        if mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types:
+            # Shardings are part of types there, and not every operation of the kernels' says that of its result.
+            convolve = jax.sharding.auto_axes(convolve, out_sharding=conv.sharding)
+        return convolve(x, kernel)
 
     def _check_met(self, met: Mapping[str, bool], seen: list, names: list[str]) -> None:
         masked = [name for name, mask in self._masks.items() if mask is not None and not mask.all()]

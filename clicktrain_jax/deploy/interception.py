@@ -83,6 +83,7 @@ class Convolution:
         kernel_shape: likewise.
         inside: the operation that it stands in and that it cannot be taken out of, "scan" say; empty for none.
         kernel: the `Kernel`; None where there is no name, or it stands inside.
+        sharding: of the result, as its type tells.
     """
 
     def __init__(self, equation: Any, names: Any = (), inside: str = "", kernel: Kernel | None = None):
@@ -93,6 +94,7 @@ class Convolution:
         self.inside, self.kernel, self.params = inside, kernel, equation.params
         self.x_shape, self.kernel_shape = tuple(images.shape), tuple(weights.shape)
         self.dtype = images.dtype
+        self.sharding = getattr(equation.outvars[0].aval, "sharding", None)
         self.kernel_dtype = weights.dtype
 
 

@@ -178,9 +178,9 @@ class _Packer:
         room, (high, wide) = piece.rooms[tile], piece.window
         taps = np.arange(high * wide)[:, None]
         asarray = self.numpy.asarray
-        rows = asarray(piece.rows)[tile, :room] + taps // wide
-        columns = asarray(piece.columns)[tile, :room] + taps % wide
-        numbers = (rows * kw + columns) * cin + asarray(piece.channels)[tile, :room]
+        rows = asarray(piece.rows)[tile, None, :room] + taps // wide
+        columns = asarray(piece.columns)[tile, None, :room] + taps % wide
+        numbers = (rows * kw + columns) * cin + asarray(piece.channels)[tile, None, :room]
         numbers = numbers * _num_tiles(self.structure) + tile
         numbers = numbers if self.order is None else self.order.hold(numbers)
         valid = _by_filter(asarray(piece.valid)[tile, :, :room], self.structure)
@@ -196,6 +196,7 @@ def _keep(values: jax.Array, valid: jax.Array) -> jax.Array:
     than a select after a gather), and unlike a product it lets no infinity or NaN through."""
     bits = jnp.dtype(f"uint{8 * values.dtype.itemsize}")
     mask = jnp.where(valid, jnp.array(-1).astype(bits), jnp.zeros((), bits))
+    mask = mask.reshape((1,) * (values.ndim - mask.ndim) + mask.shape)
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(values, bits) & mask, values.dtype)
 
 
@@ -339,7 +340,7 @@ def _read(
     shift = (
         jnp.asarray(piece.rows)[tile, :room] * row_step + jnp.asarray(piece.columns)[tile, :room] * column_step
     ) * channels + jnp.asarray(piece.channels)[tile, :room]
-    return _take(padded.reshape(-1), jnp.asarray(base, jnp.int32)[..., None] + order.hold(shift))
+    return _take(padded.reshape(-1), jnp.asarray(base, jnp.int32)[..., None] + order.hold(shift).reshape(1, 1, 1, -1))
 
 
 def _collect(spread: jax.Array, piece: Pieces, tile: int, geometry: Geometry, order: _Order) -> jax.Array:
@@ -377,9 +378,9 @@ def _place(product: jax.Array, piece: Pieces, tile: int, structure: Structure) -
     product, total = product.reshape(-1, width), 0
     taps = np.arange(kh * kw)[:, None]
     for index in range(piece.entry_of.shape[0]):
-        entry = jnp.asarray(piece.entry_of)[index, tile]
-        inner_row = taps // kw - jnp.asarray(piece.row_of)[index, tile]
-        inner_column = taps % kw - jnp.asarray(piece.column_of)[index, tile]
+        entry = jnp.asarray(piece.entry_of)[index, tile][None]
+        inner_row = taps // kw - jnp.asarray(piece.row_of)[index, tile][None]
+        inner_column = taps % kw - jnp.asarray(piece.column_of)[index, tile][None]
         inside = (inner_row >= 0) & (inner_row < high) & (inner_column >= 0) & (inner_column < wide) & (entry >= 0)
         place = jnp.where(inside, inner_row * wide + inner_column, 0)  # (kh * kw, cin)
         valid = jnp.asarray(piece.valid)[tile][place, jnp.maximum(entry, 0)] & inside[..., None]
