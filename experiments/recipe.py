@@ -42,9 +42,10 @@ def make_models(config: TrainConfig, num_classes: int, convolution: str) -> dict
     if config.channels is not None:
         dense = models.xla_convolution if convolution == "xla" else dense
         whole = functools.partial(models.NarrowConv, dense=dense)
+    norm = functools.partial(models.Norm, normalise=pk.batch_norm) if native_serves else models.Norm
     return {
-        "dense": build(conv=whole),
-        "pattern": build(conv=by_pattern),
+        "dense": build(conv=whole, norm=norm),
+        "pattern": build(conv=by_pattern, norm=norm),
         "pattern_hwnc": build(conv=by_pattern, layout="HWNC"),
     }
 

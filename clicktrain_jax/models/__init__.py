@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from clicktrain_jax.models.conv import NarrowConv, PatchConv, PatternConv, patch_convolution, xla_convolution
 from clicktrain_jax.models.layout import Layout, conv_in_layout
+from clicktrain_jax.models.norm import Norm
 from clicktrain_jax.models.resnet import ResNet
 from clicktrain_jax.models.sizes import (
     ConvLayer,
@@ -34,6 +35,7 @@ __all__ = [
     "Layout",
     "ModuleDef",
     "NarrowConv",
+    "Norm",
     "PatchConv",
     "PatternConv",
     "ResNet",
@@ -105,6 +107,7 @@ def build(
     width: float = 1.0,
     dtype: Any = jnp.float32,
     conv: ModuleDef = nn.Conv,
+    norm: ModuleDef = Norm,
     dropout: float | None = None,
     layout: Layout = "NHWC",
 ) -> nn.Module:
@@ -116,6 +119,7 @@ def build(
         width: multiplies every width; each becomes a multiple of 8, at least 8.
         dtype: what the layers compute in; parameters, BatchNorm statistics and logits are float32.
         conv: the convolution, called as `nn.Conv` is; parameter paths do not depend on it.
+        norm: the normalisation and what follows it, called as `Norm` is; names and shapes of what is kept are flax's.
         dropout: rate in [0, 1) of a net that has dropout (the VGGs); None for its own.
         layout: of the maps inside, "NHWC" or "HWNC". Images are NHWC and parameters and logits the
             same in either; HWNC takes a convolution with a parameter `layout`, such as `PatternConv`.
@@ -137,7 +141,8 @@ def build(
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout!r}: expected a rate in [0, 1)")
         settings["dropout"] = dropout
-    return net.module(num_classes=num_classes, width=width, dtype=dtype, conv=conv, layout=layout, **settings)
+    settings |= {"conv": conv, "norm": norm, "layout": layout}
+    return net.module(num_classes=num_classes, width=width, dtype=dtype, **settings)
 
 
 def default_image_shape(name: str) -> tuple[int, int, int]:

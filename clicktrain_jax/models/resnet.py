@@ -12,7 +12,6 @@ Parameter paths: the stem is ``Conv_0``; blocks count through the whole net, ``B
 """
 
 import math
-from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -27,6 +26,7 @@ from clicktrain_jax.models.layout import (
     per_axis,
     spatial_axes,
 )
+from clicktrain_jax.models.norm import Norm, norm_of
 from clicktrain_jax.models.sizes import ModuleDef, check_images, scaled_width
 
 _BOTTLENECK_EXPANSION = 4
@@ -50,12 +50,6 @@ def _convolve(
         kernel_init=_fan_in_uniform,
         name=name,
     )(x)
-
-
-def _batch_norm(train: bool, dtype: Any) -> ModuleDef:
-    return partial(
-        nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype
-    )
 
 
 def _padded_shortcut(x: jax.Array, features: int, strides: int, layout: Layout) -> jax.Array:
@@ -88,13 +82,14 @@ class ResidualBlock(nn.Module):
     shortcut: Literal["projection", "pad"] = "projection"
     dtype: Any = jnp.float32
     conv: ModuleDef = nn.Conv
+    norm: ModuleDef = Norm
     layout: Layout = "NHWC"
     input_features: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps (batch, height, width, cin) to (batch, height / strides, width / strides, cout), or both in HWNC."""
-        norm = _batch_norm(train, self.dtype)
+        norm = norm_of(self.norm, train, self.dtype, self.layout)
         inner, strides = self.features, self.strides
         if self.kind == "basic":
             layers = ((inner, 3, strides), (inner, 3, 1))  # (features, size, strides)
@@ -104,9 +99,8 @@ class ResidualBlock(nn.Module):
         y = x
         for index, (features, size, step) in enumerate(layers):
             y = _convolve(self.conv, y, features, size, step, self.dtype, f"Conv_{index}")
-            y = norm(name=f"BatchNorm_{index}")(y)
             if index < len(layers) - 1:
-                y = nn.relu(y)
+                y = norm(relu=True, name=f"BatchNorm_{index}")(y)
 
         features = layers[-1][0]
         if strides != 1 or (self.input_features or x.shape[-1]) != features:
@@ -115,7 +109,7 @@ class ResidualBlock(nn.Module):
             else:
                 x = _convolve(self.conv, x, features, 1, strides, self.dtype, "shortcut")
                 x = norm(name="shortcut_BatchNorm")(x)
-        return nn.relu(x + y)
+        return norm(relu=True, name=f"BatchNorm_{len(layers) - 1}")(y, x)
 
 
 class ResNet(nn.Module):
@@ -133,6 +127,7 @@ class ResNet(nn.Module):
             stays four times its inner width.
         dtype: what the layers compute in; parameters, BatchNorm statistics and logits are float32.
         conv: the convolution, called as `nn.Conv` is.
+        norm: the normalisation, called as `Norm` is.
         layout: of the maps inside; a convolution for HWNC must take it (`layout.conv_in_layout`).
     """
 
@@ -145,6 +140,7 @@ class ResNet(nn.Module):
     width: float = 1.0
     dtype: Any = jnp.float32
     conv: ModuleDef = nn.Conv
+    norm: ModuleDef = Norm
     layout: Layout = "NHWC"
 
     @nn.compact
@@ -171,7 +167,7 @@ class ResNet(nn.Module):
 
         size, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
         x = _convolve(conv, x, widths[0], size, strides, self.dtype, "Conv_0")
-        x = nn.relu(_batch_norm(train, self.dtype)(name="BatchNorm_0")(x))
+        x = norm_of(self.norm, train, self.dtype, self.layout)(relu=True, name="BatchNorm_0")(x)
         if self.stem == "imagenet":
             x = max_pool(x, 3, 2, self.layout, padding=((1, 1), (1, 1)))
 
@@ -185,6 +181,7 @@ class ResNet(nn.Module):
                     shortcut=self.shortcut,
                     dtype=self.dtype,
                     conv=conv,
+                    norm=self.norm,
                     layout=self.layout,
                     input_features=before,
                     name=f"Block_{index}",

@@ -12,7 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clicktrain_jax.models.layout import Layout, conv_in_layout, from_nhwc, max_pool, spatial_axes
+from clicktrain_jax.models.layout import Layout, conv_in_layout, from_nhwc, spatial_axes
+from clicktrain_jax.models.norm import Norm, norm_of
 from clicktrain_jax.models.sizes import ModuleDef, check_images, scaled_width
 
 _WIDTHS = (32, 64, 64, 128)
@@ -33,6 +34,7 @@ class SmallCNN(nn.Module):
         width: multiplies every width (`scaled_width`).
         dtype: what the layers compute in; parameters, BatchNorm statistics and logits are float32.
         conv: the convolution, called as `nn.Conv` is.
+        norm: the normalisation, called as `Norm` is.
         layout: of the maps inside; a convolution for HWNC must take it (`layout.conv_in_layout`).
     """
 
@@ -40,6 +42,7 @@ class SmallCNN(nn.Module):
     width: float = 1.0
     dtype: Any = jnp.float32
     conv: ModuleDef = nn.Conv
+    norm: ModuleDef = Norm
     layout: Layout = "NHWC"
 
     @nn.compact
@@ -64,6 +67,7 @@ class SmallCNN(nn.Module):
                 f"got {x.shape[1]}x{x.shape[2]}"
             )
         conv = conv_in_layout(self.conv, self.layout)
+        norm = norm_of(self.norm, train, self.dtype, self.layout)
         x = from_nhwc(x, self.layout)
         for index, features in enumerate(_WIDTHS):
             x = conv(
@@ -76,15 +80,6 @@ class SmallCNN(nn.Module):
                 kernel_init=_conv_init,
                 name=f"Conv_{index}",
             )(x)
-            x = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                epsilon=1e-5,
-                dtype=self.dtype,
-                name=f"BatchNorm_{index}",
-            )(x)
-            x = nn.relu(x)
-            if index in _POOL_AFTER:
-                x = max_pool(x, 2, 2, self.layout)
+            x = norm(relu=True, pool=index in _POOL_AFTER, name=f"BatchNorm_{index}")(x)
         x = jnp.mean(x, axis=spatial_axes(self.layout), dtype=jnp.float32)
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="Dense_0")(x)

@@ -18,9 +18,9 @@ from clicktrain_jax.models.layout import (
     avg_pool,
     conv_in_layout,
     from_nhwc,
-    max_pool,
     to_nhwc,
 )
+from clicktrain_jax.models.norm import Norm, norm_of
 from clicktrain_jax.models.sizes import ModuleDef, check_images, scaled_width
 
 _IMAGE_SIZE = (32, 32)
@@ -49,6 +49,7 @@ class VGG(nn.Module):
         width: multiplies every width, the hidden layers of the classifier too (`scaled_width`).
         dtype: what the layers compute in; parameters, BatchNorm statistics and logits are float32.
         conv: the convolution, called as `nn.Conv` is.
+        norm: the normalisation, called as `Norm` is.
         layout: of the maps inside; a convolution for HWNC must take it (`layout.conv_in_layout`).
         dropout: rate before each of the classifier's first two layers.
     """
@@ -58,6 +59,7 @@ class VGG(nn.Module):
     width: float = 1.0
     dtype: Any = jnp.float32
     conv: ModuleDef = nn.Conv
+    norm: ModuleDef = Norm
     dropout: float = 0.5
     layout: Layout = "NHWC"
 
@@ -83,14 +85,13 @@ class VGG(nn.Module):
                 f"convs_per_stage needs {len(_STAGE_WIDTHS)} entries, got {self.convs_per_stage}"
             )
         conv = conv_in_layout(self.conv, self.layout)
+        norm = norm_of(self.norm, train, self.dtype, self.layout)
         x = from_nhwc(x, self.layout)
         index = 0
         for stage, (count, features) in enumerate(
             zip(self.convs_per_stage, _STAGE_WIDTHS, strict=True)
         ):
-            if stage > 0:
-                x = max_pool(x, 2, 2, self.layout)
-            for _ in range(count):
+            for layer in range(count):
                 x = conv(
                     scaled_width(features, self.width),
                     (3, 3),
@@ -101,15 +102,12 @@ class VGG(nn.Module):
                     kernel_init=_conv_init,
                     name=f"Conv_{index}",
                 )(x)
-                x = nn.BatchNorm(
-                    use_running_average=not train,
-                    momentum=0.9,
-                    epsilon=1e-5,
-                    dtype=self.dtype,
+                x = norm(
+                    relu=True,
+                    pool=layer == count - 1 and stage < len(_STAGE_WIDTHS) - 1,
                     scale_init=nn.initializers.constant(0.5),
                     name=f"BatchNorm_{index}",
                 )(x)
-                x = nn.relu(x)
                 index += 1
 
         # Back to NHWC, so that the classifier finds its features in one order.

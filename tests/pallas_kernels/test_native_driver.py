@@ -15,7 +15,7 @@ from pallas_kernels.native import build
 pytestmark = pytest.mark.slow
 
 DRIVER = pathlib.Path(__file__).parent / "native" / "driver.cc"
-SOURCES = (*(build.HERE / name for name in ("plain.cc", "support.cc", "kernels.cc")), DRIVER)
+SOURCES = (*(build.HERE / name for name in ("plain.cc", "support.cc", "kernels.cc", "norm.cc")), DRIVER)
 FLAGS = ("-std=c++17", "-ffp-contract=fast", "-pthread", "-Wall", "-Wextra", "-Werror", f"-I{build.HERE}")
 # Scratch memory is as large as asked for and not used again, so that what is read beyond its end, or before it is
 # written, is seen.
