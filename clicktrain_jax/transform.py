@@ -125,7 +125,8 @@ class _Pieces:
             mean = total / jnp.float32(self.importance_steps)
             # A frozen layer, or a dead one, says nothing of its weights: their magnitudes do.
             alike[name] = mean.max() == mean.min()
-            means[name] = jnp.where(alike[name], jnp.square(rescaled(weights[name].astype(jnp.float32), 0)[0]), mean)
+            magnitude = jnp.square(rescaled(replicated(weights[name]).astype(jnp.float32), 0)[0])
+            means[name] = jnp.where(alike[name], magnitude, mean)
         layers = select_layers(means, self.plan, self.patterns)
         if not old.scores:
             seen = seen._replace(scores={}, gathered=old.gathered)
@@ -306,6 +307,9 @@ def clicktrain(
     ) -> tuple[Tree, ClickTrainState]:
         check_state(state, plan, num_patterns_of(pieces.patterns), importance_steps)
         due = schedule.due(state.count, state.selected, state.pruned, state.gathered)
+        # What jit returned may be sharded in any way, and the branches must agree.
+        masks, scores = jax.tree.map(replicated, (state.masks, state.scores))
+        state = state._replace(masks=masks, scores=scores)
         whatever = {"inner_state": None}  # no business of the selection
 
         def look(how: Callable[..., Any]) -> Callable[[], ClickTrainState]:

@@ -71,11 +71,11 @@ def test_the_exported_net_answers_as_the_masked_one(tmp_path, monkeypatch):
     variables = model.init(jax.random.key(1), jnp.zeros(images.shape), train=False)
     plan = ct.make_plan(variables["params"], {"Conv_2/kernel": 0.5}, tile=(16, 1))
     masks = ct.select_masks(jax.tree.map(jnp.abs, variables["params"]), plan, ct.patterns.fixed_set(4))
+    variables["params"] = ct.apply_masks(variables["params"], masks)
     names = {"ct": ct, "model": model, "masks": masks, "images": images, **variables}
     exec(code, names)  # the README's own code
     mean, std = (np.float32(each) for each in ([0.49, 0.48, 0.45], [0.25, 0.24, 0.26]))
-    masked = {**variables, "params": ct.apply_masks(variables["params"], masks)}
-    wanted = model.apply(masked, (images.astype(np.float32) / 255 - mean) / std, train=False)
+    wanted = model.apply(variables, (images.astype(np.float32) / 255 - mean) / std, train=False)
     assert jnp.abs(names["logits"] - wanted).max() < 1e-4
     assert jnp.abs(names["net"](images[:1]) - wanted[:1]).max() < 1e-4
 
@@ -112,6 +112,6 @@ def test_every_room_it_names_exists():
     for room in ("clicktrain_jax/", "clicktrain_jax/compact/", "clicktrain_jax/deploy/", "clicktrain_jax/models/",
                  "clicktrain_jax/patterns/", "clicktrain_jax/selection/", "pallas_kernels/", "experiments/", "tests/"):
         assert f"`{room}`" in text and (README.parent / room).is_dir()
-    for module in ("plan", "targets", "importance", "masks", "encoding", "regularization", "phases", "transform",
+    for module in ("plan", "targets", "importance", "masks", "states", "shares", "convolutions", "regularization", "phases", "transform",
                    "channels", "accounting"):
         assert f"`{module}`" in text and (README.parent / "clicktrain_jax" / f"{module}.py").exists()
