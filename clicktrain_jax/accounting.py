@@ -63,6 +63,7 @@ class Report:
     """All leaves, and totals over them."""
 
     layers: tuple[LayerReport, ...]
+    pending: bool = False
 
     def _total(self, field: str, layers: list[LayerReport]) -> int:
         return sum(getattr(layer, field) or 0 for layer in layers)
@@ -116,12 +117,12 @@ class Report:
     @property
     def promised_conv_compression(self) -> float:
         """`conv_compression` once what is marked is zero."""
-        return _ratio(self.conv_weights, self.conv_retained - self._total("marked", self.convs))
+        return _ratio(self.conv_weights, self.conv_retained - self.pending * self._total("marked", self.convs))
 
     @property
     def promised_model_compression(self) -> float:
         """`model_compression` once what is marked is zero."""
-        return _ratio(self.model_weights, self.model_retained - self.marked)
+        return _ratio(self.model_weights, self.model_retained - self.pending * self.marked)
 
     @property
     def multiply_adds(self) -> int:
@@ -153,10 +154,13 @@ class Report:
         ):
             rows.append(f"{what:<70}{weights:>12,}{retained:>12,}{ratio:>7.2f}x")
         if self.marked:
-            rows.append(
-                f"marked, not yet zero: {self.marked:,} weights; without them {self.promised_conv_compression:.2f}x "
-                f"over all convolutions, {self.promised_model_compression:.2f}x over the whole model"
-            )
+            counted = "; they count as removed"
+            if self.pending:
+                counted = (
+                    f"; without them {self.promised_conv_compression:.2f}x over all convolutions, "
+                    f"{self.promised_model_compression:.2f}x over the whole model"
+                )
+            rows.append(f"marked, not yet zero: {self.marked:,} weights{counted}")
         return "\n".join(rows)
 
     __str__ = to_text
@@ -186,15 +190,16 @@ def report(
         axes: the layout of the kernels, "HWIO" or "OIHW"; None goes by their shapes.
 
     Returns:
-        A `Report`. Its compressions are those of the weights: weights that are marked and not yet zero count as
-        retained, and stand in ``marked`` too.
+        A `Report`. Weights that are marked and not yet zero stand in ``marked``. Where a run has marked them and not
+        pruned (``masks.pending``, of `masks_of`) its compressions are those of the weights and they count as retained;
+        masks that are handed in count as applied.
 
     Raises:
         ValueError: masks of another tree; output sizes for names that are no leaves.
     """
     check_axes(axes)
     sizes = dict(output_sizes or {})
-    masked = layers_for(params, masks)
+    masked, pending = layers_for(params, masks), getattr(masks, "pending", False)
     shapes = {name: tuple(jnp.shape(leaf)) for name, leaf in named_leaves(params) if leaf is not None}
     hwio = in_hwio(shapes, axes)
     looks = {name for name, doubt in convolutions(hwio).items() if doubt is None}
@@ -211,7 +216,7 @@ def report(
             keep = np.asarray(mask.combined())
             if not isinstance(leaf, (jax.ShapeDtypeStruct, jax.core.Tracer)):
                 marked = int(np.count_nonzero(np.asarray(leaf)[~keep]))
-            retained = int(keep.sum()) + marked
+            retained = int(keep.sum()) + pending * marked
             # All taps of a kernel go together.
             removed = 0 if mask.kernel is None else int((~np.asarray(mask.kernel)).sum()) * kernels // weights
         positions = math.prod(sizes.pop(name)) if name in sizes else None
@@ -231,7 +236,7 @@ def report(
         )
     if sizes:
         raise ValueError(f"output_sizes names {next(iter(sizes))!r}, which is no leaf of params")
-    return Report(tuple(layers))
+    return Report(tuple(layers), pending)
 
 
 def _ratio(total: int, retained: int) -> float:

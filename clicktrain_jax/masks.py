@@ -122,12 +122,15 @@ class Masks:
         layers: ``{leaf name: LayerMask}``, or `FullMask` where the masks came as boolean trees; dense leaves are
             missing.
         names: of all leaves of the tree.
+        pending: True for those that `clicktrain_jax.masks_of` reads between a run's selection and its prune: the
+            weights they mark are not zero yet. Masks that are built, or have been through a tree map, are not.
 
     Raises:
         ValueError: the two trees have other leaves than one another.
     """
 
     _fields = ("pattern", "kernel")
+    pending = False
 
     def __init__(self, pattern: Tree, kernel: Tree) -> None:
         patterns, kernels = dict(named_leaves(pattern)), dict(named_leaves(kernel))

@@ -111,7 +111,11 @@ def masks_of(opt_state: Any) -> Masks:
     Raises:
         ValueError: no such state, or several; an abstract one; a leading axis along which states differ.
     """
-    return Masks.of(find(opt_state).masks)
+    state = find(opt_state)
+    masks = Masks.of(state.masks)
+    if not isinstance(state.pruned, jax.core.Tracer):
+        masks.pending = bool(state.selected >= 0) and bool(state.pruned < 0)
+    return masks
 
 
 def find(opt_state: Any) -> ClickTrainState:

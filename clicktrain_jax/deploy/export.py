@@ -60,7 +60,8 @@ def export(
         c: add ``net.c`` and ``net.h`` (and ``net.weights``, where the weights are too many for a compiler): the net in
             C11 for one image a call, its patterns compiled in; uint8 pixels where the net normalises, else float32.
         opset: of ONNX's operators; None for the converter's own choice.
-        prune: set what the masks remove to zero first, where the run ended between selection and prune.
+        prune: set what the masks remove to zero first, where the run ended between selection and prune: masks of such
+            a run (``masks.pending``) are refused otherwise, others are applied.
         at: where the variables hold the parameters that the masks are of, "params"; None takes those that convolutions
             read.
 
@@ -81,10 +82,11 @@ def export(
         if normalise is None
         else {key: np.ravel(np.asarray(normalise[key], float)).tolist() for key in normalise},
     }
+    pending = getattr(masks, "pending", False)
     masks = located(masks, apply_fn, variables, image_shape, at)
     if masks is not None:
         keep = masks_by_leaf(masks, variables)
-        if prune:
+        if prune or not pending:
             variables = zeroed(variables, keep)
         check_zeros(by_name(variables), keep, "export with prune=True")
     with tempfile.TemporaryDirectory() as temporary:

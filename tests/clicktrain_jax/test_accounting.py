@@ -98,7 +98,14 @@ def test_a_zero_that_the_masks_keep_counts(tree, pruned, masks):
     assert ct.report(zeros, masks) == ct.report(pruned, masks)
 
 
+def test_masks_that_are_handed_in_count_as_applied(tree, pruned, masks):
+    report = ct.report(tree, masks)
+    assert report.marked == 52 + 3 and report.conv_compression == report.promised_conv_compression == 126 / 71
+    assert report.to_text().splitlines()[-1] == "marked, not yet zero: 55 weights; they count as removed"
+
+
 def test_what_is_marked_and_not_yet_zero(tree, pruned, masks):
+    masks.pending = True  # as `masks_of` says it between selection and prune
     report = ct.report(tree, masks)
     assert report.marked == 52 + 3
     assert (report.conv_compression, report.model_compression, report.pruned_layers_compression) == (1.0, 1.0, 1.0)

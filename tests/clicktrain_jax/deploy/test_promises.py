@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import clicktrain_jax as ct
@@ -25,6 +26,8 @@ KEEP = np.asarray(jax.random.bernoulli(jax.random.key(3), 0.3, (3, 3, 8, 8)))
 MASKS = jax.tree.map(lambda _: None, VARIABLES["params"])
 MASKS["Conv_1"]["kernel"] = KEEP
 LEFT = int((~KEEP).sum())
+PENDING = ct.Masks(MASKS, MASKS)
+PENDING.pending = True  # as `masks_of` says it between selection and prune
 
 
 def apply(variables, x):
@@ -47,13 +50,31 @@ def close(got, wanted):
 def test_weights_that_are_marked_and_not_zero_are_refused_or_pruned(tmp_path):
     said = f"{LEFT} weights are marked by the masks, but not yet zero .*'params/Conv_1/kernel'.*prune=True"
     with pytest.raises(ValueError, match=said):
-        ct.export(tmp_path / "net", apply, VARIABLES, MASKS, **SETTINGS)
+        ct.export(tmp_path / "net", apply, VARIABLES, PENDING, **SETTINGS)
     assert not (tmp_path / "net").exists()
     one = PRUNED["params"]["Conv_1"]["kernel"].at[tuple(np.argwhere(~KEEP)[0])].set(1e-8)
     with pytest.raises(ValueError, match="^1 weights"):
-        ct.export(tmp_path / "net", apply, with_kernel(one), MASKS, **SETTINGS)
-    ct.export(tmp_path / "net", apply, VARIABLES, MASKS, prune=True, **SETTINGS)
-    close(ct.load(tmp_path / "net", apply)(X), apply(PRUNED, X))
+        ct.export(tmp_path / "net", apply, with_kernel(one), PENDING, **SETTINGS)
+    for name, masks, prune in (("asked", PENDING, True), ("handed in", MASKS, False)):
+        ct.export(tmp_path / name, apply, VARIABLES, masks, prune=prune, **SETTINGS)
+        close(ct.load(tmp_path / name, apply)(X), apply(PRUNED, X))
+
+
+def test_a_run_that_ends_between_selection_and_prune(tmp_path):
+    params = VARIABLES["params"]
+    plan = ct.make_plan(params, {"Conv_1/kernel": 0.5})
+    tx = ct.clicktrain(optax.sgd(0.0), plan, select_step=0, prune_step=2, coeff=0.0)
+    state = tx.init(params)
+    assert not ct.masks_of(state).pending
+    for done in range(3):
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+        masks = ct.masks_of(state)
+        assert masks.pending == (done < 2)
+        if masks.pending:
+            with pytest.raises(ValueError, match="the prune is not"):
+                ct.export(tmp_path / "net", apply, VARIABLES | {"params": params}, masks, **SETTINGS)
+    ct.export(tmp_path / "net", apply, VARIABLES | {"params": params}, masks, **SETTINGS)
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
