@@ -42,8 +42,8 @@ def drawn(trainer, seed):
             return (rng.normal(size=leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1]))).astype(leaf.dtype)
         return rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
 
-    state, masks = jax.tree.map(draw, jax.eval_shape(trainer.fresh, jax.random.key(seed)))
-    return state._replace(opt_state=jax.tree.map(np.zeros_like, state.opt_state), step=np.int32(0)), masks
+    state = jax.tree.map(draw, jax.eval_shape(trainer.fresh, jax.random.key(seed)))
+    return state._replace(opt_state=jax.tree.map(np.zeros_like, state.opt_state), step=np.int32(0))
 
 
 @pytest.fixture(scope="module")
