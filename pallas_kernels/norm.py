@@ -113,7 +113,7 @@ def _forward_xla(x: jax.Array, scale: jax.Array, bias: jax.Array, added: jax.Arr
     epsilon, relu, pool, _ = settings
     wide = x.astype(scale.dtype)
     # One pass, and right where the mean is far larger than the deviations: both are taken from some pixel.
-    shift = wide[:1, :1, :1]
+    shift = jnp.where(jnp.isfinite(wide[:1, :1, :1]), wide[:1, :1, :1], 0)
     off = wide - shift
     mean_off, square = off.mean((0, 1, 2)), (off * off).mean((0, 1, 2))
     var = jnp.where(square < mean_off**2, 0, square - mean_off**2)

@@ -90,7 +90,7 @@ void moments(const Lines& lines, int64_t piece, const T* x, double* mean, double
   lines.fold(square, squares);
   for (int64_t c = 0; c < lines.channels; ++c) {
     squares[c] = std::max(squares[c] - mean[c] * mean[c] / pixels, std::isnan(squares[c]) ? squares[c] : 0.0);
-    mean[c] = shift[c] + mean[c] / pixels;
+    mean[c] = std::isfinite(shift[c]) ? shift[c] + mean[c] / pixels : shift[c];  // Infinity less itself is no number.
   }
 }
 

@@ -1,13 +1,18 @@
-"""A whole update with the native normalisation follows the one with flax's."""
+"""Updates with the native normalisation follow those with flax's."""
 
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 import pallas_kernels as pk
 from clicktrain_jax import models
+from experiments.step import Trainer
+from experiments.update import update_step
+from pallas_kernels import native
 
 
 @pytest.mark.parametrize("net", ["vgg11", "resnet18", "small"])
@@ -33,3 +38,25 @@ def test_a_gradient_follows_flax_s(net):
         assert result.shape == exact.shape and result.dtype == exact.dtype
         # Rounding decides some maxima and ReLUs otherwise.
         assert np.linalg.norm(result - exact) <= 2e-3 * max(np.linalg.norm(exact), 1e-3)
+
+
+def test_an_update_follows_the_one_without_the_library(tiny_dataset, monkeypatch):
+    def update():
+        trainer = Trainer(tiny.changed(prune=None), tiny_dataset)
+        before = trainer.init(0)
+        step = jax.jit(update_step(trainer, "dense", trainer.config.batch_size))
+        metrics = jnp.zeros((trainer.steps_per_epoch, 2))
+        order = jnp.arange(len(trainer.train_data.labels))
+        args = (before, metrics, trainer.train_data, order, 0, jax.random.key(0), {})
+        after, metrics = step(*args)
+        moved = jax.tree.map(lambda new, old: np.asarray(new) - old, after.params, before.params)
+        return step.lower(*args).as_text(), (moved, after.batch_stats, metrics)
+
+    text, results = update()
+    assert "clicktrain_batch_norm" in text
+    monkeypatch.setenv(native.ENVIRONMENT, "0")
+    text, wanted = update()
+    assert "clicktrain" not in text
+    assert jax.tree.structure(results) == jax.tree.structure(wanted)
+    for result, exact in zip(jax.tree.leaves(results), jax.tree.leaves(wanted)):
+        assert np.linalg.norm(result - exact) <= 1e-3 * np.linalg.norm(exact)

@@ -1,6 +1,7 @@
-"""The native kernels on drawn convolutions without Python: under sanitizers, by both compilers, on another processor.
+"""The native kernels on drawn cases without Python: under sanitizers, by both compilers, on another processor.
 
-`native/driver.cc` draws, runs every direction with several threads and compares with the definition.
+`native/driver.cc` draws convolutions and normalisations, runs every direction with several threads and compares with
+the definition.
 """
 
 import pathlib
@@ -52,6 +53,7 @@ def test_drawn_convolutions(tmp_path, instructions, compiler):
     program = compiled(tmp_path, compiler, "-O2", *flags_of(instructions))
     assert run(program, "small", "1", "1000").startswith(instructions)
     run(program, "large", "1", "5")
+    run(program, "norms", "1", "1000")
 
 
 @pytest.mark.parametrize("instructions", HERE)
@@ -59,6 +61,7 @@ def test_addresses_and_undefined_behaviour(tmp_path, instructions):
     program = compiled(tmp_path, "g++", *MEMORY, *flags_of(instructions))
     run(program, "small", "1", "300")
     run(program, "large", "1", "2")
+    run(program, "norms", "1", "200")
 
 
 @pytest.mark.parametrize("instructions", HERE)
@@ -66,6 +69,7 @@ def test_threads(tmp_path, instructions):
     program = compiled(tmp_path, "g++", *THREADS, *flags_of(instructions))
     # Shadow memory wants addresses that are not drawn.
     run("setarch", "-R", program, "small", "1", "60")
+    run("setarch", "-R", program, "norms", "1", "60")
 
 
 def test_on_aarch64(tmp_path):
@@ -75,3 +79,4 @@ def test_on_aarch64(tmp_path):
         pytest.skip("there is no qemu-aarch64 here")
     program = compiled(tmp_path, "aarch64-linux-gnu-g++", "-O2", "-static")
     assert run("qemu-aarch64", program, "small", "1", "120").startswith("neon")
+    run("qemu-aarch64", program, "norms", "1", "60")
