@@ -341,9 +341,11 @@ class _Bench:
             masks = self._masks(state, seed, cell, means)
             params, statistics = jax.tree.map(jnp.copy, (ct.apply_masks(state.params, masks), state.batch_stats))
             held = tuner.updates.init(params)
+            # Updates are given the state for good, and the masks are needed once more.
+            layers = jax.tree.map(jnp.copy, masks.layers)
             pruned = state._replace(
                 step=jnp.zeros([], jnp.int32), params=params, batch_stats=statistics,
-                opt_state=held._replace(masks=fill_masks(held.masks, masks.layers)),
+                opt_state=held._replace(masks=fill_masks(held.masks, layers)),
             )
             before = tuner.evaluate(pruned)[1]
             metrics = jnp.zeros((tuner.steps_per_epoch, 2), jnp.float32)
