@@ -89,7 +89,7 @@ void moments(const Lines& lines, int64_t piece, const T* x, double* mean, double
   lines.fold(sum, mean);
   lines.fold(square, squares);
   for (int64_t c = 0; c < lines.channels; ++c) {
-    squares[c] = std::max(squares[c] - mean[c] * mean[c] / pixels, std::isnan(squares[c]) ? squares[c] : 0.0);
+    squares[c] = std::max(squares[c] - mean[c] * mean[c] / pixels, 0.0);  // A NaN stays one, as the first argument.
     mean[c] = std::isfinite(shift[c]) ? shift[c] + mean[c] / pixels : shift[c];  // Infinity less itself is no number.
   }
 }
