@@ -25,6 +25,7 @@ import optax
 import clicktrain_jax as ct
 from clicktrain_jax import models
 from clicktrain_jax.selection import select_layers
+from clicktrain_jax.trees import named_leaves
 from experiments import configs
 from experiments.data import Dataset
 from experiments.recipe import make_optimizer
@@ -258,7 +259,7 @@ def measure_selection(net: str, width: float, batch_size: int, repeats: int) -> 
     def selector(options: dict[str, Any], patterns: Any) -> Callable[[], Any]:
         rules = dict.fromkeys(paths, "auto" if "target" in options else _FRACTION)
         plan = ct.make_plan(params, rules, **options)
-        compiled = jax.jit(lambda tree: select_layers(tree, plan, patterns))
+        compiled = jax.jit(lambda tree: select_layers(dict(named_leaves(tree)), plan, patterns))
         return lambda: compiled(scores)
 
     functions = {what: selector(options, patterns) for what, options, patterns in _SELECTIONS}

@@ -12,7 +12,6 @@ import optax
 from scipy.stats import rankdata
 
 import clicktrain_jax as ct
-from clicktrain_jax.phases import Phase
 from clicktrain_jax.trees import Tree, named_leaves
 from experiments.data import normalise
 from experiments.step import Trainer
@@ -230,13 +229,13 @@ def score_program(trainer: Trainer, indices: dict[str, np.ndarray], criteria: Se
     keeper.optimizer = optax.GradientTransformation(
         lambda params: params, lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads)
     )
-    step = keeper.update_step(Phase.DENSE, trainer.config.batch_size)
+    step = keeper.update_step("dense", trainer.config.batch_size)
 
     @jax.jit
     def score(state: TrainState, data: Any, order: Any, index: Any, key: Any) -> tuple[Any, Any]:
         metrics = jnp.zeros((trainer.steps_per_epoch, 2), jnp.float32)
         # The step counter decides the crops, flips and dropout of a batch.
-        grads = step(state._replace(step=index), metrics, data, order, index, key, None)[0].opt_state
+        grads = step(state._replace(step=index), metrics, data, order, index, key, {})[0].opt_state
         trees = {name: ct.importance.CRITERIA[name](state.params, grads) for name in criteria}
         return trees, {name: kernel_sums(tree, indices) for name, tree in trees.items()}
 
