@@ -14,7 +14,10 @@ def bench(arguments: list[str]) -> int:
     from experiments.bench import conv as bench_conv
     from experiments.bench import updates as benches
 
-    others = {"deploy": _bench_deploy, "dtypes": _bench_dtypes, "sizes": _bench_sizes, "torch": _bench_torch}
+    others = {
+        "collectives": _bench_collectives, "deploy": _bench_deploy, "dtypes": _bench_dtypes, "sizes": _bench_sizes,
+        "torch": _bench_torch,
+    }
     if arguments and arguments[0] in others:
         return others[arguments[0]](arguments[1:])
 
@@ -103,6 +106,20 @@ def _bench_sizes(arguments: list[str]) -> int:
         """A JSON file to save the record in."""
 
     print(sizes.run(parse(BenchSizes, arguments, "bench sizes").out))
+    return 0
+
+
+def _bench_collectives(arguments: list[str]) -> int:
+    from experiments.bench import collectives
+
+    @dataclasses.dataclass(frozen=True)
+    class BenchCollectives:
+        """Bytes of an update's all-reduce, whole gradients against retained weights, recipe by recipe."""
+
+        out: Path | None = None
+        """A JSON file to save the record in."""
+
+    print(collectives.run(parse(BenchCollectives, arguments, "bench collectives").out))
     return 0
 
 
