@@ -11,14 +11,14 @@ import pytest
 import clicktrain_jax as ct
 from clicktrain_jax import models
 from clicktrain_jax.baselines.narrowing import narrow, narrow_shapes, widths
-from clicktrain_jax.baselines.prunetrain import (
+from clicktrain_jax.channels import channel_nodes
+from clicktrain_jax.methods.prunetrain import (
     PruneTrainState,
     add_channel_lasso,
     channel_lasso,
     living_channels,
     prunetrain,
 )
-from clicktrain_jax.channels import channel_nodes
 from clicktrain_jax.trees import map_named, named_leaves
 
 IMAGE = (32, 32, 3)

@@ -7,9 +7,9 @@ import optax
 import pytest
 
 import clicktrain_jax as ct
-from clicktrain_jax.baselines import gradual_magnitude, masks_of, rigl
-from clicktrain_jax.baselines.gradual import cubic_density
-from clicktrain_jax.baselines.rigl import exchange_fraction
+from clicktrain_jax.methods import gradual_magnitude, masks_of, rigl
+from clicktrain_jax.methods.gradual import cubic_density
+from clicktrain_jax.methods.rigl import exchange_fraction
 
 DENSITIES = {"Conv_1/kernel": 0.3, "Conv_2/kernel": 0.45}
 SIZES = {"Conv_1/kernel": 288, "Conv_2/kernel": 20}

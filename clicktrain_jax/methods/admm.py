@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clicktrain_jax.baselines.states import check_integer, check_update, find_state, planned
 from clicktrain_jax.layer_plan import LayerPlan
+from clicktrain_jax.methods.states import check_integer, check_update, find_state, planned
 from clicktrain_jax.patterns import Generated
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.selection import check_patterns, select_layers

@@ -1,4 +1,4 @@
-"""What the baselines' transformations have in common: checks of what they are given, and finding their state."""
+"""What the methods' transformations have in common: checks of what they are given, and finding their state."""
 
 import numbers
 from typing import Any

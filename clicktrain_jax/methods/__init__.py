@@ -3,20 +3,20 @@
 Each method that trains is an optax transformation around any optimizer, so that one loop runs them all.
 """
 
-from clicktrain_jax.baselines.admm import AdmmState, admm, admm_residual
-from clicktrain_jax.baselines.gradual import gradual_magnitude
 from clicktrain_jax.baselines.narrowing import narrow, narrow_shapes, widths
-from clicktrain_jax.baselines.nm import n_of_m_mask, n_of_m_masks, straight_through
-from clicktrain_jax.baselines.prunetrain import (
+from clicktrain_jax.methods.admm import AdmmState, admm, admm_residual
+from clicktrain_jax.methods.gradual import gradual_magnitude
+from clicktrain_jax.methods.n_of_m import n_of_m_mask, n_of_m_masks, straight_through
+from clicktrain_jax.methods.prunetrain import (
     PruneTrainState,
     add_channel_lasso,
     channel_lasso,
     living_channels,
     prunetrain,
 )
-from clicktrain_jax.baselines.random import random_importance, random_scores
-from clicktrain_jax.baselines.rigl import rigl
-from clicktrain_jax.baselines.sparse import SparseState, densities, masks_of
+from clicktrain_jax.methods.random import random_importance, random_scores
+from clicktrain_jax.methods.rigl import rigl
+from clicktrain_jax.methods.sparse import SparseState, densities, masks_of
 
 __all__ = [
     "AdmmState",

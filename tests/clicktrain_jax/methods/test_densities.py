@@ -7,8 +7,8 @@ import optax
 import pytest
 
 import clicktrain_jax as ct
-from clicktrain_jax.baselines import SparseState, densities, masks_of
-from clicktrain_jax.baselines.sparse import counts_of, largest
+from clicktrain_jax.methods import SparseState, densities, masks_of
+from clicktrain_jax.methods.sparse import counts_of, largest
 
 SHAPES = {"a": (3, 3, 4, 8), "b": (3, 3, 64, 32), "c": (1, 1, 32, 48), "d": (3, 3, 4, 5)}
 SIZES = {name: int(np.prod(shape)) for name, shape in SHAPES.items()}

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clicktrain_jax.baselines.sparse import MaskDict, counts_of, largest, size_of, sparse_training
-from clicktrain_jax.baselines.states import check_integer
+from clicktrain_jax.methods.sparse import MaskDict, counts_of, largest, size_of, sparse_training
+from clicktrain_jax.methods.states import check_integer
 from clicktrain_jax.plan import Plan
 
 
@@ -49,7 +49,7 @@ def rigl(
     Args:
         inner: the optimizer, weight decay and schedules included.
         plan: from `clicktrain_jax.make_plan`; its fractions are not read.
-        densities: ``{layer name: share that stays}``, in (0, 1], as of `clicktrain_jax.baselines.densities`.
+        densities: ``{layer name: share that stays}``, in (0, 1], as of `clicktrain_jax.methods.densities`.
         key: of the first masks, from ``jax.random.key``.
         every: exchanges in updates every, 2 * every, ... (updates are counted from 0).
         end_step: exchanges come before this update only.

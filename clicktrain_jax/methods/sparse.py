@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clicktrain_jax.baselines.states import check_update, find_state, planned
 from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.masks import apply_masks, build_masks
+from clicktrain_jax.methods.states import check_update, find_state, planned
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.transform import enforce
 from clicktrain_jax.trees import Tree

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clicktrain_jax.baselines.states import check_integer
 from clicktrain_jax.importance import Criterion
+from clicktrain_jax.methods.states import check_integer
 from clicktrain_jax.trees import Tree, map_named
 
 

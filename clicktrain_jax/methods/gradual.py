@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clicktrain_jax.baselines.sparse import MaskDict, counts_of, largest, size_of, sparse_training
-from clicktrain_jax.baselines.states import check_integer
+from clicktrain_jax.methods.sparse import MaskDict, counts_of, largest, size_of, sparse_training
+from clicktrain_jax.methods.states import check_integer
 from clicktrain_jax.plan import Plan
 
 
@@ -43,7 +43,7 @@ def gradual_magnitude(
     Args:
         inner: the optimizer, weight decay and schedules included.
         plan: from `clicktrain_jax.make_plan`; its fractions are not read.
-        densities: ``{layer name: share that stays at the end}``, in (0, 1], as of `clicktrain_jax.baselines.densities`.
+        densities: ``{layer name: share that stays at the end}``, in (0, 1], as of `clicktrain_jax.methods.densities`.
         begin_step: the update (from 0) from which density falls; its own renewal removes nothing.
         end_step: the update of the last renewal, to the final density; it must lie inside the run.
         every: renewals in every so many updates from ``begin_step``, and one in ``end_step``.

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import clicktrain_jax as ct
-from clicktrain_jax.baselines import n_of_m_mask, n_of_m_masks, random_importance, random_scores, straight_through
+from clicktrain_jax.methods import n_of_m_mask, n_of_m_masks, random_importance, random_scores, straight_through
 
 
 def normal(shape, seed=0, dtype=jnp.float32):

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clicktrain_jax.baselines.states import check_integer, planned
+from clicktrain_jax.methods.states import check_integer, planned
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.trees import KERNEL_AXES, Tree, map_named
 
