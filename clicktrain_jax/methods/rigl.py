@@ -4,17 +4,13 @@ Evci et al., "Rigging the Lottery: Making All Tickets Winners" (arXiv 1911.11134
 """
 
 import math
-import numbers
-import zlib
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from clicktrain_jax.methods.sparse import MaskDict, counts_of, largest, size_of, sparse_training
-from clicktrain_jax.methods.states import check_integer
+from clicktrain_jax.methods.sparse import exchanging, magnitudes
+from clicktrain_jax.methods.states import check_integer, check_key, is_share, shares_at
 from clicktrain_jax.plan import Plan
 
 
@@ -27,11 +23,11 @@ def rigl(
     inner: optax.GradientTransformation,
     plan: Plan,
     *,
-    densities: Mapping[str, float],
     key: jax.Array,
     every: int,
     end_step: int,
-    drop_fraction: float = 0.3,
+    densities: Mapping[str, float] | None = None,
+    drop_fraction: float | optax.Schedule = 0.3,
 ) -> optax.GradientTransformationExtraArgs:
     """RigL, around any optax optimizer. Put it last in a chain.
 
@@ -48,57 +44,44 @@ def rigl(
 
     Args:
         inner: the optimizer, weight decay and schedules included.
-        plan: from `clicktrain_jax.make_plan`; its fractions are not read.
-        densities: ``{layer name: share that stays}``, in (0, 1], as of `clicktrain_jax.methods.densities`.
+        plan: from `clicktrain_jax.make_plan`: which layers.
         key: of the first masks, from ``jax.random.key``.
         every: exchanges in updates every, 2 * every, ... (updates are counted from 0).
         end_step: exchanges come before this update only.
-        drop_fraction: share of the kept weights exchanged, falling along a cosine to 0 at ``end_step``; in [0, 1].
+        densities: ``{layer name: share that stays}``, in (0, 1], as of `clicktrain_jax.methods.densities`; None for
+            what the plan's rules leave, 1 - fraction.
+        drop_fraction: share of the kept weights exchanged, in [0, 1]: where it begins to fall, along a cosine to 0 at
+            ``end_step``; or a function of the update.
 
     Returns:
-        A transformation whose state is a `SparseState`.
+        A transformation whose state is a `clicktrain_jax.ClickTrainState`.
 
     Raises:
-        ValueError: at once for densities of other layers or out of range, other arguments out of range; in ``init``
-            for parameters of another tree; in ``update`` when ``params`` is missing.
+        ValueError: at once for densities of other layers or out of range, a plan with a target and no densities, other
+            arguments out of range; in ``init`` for parameters of another tree; in ``update`` when ``params`` is
+            missing.
+
+    Example:
+        >>> import jax, optax, jax.numpy as jnp, clicktrain_jax as ct
+        >>> params = {"Conv_0": {"kernel": jnp.ones((3, 3, 8, 4))}}
+        >>> plan = ct.make_plan(params, {"Conv_0/kernel": 0.75})
+        >>> tx = ct.methods.rigl(optax.sgd(0.1), plan, key=jax.random.key(0), every=100, end_step=1_000)
+        >>> int(ct.masks_of(tx.init(params)).kernel["Conv_0"]["kernel"].sum())
+        72
 
     Source: Evci et al. 2020 (arXiv 1911.11134), algorithm 1.
     """
     every = check_integer("every", every, 1)
     end_step = check_integer("end_step", end_step, 1)
-    real = isinstance(drop_fraction, numbers.Real) and not isinstance(drop_fraction, bool)
-    if not real or not 0 <= drop_fraction <= 1:
-        raise ValueError(f"drop_fraction={drop_fraction!r}: expected a share in [0, 1]")
-    if not isinstance(key, jax.Array):
-        raise ValueError(f"key={key!r}: expected a key of jax's, such as jax.random.key(0)")
-    kept = counts_of(plan, densities)
-    # How many change places in each exchange, worked out beforehand in 64 bits; entry 0 is no exchange.
-    shares = [0.0, *(exchange_fraction(step, end_step, drop_fraction) for step in range(every, end_step, every))]
-    exchanged = {
-        layer.name: np.array(
-            [min(round(share * kept[layer.name]), size_of(layer) - kept[layer.name]) for share in shares], np.int32
-        )
-        for layer in plan.layers
-    }
-
-    def start() -> MaskDict:
-        masks = {}
-        for layer in plan.layers:
-            order = jax.random.permutation(jax.random.fold_in(key, zlib.crc32(layer.name.encode())), size_of(layer))
-            masks[layer.name] = (order < kept[layer.name]).reshape(layer.shape)
-        return masks
-
-    def is_due(count: jax.Array) -> jax.Array:
-        return (count > 0) & (count % every == 0) & (count < end_step)
-
-    def renew(count: jax.Array, masks: MaskDict, weights: MaskDict, grads: MaskDict) -> MaskDict:
-        new = {}
-        for name, mask in masks.items():
-            number = jnp.asarray(exchanged[name])[count // every]
-            # Magnitudes are not negative: -1 marks what cannot be chosen.
-            magnitude = jnp.where(mask, jnp.abs(weights[name]).astype(jnp.float32), -1.0)
-            pull = jnp.where(mask, -1.0, jnp.abs(grads[name]).astype(jnp.float32))
-            new[name] = largest(magnitude, kept[name] - number) | largest(pull, number)
-        return new
-
-    return sparse_training("rigl", inner, plan, start=start, is_due=is_due, renew=renew)
+    check_key(key)
+    if not callable(drop_fraction) and not is_share(drop_fraction):
+        raise ValueError(f"drop_fraction={drop_fraction!r}: expected a share in [0, 1], or a function of the update")
+    steps = range(every, end_step, every)
+    if callable(drop_fraction):
+        shares = shares_at("drop_fraction", drop_fraction, steps)
+    else:
+        shares = [exchange_fraction(step, end_step, drop_fraction) for step in steps]
+    return exchanging(
+        "rigl", inner, plan, densities=densities, key=key, every=every, end_step=end_step, shares=shares,
+        pull=lambda count, name, grad: magnitudes(grad),
+    )

@@ -1,144 +1,28 @@
-"""Training with masks of single weights that change on the way: what gradual pruning and RigL share.
+"""Training with masks of single weights: what all methods share whose masks are chosen, or change, on the way.
 
-Masks are bool arrays by layer name, True where a weight stays, each with exactly as many True as its density asks for.
+Masks are bool arrays by leaf name in the leaves' own shapes, True where a weight stays, each with exactly as many True
+as its density asks for. The state holds them as every other state does, and `clicktrain_jax.masks_of` reads them.
 """
 
-import numbers
+import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from clicktrain_jax.layer_plan import LayerPlan
-from clicktrain_jax.masks import apply_masks, build_masks
-from clicktrain_jax.methods.states import check_update, find_state, planned
+from clicktrain_jax.eager import compiled
+from clicktrain_jax.masks import Masks, apply_masks, build_masks
+from clicktrain_jax.methods.densities import by_plan, counts_of, size_of
+from clicktrain_jax.methods.states import MaskDict, check_update, first_state, masks_tree, planned
 from clicktrain_jax.plan import Plan
+from clicktrain_jax.states import ClickTrainState, check_state
 from clicktrain_jax.transform import enforce
-from clicktrain_jax.trees import Tree
+from clicktrain_jax.trees import Tree, replicated
 
-MaskDict = dict[str, jax.Array]
-_DISTRIBUTIONS = ("uniform", "erk")
-
-
-class SparseState(NamedTuple):
-    """The state of `gradual_magnitude` and of `rigl`.
-
-    Attributes:
-        count: int32, updates done.
-        masks: bool (kh, kw, cin, cout) by layer name.
-        inner_state: the wrapped optimizer's state.
-    """
-
-    count: jax.Array
-    masks: MaskDict
-    inner_state: Any
-
-
-def masks_of(opt_state: Any) -> MaskDict:
-    """The masks inside an optimizer state.
-
-    Args:
-        opt_state: any state that holds one of `gradual_magnitude` or `rigl`: chained, wrapped, restored.
-
-    Returns:
-        bool (kh, kw, cin, cout) by layer name.
-
-    Raises:
-        ValueError: no such state, or several.
-    """
-    return find_state(opt_state, SparseState, "gradual_magnitude(...) or rigl(...)").masks
-
-
-def densities(
-    plan: Plan, retained: int, distribution: Literal["uniform", "erk"] = "uniform"
-) -> dict[str, float]:
-    """How many of each planned layer's weights stay, as shares.
-
-    Args:
-        plan: from `clicktrain_jax.make_plan`; its fractions are not read.
-        retained: weights that stay in all planned layers together.
-        distribution: "uniform": the same share everywhere. "erk", Erdos-Renyi-Kernel: a share in proportion to
-            (kh + kw + cin + cout) / (kh * kw * cin * cout), at most 1; what full layers leave over goes to the others.
-
-    Returns:
-        ``{layer name: density}``, each a whole number of weights (at least 1) over the layer's size, so that the sum of
-        ``round(density * size)`` is ``retained`` exactly; what rounding leaves goes by largest remainder, ties to the
-        plan's order.
-
-    Raises:
-        ValueError: an unknown distribution; fewer retained weights than layers, or more than there are.
-
-    Source: Evci et al., "Rigging the Lottery" (arXiv 1911.11134), section 3.
-    """
-    if distribution not in _DISTRIBUTIONS:
-        raise ValueError(f"distribution={distribution!r}: expected one of {_DISTRIBUTIONS}")
-    sizes = {layer.name: size_of(layer) for layer in plan.layers}
-    total = sum(sizes.values())
-    if isinstance(retained, bool) or not isinstance(retained, numbers.Integral):
-        raise ValueError(f"retained={retained!r}: expected an integer, the number of weights that stay")
-    if not len(sizes) <= retained <= total:
-        raise ValueError(
-            f"retained={retained}: expected {len(sizes)} (a weight in every planned layer) to {total} (all of them)"
-        )
-    if distribution == "uniform":
-        raw = {name: 1.0 for name in sizes}
-    else:
-        raw = {layer.name: sum(layer.shape) / size_of(layer) for layer in plan.layers}
-    ideal = _capped_shares(raw, sizes, retained)
-    counts = {name: min(max(int(ideal[name]), 1), size) for name, size in sizes.items()}
-    while (missing := retained - sum(counts.values())) != 0:
-        step = 1 if missing > 0 else -1
-        free = [name for name in sizes if 1 <= counts[name] + step <= sizes[name]]
-        chosen = max(free, key=lambda name: step * (ideal[name] - counts[name]))
-        counts[chosen] += step
-    return {name: counts[name] / sizes[name] for name in sizes}
-
-
-def _capped_shares(raw: Mapping[str, float], sizes: Mapping[str, int], retained: int) -> dict[str, float]:
-    """Weights of each layer, not yet whole: in proportion to raw * size, no layer above its size."""
-    full: set[str] = set()
-    while True:
-        left = retained - sum(sizes[name] for name in full)
-        others = [name for name in sizes if name not in full]
-        whole = sum(raw[name] * sizes[name] for name in others)
-        scale = left / whole if others else 0.0
-        # A little above 1 is rounding: all of a layer's weights are its size then too.
-        over = {name for name in others if scale * raw[name] > 1.0}
-        if not over:
-            return {name: float(sizes[name]) if name in full else scale * raw[name] * sizes[name] for name in sizes}
-        full |= over
-
-
-def size_of(layer: LayerPlan) -> int:
-    """How many weights a layer has."""
-    kh, kw, cin, cout = layer.shape
-    return kh * kw * cin * cout
-
-
-def counts_of(plan: Plan, layer_densities: Mapping[str, float]) -> dict[str, int]:
-    """``round(density * size)`` of every planned layer.
-
-    Raises:
-        ValueError: other names than the plan's; a density outside (0, 1], or one that leaves no weight.
-    """
-    names = {layer.name for layer in plan.layers}
-    for name in sorted(names ^ set(layer_densities)):
-        problem = "has no density" if name in names else "is no layer of the plan"
-        raise ValueError(f"densities: {name!r} {problem}; expected one for each of {sorted(names)}")
-    counts = {}
-    for layer in plan.layers:
-        density = layer_densities[layer.name]
-        if isinstance(density, bool) or not isinstance(density, numbers.Real) or not 0 < density <= 1:
-            raise ValueError(f"densities[{layer.name!r}]={density!r}: expected the share that stays, in (0, 1]")
-        counts[layer.name] = round(float(density) * size_of(layer))
-        if counts[layer.name] < 1:
-            raise ValueError(
-                f"densities[{layer.name!r}]={density!r} leaves none of {size_of(layer)} weights: raise it to "
-                f"{1 / size_of(layer):.2g} or more"
-            )
-    return counts
+Renew = Callable[[jax.Array, MaskDict, MaskDict, MaskDict], MaskDict]
 
 
 def largest(values: jax.Array, count: int | jax.Array) -> jax.Array:
@@ -158,14 +42,40 @@ def largest(values: jax.Array, count: int | jax.Array) -> jax.Array:
     return chosen.reshape(values.shape)
 
 
+def magnitudes(weights: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """float32 magnitudes; -1, which no weight has, outside of a mask."""
+    found = jnp.abs(weights).astype(jnp.float32)
+    return found if mask is None else jnp.where(mask, found, -1.0)
+
+
+def key_of(key: jax.Array, name: str) -> jax.Array:
+    """A layer's own key."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def all_kept(plan: Plan) -> MaskDict:
+    """Masks that keep every weight."""
+    return {layer.name: jnp.ones(layer.leaf_shape, bool) for layer in plan.layers}
+
+
+def random_masks(plan: Plan, kept: Mapping[str, int], key: jax.Array) -> MaskDict:
+    """Masks that keep ``kept`` weights of each layer, any of them alike."""
+    masks = {}
+    for layer in plan.layers:
+        order = jax.random.permutation(key_of(key, layer.name), size_of(layer))
+        masks[layer.name] = (order < kept[layer.name]).reshape(layer.leaf_shape)
+    return masks
+
+
 def sparse_training(
     name: str,
     inner: optax.GradientTransformation,
     plan: Plan,
     *,
     start: Callable[[], MaskDict],
-    is_due: Callable[[jax.Array], jax.Array],
-    renew: Callable[[jax.Array, MaskDict, MaskDict, MaskDict], MaskDict],
+    is_due: Callable[[jax.Array], jax.Array] | None,
+    renew: Renew | None,
+    chosen: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer under masks that change now and then.
 
@@ -175,37 +85,123 @@ def sparse_training(
     Args:
         name: of the method, for errors.
         inner: the optimizer.
-        plan: from `clicktrain_jax.make_plan`; its fractions are not read.
+        plan: from `clicktrain_jax.make_plan`: which layers.
         start: makes the first masks.
-        is_due: update (int32 scalar, from 0) -> bool scalar, whether masks change in it.
+        is_due: update (int32 scalar, from 0) -> bool scalar, whether masks change in it; None for never.
         renew: ``(update, masks, weights after the update, dense gradients of it) -> masks``, by layer name.
+        chosen: whether the first masks are the method's choice; False where they keep all.
 
     Returns:
-        A transformation whose state is a `SparseState`.
+        A transformation whose state is a `clicktrain_jax.ClickTrainState`: ``selected`` is the update of the last
+        renewal, ``pruned`` the first update after which masked weights are zero.
     """
     inner = optax.with_extra_args_support(inner)
 
-    def init(params: Tree) -> SparseState:
+    def init(params: Tree) -> ClickTrainState:
         plan.check_tree(params)
-        return SparseState(jnp.zeros([], jnp.int32), start(), inner.init(params))
+        return first_state(params, start(), inner.init(params), selected=0 if chosen else -1)
 
-    def update(grads: Tree, state: SparseState, params: Tree | None = None, **extra: Any) -> tuple[Tree, SparseState]:
-        check_update(name, plan, grads, params)
-        old = state.masks
-        updates, inner_state = inner.update(apply_masks(grads, _tree(params, old)), state.inner_state, params, **extra)
+    def whole_update(
+        grads: Tree, state: ClickTrainState, params: Tree, extra: dict[str, Any]
+    ) -> tuple[Tree, ClickTrainState]:
+        check_state(state, plan, 0, 1)
+        # What jit returned may be sharded in any way, and the branches must agree.
+        held = Masks.of(state.masks).layers
+        old = {layer: replicated(mask.combined()) for layer, mask in held.items()}
+        updates, inner_state = inner.update(
+            apply_masks(grads, _masks(params, old)), state.inner_state, params, **extra
+        )
+        new, selected = old, state.selected
+        if is_due is not None:
+            due = is_due(state.count)
 
-        def changed() -> MaskDict:
-            after = optax.apply_updates(planned(params, plan), planned(updates, plan))
-            return renew(state.count, old, after, planned(grads, plan))
+            def changed() -> MaskDict:
+                after = optax.apply_updates(planned(params, plan), planned(updates, plan))
+                return renew(state.count, old, *jax.tree.map(replicated, (after, planned(grads, plan))))
 
-        new = jax.lax.cond(is_due(state.count), changed, lambda: old)
+            new = jax.lax.cond(due, changed, lambda: old)
+            selected = jnp.where(due, state.count, selected)
         both = {layer: old[layer] & new[layer] for layer in old}
-        updates, inner_state = enforce(updates, inner_state, params, _tree(params, both))
-        return updates, SparseState(optax.safe_increment(state.count), new, inner_state)
+        updates, inner_state = enforce(updates, inner_state, params, _masks(params, both))
+        return updates, state._replace(
+            count=optax.safe_increment(state.count),
+            selected=selected,
+            pruned=jnp.where((state.pruned < 0) & (selected >= 0), state.count, state.pruned),
+            masks=masks_tree(state.masks, new),
+            inner_state=inner_state,
+        )
+
+    whole_update = compiled(whole_update)
+
+    def update(
+        grads: Tree, state: ClickTrainState, params: Tree | None = None, **extra: Any
+    ) -> tuple[Tree, ClickTrainState]:
+        check_update(name, plan, grads, params)
+        return whole_update(grads, state, params, extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _tree(params: Tree, masks: MaskDict) -> Any:
+def one_shot(
+    name: str, inner: optax.GradientTransformation, plan: Plan, step: int, choose: Callable[[MaskDict], MaskDict]
+) -> optax.GradientTransformationExtraArgs:
+    """`sparse_training` whose masks are chosen once, from the weights after update ``step``."""
+    return sparse_training(
+        name, inner, plan,
+        start=lambda: all_kept(plan), is_due=lambda count: count == step,
+        renew=lambda count, masks, weights, grads: choose(weights),
+    )
+
+
+def exchanging(
+    name: str,
+    inner: optax.GradientTransformation,
+    plan: Plan,
+    *,
+    densities: Mapping[str, float] | None,
+    key: jax.Array,
+    every: int,
+    end_step: int,
+    shares: list[float],
+    pull: Callable[[jax.Array, str, jax.Array], jax.Array],
+) -> optax.GradientTransformationExtraArgs:
+    """Training with random masks of constant size, in which weights change places: what RigL and SET share.
+
+    Args:
+        name, inner, plan: as for `sparse_training`.
+        densities: by layer name, or None for those of the plan's rules.
+        key: of the first masks.
+        every: updates between two exchanges.
+        end_step: the first update without any.
+        shares: of the kept weights that change places in updates ``every``, ``2 * every``, ... before ``end_step``.
+        pull: ``(update, layer name, dense gradient) -> scores``, >= 0: the masked weights of the highest grow.
+    """
+    kept = counts_of(plan, by_plan(plan, densities))
+    # How many change places in each exchange, worked out beforehand in 64 bits; entry 0 is no exchange.
+    exchanged = {
+        layer.name: np.array(
+            [min(round(share * kept[layer.name]), size_of(layer) - kept[layer.name]) for share in (0.0, *shares)],
+            np.int32,
+        )
+        for layer in plan.layers
+    }
+
+    def is_due(count: jax.Array) -> jax.Array:
+        return (count > 0) & (count % every == 0) & (count < end_step)
+
+    def renew(count: jax.Array, masks: MaskDict, weights: MaskDict, grads: MaskDict) -> MaskDict:
+        new = {}
+        for layer, mask in masks.items():
+            number = jnp.asarray(exchanged[layer])[count // every]
+            grows = jnp.where(mask, -1.0, pull(count, layer, grads[layer]))
+            new[layer] = largest(magnitudes(weights[layer], mask), kept[layer] - number) | largest(grows, number)
+        return new
+
+    return sparse_training(
+        name, inner, plan, start=lambda: random_masks(plan, kept, key), is_due=is_due, renew=renew, chosen=True
+    )
+
+
+def _masks(params: Tree, masks: MaskDict) -> Masks:
     """The masks in the parameters' containers: masks of single weights stand where masks of kernels do."""
     return build_masks(params, {name: (None, mask) for name, mask in masks.items()})

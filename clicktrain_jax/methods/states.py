@@ -1,12 +1,49 @@
-"""What the methods' transformations have in common: checks of what they are given, and finding their state."""
+"""What the methods' transformations have in common: checks of what they are given, and the state they begin with."""
 
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
+from clicktrain_jax.importance import NO_SCORE
+from clicktrain_jax.masks import LayerMask
 from clicktrain_jax.plan import Plan
+from clicktrain_jax.states import ClickTrainState, fill_masks
 from clicktrain_jax.trees import Tree, named_leaves
+
+MaskDict = dict[str, jax.Array]
+
+
+def first_state(params: Tree, masks: MaskDict, inner_state: Any, *, selected: int = -1, pruned: int = -1) -> Any:
+    """The state of a method before its first update, a `clicktrain_jax.ClickTrainState`.
+
+    Args:
+        params: tree of arrays, whose containers the masks get.
+        masks: bool by leaf name, in the leaves' own shapes.
+        inner_state: the wrapped optimizer's.
+        selected: 0 where these masks are the method's choice already; -1 where they keep all.
+        pruned: 0 where no weight has to be zero for them; -1 where weights will be.
+    """
+    return ClickTrainState(
+        count=jnp.zeros([], jnp.int32),
+        selected=jnp.full([], selected, jnp.int32),
+        pruned=jnp.full([], pruned, jnp.int32),
+        postponed=jnp.zeros([], jnp.int32),
+        by_magnitude=jnp.zeros(len(masks), bool),
+        masks=masks_tree(params, masks),
+        gathered=jnp.zeros([], jnp.int32),
+        scores={},
+        exponents=jnp.full(len(masks), NO_SCORE, jnp.int32),
+        inner_state=inner_state,
+    )
+
+
+def masks_tree(like: Tree, masks: MaskDict) -> Tree:
+    """Masks of single weights by leaf name, as a state holds them."""
+    return fill_masks(like, {name: LayerMask(None, mask, None) for name, mask in masks.items()})
 
 
 def find_state(opt_state: Any, kind: type, what: str) -> Any:
@@ -60,3 +97,30 @@ def check_integer(field: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"{field}={value!r}: expected an integer >= {least}")
     return int(value)
+
+
+def check_key(key: Any) -> None:
+    """Raise a ValueError for what is no key of jax's."""
+    if not isinstance(key, jax.Array):
+        raise ValueError(f"key={key!r}: expected a key of jax's, such as jax.random.key(0)")
+
+
+def is_share(value: Any) -> bool:
+    """True for a real number in [0, 1]."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def shares_at(field: str, schedule: optax.Schedule, steps: Iterable[int]) -> list[float]:
+    """What a schedule says at some updates, worked out now.
+
+    Raises:
+        ValueError: a value outside [0, 1], or no number.
+    """
+    found = []
+    with jax.ensure_compile_time_eval():
+        for step in steps:
+            value = schedule(step)
+            if jnp.ndim(value) or not is_share(float(value)):
+                raise ValueError(f"{field} is {value!r} in update {step}: expected a share in [0, 1]")
+            found.append(float(value))
+    return found
