@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import clicktrain_jax as ct
-from clicktrain_jax.baselines import n_of_m_mask, n_of_m_masks, random_importance, random_scores, straight_through
+from clicktrain_jax.methods import n_of_m_mask, n_of_m_masks, random_importance, random_scores, straight_through
 
 
 def normal(shape, seed=0, dtype=jnp.float32):
@@ -52,7 +52,8 @@ def test_the_gradient_passes_the_mask_and_pulls_what_is_masked(toy):
         masked = straight_through(params, toy.plan(), decay=decay)
         return sum(0.5 * jnp.sum(jnp.square(a - b)) for a, b in zip(jax.tree.leaves(masked), jax.tree.leaves(targets)))
 
-    masks = toy.quick_jit(lambda params: n_of_m_masks(params, toy.plan()))(params)
+    found = toy.quick_jit(lambda params: n_of_m_masks(params, toy.plan()))(params)
+    masks = {name: layer.combined() for name, layer in found.layers.items()}
     assert set(masks) == {"Conv_1/kernel", "Conv_2/kernel"}
     grads = toy.quick_jit(jax.grad(loss))(params)
     masked = toy.quick_jit(lambda params: straight_through(params, toy.plan(), decay=decay))(params)

@@ -9,7 +9,7 @@ the net does with them. Depthwise kernels, which make no channels, and groups of
 
     tx = prunetrain(optax.sgd(0.1, momentum=0.9), nodes)
     updates, opt_state = tx.update(grads, opt_state, params, value=cross_entropy)
-    ...                                                       # every 10 epochs:
+    ...                                                       # every 10 epochs, unless every= masks them instead:
     kept = living_channels({"params": params}, nodes)
     params, opt_state = (narrow(tree, kept, nodes, prefix="params/") for tree in (params, opt_state))
     batch_stats = narrow(batch_stats, kept, nodes, prefix="batch_stats/")
@@ -17,6 +17,7 @@ the net does with them. Depthwise kernels, which make no channels, and groups of
 Source: Lym, Choukse, Zangeneh, Wen, Sanghavi, Erez, SC'19 (arXiv 1901.09290).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,6 +29,11 @@ import optax
 
 from clicktrain_jax.baselines.narrowing import channels_of, check_leaves, is_written_by_convolutions, leaf_shapes
 from clicktrain_jax.channels import ChannelNode
+from clicktrain_jax.eager import compiled
+from clicktrain_jax.layer_plan import LayerPlan
+from clicktrain_jax.methods.sparse import all_kept, sparse_training
+from clicktrain_jax.methods.states import MaskDict, check_integer
+from clicktrain_jax.plan import Plan
 from clicktrain_jax.regularization import EPSILON
 from clicktrain_jax.trees import Tree, is_kernel_shape, map_named, named_leaves
 
@@ -151,8 +157,14 @@ def prunetrain(
     *,
     ratio: float = 0.2,
     prefix: str = "params/",
+    every: int | None = None,
+    threshold: float = 1e-4,
 ) -> optax.GradientTransformationExtraArgs:
-    """PruneTrain's regularisation around any optax optimizer. Its reconfigurations are the loop's affair.
+    """PruneTrain's regularisation around any optax optimizer, and with ``every`` masks of the channels that it kills.
+
+    Reconfigurations, which make the net itself smaller, are the loop's affair (`clicktrain_jax.channels`). A loop that
+    keeps the net's shapes gets masks in their place: whole channels of zero, in the convolutions that write them and
+    in those that read them. Put it last in a chain then.
 
     The first update sets the coefficient such that the lasso is ``ratio`` of the whole loss then; it stays. The
     transformation goes on with a narrowed net and the same nodes: it looks at the shapes it is given.
@@ -162,23 +174,63 @@ def prunetrain(
         nodes: from `clicktrain_jax.channels.channel_nodes` of the net.
         ratio: the lasso's share of the first loss, in (0, 1).
         prefix: what the names in ``nodes`` have before those of the parameters.
+        every: after so many updates, and again after as many, channels are masked of which every weight, in any
+            convolution that writes or reads it, is below the threshold; they do not come back, and each group keeps its
+            strongest. None: no masks.
+        threshold: magnitude below which a weight counts as zero.
 
     Returns:
-        A transformation whose state is a `PruneTrainState`. ``update`` needs ``value=``, the batch's cross entropy
-        without the lasso, and passes it on to ``inner``.
+        A transformation whose state is a `PruneTrainState`; with ``every`` a `clicktrain_jax.ClickTrainState` that has
+        one inside. ``update`` needs ``value=``, the batch's cross entropy without the lasso (float scalar), and passes
+        it on to ``inner``.
 
     Raises:
-        ValueError: at once for a ratio outside (0, 1); in ``update`` for parameters of another net, when ``params`` or
-            ``value`` is missing, or when ``value`` is no scalar.
+        ValueError: at once for a ratio outside (0, 1), ``every`` below 1, a negative threshold; in ``update`` for
+            parameters of another net, when ``params`` or ``value`` is missing, or when ``value`` is no scalar.
+
+    Example:
+        >>> import jax, optax, jax.numpy as jnp, clicktrain_jax as ct
+        >>> def net(params, x):
+        ...     for kernel in (params["a"], params["b"]):
+        ...         x = jax.nn.relu(jax.lax.conv_general_dilated(
+        ...             x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+        ...     return x
+        >>> params = {"a": jnp.ones((3, 3, 2, 4)).at[..., 1].set(0.0), "b": jnp.ones((3, 3, 4, 3)).at[:, :, 1].set(0.0)}
+        >>> nodes = ct.channels.channel_nodes(net, params, (8, 8, 2))
+        >>> tx = ct.methods.prunetrain(optax.sgd(0.1), nodes, prefix="", every=1)
+        >>> grads = jax.tree.map(jnp.zeros_like, params)
+        >>> updates, state = tx.update(grads, tx.init(params), params, value=1.0)
+        >>> ct.masks_of(state).kernel["a"][0, 0, 0].tolist()
+        [True, False, True, True]
 
     Source: Lym et al. 2019.
     """
+    if every is not None:
+        check_integer("every", every, 1)
+        _check_threshold(threshold)
+        lasso = prunetrain(inner, nodes, ratio=ratio, prefix=prefix)
+        return _under_masks(lasso, nodes, prefix, every, threshold)
     if not 0 < ratio < 1:
         raise ValueError(f"ratio={ratio!r}: expected the lasso's share of the first loss, between 0 and 1")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Tree) -> PruneTrainState:
         return PruneTrainState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32), inner.init(params))
+
+    def whole_update(
+        grads: Tree, state: PruneTrainState, params: Tree, extra: dict[str, Any]
+    ) -> tuple[Tree, PruneTrainState]:
+        def calibrate() -> jax.Array:
+            value = jnp.asarray(extra["value"], jnp.float32)
+            return ratio * value / ((1 - ratio) * channel_lasso(params, nodes, prefix=prefix))
+
+        # Not by the count: a run may start from another one's state, whose updates had no lasso.
+        coeff = jax.lax.cond(state.coeff == 0, calibrate, lambda: state.coeff)
+        grads = add_channel_lasso(grads, params, nodes, coeff, prefix=prefix)
+        updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
+        return updates, PruneTrainState(optax.safe_increment(state.count), coeff, inner_state)
+
+    whole_update = compiled(whole_update)
 
     def update(
         grads: Tree, state: PruneTrainState, params: Tree | None = None, *, value: Any = None, **extra: Any
@@ -190,17 +242,75 @@ def prunetrain(
                 f"value={value!r}: prunetrain sets its coefficient from the loss of the first batch, a scalar; call "
                 "update(grads, state, params, value=loss)"
             )
-
-        def calibrate() -> jax.Array:
-            return ratio * jnp.asarray(value, jnp.float32) / ((1 - ratio) * channel_lasso(params, nodes, prefix=prefix))
-
-        # Not by the count: a run may start from another one's state, whose updates had no lasso.
-        coeff = jax.lax.cond(state.coeff == 0, calibrate, lambda: state.coeff)
-        grads = add_channel_lasso(grads, params, nodes, coeff, prefix=prefix)
-        updates, inner_state = inner.update(grads, state.inner_state, params, value=value, **extra)
-        return updates, PruneTrainState(optax.safe_increment(state.count), coeff, inner_state)
+        return whole_update(grads, state, params, {"value": value, **extra})
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _under_masks(
+    lasso: optax.GradientTransformationExtraArgs,
+    nodes: Sequence[ChannelNode],
+    prefix: str,
+    every: int,
+    threshold: float,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer, with dead channels at zero from then on."""
+
+    @functools.cache
+    def of_shapes(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> optax.GradientTransformationExtraArgs:
+        by_name = {f"{prefix}{name}": shape for name, shape in shapes}
+        free = []
+        for node in nodes:
+            check_leaves([name for name, *_ in (*node.writers, *node.readers)], by_name, prefix)
+            if not node.fixed and is_written_by_convolutions(node, by_name):
+                entries = [*node.writers, *((name, axis) for name, axis, _ in node.readers)]
+                free.append([
+                    (name.removeprefix(prefix), axis) for name, axis in entries if is_kernel_shape(by_name[name])
+                ])
+        masked = {name for entries in free for name, _ in entries}
+        if not masked:
+            raise ValueError(f"nodes: none of the {len(nodes)} groups is free to lose channels, so there are no masks")
+        layers = tuple(LayerPlan(name, shape, 0.0) for name, shape in shapes if name in masked)
+        plan = Plan(layers, tuple(name for name, _ in shapes))
+
+        def renew(count: jax.Array, masks: MaskDict, weights: MaskDict, _: MaskDict) -> MaskDict:
+            new = dict(masks)
+            for entries in free:
+                lives = _lives([(weights[name], axis) for name, axis in entries], threshold)
+                for name, axis in entries:
+                    new[name] &= lives.reshape([-1 if other == axis else 1 for other in range(4)])
+            return new
+
+        return sparse_training(
+            "prunetrain", lasso, plan, start=lambda: all_kept(plan),
+            is_due=lambda count: (count + 1) % every == 0, renew=renew,
+        )
+
+    def of(params: Tree) -> optax.GradientTransformationExtraArgs:
+        return of_shapes(tuple((name, jnp.shape(leaf)) for name, leaf in named_leaves(params) if leaf is not None))
+
+    def update(grads: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+        if params is None:
+            raise ValueError("prunetrain needs the parameters: call update(grads, state, params, value=loss)")
+        return of(params).update(grads, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(lambda params: of(params).init(params), update)
+
+
+def _lives(slices: Sequence[tuple[jax.Array, int]], threshold: float) -> jax.Array:
+    """bool (channels,): some weight of the channel is not below the threshold, or none is stronger than it."""
+    lives, strength = False, 0.0
+    for weight, axis in slices:
+        others = tuple(other for other in range(4) if other != axis)
+        # What is not a number is not zero.
+        lives |= ~jnp.all(jnp.abs(weight) < threshold, axis=others)
+        strength += jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=others)
+    return lives | (strength == strength.max())
+
+
+def _check_threshold(threshold: float) -> None:
+    if not 0 <= threshold < math.inf:
+        raise ValueError(f"threshold={threshold!r}: expected a finite magnitude >= 0")
 
 
 def living_channels(
@@ -237,8 +347,7 @@ def living_channels(
 
     Source: Lym et al. 2019 (channel union).
     """
-    if not 0 <= threshold < math.inf:
-        raise ValueError(f"threshold={threshold!r}: expected a finite magnitude >= 0")
+    _check_threshold(threshold)
     if isinstance(multiple, bool) or not hasattr(multiple, "__index__") or multiple < 1:
         raise ValueError(f"multiple={multiple!r}: expected an integer >= 1")
     shapes = leaf_shapes(variables, prefix)

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import clicktrain_jax as ct
-from clicktrain_jax.baselines import SparseState, densities, masks_of
-from clicktrain_jax.baselines.sparse import counts_of, largest
+from clicktrain_jax.methods import densities
+from clicktrain_jax.methods.densities import by_plan, counts_of
+from clicktrain_jax.methods.sparse import largest
 
 SHAPES = {"a": (3, 3, 4, 8), "b": (3, 3, 64, 32), "c": (1, 1, 32, 48), "d": (3, 3, 4, 5)}
 SIZES = {name: int(np.prod(shape)) for name, shape in SHAPES.items()}
@@ -32,6 +32,30 @@ def test_uniform_shares_are_alike():
         assert abs(share * SIZES[name] - SIZES[name] / TOTAL * (TOTAL // 5)) < 1 + 1e-9
 
 
+def test_a_share_of_all_weights():
+    assert densities(PLAN, 0.25) == densities(PLAN, round(0.25 * TOTAL))
+
+
+def test_erk_by_hand():
+    """Two layers of 144 and 4096 weights, of which half stay: 2120. They get 16 and 130 parts of 146 (the sums of their
+    axes): 232 of the first one's 144 would stay, so it is full, and the second has the other 1976."""
+    params = {"small": jnp.zeros((3, 3, 2, 8)), "large": jnp.zeros((1, 1, 64, 64))}
+    plan = ct.make_plan(params, {".*": 0.0})
+    assert densities(plan, 0.5, "erk") == {"small": 1.0, "large": 1976 / 4096}
+    # A tenth: 424 weights.
+    few = densities(plan, 0.1, "erk")
+    assert few["small"] == round(424 * 16 / 146) / 144 and few["large"] == round(424 * 130 / 146) / 4096
+
+
+def test_densities_of_the_plans_rules():
+    params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
+    plan = ct.make_plan(params, {"a": 0.75, "b": 0.9, "c": None, "d": 0.0})
+    assert by_plan(plan, None) == {"a": 0.25, "b": pytest.approx(0.1), "d": 1.0}
+    assert by_plan(plan, {"a": 1}) == {"a": 1}
+    with pytest.raises(ValueError, match="densities=None, and 'a' is 'auto' in the plan"):
+        by_plan(ct.make_plan(params, {"a": "auto", ".*": 0.0}, target=4.0), None)
+
+
 def test_erk_shares_are_in_proportion_below_one():
     def raw(name):
         return sum(SHAPES[name]) / SIZES[name]
@@ -53,6 +77,7 @@ def test_erk_shares_are_in_proportion_below_one():
         ((3,), r"retained=3: expected 4 .* to 20436"),
         ((TOTAL + 1,), "retained=20437"),
         ((10.0,), "retained=10.0"),
+        ((-0.5,), "retained=-0.5: .* or the share of them as a float between 0 and 1"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
@@ -89,13 +114,3 @@ def test_the_largest_are_chosen_and_ties_go_to_the_lowest_index(levels):
         expected = np.zeros(60, bool)
         expected[order[:count]] = True
         np.testing.assert_array_equal(choose(values, count), expected.reshape(values.shape))
-
-
-def test_masks_are_found_wherever_the_state_stands():
-    masks = {"a": jnp.ones((1, 1, 2, 2), bool)}
-    state = SparseState(jnp.int32(1), masks, optax.EmptyState())
-    for where in (state, (optax.EmptyState(), state), {"opt": state}, {"0": state._asdict()}):
-        assert masks_of(where) is masks
-    for where, number in (((), 0), ((state, state), 2)):
-        with pytest.raises(ValueError, match=f"found {number}"):
-            masks_of(where)

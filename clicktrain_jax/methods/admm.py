@@ -23,11 +23,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clicktrain_jax.baselines.states import check_integer, check_update, find_state, planned
+from clicktrain_jax.eager import compiled
 from clicktrain_jax.layer_plan import LayerPlan
+from clicktrain_jax.methods.states import check_integer, check_update, find_state, planned
 from clicktrain_jax.patterns import Generated
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.selection import check_patterns, select_layers
+from clicktrain_jax.transform import clicktrain
 from clicktrain_jax.trees import Tree, map_named
 
 Arrays = dict[str, jax.Array]
@@ -83,7 +85,7 @@ def project_kernels(values: Arrays, plan: Plan, patterns: Any) -> Arrays:
         The planned layers that lose kernels. Same shapes and dtypes.
     """
     choices = _select(values, plan, patterns)
-    return {name: _keep(choices[name].kernel[None, None], values[name]) for name in _with_removal(plan)}
+    return {name: _keep(choices[name].full().kernel, values[name]) for name in _with_removal(plan)}
 
 
 def admm(
@@ -95,8 +97,9 @@ def admm(
     every: int,
     begin_step: int = 0,
     end_step: int | None = None,
+    prune_step: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """ADMM towards patterns and removed kernels, around any optax optimizer.
+    """ADMM towards patterns and removed kernels, around any optax optimizer. Put it last in a chain.
 
     Args:
         inner: the optimizer; it sees the gradient with both quadratic terms.
@@ -108,19 +111,43 @@ def admm(
         every: projections and duals are renewed every so many updates, counted from ``begin_step``.
         begin_step: the update (from 0) that has the terms first. There the copies are the projections of the
             weights, the duals are zero.
-        end_step: the first update without the terms; None for never.
+        end_step: the first update without the terms; None for ``prune_step``, or never.
+        prune_step: the update after which the net is pruned, by the magnitudes of the weights in the update before, and
+            stays so: masked weights are exactly zero. None leaves that to others: no masks are held.
 
     Returns:
-        A transformation whose state is an `AdmmState`. Before ``begin_step`` and from ``end_step`` on it does what
-        ``inner`` does. Further arguments of ``update`` are handed to ``inner``.
+        A transformation whose state is an `AdmmState`; with ``prune_step`` a `clicktrain_jax.ClickTrainState` that has
+        one inside. Before ``begin_step`` and from ``end_step`` on it does what ``inner`` does. Further arguments of
+        ``update`` are handed to ``inner``.
 
     Raises:
         ValueError: at once for steps, ``every`` or ``rho`` out of range, generated patterns, patterns that do not fit
             the plan; in ``init`` for parameters of another tree; in ``update`` when ``params`` is missing.
 
+    Example:
+        >>> import jax, optax, jax.numpy as jnp, clicktrain_jax as ct
+        >>> params = {"Conv_0": {"kernel": jnp.arange(1.0, 289.0).reshape(3, 3, 8, 4)}}
+        >>> tx = ct.methods.admm(optax.sgd(0.1), ct.make_plan(params, {".*/kernel": 0.5}),
+        ...                      patterns=ct.patterns.fixed_set(4), rho=1e-3, every=2, prune_step=4)
+        >>> state = tx.init(params)
+        >>> for _ in range(5):
+        ...     updates, state = tx.update(params, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> int((params["Conv_0"]["kernel"] != 0).sum())  # half of 32 kernels, 4 taps each
+        64
+
     Source: PatDNN, arXiv 2001.00138, and PCONV, arXiv 1909.05073: both projections, scaled duals.
     """
     begin_step = check_integer("begin_step", begin_step, 0)
+    if prune_step is not None:
+        if check_integer("prune_step", prune_step, 0) <= begin_step:
+            raise ValueError(f"prune_step={prune_step}: expected more than begin_step={begin_step}")
+        end_step = prune_step if end_step is None else end_step
+        pulled = admm(inner, plan, patterns=patterns, rho=rho, every=every, begin_step=begin_step, end_step=end_step)
+        return clicktrain(
+            pulled, plan, select_step=prune_step - 1, prune_step=prune_step, coeff=0.0, patterns=patterns,
+            importance="magnitude",
+        )
     every = check_integer("every", every, 1)
     if end_step is not None and check_integer("end_step", end_step, 0) <= begin_step:
         raise ValueError(f"end_step={end_step}: expected more than begin_step={begin_step}, or None for no end")
@@ -157,8 +184,9 @@ def admm(
 
         return *step(project_patterns, state.pattern_dual), *step(project_kernels, state.kernel_dual)
 
-    def update(grads: Tree, state: AdmmState, params: Tree | None = None, **extra: Any) -> tuple[Tree, AdmmState]:
-        check_update("admm", plan, grads, params)
+    def whole_update(
+        grads: Tree, state: AdmmState, params: Tree, extra: dict[str, Any]
+    ) -> tuple[Tree, AdmmState]:
         weights = _wide(planned(params, plan))
         since = state.count - begin_step
         active = since >= 0
@@ -188,6 +216,12 @@ def admm(
         grads = jax.lax.cond(active, pulled, lambda: grads)
         updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
         return updates, AdmmState(optax.safe_increment(state.count), *variables, inner_state)
+
+    whole_update = compiled(whole_update)
+
+    def update(grads: Tree, state: AdmmState, params: Tree | None = None, **extra: Any) -> tuple[Tree, AdmmState]:
+        check_update("admm", plan, grads, params)
+        return whole_update(grads, state, params, extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

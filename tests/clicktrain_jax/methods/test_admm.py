@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import clicktrain_jax as ct
-from clicktrain_jax.baselines import AdmmState, admm, admm_residual
-from clicktrain_jax.baselines.admm import project_kernels, project_patterns
+from clicktrain_jax.methods import AdmmState, admm, admm_residual
+from clicktrain_jax.methods.admm import project_kernels, project_patterns
 
 PATTERNS = ct.patterns.fixed_set(4)
 NAME = "Conv_0/kernel"

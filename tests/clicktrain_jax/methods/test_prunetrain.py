@@ -11,14 +11,14 @@ import pytest
 import clicktrain_jax as ct
 from clicktrain_jax import models
 from clicktrain_jax.baselines.narrowing import narrow, narrow_shapes, widths
-from clicktrain_jax.baselines.prunetrain import (
+from clicktrain_jax.channels import channel_nodes
+from clicktrain_jax.methods.prunetrain import (
     PruneTrainState,
     add_channel_lasso,
     channel_lasso,
     living_channels,
     prunetrain,
 )
-from clicktrain_jax.channels import channel_nodes
 from clicktrain_jax.trees import map_named, named_leaves
 
 IMAGE = (32, 32, 3)
@@ -174,16 +174,14 @@ def test_what_the_transformation_refuses(small):
 
 def test_inner_optimizers_get_the_loss(small):
     params, nodes = small
-    seen = []
 
     def update(grads, state, params=None, *, value, **extra):
-        seen.append((value, extra))
-        return grads, state
+        return grads, {"value": value, **extra}
 
     inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
     tx = prunetrain(inner, nodes, prefix="")
-    tx.update(params, tx.init(params), params, value=1.5, other=2)
-    assert seen == [(1.5, {"other": 2})]
+    _, state = tx.update(params, tx.init(params), params, value=1.5, other=2)
+    assert state.inner_state == {"value": 1.5, "other": 2}
 
 
 def test_channels_live_while_one_weight_does(small):

@@ -7,9 +7,10 @@ import optax
 import pytest
 
 import clicktrain_jax as ct
-from clicktrain_jax.baselines import gradual_magnitude, masks_of, rigl
-from clicktrain_jax.baselines.gradual import cubic_density
-from clicktrain_jax.baselines.rigl import exchange_fraction
+from clicktrain_jax.methods import gradual_magnitude, rigl
+from clicktrain_jax.methods.gradual import cubic_density
+from clicktrain_jax.methods.rigl import exchange_fraction
+from clicktrain_jax.methods.states import masks_tree
 
 DENSITIES = {"Conv_1/kernel": 0.3, "Conv_2/kernel": 0.45}
 SIZES = {"Conv_1/kernel": 288, "Conv_2/kernel": 20}
@@ -23,6 +24,11 @@ INNER = {
     "momentum": lambda: optax.sgd(0.1, momentum=0.9),
     "clipped adamw": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-2, weight_decay=0.1)),
 }
+
+
+def masks_of(state):
+    """``{name: bool array}`` by the public function."""
+    return {name: layer.combined() for name, layer in ct.masks_of(state).layers.items()}
 
 
 def leaf(tree, name):
@@ -188,7 +194,7 @@ def test_rigl_grown_weights_of_a_forked_run_start_at_zero(toy):
     updates, after = toy.quick_jit(tx.update)(toy.params(seed=1), state, params)
     new = optax.apply_updates(params, updates)
     for name, mask in masks_of(after).items():
-        grown = np.asarray(mask & ~state.masks[name])
+        grown = np.asarray(mask & ~masks_of(state)[name])
         assert grown.any() and not leaf(new, name)[grown].any()
         assert not leaf(new, name)[~np.asarray(mask)].any()
 
@@ -198,7 +204,8 @@ def test_gradual_revives_nothing_in_a_forked_run(toy):
     tx = gradual_magnitude(optax.sgd(0.1), toy.plan(), **GRADUAL)
     state = tx.init(params)
     masks = {name: jnp.asarray(leaf(toy.params(seed=9), name) > -0.2) for name in DENSITIES}
-    _, after = toy.quick_jit(tx.update)(toy.params(seed=1), state._replace(count=jnp.int32(9), masks=masks), params)
+    state = state._replace(count=jnp.int32(9), masks=masks_tree(params, masks))
+    _, after = toy.quick_jit(tx.update)(toy.params(seed=1), state, params)
     for name, mask in masks_of(after).items():
         assert mask.sum() == round(DENSITIES[name] * SIZES[name]) and not (mask & ~masks[name]).any()
 
@@ -245,7 +252,7 @@ def test_jit_is_eager(toy, method):
         (updates, eager), (same, jitted) = tx.update(grads, eager, params), update(grads, jitted, params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), (updates, eager), (same, jitted))
         params = optax.apply_updates(params, updates)
-    assert not eager.masks["Conv_2/kernel"].all()
+    assert not masks_of(eager)["Conv_2/kernel"].all()
 
 
 def methods(toy, inner):
