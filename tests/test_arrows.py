@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ORDER = ("pallas_kernels", "clicktrain_jax", "experiments", "tests")
 METHOD_NEEDS = {"jax", "optax", "numpy", "chex", "clicktrain_jax"}
 KERNELS_NEED = {"jax", "numpy", "pallas_kernels"}
-FILE_ROOMS = {"compact", "deploy"}
+FILE_ROOMS = {"storage", "deploy"}
 CLOCKS = {"time", "datetime", "timeit"}
 
 

@@ -5,7 +5,6 @@ Each method that trains is an optax transformation around any optimizer, so that
 
 from clicktrain_jax.baselines.admm import AdmmState, admm, admm_residual
 from clicktrain_jax.baselines.gradual import gradual_magnitude
-from clicktrain_jax.baselines.narrowing import narrow, narrow_shapes, widths
 from clicktrain_jax.baselines.nm import n_of_m_mask, n_of_m_masks, straight_through
 from clicktrain_jax.baselines.prunetrain import (
     PruneTrainState,
@@ -32,12 +31,9 @@ __all__ = [
     "masks_of",
     "n_of_m_mask",
     "n_of_m_masks",
-    "narrow",
-    "narrow_shapes",
     "prunetrain",
     "random_importance",
     "random_scores",
     "rigl",
     "straight_through",
-    "widths",
 ]

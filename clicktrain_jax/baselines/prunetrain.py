@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clicktrain_jax.baselines.narrowing import channels_of, check_leaves, is_written_by_convolutions, leaf_shapes
 from clicktrain_jax.channels import ChannelNode
+from clicktrain_jax.channels.narrowing import channels_of, check_leaves, is_written_by_convolutions, leaf_shapes
 from clicktrain_jax.regularization import EPSILON
 from clicktrain_jax.trees import Tree, is_kernel_shape, map_named, named_leaves
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from clicktrain_jax import compact
+from clicktrain_jax.deploy import storage
 from clicktrain_jax.deploy.arguments import check_function
 from clicktrain_jax.deploy.load import inference_net, located, masks_by_leaf, zoo
 from clicktrain_jax.deploy.portable import STABLEHLO, to_stablehlo
@@ -91,8 +91,8 @@ def export(
         check_zeros(by_name(variables), keep, "export with prune=True")
     with tempfile.TemporaryDirectory() as temporary:
         # Read back, so that what else is made holds the weights as they are stored, rounded if they are.
-        compact.write(temporary, variables, masks, facts=facts, dtype=dtype)
-        stored = compact.read(temporary, like=variables)
+        storage.write(temporary, variables, masks, facts=facts, dtype=dtype)
+        stored = storage.read(temporary, like=variables)
     # A net that will be loaded by name must be the one of that name.
     ready = inference_net(
         apply_fn if net is None else zoo(net),
@@ -113,4 +113,4 @@ def export(
         from clicktrain_jax.deploy.c_net import to_c
 
         files.update(to_c(ready))
-    return compact.write(path, variables, masks, facts=facts, dtype=dtype, files=files)
+    return storage.write(path, variables, masks, facts=facts, dtype=dtype, files=files)

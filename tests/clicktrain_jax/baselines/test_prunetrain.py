@@ -10,7 +10,6 @@ import pytest
 
 import clicktrain_jax as ct
 from clicktrain_jax import models
-from clicktrain_jax.baselines.narrowing import narrow, narrow_shapes, widths
 from clicktrain_jax.baselines.prunetrain import (
     PruneTrainState,
     add_channel_lasso,
@@ -19,6 +18,7 @@ from clicktrain_jax.baselines.prunetrain import (
     prunetrain,
 )
 from clicktrain_jax.channels import channel_nodes
+from clicktrain_jax.channels.narrowing import narrow, narrow_shapes, widths
 from clicktrain_jax.trees import map_named, named_leaves
 
 IMAGE = (32, 32, 3)

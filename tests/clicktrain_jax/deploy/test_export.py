@@ -260,9 +260,9 @@ def test_a_dense_net_can_be_exported_too(case, tmp_path):
 
 
 def test_masks_of_an_export_are_the_runs(case, path):
-    from clicktrain_jax import compact
+    from clicktrain_jax.deploy import storage
 
-    stored = compact.read(path, like=case.variables)
+    stored = storage.read(path, like=case.variables)
     jax.tree.map(np.testing.assert_array_equal, combine(stored.masks), combine(case.masks))
     jax.tree.map(np.testing.assert_array_equal, stored.variables, case.variables)
 

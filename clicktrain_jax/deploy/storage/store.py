@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.compact import containers
-from clicktrain_jax.compact.folder import naming, place, read_checked, read_checked_manifest, sha256
-from clicktrain_jax.compact.layers import decode, encode
-from clicktrain_jax.compact.manifest import (
+from clicktrain_jax.deploy.storage import containers
+from clicktrain_jax.deploy.storage.folder import naming, place, read_checked, read_checked_manifest, sha256
+from clicktrain_jax.deploy.storage.layers import decode, encode
+from clicktrain_jax.deploy.storage.manifest import (
     FORMAT,
     MANIFEST,
     MASK_SUFFIX,
@@ -30,7 +30,7 @@ from clicktrain_jax.compact.manifest import (
     tensor_bytes,
     to_text,
 )
-from clicktrain_jax.compact.values import DTYPES, STORABLE, narrow, stored_dtype, to_numpy, widen
+from clicktrain_jax.deploy.storage.values import DTYPES, STORABLE, narrow, stored_dtype, to_numpy, widen
 from clicktrain_jax.masks import FullMask, Masks
 from clicktrain_jax.trees import KERNEL_AXES, Tree, named_leaves
 
