@@ -109,9 +109,10 @@ def test_every_config_it_names_exists():
 
 def test_every_room_it_names_exists():
     text = README.read_text()
-    for room in ("clicktrain_jax/", "clicktrain_jax/compact/", "clicktrain_jax/deploy/", "clicktrain_jax/models/",
-                 "clicktrain_jax/patterns/", "clicktrain_jax/selection/", "pallas_kernels/", "experiments/", "tests/"):
+    for room in ("clicktrain_jax/", "clicktrain_jax/deploy/", "clicktrain_jax/deploy/storage/",
+                 "clicktrain_jax/channels/", "clicktrain_jax/models/", "clicktrain_jax/patterns/",
+                 "clicktrain_jax/selection/", "pallas_kernels/", "experiments/", "tests/"):
         assert f"`{room}`" in text and (README.parent / room).is_dir()
     for module in ("plan", "targets", "importance", "masks", "states", "shares", "convolutions", "regularization",
-                   "phases", "transform", "channels", "accounting"):
+                   "phases", "transform", "accounting"):
         assert f"`{module}`" in text and (README.parent / "clicktrain_jax" / f"{module}.py").exists()

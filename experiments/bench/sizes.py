@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 import clicktrain_jax as ct
-from clicktrain_jax import compact, models
+from clicktrain_jax import models
+from clicktrain_jax.deploy import storage
 from clicktrain_jax.masks import combine
 from clicktrain_jax.trees import named_leaves
 from experiments.configs import published
@@ -90,12 +91,12 @@ def select(model: Any, params: Any, net: str, prune: PruneConfig) -> ct.Masks:
 
 def _export(variables: Any, masks: ct.Masks, dtype: str) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
-        compact.write(Path(folder) / "export", variables, masks, facts={}, dtype=dtype)
-        back = compact.read(Path(folder) / "export")
+        storage.write(Path(folder) / "export", variables, masks, facts={}, dtype=dtype)
+        back = storage.read(Path(folder) / "export")
     for (name, given), (_, found) in zip(named_leaves(combine(masks)), named_leaves(combine(back.masks))):
         if given is not None and not bool((given == found).all()):
             raise ValueError(f"the mask of {name!r} was not read back as it was written: sizes would mean nothing")
-    sizes = compact.sizes(back.manifest)
+    sizes = storage.sizes(back.manifest)
     return sizes.convolutions._asdict() | {"headers": sizes.headers, "all_files": sum(sizes.files.values())}
 
 

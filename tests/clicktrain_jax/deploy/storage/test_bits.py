@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clicktrain_jax.compact.bits import pack, packed_bytes, unpack, width_of
+from clicktrain_jax.deploy.storage.bits import pack, packed_bytes, unpack, width_of
 
 
 @pytest.mark.parametrize(

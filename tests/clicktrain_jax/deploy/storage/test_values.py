@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clicktrain_jax.compact.values import STORABLE, narrow, stored_dtype, to_numpy, widen
+from clicktrain_jax.deploy.storage.values import STORABLE, narrow, stored_dtype, to_numpy, widen
 
 BFLOAT16 = STORABLE["bfloat16"]
 

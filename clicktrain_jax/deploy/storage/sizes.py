@@ -3,7 +3,15 @@
 import math
 from typing import Any, NamedTuple
 
-from clicktrain_jax.compact.manifest import MASK_SUFFIX, SCALE_SUFFIX, WEIGHTS, Leaf, parse, tensor_bytes, to_text
+from clicktrain_jax.deploy.storage.manifest import (
+    MASK_SUFFIX,
+    SCALE_SUFFIX,
+    WEIGHTS,
+    Leaf,
+    parse,
+    tensor_bytes,
+    to_text,
+)
 from clicktrain_jax.trees import is_kernel_shape
 
 _FLOAT32_BYTES = 4

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clicktrain_jax.compact.layers import Coding, decode, encode, stored_bytes
+from clicktrain_jax.deploy.storage.layers import Coding, decode, encode, stored_bytes
 from clicktrain_jax.masks import FullMask
 
 # Two patterns of a 1x8 kernel. The table holds them by the number that their taps' bits make, tap 0 the lowest.

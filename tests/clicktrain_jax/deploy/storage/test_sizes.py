@@ -3,27 +3,28 @@
 import numpy as np
 import pytest
 
-from clicktrain_jax import compact, models
-from clicktrain_jax.compact.containers import split
+from clicktrain_jax import models
+from clicktrain_jax.deploy import storage
+from clicktrain_jax.deploy.storage.containers import split
 from clicktrain_jax.masks import Masks
 
 
 def test_sizes_by_hand(exports, tmp_path):
     tree = exports.variables()
     masks = exports.masks(tree)
-    manifest = compact.write(tmp_path / "net", tree, masks, facts={}, dtype="int8", files={"extra": b"12"})
-    sizes = compact.sizes(manifest)
+    manifest = storage.write(tmp_path / "net", tree, masks, facts={}, dtype="int8", files={"extra": b"12"})
+    sizes = storage.sizes(manifest)
     one = sizes.leaves["params/Conv_0/kernel"]
-    assert one == compact.Bytes(weights=216, kept=216, values=216, indices=0, scales=4 * 8)
+    assert one == storage.Bytes(weights=216, kept=216, values=216, indices=0, scales=4 * 8)
     assert one.dense_float32 == 4 * 216 and one.stored == 216 + 32
     pruned = sizes.leaves["params/Conv_1/kernel"]
     kernels = pruned.kept // 4
     assert (pruned.weights, pruned.values, pruned.scales) == (1152, pruned.kept, 64)
     assert pruned.indices == 5 + 8 * 16 // 8 + -(-2 * kernels // 8)
-    assert sizes.leaves["params/Conv_1/bias"] == compact.Bytes(16, 16, 64, 0, 0)
-    assert sizes.leaves["step"] == compact.Bytes(1, 1, 4, 0, 0)
+    assert sizes.leaves["params/Conv_1/bias"] == storage.Bytes(16, 16, 64, 0, 0)
+    assert sizes.leaves["step"] == storage.Bytes(1, 1, 4, 0, 0)
     convolutions = [leaf for name, leaf in sizes.leaves.items() if "Conv" in name and "kernel" in name]
-    assert sizes.convolutions == compact.Bytes(*(sum(column) for column in zip(*convolutions)))
+    assert sizes.convolutions == storage.Bytes(*(sum(column) for column in zip(*convolutions)))
     found = {path.name: path.stat().st_size for path in (tmp_path / "net").iterdir()}
     assert sizes.files == found and sizes.files["extra"] == 2
     assert sizes.headers == found["manifest.json"] + found["weights.safetensors"] - sum(
@@ -34,10 +35,10 @@ def test_sizes_by_hand(exports, tmp_path):
 
 
 def test_sizes_want_a_whole_manifest(exports, tmp_path):
-    manifest = compact.write(tmp_path / "net", exports.variables(), None, facts={})
-    assert compact.sizes(manifest).convolutions.indices == 0
+    manifest = storage.write(tmp_path / "net", exports.variables(), None, facts={})
+    assert storage.sizes(manifest).convolutions.indices == 0
     with pytest.raises(ValueError, match="was changed after it was written"):
-        compact.sizes(manifest | {"facts": {"a": 1}})
+        storage.sizes(manifest | {"facts": {"a": 1}})
 
 
 def patterns_of(count):
@@ -83,14 +84,14 @@ def pruned_vgg13(num_patterns, tile, removed=0.72):
 def test_vgg13_at_eight_times(tmp_path, num_patterns, tile, dtype, least, index_share):
     """The issue asks for 6.5; headers and manifest are counted whole."""
     variables, masks = pruned_vgg13(num_patterns, tile)
-    manifest = compact.write(tmp_path / "net", variables, masks, facts={}, dtype=dtype)
-    sizes = compact.sizes(manifest)
+    manifest = storage.write(tmp_path / "net", variables, masks, facts={}, dtype=dtype)
+    sizes = storage.sizes(manifest)
     kept = sizes.convolutions.weights / sizes.convolutions.kept
     assert kept == pytest.approx(8.0, abs=0.1)
     assert sizes.convolution_ratio > least > 6.5
     assert sizes.convolutions.indices < index_share * sizes.convolutions.stored
     assert sizes.headers < 16_000
-    found = compact.read(tmp_path / "net")
+    found = storage.read(tmp_path / "net")
     keep, back = masks["Conv_9"]["kernel"], found.masks
     np.testing.assert_array_equal(back.pattern["Conv_9"]["kernel"] & back.kernel["Conv_9"]["kernel"], keep)
     if dtype == "float32":
@@ -110,6 +111,6 @@ def test_generated_sets_of_their_own_in_every_layer(tmp_path):
         masks[f"c{layer}"] = np.moveaxis(keep, -1, 0).reshape(shape)
     pairs = {name: split(keep) for name, keep in masks.items()}
     both = Masks(*({name: getattr(pair, part) for name, pair in pairs.items()} for part in Masks._fields))
-    manifest = compact.write(tmp_path / "net", tree, both, facts={})
+    manifest = storage.write(tmp_path / "net", tree, both, facts={})
     assert [leaf["mask"]["patterns"] for leaf in manifest["leaves"].values()] == [8, 8, 8]
-    assert compact.sizes(manifest).convolutions.indices < 3 * (64 * 64 * (1 + 0.32 * 3) / 8 + 10)
+    assert storage.sizes(manifest).convolutions.indices < 3 * (64 * 64 * (1 + 0.32 * 3) / 8 + 10)

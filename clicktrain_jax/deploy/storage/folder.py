@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from clicktrain_jax.compact.manifest import MANIFEST, REPORT, Leaf, parse
+from clicktrain_jax.deploy.storage.manifest import MANIFEST, REPORT, Leaf, parse
 
 # The manifest is read before anything of it is known.
 _MAX_MANIFEST_BYTES = 64 * 2**20

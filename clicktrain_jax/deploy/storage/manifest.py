@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clicktrain_jax.compact.layers import CODINGS, Coding, stored_bytes, view_shape
-from clicktrain_jax.compact.values import DTYPES, STORABLE, num_filters
+from clicktrain_jax.deploy.storage.layers import CODINGS, Coding, stored_bytes, view_shape
+from clicktrain_jax.deploy.storage.values import DTYPES, STORABLE, num_filters
 from clicktrain_jax.masks import FullMask
 from clicktrain_jax.trees import KERNEL_AXES
 

@@ -3,7 +3,7 @@
 The channels between two layers have no natural order. Reorder the filters of a convolution, the BatchNorm behind it
 and the input channels of the next convolution alike, and the net computes the same function. Filters that keep the
 same weights can so be brought next to each other, to share a tile. The same groups of axes are what pruning whole
-channels needs. They are found by tracing the net (`clicktrain_jax.channel_axes`), not from layer names.
+channels needs. They are found by tracing the net (`clicktrain_jax.channels.axes`), not from layer names.
 
     nodes = channel_nodes(lambda variables, x: model.apply(variables, x, train=False), variables, (32, 32, 3))
     order = filter_order(mask)
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.channel_axes import Part, TracedAxes, trace_axes
+from clicktrain_jax.channels.axes import Part, TracedAxes, trace_axes
 from clicktrain_jax.trees import KERNEL_AXES, Tree, map_named, named_leaves
 
 _PARAMS = "params"

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import clicktrain_jax as ct
-from clicktrain_jax import compact
-from clicktrain_jax.compact.containers import find_prefix, split
+from clicktrain_jax.deploy import storage
+from clicktrain_jax.deploy.storage.containers import find_prefix, split
 from clicktrain_jax.masks import combine
 from clicktrain_jax.trees import named_leaves, nest
 
@@ -17,7 +17,7 @@ def test_masks_from_zeros_by_hand():
     kernel[0, 1, 1, 0] = -0.0  # a tap of one that stays
     kernel[2, 2, 1, 1] = np.nan
     params = {"conv": {"kernel": kernel, "bias": np.zeros(2)}, "one": np.array([[[[0.0, 2.0]]]]), "full": kernel + 100}
-    masks = compact.masks_from_zeros(params)
+    masks = storage.masks_from_zeros(params)
     pattern, stays = masks.pattern["conv"]["kernel"], masks.kernel["conv"]["kernel"]
     expected = np.ones((3, 3, 2, 2), bool)
     expected[0, 1, 1, 0] = False
@@ -32,7 +32,7 @@ def test_masks_are_found_again_in_what_they_made(exports):
     tree = exports.variables()
     masks = exports.masks(tree)
     params = ct.apply_masks(tree["params"], masks)
-    found = compact.masks_from_zeros(params)
+    found = storage.masks_from_zeros(params)
     for (name, given), (_, back) in zip(named_leaves(combine(masks)), named_leaves(combine(found))):
         assert (given is None) == (back is None), name
         if given is not None:
@@ -43,15 +43,15 @@ def test_masks_are_found_again_in_what_they_made(exports):
 def test_a_checkpoint_without_masks_is_exported_by_its_zeros(exports, tmp_path):
     tree = exports.variables()
     tree["params"] = ct.apply_masks(tree["params"], exports.masks(tree))
-    whole = compact.write(tmp_path / "zeros", tree, compact.masks_from_zeros(tree), facts={})
-    found = compact.read(tmp_path / "zeros")
+    whole = storage.write(tmp_path / "zeros", tree, storage.masks_from_zeros(tree), facts={})
+    found = storage.read(tmp_path / "zeros")
     for (name, given), (_, back) in zip(named_leaves(tree), named_leaves(found.variables)):
         assert np.asarray(given).tobytes() == np.asarray(back).tobytes(), name
     assert whole["leaves"]["params/Conv_1/kernel"]["mask"]["kept"] < 1152
 
 
 def test_integer_kernels_have_no_masks():
-    masks = compact.masks_from_zeros({"w": jnp.zeros((3, 3, 2, 2), jnp.int8), "n": None})
+    masks = storage.masks_from_zeros({"w": jnp.zeros((3, 3, 2, 2), jnp.int8), "n": None})
     assert masks.pattern == {"w": None, "n": None}
 
 

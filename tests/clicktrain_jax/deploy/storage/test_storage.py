@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import clicktrain_jax as ct
-from clicktrain_jax import compact
+from clicktrain_jax.deploy import storage
 from clicktrain_jax.masks import combine
 from clicktrain_jax.trees import map_named, named_leaves
 
@@ -49,8 +49,8 @@ def net(exports):
 
 def test_a_net_comes_back_bit_for_bit(net, tmp_path):
     tree, masks = net
-    manifest = compact.write(tmp_path / "net", tree, masks, facts={"accuracy": 0.5, "shape": (8, 8, 1)})
-    found = compact.read(tmp_path / "net")
+    manifest = storage.write(tmp_path / "net", tree, masks, facts={"accuracy": 0.5, "shape": (8, 8, 1)})
+    found = storage.read(tmp_path / "net")
     assert found.manifest == manifest and manifest["facts"] == {"accuracy": 0.5, "shape": [8, 8, 1]}
     assert jax.tree.structure(found.variables) == jax.tree.structure(tree)
     assert_same_bits(found.variables, masked(tree, by_name(combine(masks), "params/")))
@@ -65,9 +65,9 @@ def test_a_net_comes_back_bit_for_bit(net, tmp_path):
 
 def test_what_comes_back_is_written_again_to_the_same_bytes(net, tmp_path):
     tree, masks = net
-    compact.write(tmp_path / "one", tree, masks, facts={})
-    found = compact.read(tmp_path / "one")
-    compact.write(tmp_path / "two", found.variables, found.masks, facts={})
+    storage.write(tmp_path / "one", tree, masks, facts={})
+    found = storage.read(tmp_path / "one")
+    storage.write(tmp_path / "two", found.variables, found.masks, facts={})
     for name in ("manifest.json", "weights.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -76,17 +76,17 @@ def test_what_is_masked_is_zero_whatever_it_was(net, tmp_path):
     tree, masks = net
     keep = np.asarray(combine(masks)["Conv_1"]["kernel"])
     tree["params"]["Conv_1"]["kernel"] = np.where(keep, tree["params"]["Conv_1"]["kernel"], np.float32(np.nan))
-    compact.write(tmp_path / "net", tree, masks, facts={}, dtype="int8")
-    kernel = compact.read(tmp_path / "net").variables["params"]["Conv_1"]["kernel"]
+    storage.write(tmp_path / "net", tree, masks, facts={}, dtype="int8")
+    kernel = storage.read(tmp_path / "net").variables["params"]["Conv_1"]["kernel"]
     assert np.isfinite(kernel).all() and not kernel[~keep].any()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
 def test_narrow_exports_keep_masks_vectors_and_dtypes(net, tmp_path, dtype):
     tree, masks = net
-    whole = compact.write(tmp_path / "whole", tree, masks, facts={})
-    manifest = compact.write(tmp_path / "net", tree, masks, facts={}, dtype=dtype)
-    found = compact.read(tmp_path / "net")
+    whole = storage.write(tmp_path / "whole", tree, masks, facts={})
+    manifest = storage.write(tmp_path / "net", tree, masks, facts={}, dtype=dtype)
+    found = storage.read(tmp_path / "net")
     assert manifest["dtype"] == dtype
     assert manifest["masks"] == whole["masks"] == found.manifest["masks"]
     expected = masked(tree, by_name(combine(masks), "params/"))
@@ -104,8 +104,8 @@ def test_narrow_exports_keep_masks_vectors_and_dtypes(net, tmp_path, dtype):
 def test_one_boolean_tree_is_enough(net, tmp_path):
     tree, masks = net
     keep = combine(masks)
-    compact.write(tmp_path / "net", tree, keep, facts={})
-    found = compact.read(tmp_path / "net")
+    storage.write(tmp_path / "net", tree, keep, facts={})
+    found = storage.read(tmp_path / "net")
     for name, mask in named_leaves(combine(found.masks)):
         np.testing.assert_array_equal(mask, by_name(keep)[name])
     np.testing.assert_array_equal(found.masks.kernel["Conv_1"]["kernel"], masks.kernel["Conv_1"]["kernel"])
@@ -113,8 +113,8 @@ def test_one_boolean_tree_is_enough(net, tmp_path):
 
 def test_no_masks(net, tmp_path):
     tree, _ = net
-    compact.write(tmp_path / "net", tree, None, facts={})
-    found = compact.read(tmp_path / "net")
+    storage.write(tmp_path / "net", tree, None, facts={})
+    found = storage.read(tmp_path / "net")
     assert found.masks is None and found.manifest["masks"] is None
     assert_same_bits(found.variables, dict(named_leaves(tree)))
 
@@ -129,8 +129,8 @@ def test_linen_with_its_own_containers(tmp_path):
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), like)
     masks = ct.Masks(*(few_of(variables["params"], "Conv_0/kernel", seed) for seed in range(2)))
-    compact.write(tmp_path / "net", variables, masks, facts={})
-    found = compact.read(tmp_path / "net", like=like)
+    storage.write(tmp_path / "net", variables, masks, facts={})
+    found = storage.read(tmp_path / "net", like=like)
     assert jax.tree.structure(found.variables) == jax.tree.structure(variables)
     assert_same_bits(found.variables, masked(variables, by_name(combine(masks), "params/")))
     assert_same_bits(ct.apply_masks(variables["params"], found.masks), dict(named_leaves(found.variables["params"])))
@@ -148,8 +148,8 @@ def test_nnx_state_with_random_keys_and_counters(tmp_path, covered):
     part = nnx.state(Net(nnx.Rngs(0)), nnx.Param) if covered == "parameters" else state
     kernel = state["conv"]["kernel"][...]
     masks = ct.Masks(*(few_of(part, "conv/kernel", seed) for seed in range(2)))
-    compact.write(tmp_path / "net", state, masks, facts={})
-    found = compact.read(tmp_path / "net", like=nnx.state(Net(nnx.Rngs(1))))
+    storage.write(tmp_path / "net", state, masks, facts={})
+    found = storage.read(tmp_path / "net", like=nnx.state(Net(nnx.Rngs(1))))
     keep = dict(named_leaves(combine(masks)))["conv/kernel"]
     assert isinstance(found.variables, nnx.State)
     leaves = dict(named_leaves(found.variables))
@@ -168,10 +168,10 @@ def test_nnx_state_with_random_keys_and_counters(tmp_path, covered):
 def test_lists_tuples_and_none(tmp_path):
     tree = [(np.ones((3, 3, 2, 2), np.float32), None), {"b": np.arange(3)}]
     keep = [(np.arange(36).reshape(3, 3, 2, 2) % 3 == 0, None), {"b": None}]
-    compact.write(tmp_path / "net", tree, keep, facts={})
-    plain = compact.read(tmp_path / "net")
+    storage.write(tmp_path / "net", tree, keep, facts={})
+    plain = storage.read(tmp_path / "net")
     assert set(plain.variables) == {"0", "1"} and plain.variables["0"]["1"] is None
-    found = compact.read(tmp_path / "net", like=tree)
+    found = storage.read(tmp_path / "net", like=tree)
     assert jax.tree.structure(found.variables) == jax.tree.structure(tree)
     assert jax.tree.structure(combine(found.masks)) == jax.tree.structure(keep)
     np.testing.assert_array_equal(found.variables[0][0], np.where(keep[0][0], 1, 0))
@@ -180,8 +180,8 @@ def test_lists_tuples_and_none(tmp_path):
 def test_a_tree_that_is_one_array(tmp_path):
     kernel = np.ones((3, 3, 4, 4), np.float32)
     keep = np.random.default_rng(0).random(kernel.shape) < 0.5
-    compact.write(tmp_path / "net", kernel, keep, facts={})
-    found = compact.read(tmp_path / "net")
+    storage.write(tmp_path / "net", kernel, keep, facts={})
+    found = storage.read(tmp_path / "net")
     np.testing.assert_array_equal(found.variables, np.where(keep, kernel, 0))
     np.testing.assert_array_equal(combine(found.masks), keep)
 
@@ -192,8 +192,8 @@ def test_dtypes_and_sizes_of_all_kinds(tmp_path):
         "größe": np.array([True, False]), "count": np.uint64(2**63), "python": 3, "byte": np.full((2, 2), -5, np.int8),
     }
     for dtype in ("float32", "int8"):
-        compact.write(tmp_path / "net", tree, None, facts={}, dtype=dtype)
-        found = compact.read(tmp_path / "net", like=tree).variables
+        storage.write(tmp_path / "net", tree, None, facts={}, dtype=dtype)
+        found = storage.read(tmp_path / "net", like=tree).variables
         for name in set(tree) - {"half"}:
             np.testing.assert_array_equal(found[name], tree[name])
         np.testing.assert_allclose(found["half"].astype(np.float32), 1.0)
@@ -204,8 +204,8 @@ def test_masked_leaves_of_no_size(tmp_path):
     tree = {"a": np.zeros((3, 3, 0, 4), np.float32), "b": np.zeros((0,), np.float32), "c": np.float32(2)}
     keep = {name: np.zeros(np.shape(leaf), bool) for name, leaf in tree.items()}
     for dtype in ("float32", "int8"):
-        compact.write(tmp_path / "net", tree, keep, facts={}, dtype=dtype)
-        found = compact.read(tmp_path / "net")
+        storage.write(tmp_path / "net", tree, keep, facts={}, dtype=dtype)
+        found = storage.read(tmp_path / "net")
         assert found.variables["a"].shape == (3, 3, 0, 4) and found.variables["b"].shape == (0,)
         assert found.variables["c"] == 0 and found.variables["c"].shape == ()
         np.testing.assert_array_equal(combine(found.masks)["c"], False)
@@ -213,39 +213,39 @@ def test_masked_leaves_of_no_size(tmp_path):
 
 def test_like_of_another_net_is_refused(net, tmp_path):
     tree, masks = net
-    compact.write(tmp_path / "net", tree, masks, facts={})
+    storage.write(tmp_path / "net", tree, masks, facts={})
     other = jax.tree.map(lambda leaf: leaf, tree)
     other["params"]["Dense_0"]["kernel"] = np.zeros((8, 100), np.float32)
     with pytest.raises(ValueError, match=r"like: 'params/Dense_0/kernel' has shape \(8, 100\)"):
-        compact.read(tmp_path / "net", like=other)
+        storage.read(tmp_path / "net", like=other)
     other["params"]["Dense_0"]["kernel"] = jax.ShapeDtypeStruct((8, 10), jnp.bfloat16)
     with pytest.raises(ValueError, match="like: 'params/Dense_0/kernel' has dtype bfloat16"):
-        compact.read(tmp_path / "net", like=other)
+        storage.read(tmp_path / "net", like=other)
     other["params"]["Dense_0"]["kernel"] = None
     with pytest.raises(ValueError, match="like: 'params/Dense_0/kernel' is None"):
-        compact.read(tmp_path / "net", like=other)
+        storage.read(tmp_path / "net", like=other)
     del other["params"]["Dense_0"]
     with pytest.raises(ValueError, match="like: belongs to another tree"):
-        compact.read(tmp_path / "net", like=other)
+        storage.read(tmp_path / "net", like=other)
 
 
 def test_masks_of_another_net_are_refused(net, exports, tmp_path):
     tree, masks = net
     with pytest.raises(ValueError, match="'params/Conv_1/kernel' has shape"):
-        compact.write(tmp_path / "net", tree, exports.masks(exports.variables(cin=16)), facts={})
+        storage.write(tmp_path / "net", tree, exports.masks(exports.variables(cin=16)), facts={})
     with pytest.raises(ValueError, match="masks: belongs to another tree"):
-        compact.write(tmp_path / "net", tree, {"Conv_9": {"kernel": np.ones(3, bool)}}, facts={})
+        storage.write(tmp_path / "net", tree, {"Conv_9": {"kernel": np.ones(3, bool)}}, facts={})
     with pytest.raises(ValueError, match="has dtype float32, expected bool"):
-        compact.write(tmp_path / "net", tree, {"Conv_1": {"kernel": tree["params"]["Conv_1"]["kernel"]}}, facts={})
+        storage.write(tmp_path / "net", tree, {"Conv_1": {"kernel": tree["params"]["Conv_1"]["kernel"]}}, facts={})
     with pytest.raises(ValueError, match="masks.kernel"):
-        compact.write(tmp_path / "net", tree, masks._replace(kernel=masks.kernel["Conv_1"]), facts={})
+        storage.write(tmp_path / "net", tree, masks._replace(kernel=masks.kernel["Conv_1"]), facts={})
     with pytest.raises(ValueError, match="masks have no leaves"):
-        compact.write(tmp_path / "net", tree, {}, facts={})
+        storage.write(tmp_path / "net", tree, {}, facts={})
     twice = {"a": {"w": np.ones(2)}, "b": {"w": np.ones(2)}}
     with pytest.raises(ValueError, match="masks fit the variables below 'a/' and 'b/'"):
-        compact.write(tmp_path / "net", twice, {"w": np.ones(2, bool)}, facts={})
+        storage.write(tmp_path / "net", twice, {"w": np.ones(2, bool)}, facts={})
     with pytest.raises(ValueError, match="there is a mask for 'n', and the leaf is None"):
-        compact.write(tmp_path / "net", {"n": None}, {"n": np.True_}, facts={})
+        storage.write(tmp_path / "net", {"n": None}, {"n": np.True_}, facts={})
     assert not any(tmp_path.iterdir())
 
 
@@ -272,20 +272,20 @@ def test_masks_of_another_net_are_refused(net, exports, tmp_path):
 def test_what_cannot_be_exported_leaves_nothing_behind(tmp_path, change, message):
     given = {"variables": {"w": np.ones(2)}, "masks": None, "facts": {}} | change
     with pytest.raises(ValueError, match=message):
-        compact.write(tmp_path / "net", **given)
+        storage.write(tmp_path / "net", **given)
     assert not any(tmp_path.iterdir())
 
 
 def test_further_files_are_listed_and_read(net, tmp_path):
     tree, masks = net
-    manifest = compact.write(tmp_path / "net", tree, masks, facts={}, files={"net.stablehlo": b"program"})
+    manifest = storage.write(tmp_path / "net", tree, masks, facts={}, files={"net.stablehlo": b"program"})
     assert set(manifest["files"]) == {"net.stablehlo", "weights.safetensors"}
-    assert compact.read_file(tmp_path / "net", "net.stablehlo") == b"program"
-    assert compact.read_manifest(tmp_path / "net") == manifest
+    assert storage.read_file(tmp_path / "net", "net.stablehlo") == b"program"
+    assert storage.read_manifest(tmp_path / "net") == manifest
     with pytest.raises(ValueError, match="lists no 'net.onnx'"):
-        compact.read_file(tmp_path / "net", "net.onnx")
+        storage.read_file(tmp_path / "net", "net.onnx")
     (tmp_path / "net" / "net.stablehlo").write_bytes(b"programs")
-    for reader in (compact.read, lambda folder: compact.read_file(folder, "net.stablehlo")):
+    for reader in (storage.read, lambda folder: storage.read_file(folder, "net.stablehlo")):
         with pytest.raises(ValueError, match="net.stablehlo: has 8 bytes, at most 7"):
             reader(tmp_path / "net")
 
@@ -293,39 +293,39 @@ def test_further_files_are_listed_and_read(net, tmp_path):
 def test_an_earlier_export_is_replaced_and_nothing_else_is(net, tmp_path):
     tree, masks = net
     folder = tmp_path / "some" / "where"
-    compact.write(folder, tree, masks, facts={"n": 1}, files={"extra": b"1"})
+    storage.write(folder, tree, masks, facts={"n": 1}, files={"extra": b"1"})
     (folder / "report.html").write_text("a page about it")
-    compact.write(folder, tree, None, facts={"n": 2})
+    storage.write(folder, tree, None, facts={"n": 2})
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "weights.safetensors"]
-    assert compact.read(folder).manifest["facts"] == {"n": 2}
+    assert storage.read(folder).manifest["facts"] == {"n": 2}
     assert [path.name for path in folder.parent.iterdir()] == ["where"]
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds 'notes.txt' beside an export"):
-        compact.write(folder, tree, masks, facts={})
-    assert (folder / "notes.txt").read_text() == "mine" and compact.read(folder).masks is None
+        storage.write(folder, tree, masks, facts={})
+    assert (folder / "notes.txt").read_text() == "mine" and storage.read(folder).masks is None
 
 
 def test_a_folder_that_is_no_export_is_left_alone(net, tmp_path):
     tree, masks = net
     mine = tmp_path / "mine"
     mine.mkdir()
-    compact.write(mine, tree, masks, facts={})  # an empty folder will do
+    storage.write(mine, tree, masks, facts={})  # an empty folder will do
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is no export and not empty"):
-        compact.write(other, tree, masks, facts={})
+        storage.write(other, tree, masks, facts={})
     (other / "manifest.json").write_text(json.dumps({"format": "web app"}))
     with pytest.raises(ValueError, match="holds something else or a broken export"):
-        compact.write(other, tree, masks, facts={})
+        storage.write(other, tree, masks, facts={})
     with pytest.raises(ValueError, match="is a file: expected a folder"):
-        compact.write(other / "notes.txt", tree, masks, facts={})
+        storage.write(other / "notes.txt", tree, masks, facts={})
     assert (other / "notes.txt").read_text() == "mine"
 
 
 def test_a_write_that_fails_leaves_the_earlier_export(net, tmp_path, monkeypatch):
     tree, masks = net
-    compact.write(tmp_path / "net", tree, masks, facts={"n": 1})
+    storage.write(tmp_path / "net", tree, masks, facts={"n": 1})
     rename = type(tmp_path).rename
 
     def fail(path, target):
@@ -335,7 +335,7 @@ def test_a_write_that_fails_leaves_the_earlier_export(net, tmp_path, monkeypatch
 
     monkeypatch.setattr(type(tmp_path), "rename", fail)
     with pytest.raises(KeyboardInterrupt):
-        compact.write(tmp_path / "net", tree, masks, facts={"n": 2})
+        storage.write(tmp_path / "net", tree, masks, facts={"n": 2})
     monkeypatch.undo()
-    assert compact.read(tmp_path / "net").manifest["facts"] == {"n": 1}
+    assert storage.read(tmp_path / "net").manifest["facts"] == {"n": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["net"]

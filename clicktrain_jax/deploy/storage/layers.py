@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clicktrain_jax.compact.bits import pack, packed_bytes, unpack, width_of
+from clicktrain_jax.deploy.storage.bits import pack, packed_bytes, unpack, width_of
 from clicktrain_jax.masks import FullMask
 
 CODINGS = ("bits", "indices", "weights")

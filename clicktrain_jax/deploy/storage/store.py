@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.compact import containers
-from clicktrain_jax.compact.folder import naming, place, read_checked, read_checked_manifest, sha256
-from clicktrain_jax.compact.layers import decode, encode
-from clicktrain_jax.compact.manifest import (
+from clicktrain_jax.deploy.storage import containers
+from clicktrain_jax.deploy.storage.folder import naming, place, read_checked, read_checked_manifest, sha256
+from clicktrain_jax.deploy.storage.layers import decode, encode
+from clicktrain_jax.deploy.storage.manifest import (
     FORMAT,
     MANIFEST,
     MASK_SUFFIX,
@@ -30,7 +30,7 @@ from clicktrain_jax.compact.manifest import (
     tensor_bytes,
     to_text,
 )
-from clicktrain_jax.compact.values import DTYPES, STORABLE, narrow, stored_dtype, to_numpy, widen
+from clicktrain_jax.deploy.storage.values import DTYPES, STORABLE, narrow, stored_dtype, to_numpy, widen
 from clicktrain_jax.masks import FullMask, Masks
 from clicktrain_jax.trees import KERNEL_AXES, Tree, named_leaves
 
@@ -53,6 +53,47 @@ class Stored(NamedTuple):
     variables: Tree
     masks: Masks | None
     manifest: dict[str, Any]
+
+
+class Packed(NamedTuple):
+    """A tree and its masks as they are stored, in memory.
+
+    Attributes:
+        leaves: of the manifest.
+        tensors: of the weights' file.
+        masks: of the manifest: the prefix of the masks' names, and their digest; None for no masks.
+        dtype: that the weights are stored in.
+    """
+
+    leaves: list[Leaf]
+    tensors: dict[str, np.ndarray]
+    masks: dict[str, str] | None
+    dtype: str
+
+
+def pack(variables: Tree, masks: Masks | Tree | None, dtype: str = "float32") -> Packed:
+    """A tree and its masks made small; arguments and errors as those of `write`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {DTYPES}")
+    leaves, tensors, stored_masks, prefix = _encode(variables, masks, dtype)
+    known = None if masks is None else {"prefix": prefix, "sha256": masks_digest(stored_masks.items())}
+    return Packed(leaves, tensors, known, dtype)
+
+
+def unpack(packed: Packed, like: Tree | None = None) -> tuple[Tree, Masks | None]:
+    """``(variables, masks)`` as `read` gives them.
+
+    Raises:
+        ValueError: the tensors hold other masks than were packed; ``like`` of another net.
+    """
+    arrays, masks = _decode(packed.tensors, packed.leaves)
+    if packed.masks is not None and masks_digest(masks.items()) != packed.masks["sha256"]:
+        raise ValueError("holds masks that are not those of its manifest: export again")
+    variables = containers.nest(arrays) if like is None else containers.fill(like, arrays)
+    if packed.masks is None:
+        return variables, None
+    covered = {leaf.name: masks.get(leaf.name) for leaf in packed.leaves if leaf.in_masks}
+    return variables, containers.fill_masks(like, packed.masks["prefix"], covered)
 
 
 def write(
@@ -88,13 +129,17 @@ def write(
     Of the masks are kept: which weights stay, which kernels stay, and the patterns of the kernels that stay (elsewhere
     patterns come back all True).
     """
+    return write_packed(folder, pack(variables, masks, dtype), facts=facts, files=files)
+
+
+def write_packed(
+    folder: str | os.PathLike, packed: Packed, *, facts: Mapping[str, Any], files: Mapping[str, bytes] | None = None
+) -> dict[str, Any]:
+    """`write` of what `pack` made: each file is written once, and nothing is read."""
     from safetensors.numpy import save
 
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: expected one of {DTYPES}")
     if not isinstance(facts, Mapping):
         raise ValueError(f"facts={facts!r}: expected a dictionary")
-    leaves, tensors, stored_masks, prefix = _encode(variables, masks, dtype)
     contents = dict(files or {})
     for name, data in contents.items():
         check_file_name(name)
@@ -102,17 +147,17 @@ def write(
             raise ValueError(f"files: {name!r} is a {type(data).__name__}, expected its bytes")
         if name in (MANIFEST, WEIGHTS, REPORT):
             raise ValueError(f"files: {name!r} is a name that an export keeps for itself")
-    contents[WEIGHTS] = save(tensors)
+    contents[WEIGHTS] = save(packed.tensors)
     manifest = seal(
         {
             "format": FORMAT,
             "version": VERSION,
-            "dtype": dtype,
+            "dtype": packed.dtype,
             "kernel_axes": list(KERNEL_AXES),
             "facts": plain_data(dict(facts), "facts"),
             "files": {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in contents.items()},
-            "leaves": {leaf.name: plain_data(leaf.to_json(), leaf.name) for leaf in leaves},
-            "masks": None if masks is None else {"prefix": prefix, "sha256": masks_digest(stored_masks.items())},
+            "leaves": {leaf.name: plain_data(leaf.to_json(), leaf.name) for leaf in packed.leaves},
+            "masks": packed.masks,
             "software": _software(),
         }
     )
@@ -142,16 +187,8 @@ def read(folder: str | os.PathLike, like: Tree | None = None) -> Stored:
         read_checked(folder, manifest, name)
     data = read_checked(folder, manifest, WEIGHTS)
     with naming(folder / WEIGHTS):
-        arrays, masks = _decode(_tensors(data, leaves), leaves)
-    if manifest["masks"] is not None:
-        with naming(folder / WEIGHTS):
-            if masks_digest(masks.items()) != manifest["masks"]["sha256"]:
-                raise ValueError("holds masks that are not those of its manifest: export again")
-    variables = containers.nest(arrays) if like is None else containers.fill(like, arrays)
-    if manifest["masks"] is None:
-        return Stored(variables, None, manifest)
-    covered = {leaf.name: masks.get(leaf.name) for leaf in leaves if leaf.in_masks}
-    return Stored(variables, containers.fill_masks(like, manifest["masks"]["prefix"], covered), manifest)
+        packed = Packed(leaves, _tensors(data, leaves), manifest["masks"], manifest["dtype"])
+        return Stored(*unpack(packed, like), manifest)
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:

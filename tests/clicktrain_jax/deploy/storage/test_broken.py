@@ -10,8 +10,8 @@ import shutil
 import numpy as np
 import pytest
 
-from clicktrain_jax import compact
-from clicktrain_jax.compact.manifest import seal, to_text
+from clicktrain_jax.deploy import storage
+from clicktrain_jax.deploy.storage.manifest import seal, to_text
 
 FILES = ("manifest.json", "weights.safetensors", "net.stablehlo")
 
@@ -22,7 +22,7 @@ def whole(exports, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "net"
     tree = exports.variables()
     program = np.random.default_rng(0).bytes(300)
-    compact.write(folder, tree, exports.masks(tree), facts={"run": "one"}, files={"net.stablehlo": program})
+    storage.write(folder, tree, exports.masks(tree), facts={"run": "one"}, files={"net.stablehlo": program})
     return folder
 
 
@@ -34,7 +34,7 @@ def net(whole, tmp_path):
 
 def refused(folder, file, message=None):
     with pytest.raises(ValueError, match=message) as caught:
-        compact.read(folder)
+        storage.read(folder)
     assert str(folder / file) in str(caught.value)
     return str(caught.value)
 
@@ -101,13 +101,13 @@ def test_no_folder(tmp_path):
 def test_another_nets_manifest_or_weights(net, exports, tmp_path):
     other = tmp_path / "other"
     tree = exports.variables(seed=1)
-    compact.write(other, tree, exports.masks(tree), facts={}, files={"net.stablehlo": b""})
+    storage.write(other, tree, exports.masks(tree), facts={}, files={"net.stablehlo": b""})
     shutil.copy(other / "manifest.json", net)
     refused(net, "net.stablehlo", "at most 0 are expected")
     shutil.copy(other / "net.stablehlo", net)
     refused(net, "weights.safetensors", "is not the file of this manifest")
     shutil.copy(other / "weights.safetensors", net)
-    assert compact.read(net).manifest == compact.read_manifest(other)
+    assert storage.read(net).manifest == storage.read_manifest(other)
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", True, 1.0, None, []])
@@ -144,14 +144,14 @@ def test_a_path_outside_of_the_folder(net, file):
 def test_declared_shapes(net, shape, message):
     resealed(net, lambda manifest: manifest["leaves"]["params/Conv_1/kernel"].update(shape=shape))
     with pytest.raises(ValueError, match=message) as caught:
-        compact.read(net)
+        storage.read(net)
     assert str(net) in str(caught.value)
 
 
 def test_a_filter_for_many_cannot_ask_for_all_memory(net, tmp_path):
     """One filter stands for all of 2**40: a few bytes that would become many."""
     kernel = np.zeros((1, 1, 4, 4), np.float32)
-    compact.write(tmp_path / "bomb", {"w": kernel}, {"w": kernel > 0}, facts={})
+    storage.write(tmp_path / "bomb", {"w": kernel}, {"w": kernel > 0}, facts={})
     resealed(tmp_path / "bomb", lambda manifest: manifest["leaves"]["w"].update(shape=[1, 1, 4, 2**40]))
     refused(tmp_path / "bomb", "manifest.json", "refused for its weights' file")
 
@@ -202,7 +202,7 @@ def test_any_field_changed_by_one_who_makes_the_digest_fit(net, whole):
     """A ValueError, or the same arrays: facts and versions are what the manifest says they are."""
     rng = random.Random(0)
     original = json.loads((whole / "manifest.json").read_text())
-    expected = compact.read(whole)
+    expected = storage.read(whole)
     free = ("facts", "software")
     paths = [path for path in places(original) if path[0] not in (*free, "digest")]
     outcomes = {"refused": 0, "read": 0}
@@ -221,7 +221,7 @@ def test_any_field_changed_by_one_who_makes_the_digest_fit(net, whole):
             node["new"] = copy.deepcopy(node[last])
         (net / "manifest.json").write_bytes(to_text(seal(manifest)))
         try:
-            found = compact.read(net)
+            found = storage.read(net)
         except ValueError as error:
             assert str(net) in str(error)
             outcomes["refused"] += 1
@@ -250,7 +250,7 @@ def test_weights_changed_by_one_who_makes_all_digests_fit(net, whole):
         entry = {"bytes": len(changed), "sha256": hashlib.sha256(changed).hexdigest()}
         resealed(net, lambda manifest, entry=entry: manifest["files"].update({"weights.safetensors": entry}))
         try:
-            found = compact.read(net)
+            found = storage.read(net)
         except ValueError as error:
             assert str(net / "weights.safetensors") in str(error)
             outcomes["refused"] += 1
@@ -267,6 +267,6 @@ def test_masks_that_are_not_those_of_the_manifest(net):
 
 def test_a_random_key_that_is_none(net):
     key = {"dtype": "uint32", "stored": "uint32", "shape": [2], "key": "no such implementation"}
-    compact.write(net, {"key": np.zeros(2, np.uint32)}, None, facts={})
+    storage.write(net, {"key": np.zeros(2, np.uint32)}, None, facts={})
     resealed(net, lambda manifest: manifest["leaves"].update(key=key))
     refused(net, "weights.safetensors", "is no random key of 'no such implementation'")

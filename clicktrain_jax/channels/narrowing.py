@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.channels import ChannelNode, find_node
+from clicktrain_jax.channels.nodes import ChannelNode, find_node
 from clicktrain_jax.trees import Tree, is_kernel_shape, map_named, named_leaves
 
 
