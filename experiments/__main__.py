@@ -71,6 +71,12 @@ def main(arguments: Sequence[str]) -> int:
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in _OURS:
+            raise
+        say = str(error) if "pip install" in str(error) else f"{error.name} is not installed: {hint('experiments')}"
+        print(f"error: {say}", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         if os.environ.get("CLICKTRAIN_TRACEBACK"):
             raise

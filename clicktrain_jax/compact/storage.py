@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clicktrain_jax import extras
 from clicktrain_jax.compact import containers
 from clicktrain_jax.compact.folder import naming, place, read_checked, read_checked_manifest, sha256
 from clicktrain_jax.compact.layers import decode, encode
@@ -88,8 +89,8 @@ def write(
     Of the masks are kept: which weights stay, which kernels stay, and the patterns of the kernels that stay (elsewhere
     patterns come back all True).
     """
-    from safetensors.numpy import save
-
+    with extras.brings("deploy"):
+        from safetensors.numpy import save
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {DTYPES}")
     if not isinstance(facts, Mapping):
@@ -220,8 +221,8 @@ def _encode(
 
 def _tensors(data: bytes, leaves: list[Leaf]) -> dict[str, np.ndarray]:
     """The arrays of the weights' file, which must be just those that the manifest tells of."""
-    from safetensors import SafetensorError, deserialize
-
+    with extras.brings("deploy"):
+        from safetensors import SafetensorError, deserialize
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     for leaf in leaves:
         own = leaf.tensors()
