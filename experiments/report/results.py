@@ -37,8 +37,9 @@ def records(folder: Path = RECORDS) -> list[dict[str, Any]]:
 
 
 def is_record_of(record: dict[str, Any], config: TrainConfig) -> bool:
-    """True when a record was made with this config, its seed and where its data lie apart."""
-    return not any(field for field, _, _ in differences(record["config"], config) if field != "seed")
+    """True when a record was made with this config, its seed and where its data lie apart, in one go."""
+    others = (field for field, _, _ in differences(record["config"], config) if field != "seed")
+    return "lengthened" not in record["setting"] and not any(others)
 
 
 def machine(record: dict[str, Any]) -> str:

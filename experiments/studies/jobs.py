@@ -9,7 +9,6 @@ import functools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from experiments.data import Dataset, load
 from experiments.records import RECORD_FILES, RunFolder, identity
 from experiments.train.forks import train_forked
 from experiments.train.loop import Interrupted, NonFiniteLoss, train
+from experiments.train.signals import heeded
 from experiments.train.step import Trainer
 
 
@@ -231,28 +231,19 @@ def crew(
     cache = None if cache is None else cache.resolve()
     found = [_Worker(None if workers == 1 else cores[index], cache, environment or {}) for index in range(workers)]
 
-    stopped_by: list[int] = []
-
-    def forward(number: int, _: Any) -> None:
-        stopped_by.append(number)
+    def forward(number: int) -> None:
         for worker in found:
             worker.process.terminate()  # one that trains saves first, an idle one is gone at once
 
-    previous = {}
-    with contextlib.suppress(ValueError):  # not the main thread: signals are not ours to take
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, forward)
-    try:
-        yield found
-    except (RuntimeError, Interrupted):
-        if stopped_by:
-            raise Interrupted(stopped_by[0], 0) from None
-        raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        for worker in found:
-            worker.close()
+    with heeded(forward) as stop:
+        try:
+            yield found
+        except (RuntimeError, Interrupted):
+            stop.check(0)
+            raise
+        finally:
+            for worker in found:
+                worker.close()
 
 
 def _serve(cache: str | None = None) -> None:
