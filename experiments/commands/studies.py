@@ -65,7 +65,7 @@ def compare(arguments: list[str]) -> int:
         workdir: Path | None = None
         """Run folders; by default runs/compare-STUDY."""
         records: Path | None = None
-        """Copy the records of finished runs into this folder, below compare-STUDY."""
+        """Copy the records of each run into this folder as it finishes, below compare-STUDY."""
         seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
         """Of the final runs."""
         tuning_seeds: tuple[int, ...] = (100, 101, 102)
@@ -81,12 +81,8 @@ def compare(arguments: list[str]) -> int:
 
     asked = parse(Compare, rest, f"compare {name}")
     workdir = asked.workdir or Path("runs") / f"compare-{name}"
-    options = {
-        field: value for field, value in dataclasses.asdict(asked).items() if field not in ("workdir", "records")
-    }
+    options = {field: value for field, value in dataclasses.asdict(asked).items() if field != "workdir"}
     result = harness.run(asked_study, workdir, **options)
-    if asked.records is not None:
-        harness.collect(asked_study, workdir, asked.records)
     print(f"{result['finished']} runs finished, {result['missing']} to do")
     for run, error in result["failed"].items():
         print(f"{run} failed: {error}", file=sys.stderr)
