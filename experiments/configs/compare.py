@@ -189,7 +189,7 @@ def _slim() -> Study:
         widths={"latency": 0.1875, "multiply-adds": 0.125, "weights": 0.0859375}, retrain=(3, 6, 12),
         admm=AdmmConfig(6, rho=1e-2, every_updates=390, learning_rate=0.01),
         channels=(ChannelConfig(0.6, 2, 1e-2), ChannelConfig(0.8, 2, 1e-2)), every_updates=100,
-        rates=(0.05, 0.1, 0.2), trial_epochs=3,
+        rates=(0.05, 0.1), trial_epochs=3,
         first=("dense", "early-8x", "early-tiles-8x", "narrow-latency", "narrow-multiply-adds", "narrow-weights"),
     )
     return _study("slim", "CIFAR-10, a quarter-width VGG-11, 12 epochs", dense, shape)

@@ -7,7 +7,7 @@ from experiments import configs
 from experiments.configs import TrainConfig
 from experiments.configs.work import planned_multiply_adds
 from experiments.report import results
-from experiments.report.statistics import mean_spread
+from experiments.report.statistics import coding, mean_spread
 
 
 def overview() -> str:
@@ -35,7 +35,8 @@ def measured(config: TrainConfig, records: Sequence[dict[str, Any]]) -> str:
         return "not measured here"
     top1 = mean_spread([record["final_top1"] for record in mine], scale=100)
     seconds = mean_spread([record["train_and_compile_seconds"] for record in mine], digits=0)
-    return f"measured {top1} (n={len(mine)}, {mine[0]['encoding']} images), {seconds} s on {results.machine(mine[0])}"
+    images = coding(mine[0]["encoding"])
+    return f"measured {top1} (n={len(mine)}, {images} images), {seconds} s on {results.machine(mine[0])}"
 
 
 def _work(config: TrainConfig) -> str:
