@@ -3,7 +3,7 @@ between devices (`experiments.bench.collectives`)."""
 
 from typing import Any
 
-from experiments.report.statistics import markdown_table
+from experiments.report.statistics import coding, markdown_table
 
 _MB = 1e6
 
@@ -64,9 +64,9 @@ def dtypes_table(record: dict[str, Any]) -> str:
     header = ("weights stored as", "top-1, %", "images against the run", "convolutions, MB", "than dense float32")
     return (
         markdown_table(header, rows)
-        + f"\n{record['name']}, seed {record['seed']}, {record['data']['name']} ({record['data']['encoding']}), "
-        f"{record['split']} set of {examples}; the run itself has {100 * record['run_top1']:.2f}. Weights are widened "
-        "again when a net is loaded: what is saved is storage.\n"
+        + f"\n{record['name']}, seed {record['seed']}, {record['data']['name']} "
+        f"({coding(record['data']['encoding'])}), {record['split']} set of {examples}; the run itself has "
+        f"{100 * record['run_top1']:.2f}. Weights are widened again when a net is loaded: what is saved is storage.\n"
     )
 
 
