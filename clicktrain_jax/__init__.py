@@ -4,7 +4,7 @@ Pure functions on parameter trees (Flax linen ``params``, ``nnx.State``, any tre
 transformation that composes them.
 """
 
-from clicktrain_jax import channels, importance, patterns
+from clicktrain_jax import channels, importance, patterns, reduction
 from clicktrain_jax.accounting import Report, report
 from clicktrain_jax.compact import masks_from_zeros
 from clicktrain_jax.deploy import accelerate, export, load  # they import pallas_kernels when they are called
@@ -43,6 +43,7 @@ __all__ = [
     "masks_of",
     "patterns",
     "phase_updates",
+    "reduction",
     "report",
     "schedule",
     "select_masks",
