@@ -1,4 +1,4 @@
-"""RESULTS.md from the committed records: the run folders below experiments/results."""
+"""RESULTS.md from the committed records: the runs.jsonl of each folder below experiments/results."""
 
 import contextlib
 from collections.abc import Collection, Iterable, Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.configs import TrainConfig, from_dict, to_dict
-from experiments.records import differences, identity, read_json
+from experiments.records import RUNS, differences, identity, kept
 from experiments.report.statistics import coding, markdown_table, mean_spread, paired
 
 RECORDS = Path(__file__).parents[1] / "results"
@@ -26,14 +26,11 @@ _COLUMNS = ("run", "n", "final", "drop", "best", "conv", "model", "machine", "da
 def records(folder: Path = RECORDS) -> list[dict[str, Any]]:
     """Every finished run below a folder: its summary, with ``setting``, ``config`` and ``group`` (its folder)."""
     found = []
-    for path in sorted(folder.glob("*/*/summary.json")):
-        run = path.parent
-        extra = {
-            "setting": read_json(run / "setting.json"),
-            "config": read_json(run / "config.json"),
-            "group": run.parent.name,
-        }
-        found.append(read_json(path) | extra)
+    for file in sorted(folder.glob(f"*/{RUNS}")):
+        for run in kept(file):
+            if run["summary"] is not None:
+                found.append(run["summary"] | {"setting": run["setting"], "config": run["config"]})
+                found[-1]["group"] = file.parent.name
     return found
 
 
