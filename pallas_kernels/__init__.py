@@ -12,6 +12,7 @@ from pallas_kernels.pattern_conv import (
     pack,
     packed_conv,
     pattern_conv,
+    scheduled,
     supported,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "pack",
     "packed_conv",
     "pattern_conv",
+    "scheduled",
     "supported",
 ]

@@ -8,8 +8,8 @@ import math
 # alignment take, and float32 registers that a computing warpgroup's sums may fill without spilling.
 SHARED_MEMORY = 227 * 1024 - 2048
 ACCUMULATOR = 64 * 256
-# Output tiles that keep every multiprocessor of a large Hopper GPU busy, two warpgroups each.
-BUSY = 2 * 132
+# Output tiles that can be dealt evenly to the multiprocessors of a large Hopper GPU: four each.
+BUSY = 4 * 132
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,15 +163,16 @@ def product_tiles(batch: int, size: tuple[int, int], outputs: int, tile: int, de
     # Parts of less than 64 read the other side too often; a batch or a tile under 256 may be taken whole.
     widths = [width for width in (256, 192, 128, 64, 32, 16, tile) if tile % width == 0 and width <= 256]
     for width in sorted({width for width in widths if width >= min(64, max(widths))}):
-        for images in sorted({length for length in (256, 128, 64, batch) if length <= min(batch, 256)}):
+        for images in sorted({length for length in (256, 128, 64, 32, 16, 8, batch) if length <= min(batch, 256)}):
             waste = -(-batch // images) * images / batch
             for outputs_first in (True, False):
                 tiles = _deepest(images, width, depth, outputs_first)
                 if tiles is not None:
                     count = -(-batch // images) * math.prod(size) * -(-outputs // width)
-                    # Bytes read for one product: less is better, once all multiprocessors have work.
-                    cost = waste * (1 / images + 1 / width) * max(1.0, BUSY / count)
-                    cost *= _narrow(images if outputs_first else width)
+                    # Bytes read for one product: less is better, once work can be dealt evenly. The second cache
+                    # takes four times as long as the tensor cores where both sides are 64.
+                    reading, product = 1 / images + 1 / width, _narrow(images if outputs_first else width) / 128
+                    cost = waste * max(reading, product) * max(1.0, BUSY / count)
                     options.append((cost, not outputs_first, -images, tiles))
     if not options:
         raise ValueError(f"no tiles for {batch} images, {tile} outputs that share a list, {depth} channels an entry")

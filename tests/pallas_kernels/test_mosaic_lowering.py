@@ -95,11 +95,11 @@ def test_one_block_a_multiprocessor_is_launched():
 
     def blocks(items):
         launched = []
-        jax.eval_shape(lambda x: launched.append(blocks_for(x, items, warpgroups=2)), jnp.zeros(()))
+        jax.eval_shape(lambda x: launched.append(blocks_for(x, items)), jnp.zeros(()))
         return launched[0]
 
     for multiprocessors in (132, 78):
         with compat.traced_for("NVIDIA H200", multiprocessors):
-            assert (blocks(1000), blocks(5), blocks(1)) == (multiprocessors, 3, 1)
+            assert (blocks(1000), blocks(5), blocks(1)) == (multiprocessors, 5, 1)
     # Where no GPU is known the kernel can be interpreted only: few blocks are quicker.
     assert blocks(1000) == 2

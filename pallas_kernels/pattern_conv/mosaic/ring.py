@@ -22,9 +22,9 @@ def compute_registers(warpgroups: int) -> int:
     return min(240, (512 - COPY_REGISTERS) // warpgroups // 8 * 8)
 
 
-def blocks_for(x: jax.Array, items: int, warpgroups: int) -> int:
+def blocks_for(x: jax.Array, items: int) -> int:
     """Thread blocks to launch: one a multiprocessor, fewer where there is less work."""
-    return max(1, min(compat.multiprocessors(x), -(-items // warpgroups)))
+    return max(1, min(compat.multiprocessors(x), items))
 
 
 def swizzle_of(*lengths: int) -> int:
