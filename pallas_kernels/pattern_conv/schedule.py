@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.pattern_conv.structure import Structure
-
 # From so many output tiles a multiprocessor on, dealing them to and fro is as even as the host's way.
 _MANY = 48
 

@@ -5,9 +5,9 @@ retained. It is the sum, over the list, of dense products on the tensor cores: t
 tap points to, by the weights of that tap. A tap that points outside the image is passed over, so padding costs
 nothing.
 
-A block of threads stays on its multiprocessor and takes the output tiles of its worklist (see `schedule`). One warpgroup copies operands into
-rings of slots in shared memory; each of the others works off a ring of its own, tile after tile: while one writes
-its tile out, the next one's products run.
+A block of threads stays on its multiprocessor and takes the output tiles of its worklist (see `schedule`). One
+warpgroup copies operands into rings of slots in shared memory; each of the others works off a ring of its own, tile
+after tile: while one writes its tile out, the next one's products run.
 """
 
 import dataclasses
