@@ -17,7 +17,7 @@ from pallas_kernels.pattern_conv import config
 from pallas_kernels.pattern_conv.config import ProductTiles, StripTiles, WeightTiles
 from pallas_kernels.pattern_conv.geometry import Geometry, Padding, make_geometry
 from pallas_kernels.pattern_conv.schedule import work_of
-from pallas_kernels.pattern_conv.structure import Structure, mask_of
+from pallas_kernels.pattern_conv.structure import Structure
 
 DTYPES = ("bfloat16", "float16")
 # `forward` takes scale, bias and relu.
@@ -166,8 +166,7 @@ def weight_gradient(
     Raises:
         ValueError: the convolution is not supported (`why_not`), or the tiles do not fit it.
     """
-    from pallas_kernels.pattern_conv.mosaic.ring import blocks_for
-    from pallas_kernels.pattern_conv.mosaic.weights import WeightPlan, partial_sums
+    from pallas_kernels.pattern_conv.mosaic.weights import WeightPlan, added, partial_sums
 
     batch = _supported(x, structure, geometry)
     lists, room = structure.pairs.shape
@@ -182,10 +181,10 @@ def weight_gradient(
     if geometry.image == (1, 1):
         # What lies past a single pixel could not be told from it (see `mosaic.ring`): give it a neighbour.
         x = jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)))
-    plan = WeightPlan(geometry, tiles, structure.tile, structure.shape, batch + more, lists, room, 1)
-    plan = dataclasses.replace(plan, blocks=blocks_for(x, plan.items))
+    multiprocessors = compat.multiprocessors(x)
+    plan = WeightPlan(geometry, tiles, structure.tile, structure.shape, batch + more, lists, room, multiprocessors)
     parts = partial_sums(x, dy, structure.pairs, structure.pair_counts, plan)
-    return jnp.where(mask_of(structure), jnp.sum(parts, axis=0), 0.0)
+    return added(parts, structure.pairs, structure.pair_counts, plan, multiprocessors)
 
 
 def scheduled(
