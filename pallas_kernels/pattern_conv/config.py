@@ -205,7 +205,8 @@ def weight_tiles(batch: int, size: tuple[int, int], lists: int, room: int, tile:
                 length = max(-(-steps // LANES), tiles.least)
                 read = images * (entries * channels + filters) * max(1.0, _narrow(filters) / 2)
                 # The busiest warpgroup's bytes: a part is written, and read again, in float32.
-                cost = 2 * length * read + 8 * (length * items / steps + 1) * entries * channels * filters
+                # A step that waits for its operands costs as much as some kilobytes.
+                cost = length * (2 * read + 8192) + 8 * (length * items / steps + 1) * entries * channels * filters
                 options.append((cost, -images, -entries, tiles))
     if not options:
         raise ValueError(f"no tiles for {batch} images and tiles of {tile} (filters, channels)")
@@ -253,7 +254,8 @@ def _deepest_weights(images: int, channels: int, filters: int, entries: int) -> 
     for stages in (6, 5, 4, 3):
         for filters_first in (False, True):
             try:
-                return WeightTiles(images, channels, filters, entries, stages=stages, filters_first=filters_first)
+                least = max(1, 128 // images)
+                return WeightTiles(images, channels, filters, entries, least, stages, filters_first=filters_first)
             except ValueError:
                 continue
     return None

@@ -166,25 +166,34 @@ def weight_gradient(
     Raises:
         ValueError: the convolution is not supported (`why_not`), or the tiles do not fit it.
     """
-    from pallas_kernels.pattern_conv.mosaic.weights import WeightPlan, added, partial_sums
+    from pallas_kernels.pattern_conv.mosaic.weights import added, partial_sums
 
     batch = _supported(x, structure, geometry)
-    lists, room = structure.pairs.shape
-    tiles = tiles or config.weight_tiles(batch, geometry.output, lists, room, structure.tile)
-    fits = structure.tile[0] % tiles.filters == 0 and structure.tile[1] % tiles.channels == 0
-    if not fits:
-        raise ValueError(f"tiles of {tiles.filters} filters, {tiles.channels} channels do not divide {structure.tile}")
+    plan = weight_plan(structure, geometry, batch, compat.multiprocessors(x), tiles)
     # A step sums at least 16 images.
-    more = max(0, tiles.images - batch)
+    more = plan.batch - batch
     if more:
         x, dy = (jnp.pad(array, ((0, 0), (0, 0), (0, more), (0, 0))) for array in (x, dy))
     if geometry.image == (1, 1):
         # What lies past a single pixel could not be told from it (see `mosaic.ring`): give it a neighbour.
         x = jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)))
-    multiprocessors = compat.multiprocessors(x)
-    plan = WeightPlan(geometry, tiles, structure.tile, structure.shape, batch + more, lists, room, multiprocessors)
-    parts = partial_sums(x, dy, structure.pairs, structure.pair_counts, plan)
-    return added(parts, structure.pairs, structure.pair_counts, plan, multiprocessors)
+    lists = structure.pairs, structure.pair_counts
+    return added(partial_sums(x, dy, *lists, plan), *lists, plan)
+
+
+def weight_plan(
+    structure: Structure, geometry: Geometry, batch: int, multiprocessors: int, tiles: WeightTiles | None = None
+):
+    """The launch of the weight gradient; see `weight_gradient`."""
+    from pallas_kernels.pattern_conv.mosaic.weights import WeightPlan
+
+    lists, room = structure.pairs.shape
+    tiles = tiles or config.weight_tiles(batch, geometry.output, lists, room, structure.tile)
+    fits = structure.tile[0] % tiles.filters == 0 and structure.tile[1] % tiles.channels == 0
+    if not fits:
+        raise ValueError(f"tiles of {tiles.filters} filters, {tiles.channels} channels do not divide {structure.tile}")
+    images = max(batch, tiles.images)
+    return WeightPlan(geometry, tiles, structure.tile, structure.shape, images, lists, room, multiprocessors)
 
 
 def scheduled(

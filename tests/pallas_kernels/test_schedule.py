@@ -147,3 +147,32 @@ def test_what_cannot_be_scheduled_is_refused():
         pk.scheduled(structure, (4, 4, 12, 64))
     with pytest.raises(ValueError, match="outside of jax.jit"):
         jax.jit(lambda structure: pk.scheduled(structure, (4, 4, 16, 64)))(structure)
+
+
+def weights_of(case, structure):
+    """(plan, steps of each multiprocessor, bytes of parts) of the weight gradient."""
+    from pallas_kernels.pattern_conv.mosaic import weights
+
+    plan = mosaic_gpu.weight_plan(structure, case.geometry(), case.batch, MULTIPROCESSORS)
+    runs = weights.runs(plan, structure.pair_counts)
+    assert runs[0][0] == 0 and all(end == begin for (_, end), (begin, _) in itertools.pairwise(runs))
+    groups = sum(-(-int(count) // plan.tiles.entries) for count in structure.pair_counts)
+    assert runs[-1][1] == plan.total(groups)
+    steps = np.reshape([end - begin for begin, end in runs], (-1, MULTIPROCESSORS)).sum(axis=0)
+    return plan, steps, weights.bytes_of_parts(plan, structure.pair_counts)
+
+
+@pytest.mark.parametrize("case", cases.GPU, ids=str)
+def test_the_weight_gradient_is_even_and_its_parts_are_small(case):
+    for structure in (cases.structure_of(case, np.random.default_rng(seed)) for seed in range(2)):
+        plan, steps, parts = weights_of(case, structure)
+        # The smallest has a step and a half a warpgroup.
+        assert not steps.any() or steps.max() / steps.mean() <= (1.4 if "n128-2x2" in case.name else EVEN)
+        # Two warpgroups a multiprocessor, each a part of its last item's sum; at most 64 KB a part.
+        assert parts <= (plan.items + plan.lanes) * 64 * 1024 and parts < 22e6
+
+
+def test_the_weight_gradients_parts_of_the_layer_that_was_measured():
+    (case,) = (case for case in cases.GPU if case.name == "vgg16-n128-8x8-256-256-8x")
+    # 32 times the dense weights in float32 before: 75.5 MB, whatever was retained.
+    assert weights_of(case, cases.structure_of(case, np.random.default_rng(0)))[2] < 9e6

@@ -16,6 +16,7 @@ import functools
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -41,7 +42,7 @@ class WeightPlan:
         batch: images.
         lists: filter tiles.
         room: entries that a list has room for.
-        blocks: thread blocks launched.
+        blocks: thread blocks launched, one a multiprocessor.
     """
 
     geometry: Geometry
@@ -65,7 +66,7 @@ class WeightPlan:
 
     @property
     def lanes(self) -> int:
-        """Computing warpgroups of all blocks, lane = block * warpgroups + warpgroup."""
+        """Computing warpgroups of all blocks, lane = warpgroup * blocks + block: what is over goes to other blocks."""
         return self.blocks * self.tiles.warpgroups
 
     @property
@@ -83,11 +84,26 @@ class WeightPlan:
         """Steps of so many groups."""
         return groups * self.parts[0] * self.parts[1] * self.steps
 
-    def length(self, total):
-        """Steps of a lane's run, of so many in all."""
+    def share(self, total):
+        """(steps of a lane's run, how many of the first lanes do one more), of so many steps in all."""
         if isinstance(total, int):
-            return max(-(-total // self.lanes), self.tiles.least)
-        return jnp.maximum(lax.div(total + self.lanes - 1, self.lanes), self.tiles.least)
+            return divmod(total, max(1, min(total // self.tiles.least, self.lanes)))
+        lanes = jnp.maximum(jnp.minimum(lax.div(total, self.tiles.least), self.lanes), 1)
+        return lax.div(total, lanes), lax.rem(total, lanes)
+
+
+def runs(plan: WeightPlan, counts: np.ndarray) -> list[tuple[int, int]]:
+    """Of each lane the first of its steps, of all items' one after the other, and one past its last."""
+    total = plan.total(int(sum(-(-int(count) // plan.tiles.entries) for count in counts)))
+    share, more = plan.share(total)
+    ends = [min(lane * share + min(lane, more), total) for lane in range(plan.lanes + 1)]
+    return list(zip(ends, ends[1:]))
+
+
+def bytes_of_parts(plan: WeightPlan, counts: np.ndarray) -> int:
+    """What the parts that are written take, and read again by the second kernel."""
+    number = sum((end - 1) // plan.steps - begin // plan.steps + 1 for begin, end in runs(plan, counts) if begin < end)
+    return 4 * number * plan.tiles.entries * plan.tiles.filters * plan.tiles.channels
 
 
 def partial_sums(x: jax.Array, dy: jax.Array, pairs: jax.Array, counts: jax.Array, plan: WeightPlan) -> jax.Array:
@@ -140,13 +156,12 @@ def partial_sums(x: jax.Array, dy: jax.Array, pairs: jax.Array, counts: jax.Arra
     return kernel(pairs, counts, x, dy)
 
 
-def added(parts: jax.Array, pairs: jax.Array, counts: jax.Array, plan: WeightPlan, multiprocessors: int) -> jax.Array:
+def added(parts: jax.Array, pairs: jax.Array, counts: jax.Array, plan: WeightPlan) -> jax.Array:
     """Add up the parts in the order of the lanes that they are of.
 
     Args:
         parts: of `partial_sums`.
         pairs, counts, plan: as given there.
-        multiprocessors: of the GPU.
 
     Returns:
         float32 (kh, kw, cin, cout), exact zeros where nothing is retained.
@@ -159,10 +174,15 @@ def added(parts: jax.Array, pairs: jax.Array, counts: jax.Array, plan: WeightPla
     chunk = min(_ROWS, rows)
     grid = (kh, kw, -(-sides[0] // chunk), -(-sides[1] // columns))
     units = kh * kw * grid[2] * grid[3]
-    blocks = min(units, _BESIDE * multiprocessors)
+    blocks = min(units, _BESIDE * plan.blocks)
 
     def pattern_conv_weights_added(pairs_ref, counts_ref, parts_ref, out_ref, slots, out, full):
-        length = plan.length(plan.total(_groups_before(plan, counts_ref, plan.lists)))
+        share, more = plan.share(plan.total(_groups_before(plan, counts_ref, plan.lists)))
+
+        def lane_of(step):
+            # Lanes of one step more come first; where share is 0 there are no others.
+            late = more + lax.div(step - more * (share + 1), jnp.maximum(share, 1))
+            return jnp.where(step < more * (share + 1), lax.div(step, share + 1), late)
 
         @pl.loop(0, lax.div(units - lax.axis_index("block") + blocks - 1, blocks))
         def _(turn):
@@ -183,8 +203,8 @@ def added(parts: jax.Array, pairs: jax.Array, counts: jax.Array, plan: WeightPla
             filter_part = lax.div(lax.rem(filters, plan.tile[0]), tiles.filters)
             channel_part = lax.div(lax.rem(channels, plan.tile[1]), tiles.channels)
             item = (group * filter_parts + filter_part) * channel_parts + channel_part
-            begin = lax.div(item * plan.steps, length)
-            number = jnp.where(is_there, lax.div((item + 1) * plan.steps - 1, length) - begin + 1, 0)
+            begin = lane_of(item * plan.steps)
+            number = jnp.where(is_there, lane_of((item + 1) * plan.steps - 1) - begin + 1, 0)
             within = pl.ds(lax.rem(row, rows), chunk)
 
             def fetch(part):
@@ -251,10 +271,10 @@ def _groups_before(plan: WeightPlan, counts, index: jax.Array | int) -> jax.Arra
 
 def _run(plan: WeightPlan, counts, ring: jax.Array | int):
     """Of a lane: (lane, its first step of all, one past its last, its first item, how many items it works on)."""
-    lane = lax.axis_index("block") * plan.tiles.warpgroups + ring
+    lane = ring * plan.blocks + lax.axis_index("block")
     total = plan.total(_groups_before(plan, counts, plan.lists))
-    length = plan.length(total)
-    begin, end = jnp.minimum(lane * length, total), jnp.minimum((lane + 1) * length, total)
+    share, more = plan.share(total)
+    begin, end = (jnp.minimum(each * share + jnp.minimum(each, more), total) for each in (lane, lane + 1))
     first = lax.div(begin, plan.steps)
     return lane, begin, end, first, jnp.where(begin < end, lax.div(end - 1, plan.steps) - first + 1, 0)
 
