@@ -8,8 +8,10 @@ import math
 # alignment take, and float32 registers that a computing warpgroup's sums may fill without spilling.
 SHARED_MEMORY = 227 * 1024 - 2048
 ACCUMULATOR = 64 * 256
-# Output tiles that keep every multiprocessor of a large Hopper GPU busy, two warpgroups each.
-BUSY = 2 * 132
+# Output tiles that can be dealt evenly to the multiprocessors of a large Hopper GPU: four each.
+BUSY = 4 * 132
+# Its computing warpgroups.
+LANES = 2 * 132
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +112,7 @@ class WeightTiles:
         channels: input channels of a product, a multiple of 16, at most 256.
         filters: filters of a product, a multiple of 16, at most 256.
         entries: retained (channel block, tap) of one filter tile that share one reading of the output gradient.
-        splits: parts that the sum over pixels and images is cut into, each a block of work of its own.
+        least: steps that a warpgroup does at least, where sums are cut into parts so that all have work.
         stages: slots of each warpgroup's ring of operands, at least 2.
         warpgroups: computing warpgroups in a block.
         filters_first: whether filters are the rows of the tensor core's product (``filters`` a multiple of 64) or
@@ -121,7 +123,7 @@ class WeightTiles:
     channels: int
     filters: int
     entries: int = 1
-    splits: int = 1
+    least: int = 4
     stages: int = 2
     warpgroups: int = 2
     filters_first: bool = False
@@ -131,9 +133,9 @@ class WeightTiles:
             raise ValueError(f"images of a step are 16, 32 or a multiple of 64 up to 256, got {self.images}")
         _check("channels", self.channels, 16, 256)
         _check("filters", self.filters, 16, 256)
-        for name in ("entries", "splits"):
+        for name in ("entries", "least"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} are at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
         _check_ring(self.stages, self.warpgroups)
         rows = "filters" if self.filters_first else "channels"
         if getattr(self, rows) % 64:
@@ -163,15 +165,16 @@ def product_tiles(batch: int, size: tuple[int, int], outputs: int, tile: int, de
     # Parts of less than 64 read the other side too often; a batch or a tile under 256 may be taken whole.
     widths = [width for width in (256, 192, 128, 64, 32, 16, tile) if tile % width == 0 and width <= 256]
     for width in sorted({width for width in widths if width >= min(64, max(widths))}):
-        for images in sorted({length for length in (256, 128, 64, batch) if length <= min(batch, 256)}):
+        for images in sorted({length for length in (256, 128, 64, 32, 16, 8, batch) if length <= min(batch, 256)}):
             waste = -(-batch // images) * images / batch
             for outputs_first in (True, False):
                 tiles = _deepest(images, width, depth, outputs_first)
                 if tiles is not None:
                     count = -(-batch // images) * math.prod(size) * -(-outputs // width)
-                    # Bytes read for one product: less is better, once all multiprocessors have work.
-                    cost = waste * (1 / images + 1 / width) * max(1.0, BUSY / count)
-                    cost *= _narrow(images if outputs_first else width)
+                    # Bytes read for one product: less is better, once work can be dealt evenly. The second cache
+                    # takes four times as long as the tensor cores where both sides are 64.
+                    reading, product = 1 / images + 1 / width, _narrow(images if outputs_first else width) / 128
+                    cost = waste * max(reading, product) * max(1.0, BUSY / count)
                     options.append((cost, not outputs_first, -images, tiles))
     if not options:
         raise ValueError(f"no tiles for {batch} images, {tile} outputs that share a list, {depth} channels an entry")
@@ -195,16 +198,16 @@ def weight_tiles(batch: int, size: tuple[int, int], lists: int, room: int, tile:
     options = []
     for filters, channels, entries in itertools.product(*parts, (4, 3, 2, 1)):
         for images in (length for length in (128, 64, 32, 16) if length <= max(batch, 16)):
-            products = lists * (tile[0] // filters) * (tile[1] // channels) * -(-room // entries)
-            steps = math.prod(size) * -(-batch // images)
-            # Each split sums at least 8 steps, or the sums' writing and adding up would show.
-            splits = max(1, min(-(-BUSY // products), steps // 8))
-            tiles = _deepest_weights(images, channels, filters, entries, splits)
+            tiles = _deepest_weights(images, channels, filters, entries)
             if tiles is not None:
-                cost = (entries * channels + filters) / (entries * channels * filters)
-                cost *= _narrow(channels if tiles.filters_first else filters)
-                waste = -(-room // entries) * entries / room * -(-batch // images) * images / max(batch, 16)
-                options.append((cost * waste, -images, -entries, tiles))
+                items = lists * (tile[0] // filters) * (tile[1] // channels) * -(-room // entries)
+                steps = items * math.prod(size) * -(-batch // images)
+                length = max(-(-steps // LANES), tiles.least)
+                read = images * (entries * channels + filters) * max(1.0, _narrow(filters) / 2)
+                # The busiest warpgroup's bytes: a part is written, and read again, in float32.
+                # A step that waits for its operands costs as much as some kilobytes.
+                cost = length * (2 * read + 8192) + 8 * (length * items / steps + 1) * entries * channels * filters
+                options.append((cost, -images, -entries, tiles))
     if not options:
         raise ValueError(f"no tiles for {batch} images and tiles of {tile} (filters, channels)")
     return min(options, key=lambda option: option[:3])[-1]
@@ -247,11 +250,12 @@ def _narrow(columns: int) -> float:
     return max(1.0, (64 + columns) / (2 * columns))
 
 
-def _deepest_weights(images: int, channels: int, filters: int, entries: int, splits: int) -> WeightTiles | None:
+def _deepest_weights(images: int, channels: int, filters: int, entries: int) -> WeightTiles | None:
     for stages in (6, 5, 4, 3):
         for filters_first in (False, True):
             try:
-                return WeightTiles(images, channels, filters, entries, splits, stages, filters_first=filters_first)
+                least = max(1, 128 // images)
+                return WeightTiles(images, channels, filters, entries, least, stages, filters_first=filters_first)
             except ValueError:
                 continue
     return None

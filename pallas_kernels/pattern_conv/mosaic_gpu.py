@@ -6,15 +6,18 @@ compiled program: new masks of like size do not compile anything.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import compat
 from pallas_kernels.pattern_conv import config
 from pallas_kernels.pattern_conv.config import ProductTiles, StripTiles, WeightTiles
-from pallas_kernels.pattern_conv.geometry import Geometry
-from pallas_kernels.pattern_conv.structure import Structure, mask_of
+from pallas_kernels.pattern_conv.geometry import Geometry, Padding, make_geometry
+from pallas_kernels.pattern_conv.schedule import work_of
+from pallas_kernels.pattern_conv.structure import Structure
 
 DTYPES = ("bfloat16", "float16")
 # `forward` takes scale, bias and relu.
@@ -106,15 +109,14 @@ def forward(
         ValueError: the convolution is not supported (`why_not`), or the tiles do not fit it.
     """
     batch = _supported(x, structure, geometry)
-    filters, channels = structure.tile
+    filters, cout = structure.tile[0], structure.shape[3]
     lists = structure.pairs, structure.pair_counts
-    cout = structure.shape[3]
     padded = [
         None if vector is None else jnp.pad(vector.astype(jnp.float32), (0, _up(cout, filters) - cout))
         for vector in (scale, bias)
     ]
-    tiles = tiles or config.product_tiles(batch, geometry.output, cout, filters, channels)
-    return _products(x, w, lists, geometry, tiles, False, filters, channels, cout, *padded, relu)
+    plan = product_plan(structure, geometry, batch, False, compat.multiprocessors(x), tiles)
+    return _run(x, w, lists, plan, structure, *padded, relu)
 
 
 def input_gradient(
@@ -141,11 +143,9 @@ def input_gradient(
         ValueError: the convolution is not supported (`why_not`), or the tiles do not fit it.
     """
     batch = _supported(dy, structure, geometry)
-    filters, channels = structure.tile
     lists = structure.pairs_by_channel, structure.pair_counts_by_channel
-    cin = structure.shape[2]
-    tiles = tiles or config.product_tiles(batch, geometry.image, cin, channels, filters)
-    return _products(dy, w, lists, geometry, tiles, True, channels, filters, cin)
+    plan = product_plan(structure, geometry, batch, True, compat.multiprocessors(dy), tiles)
+    return _run(dy, w, lists, plan, structure)
 
 
 def weight_gradient(
@@ -166,36 +166,93 @@ def weight_gradient(
     Raises:
         ValueError: the convolution is not supported (`why_not`), or the tiles do not fit it.
     """
-    from pallas_kernels.pattern_conv.mosaic.ring import blocks_for
-    from pallas_kernels.pattern_conv.mosaic.weights import WeightPlan, partial_sums
+    from pallas_kernels.pattern_conv.mosaic.weights import added, partial_sums
 
     batch = _supported(x, structure, geometry)
-    lists, room = structure.pairs.shape
-    tiles = tiles or config.weight_tiles(batch, geometry.output, lists, room, structure.tile)
-    fits = structure.tile[0] % tiles.filters == 0 and structure.tile[1] % tiles.channels == 0
-    if not fits:
-        raise ValueError(f"tiles of {tiles.filters} filters, {tiles.channels} channels do not divide {structure.tile}")
+    plan = weight_plan(structure, geometry, batch, compat.multiprocessors(x), tiles)
     # A step sums at least 16 images.
-    more = max(0, tiles.images - batch)
+    more = plan.batch - batch
     if more:
         x, dy = (jnp.pad(array, ((0, 0), (0, 0), (0, more), (0, 0))) for array in (x, dy))
     if geometry.image == (1, 1):
         # What lies past a single pixel could not be told from it (see `mosaic.ring`): give it a neighbour.
         x = jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)))
-    plan = WeightPlan(geometry, tiles, structure.tile, structure.shape, batch + more, lists, room, 1)
-    plan = dataclasses.replace(plan, blocks=blocks_for(x, plan.items, tiles.warpgroups))
-    parts = partial_sums(x, dy, structure.pairs, structure.pair_counts, plan)
-    return jnp.where(mask_of(structure), jnp.sum(parts, axis=0), 0.0)
+    lists = structure.pairs, structure.pair_counts
+    return added(partial_sums(x, dy, *lists, plan), *lists, plan)
 
 
-def _products(
-    x, w, lists, geometry, tiles, transposed, output_tile, depth_tile, outputs, scale=None, bias=None, relu=False
+def weight_plan(
+    structure: Structure, geometry: Geometry, batch: int, multiprocessors: int, tiles: WeightTiles | None = None
 ):
-    from pallas_kernels.pattern_conv.mosaic.products import Plan, products
-    from pallas_kernels.pattern_conv.mosaic.ring import blocks_for
-    from pallas_kernels.pattern_conv.mosaic.strips import StripPlan, strips
+    """The launch of the weight gradient; see `weight_gradient`."""
+    from pallas_kernels.pattern_conv.mosaic.weights import WeightPlan
 
-    batch = x.shape[geometry.batch_axis]
+    lists, room = structure.pairs.shape
+    tiles = tiles or config.weight_tiles(batch, geometry.output, lists, room, structure.tile)
+    fits = structure.tile[0] % tiles.filters == 0 and structure.tile[1] % tiles.channels == 0
+    if not fits:
+        raise ValueError(f"tiles of {tiles.filters} filters, {tiles.channels} channels do not divide {structure.tile}")
+    images = max(batch, tiles.images)
+    return WeightPlan(geometry, tiles, structure.tile, structure.shape, images, lists, room, multiprocessors)
+
+
+def scheduled(
+    structure: Structure,
+    x_shape: tuple[int, ...],
+    *,
+    strides: Sequence[int] = (1, 1),
+    padding: Padding = "SAME",
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    multiprocessors: int | None = None,
+) -> Structure:
+    """The structure with worklists for batches of one shape, which the kernels otherwise make in every call.
+
+    Made on the host, once for a mask: the output tiles of the forward pass and of the input gradient are dealt to the
+    multiprocessors so that each has as much to do. Where arrays are traced the program sorts the tiles instead: two
+    or three small kernels more a call, and dealt less evenly where there are few. New masks of like size fit the same
+    program. A structure may be scheduled for several shapes, one after the other.
+
+    Args:
+        structure: of `make_structure`, its arrays concrete.
+        x_shape: (height, width, batch, cin) of the input, layout "HWNC".
+        strides, padding: of the convolution, as `pattern_conv` takes them.
+        dtype: of x and w.
+        multiprocessors: of the GPU; None for this process's, or where it has none an H100's 132.
+
+    Raises:
+        ValueError: the Hopper kernels cannot do this convolution; the arrays are traced.
+    """
+    geometry = make_geometry(x_shape, structure.shape[:2], strides, padding, "HWNC")
+    reason = why_not(structure, geometry, jnp.dtype(dtype), x_shape[2])
+    if reason is not None:
+        raise ValueError(f"mosaic_gpu cannot do this convolution: {reason}")
+    arrays = structure.pairs, structure.pair_counts, structure.pairs_by_channel, structure.pair_counts_by_channel
+    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        raise ValueError("worklists are made on the host, outside of jax.jit: the structure's arrays are traced")
+    if multiprocessors is None:
+        multiprocessors = jax.devices()[0].core_count if jax.default_backend() == "gpu" else 132
+    arrays = [np.asarray(array) for array in arrays]
+    plans = [product_plan(structure, geometry, x_shape[2], way, multiprocessors) for way in (False, True)]
+    made = [work_of(plan, *lists) for plan, lists in zip(plans, (arrays[:2], arrays[2:]))]
+    kept = [work for work in structure.work if work.plan not in plans]
+    return dataclasses.replace(structure, work=(*kept, *made))
+
+
+def product_plan(
+    structure: Structure,
+    geometry: Geometry,
+    batch: int,
+    transposed: bool,
+    multiprocessors: int,
+    tiles: ProductTiles | StripTiles | None = None,
+):
+    """The launch of the forward pass, transposed of the input gradient; see `forward`."""
+    from pallas_kernels.pattern_conv.mosaic.products import Plan
+    from pallas_kernels.pattern_conv.mosaic.strips import StripPlan
+
+    output_tile, depth_tile = structure.tile[::-1] if transposed else structure.tile
+    size, outputs = (geometry.image, structure.shape[2]) if transposed else (geometry.output, structure.shape[3])
+    tiles = tiles or config.product_tiles(batch, size, outputs, output_tile, depth_tile)
     strip = isinstance(tiles, StripTiles)
     if strip and (geometry.strides != (1, 1) or tiles.window != geometry.window[1]):
         raise ValueError(f"strips of a window {tiles.window} wide at stride 1 do not fit {geometry}")
@@ -209,10 +266,18 @@ def _products(
             f"tiles of {tiles.images} images, {tiles.outputs} outputs, {tiles.depth} deep do not fit {batch} images "
             f"and lists for {output_tile} outputs with {depth_tile} channels an entry"
         )
-    make, run = (StripPlan, strips) if strip else (Plan, products)
+    make = StripPlan if strip else Plan
     plan = make(geometry, tiles, transposed, output_tile, depth_tile, batch, outputs, 1)
-    plan = dataclasses.replace(plan, blocks=blocks_for(x, plan.items, tiles.warpgroups))
-    return run(x, w, *lists, plan, scale, bias, relu)
+    # One block a multiprocessor, fewer where there are fewer output tiles.
+    return dataclasses.replace(plan, blocks=min(multiprocessors, plan.items))
+
+
+def _run(x, w, lists, plan, structure, scale=None, bias=None, relu=False):
+    from pallas_kernels.pattern_conv.mosaic.products import products
+    from pallas_kernels.pattern_conv.mosaic.strips import strips
+
+    run = strips if isinstance(plan.tiles, StripTiles) else products
+    return run(x, w, *lists, work_of(plan, *lists, structure.work), scale, bias, relu)
 
 
 def _supported(x: jax.Array, structure: Structure, geometry: Geometry) -> int:

@@ -52,8 +52,9 @@ every_case = pytest.mark.parametrize("case", (*cases.COMPILED, *ODD), ids=str)
 def check(program, h200):
     assert program.kernels
     for kernel in program.kernels:
-        assert kernel.tensor_core > 0, f"{kernel.name} does not use the tensor cores"
-        assert kernel.tma_loads > 0 and kernel.count("UTMASTG") > 0, f"{kernel.name} does not copy by TMA"
+        # The second kernel of the weight gradient only adds.
+        assert kernel.tensor_core > 0 or "added" in kernel.name, f"{kernel.name} does not use the tensor cores"
+        assert kernel.tma_loads > 0 and kernel.count("UTMASTG", "UBLKCP") > 0, f"{kernel.name} does not copy by TMA"
         spilled = (kernel.spill_store_bytes, kernel.spill_load_bytes, kernel.local_memory)
         assert spilled == (0, 0, 0), f"{kernel.name} spills: {spilled}"
     assert 0 < program.shared_bytes <= h200.SHARED_BYTES_LIMIT

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import compat
-
 # Registers of a thread that copies; the others share the rest of the multiprocessor's.
 COPY_REGISTERS = 40
 
@@ -20,11 +18,6 @@ COPY_REGISTERS = 40
 def compute_registers(warpgroups: int) -> int:
     """Registers a computing thread may have, a multiple of 8: what the copying ones leave."""
     return min(240, (512 - COPY_REGISTERS) // warpgroups // 8 * 8)
-
-
-def blocks_for(x: jax.Array, items: int, warpgroups: int) -> int:
-    """Thread blocks to launch: one a multiprocessor, fewer where there is less work."""
-    return max(1, min(compat.multiprocessors(x), -(-items // warpgroups)))
 
 
 def swizzle_of(*lengths: int) -> int:
