@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: unknown command {name!r}; expected one of {', '.join(commands)}", file=sys.stderr)
         return 2
     # Imported late: jax takes a second to import, and a wrong command should not wait for it.
-    from experiments.loop import Interrupted, NonFiniteLoss
+    from experiments.train.loop import Interrupted, NonFiniteLoss
 
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _bench_gpu(arguments: list[str]) -> int:
     """Apart from the other commands: a machine with a GPU may lack what reads their arguments."""
-    from experiments import bench_gpu
+    from experiments.bench import gpu as bench_gpu
 
     return bench_gpu.main(arguments[1:])
 

@@ -4,7 +4,7 @@
     setting.json    versions, device, data fingerprint, date
     metrics.jsonl   a line an epoch
     summary.json    final and best accuracy, compression, seconds; written at the end
-    checkpoints/    see `experiments.checkpoints`
+    checkpoints/    see `experiments.train.checkpoints`
 """
 
 import contextlib
@@ -22,6 +22,8 @@ import jax
 
 from experiments.configs.base import TrainConfig, from_dict, to_dict
 
+# What is kept of a finished run.
+RECORD_FILES = ("config.json", "setting.json", "metrics.jsonl", "summary.json")
 # Fields that a resumed run may change: they decide neither data nor mathematics.
 _FREE_FIELDS = ("loop.progress", "loop.tensorboard", "loop.keep_checkpoints", "loop.checkpoint_every_epochs",
                 "data.dir", "data.cache_dir", "expected")

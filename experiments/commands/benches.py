@@ -11,8 +11,8 @@ from experiments.commands.arguments import name_argument, parse
 
 def bench(arguments: list[str]) -> int:
     """Measure ratios side by side, and save them as a record when asked to."""
-    from experiments import bench as benches
-    from experiments import bench_conv
+    from experiments.bench import conv as bench_conv
+    from experiments.bench import updates as benches
 
     others = {"deploy": _bench_deploy, "dtypes": _bench_dtypes, "sizes": _bench_sizes, "torch": _bench_torch}
     if arguments and arguments[0] in others:
@@ -59,7 +59,7 @@ def bench(arguments: list[str]) -> int:
 
 
 def _bench_deploy(arguments: list[str]) -> int:
-    from experiments.deployment import bench as deployed
+    from experiments.bench import deploy as deployed
 
     path, rest = name_argument(arguments, "bench deploy", "an export PATH, or a net such as vgg13-8x-64x1")
 
@@ -93,7 +93,7 @@ def _bench_deploy(arguments: list[str]) -> int:
 
 
 def _bench_sizes(arguments: list[str]) -> int:
-    from experiments.deployment import sizes
+    from experiments.bench import sizes
 
     @dataclasses.dataclass(frozen=True)
     class BenchSizes:
@@ -107,7 +107,7 @@ def _bench_sizes(arguments: list[str]) -> int:
 
 
 def _bench_dtypes(arguments: list[str]) -> int:
-    from experiments.deployment import dtypes
+    from experiments.studies import dtypes
 
     run, rest = name_argument(arguments, "bench dtypes", "a run folder RUN")
 
@@ -126,7 +126,7 @@ def _bench_dtypes(arguments: list[str]) -> int:
 
 
 def _bench_torch(arguments: list[str]) -> int:
-    from experiments import bench_torch
+    from experiments.bench import torch_epochs as bench_torch
 
     @dataclasses.dataclass(frozen=True)
     class BenchTorch:

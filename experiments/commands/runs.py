@@ -12,12 +12,12 @@ from experiments import configs
 from experiments.commands.arguments import name_argument, parse
 from experiments.configs import TrainConfig
 from experiments.data import DataConfig
-from experiments.tables.overview import overview
+from experiments.report.overview import overview
 
 
 def train(arguments: list[str]) -> int:
     """Train a named config, or resume it."""
-    from experiments import loop
+    from experiments.train import loop
 
     name, rest = name_argument(arguments, "train", "a config NAME")
     default = configs.get(name)
@@ -59,7 +59,7 @@ def describe(summary: dict[str, Any]) -> str:
 
 def evaluate(arguments: list[str]) -> int:
     """Evaluate a run folder's newest checkpoint, or an export, on the run's own evaluation set."""
-    from experiments.deployment import export as exports
+    from experiments.studies import export as exports
 
     path, rest = name_argument(arguments, "evaluate", "a run folder or an export PATH")
 
@@ -85,7 +85,7 @@ def evaluate(arguments: list[str]) -> int:
 
 def export(arguments: list[str]) -> int:
     """Export a finished run: compact weights, StableHLO, and a page about it."""
-    from experiments.deployment import export as exports
+    from experiments.studies import export as exports
 
     run, rest = name_argument(arguments, "export", "a run folder RUN")
 
@@ -139,7 +139,7 @@ def list_configs(arguments: list[str]) -> int:
 
 def demo(arguments: list[str]) -> int:
     """Dense and ClickTrain on digits, three seeds: a table and a plot."""
-    from experiments.tables import demo as demo_table
+    from experiments.studies import demo as demo_table
 
     @dataclasses.dataclass(frozen=True)
     class Demo:
@@ -158,7 +158,7 @@ def demo(arguments: list[str]) -> int:
 def patterns(arguments: list[str]) -> int:
     """Draw a finished run's patterns, and where each is used."""
     from experiments.records import RunFolder
-    from experiments.tables import pattern_sheet
+    from experiments.report import pattern_sheet
 
     run, rest = name_argument(arguments, "patterns", "a run folder RUN")
 

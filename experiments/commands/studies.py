@@ -12,8 +12,8 @@ from experiments.commands.arguments import name_argument, parse
 
 def ablation(arguments: list[str]) -> int:
     """Run the ablation of the selection, and collect its records."""
-    from experiments import ablation as harness
     from experiments.configs.ablation import families
+    from experiments.studies import ablation as harness
 
     known = {family.prefix: family for family in families()}
 
@@ -50,8 +50,8 @@ def ablation(arguments: list[str]) -> int:
 
 def compare(arguments: list[str]) -> int:
     """Train the methods of a study, each tuned alike, and time their nets side by side."""
-    from experiments.comparison import run as harness
     from experiments.configs.compare import study
+    from experiments.studies import comparison as harness
 
     name, rest = name_argument(arguments, "compare", "a STUDY")
     asked_study = study(name)
@@ -95,8 +95,8 @@ def compare(arguments: list[str]) -> int:
 
 def importance(arguments: list[str]) -> int:
     """Measure how well each criterion predicts the true change of loss."""
-    from experiments import importance_study
-    from experiments.tables import importance as importance_table
+    from experiments.report import importance as importance_table
+    from experiments.studies import importance as importance_study
 
     @dataclasses.dataclass(frozen=True)
     class Importance:
@@ -122,8 +122,8 @@ def importance(arguments: list[str]) -> int:
 
 def table(arguments: list[str]) -> int:
     """Generate RESULTS.md, BENCHMARKS.md and the CSV files from records; first run what is missing, when asked to."""
-    from experiments import gpu_plan
-    from experiments.tables import documents, results
+    from experiments.report import documents, results
+    from experiments.studies import gpu_plan
 
     @dataclasses.dataclass(frozen=True)
     class Table:

@@ -5,7 +5,7 @@ or, for any cell alone: python -m experiments train ablation-cov8 --data.dir DIR
 Two families of the same cells: ``ablation-...``, a quarter-width VGG-11 for 2 CPU cores, and
 ``ablation-full-...``, the authors' VGG-13 recipe of 9.0x for a GPU. Both are read on validation data: the test set
 is for what is chosen here. All cells of a family share every setting but those of the pruning, mixup's epoch included,
-so that equal seeds are equal up to the selection; `experiments.ablation` trains those epochs once.
+so that equal seeds are equal up to the selection; `experiments.studies.ablation` trains those epochs once.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """What a training run is: frozen dataclasses, validated when made.
 
 Durations are in epochs here (the field names say so) and become optimizer updates once, in
-`experiments.step`.
+`experiments.train.step`.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.configs import own, published
 from experiments.configs.base import LoopConfig, TrainConfig
-from experiments.costs import conv_work
+from experiments.configs.work import conv_work
 
 GROUP = "price"
 EPOCHS = 60

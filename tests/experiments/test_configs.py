@@ -13,8 +13,8 @@ import clicktrain_jax as ct
 from clicktrain_jax import models
 from experiments import configs
 from experiments.configs import PruneConfig, from_dict, to_dict
-from experiments.forks import dense_of
-from experiments.recipe import learning_rate, prune_rules
+from experiments.train.forks import dense_of
+from experiments.train.recipe import learning_rate, prune_rules
 
 ALL = configs.all_configs()
 PUBLISHED = Path(

@@ -1,0 +1,192 @@
+"""A comparison's part of RESULTS.md and its joint.csv: one row a cell, what is claimed, and how it was tuned."""
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+
+from experiments.report import claims
+from experiments.report.claims import UNKNOWN, spread
+from experiments.report.statistics import markdown_table
+from experiments.report.studies import BATCHES, Cell, Study, mean
+
+CSV, PLOT = "joint.csv", "joint.png"
+NOT_RUN = "not run"
+COLUMNS = (
+    "method", "cell", "n", "top-1, %", "against dense", "conv", "model", "multiply-adds", "training multiply-adds",
+    "end-to-end s", "of dense", "without compiling", "tuning s", "of dense, with tuning", "peak MB",
+    *(text for batch in BATCHES for text in (f"ms, N={batch}", f"speed-up, N={batch}")),
+)
+# What a column of figures by seed is called in the CSV file.
+_FIGURES = (
+    "top1_percent", "top1_less_dense_points", "conv_compression", "model_compression", "multiply_adds_of_dense",
+    "training_multiply_adds_of_dense", "end_to_end_seconds", "end_to_end_seconds_of_dense",
+    "training_seconds_of_dense", "tuning_seconds", "seconds_with_tuning_of_dense", "training_peak_mb",
+)
+_EXPLAINED = """Final top-1 on the {split} set in percent, mean ± standard deviation over the seeds; "against dense" in
+points, paired by seed. Compression: weights of all convolutions, and of the whole model, of the dense net over those
+retained. Multiply-adds of one image, and of the whole training as it was executed, are shares of dense's. End-to-end
+seconds are training, compiling and whatever a run measures to choose its ways; evaluation is apart. Their share of
+dense's is the mean of the ratios of equal seeds; a process compiles and measures once, which every seed is charged
+with. Tuning: all trials that decided a cell's settings, shared with other cells or not. Peak: the largest compiled
+update. Milliseconds a call are medians of the nets of seed {seed}, beside the dense net's: of {nets} nets masks and
+weights were checked to be those whose accuracy and training time stand in the same row.
+"""
+
+
+def by_seed(study: Study, cell: Cell) -> dict[str, Mapping[int, float]]:
+    """Every figure of a cell that its runs have, by seed; empty where it was not measured."""
+    dense = study.dense.top1()
+    return dict(zip(_FIGURES, (
+        cell.top1(),
+        {seed: top1 - dense[seed] for seed, top1 in cell.top1().items() if seed in dense},
+        study.compression(cell),
+        study.compression(cell, "model"),
+        study.ratio(cell, "retained_multiply_adds", "multiply_adds"),
+        study.ratio(cell, "training_multiply_adds"),
+        cell.seconds(),
+        study.time(cell),
+        study.ratio(cell, "train_seconds"),
+        {} if cell.tuning_s is None else dict.fromkeys(cell.runs, cell.tuning_s),
+        study.time_with_tuning(cell),
+        {seed: count / 1e6 for seed, count in cell.column("training_bytes").items()},
+    ), strict=True))
+
+
+def generate(study: Study, plot: str | None = None) -> str:
+    """The section of one comparison, in Markdown.
+
+    Args:
+        study: from `experiments.report.studies.read`.
+        plot: link to its sheet; None for none.
+    """
+    found = claims.parts(study)
+    texts = [_head(study), _claims(found), _joint(study)]
+    if plot is not None and study.some_run() is not None:
+        texts.append(f"![Accuracy against compression, training seconds and latency]({plot})\n")
+    for part in found:
+        if part.rows:
+            texts.append(f"#### {part.title}\n\n{part.explained}\n\n{markdown_table(part.header, part.rows)}")
+    if study.facts.get("tuning"):
+        texts.append(_tuning(study))
+    return "\n".join(texts)
+
+
+def to_csv(study: Study) -> str:
+    """The joint table's figures unrounded: mean and standard deviation of each, empty where not measured."""
+    header = ["cell", "method", "label", "family", "n"]
+    header += [f"{name}_{what}" for name in _FIGURES for what in ("mean", "std")]
+    header += [name for batch in BATCHES for name in (f"latency_ms_n{batch}", f"speed_up_n{batch}")]
+    rows = []
+    for cell in study.ordered():
+        row = [cell.name, cell.method, cell.label, cell.family, str(len(cell.runs))]
+        for values in by_seed(study, cell).values():
+            row += [_number(mean(values)), _number(statistics.stdev(values.values()) if len(values) > 1 else None)]
+        for batch in BATCHES:
+            seconds = cell.latency_s(batch)
+            row += [_number(None if seconds is None else 1e3 * seconds), _number(study.speed_up(cell, batch))]
+        rows.append(row)
+    return csv_text(header, rows)
+
+
+def csv_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A CSV file's text."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _head(study: Study) -> str:
+    lines = [f"### {study.facts['title']}\n"]
+    run = study.some_run()
+    if run is None:
+        return lines[0] + f"\nNo run is recorded yet: {NOT_RUN}.\n"
+    counts = sorted({len(cell.runs) for cell in study.cells if cell.runs})
+    seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    width = "" if run["width"] == 1 else f" of width {run['width']:g}"
+    lines.append(
+        f"{run['dataset']} ({run['encoding']}), {run['train_examples']:,} training images, {run['eval_split']} set of "
+        f"{run['eval_examples']:,}; {run['net']}{width}, {study.facts.get('epochs', run['epochs'])} epochs, {seeds} "
+        f"seeds; {', '.join(study.machines())}; jax {run['setting']['versions']['jax']}; {study.date()}. Command: "
+        f"`{study.facts['command']}`.\n"
+    )
+    return "\n".join(lines)
+
+
+def _claims(parts: Sequence[claims.Part]) -> str:
+    return "".join(f"- **{claim.verdict}**: {claim.text}\n" for part in parts for claim in part.claims)
+
+
+def _joint(study: Study) -> str:
+    rows = [_row(study, cell) for cell in study.ordered()]
+    run, latency = study.some_run(), study.latency
+    words = ""
+    if run is not None:
+        words = _EXPLAINED.format(
+            split=run["eval_split"],
+            seed=UNKNOWN if latency is None else latency["seed"],
+            nets="no" if latency is None else len(latency["nets"]),
+        ) + "\n"
+    return f"{words}{markdown_table(COLUMNS, rows)}"
+
+
+def _row(study: Study, cell: Cell) -> tuple[str, ...]:
+    if not cell.runs:
+        return (cell.method, cell.label, "0", NOT_RUN, *[""] * (len(COLUMNS) - 4))
+    figures = by_seed(study, cell)
+    is_dense = cell.name == study.dense.name
+
+    def shown(name: str, digits: int = 2, suffix: str = "") -> str:
+        return f"{spread(figures[name], digits)}{suffix}" if figures[name] else UNKNOWN
+
+    against = "" if is_dense else spread(figures["top1_less_dense_points"], signed=True)
+    latencies = []
+    for batch in BATCHES:
+        seconds, speed_up = cell.latency_s(batch), study.speed_up(cell, batch)
+        latencies += [
+            UNKNOWN if seconds is None else f"{1e3 * seconds:.3g}",
+            UNKNOWN if speed_up is None else f"{speed_up:.2f}x",
+        ]
+    return (
+        cell.method, cell.label, str(len(cell.runs)), shown("top1_percent"), against,
+        shown("conv_compression", suffix="x"), shown("model_compression", suffix="x"),
+        shown("multiply_adds_of_dense", 3), shown("training_multiply_adds_of_dense", 3),
+        shown("end_to_end_seconds", 1), shown("end_to_end_seconds_of_dense"), shown("training_seconds_of_dense"),
+        shown("tuning_seconds", 0), shown("seconds_with_tuning_of_dense"), shown("training_peak_mb", 0), *latencies,
+    )
+
+
+def _tuning(study: Study) -> str:
+    labels = {cell.name: cell.label for cell in study.cells}
+    rows = []
+    for trial in study.facts["tuning"]:
+        tried = ", ".join(f"{_value(one['value'])}: {_top1(one['top1'])}" for one in trial["trials"])
+        label = labels.get(trial["cell"], trial["cell"])
+        rows.append((label, trial["field"], str(len(trial["trials"])), tried, _value(trial["chosen"])))
+    words = "Final top-1 on validation data, in percent, by value tried; the test set was not read.\n"
+    header = ("cell", "field", "trials", "tried", "chosen")
+    return f"#### Tuning\n\n{words}\n{markdown_table(header, rows)}"
+
+
+def _top1(value: float | None) -> str:
+    return "failed" if value is None else f"{100 * value:.2f}"
+
+
+def _value(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def section(found: Sequence[tuple[Study, str | None]]) -> str:
+    """All comparisons: the first part of RESULTS.md."""
+    head = (
+        "## Comparisons\n\nClickTrain beside dense training, narrower dense nets, pruning after training (PAT), "
+        "pruning during training (PDT), one-shot pruning and random masks. Claims first, each with its verdict; where "
+        "one does not hold, it says so.\n"
+    )
+    if not found:
+        return f"{head}\nNo comparison is recorded: {UNKNOWN}.\n"
+    return "\n".join([head, *(generate(study, plot) for study, plot in found)])

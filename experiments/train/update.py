@@ -1,0 +1,145 @@
+"""One update of a run, in pure functions: the gradient on a batch, what it says of importance, what a phase does."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.configs.base import TrainConfig
+from experiments.data import augment, mixup, normalise
+from experiments.train.state import Images, TrainState
+
+# Of the run's key: experiments.train.step has the streams before it.
+_STEP = 2
+
+
+class Gradient(NamedTuple):
+    """What a batch says.
+
+    Attributes:
+        grads: tree like the parameters.
+        batch_stats: BatchNorm's new statistics.
+        loss: float32 scalar, without group lasso.
+        top1: float32 scalar, share of the batch that was classified as labelled.
+    """
+
+    grads: Any
+    batch_stats: Any
+    loss: jax.Array
+    top1: jax.Array
+
+
+def mixes(config: TrainConfig, epoch: int) -> bool:
+    """Whether an epoch's images are mixed up."""
+    if config.mixup_epoch is None or config.mixup_alpha == 0:
+        return False
+    if epoch >= config.epochs:  # after the dense run: none in ADMM's epochs, the dense schedule's tail afterwards
+        after = epoch - config.epochs - (config.admm.epochs if config.admm else 0)
+        if after < 0:
+            return False
+        epoch = config.epochs - config.retrain.epochs + after
+    return epoch >= config.mixup_epoch
+
+
+def gradient_of(trainer: Any, batch: int, way: str) -> Callable[..., Gradient]:
+    """The gradient on one batch, as a pure function.
+
+    ``(params, batch_stats, step, data, order, index, key, structures) -> Gradient``; ``index`` counts updates in the
+    epoch and the batch is ``order[index * batch_size:][:batch]``; ``way`` says how the convolutions are run. One
+    program serves epochs with mixup and without: compiling it is most of what a short run waits for.
+    """
+    config, dataset, model, forward = trainer.config, trainer.dataset, trainer.models[way], trainer.method.forward
+    mixed_epochs = np.asarray([mixes(config, epoch) for epoch in range(config.total_epochs)])
+
+    def loss_of(params: Any, batch_stats: Any, structures: Any, images: Any, labels: tuple, key: jax.Array) -> Any:
+        held = {"structures": structures} if structures else {}
+        logits, new = model.apply(
+            {"params": forward(params), "batch_stats": batch_stats, **held},
+            images,
+            train=True,
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
+        )
+        first, second, lam = labels
+        losses = optax.softmax_cross_entropy_with_integer_labels
+        loss = losses(logits, first).mean()
+        guess = logits.argmax(-1)
+        top1 = (guess == first).mean()
+        if mixed_epochs.any():
+            loss = lam * loss + (1 - lam) * losses(logits, second).mean()
+            top1 = lam * top1 + (1 - lam) * (guess == second).mean()
+        return loss, (new["batch_stats"], top1)
+
+    def gradient(
+        params: Any, batch_stats: Any, step: Any, data: Images, order: Any, index: Any, key: Any, structures: Any
+    ) -> Gradient:
+        step_key = jax.random.fold_in(jax.random.fold_in(key, _STEP), step)
+        augment_key, mixup_key, dropout_key = jax.random.split(step_key, 3)
+        chosen = jax.lax.dynamic_slice(order, (index * config.batch_size,), (batch,))
+        images = augment(augment_key, data.images[chosen], pad=config.crop_padding, flip=config.flip)
+        images = normalise(images, dataset.mean, dataset.std)
+        label = data.labels[chosen]
+        labels = (label, label, jnp.float32(1.0))
+        if mixed_epochs.any():
+            now = jnp.asarray(mixed_epochs).at[step // trainer.steps_per_epoch].get(mode="clip")
+            images, labels = jax.lax.cond(
+                now, lambda: mixup(mixup_key, images, label, config.mixup_alpha), lambda: (images, labels)
+            )
+        (loss, (batch_stats, top1)), grads = jax.value_and_grad(loss_of, has_aux=True)(
+            params, batch_stats, structures, images, labels, dropout_key
+        )
+        return Gradient(grads, batch_stats, loss, top1)
+
+    return gradient
+
+
+def change_of(trainer: Any, kind: str) -> Callable[..., Any]:
+    """What an update does with a gradient, ``(state, metrics, index, gradient) -> (state, metrics)``, a pure function.
+
+    ``kind`` is a field of `clicktrain_jax.PhaseUpdates`; a run without them has the optimizer's own update.
+    """
+    plain = optax.with_extra_args_support(trainer.optimizer).update
+    update = plain if trainer.updates is None else getattr(trainer.updates, kind)
+
+    def change(state: TrainState, metrics: Any, index: Any, gradient: Gradient) -> tuple[TrainState, Any]:
+        loss = gradient.loss
+        moved, opt_state = update(gradient.grads, state.opt_state, state.params, value=loss)
+        params = optax.apply_updates(state.params, moved)
+        metrics = metrics.at[index].set(jnp.stack([loss, gradient.top1]).astype(jnp.float32))
+        return TrainState(state.step + 1, params, gradient.batch_stats, opt_state), metrics
+
+    return change
+
+
+def evaluation_of(trainer: Any, batch: int) -> Callable[..., jax.Array]:
+    """Evaluation on so many images: ``(params, batch_stats, data, begin) -> float32 [sum of losses, correct ones]``."""
+
+    def evaluate(params: Any, batch_stats: Any, data: Images, begin: Any) -> jax.Array:
+        images = jax.lax.dynamic_slice_in_dim(data.images, begin, batch)
+        labels = jax.lax.dynamic_slice_in_dim(data.labels, begin, batch)
+        images = normalise(images, trainer.dataset.mean, trainer.dataset.std)
+        variables = {"params": trainer.method.forward(params), "batch_stats": batch_stats}
+        logits = trainer.model.apply(variables, images, train=False)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.stack([losses.sum(), (logits.argmax(-1) == labels).sum().astype(jnp.float32)])
+
+    return evaluate
+
+
+def update_step(trainer: Any, kind: str, batch: int, way: str = "dense") -> Callable[..., Any]:
+    """One whole update, ``(state, metrics, data, order, index, key, structures) -> (state, metrics)``, a pure function.
+
+    ``structures`` is empty when dense; the other arguments are those of `gradient_of` and `change_of`.
+    """
+    gradient, change = gradient_of(trainer, batch, way), change_of(trainer, kind)
+
+    def step(
+        state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, structures: Any
+    ) -> tuple[TrainState, Any]:
+        found = gradient(state.params, state.batch_stats, state.step, data, order, index, key, structures)
+        return change(state, metrics, index, found)
+
+    return step
