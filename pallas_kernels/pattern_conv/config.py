@@ -10,8 +10,10 @@ SHARED_MEMORY = 227 * 1024 - 2048
 ACCUMULATOR = 64 * 256
 # Output tiles that can be dealt evenly to the multiprocessors of a large Hopper GPU: four each.
 BUSY = 4 * 132
-# Its computing warpgroups.
-LANES = 2 * 132
+# Its multiprocessors.
+BLOCKS = 132
+# Products of the tensor cores in the time that one byte comes from the second cache to a multiprocessor.
+PRODUCTS_A_BYTE = 45
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +113,10 @@ class WeightTiles:
         images: images summed in one step: 16, 32 or a multiple of 64, at most 256.
         channels: input channels of a product, a multiple of 16, at most 256.
         filters: filters of a product, a multiple of 16, at most 256.
-        entries: retained (channel block, tap) of one filter tile that share one reading of the output gradient.
-        least: steps that a warpgroup does at least, where sums are cut into parts so that all have work.
-        stages: slots of each warpgroup's ring of operands, at least 2.
+        entries: retained (channel block, tap) of one filter tile that share one reading of the output gradient; each
+            warpgroup has as many of them.
+        least: steps that a block does at least, where sums are cut into parts so that all have work.
+        stages: slots of a block's ring of operands, at least 2; one more where steps look back (`WeightPlan.back`).
         warpgroups: computing warpgroups in a block.
         filters_first: whether filters are the rows of the tensor core's product (``filters`` a multiple of 64) or
             channels are (``channels`` a multiple of 64).
@@ -137,15 +140,17 @@ class WeightTiles:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
         _check_ring(self.stages, self.warpgroups)
+        if self.entries % self.warpgroups:
+            raise ValueError(f"each of {self.warpgroups} warpgroups has as many entries, got {self.entries}")
         rows = "filters" if self.filters_first else "channels"
         if getattr(self, rows) % 64:
             raise ValueError(f"{rows} are the rows of the product, a multiple of 64, got {getattr(self, rows)}")
-        _check_room(self.entries * self.channels * self.filters, self.shared_memory())
+        _check_room(self.entries // self.warpgroups * self.channels * self.filters, self.shared_memory())
 
     def shared_memory(self) -> int:
         """Bytes of shared memory that a block takes."""
         slot = 2 * self.images * (self.entries * self.channels + self.filters)
-        return self.warpgroups * (self.stages * slot + 4 * self.channels * self.filters)
+        return self.stages * slot + 4 * self.warpgroups * self.channels * self.filters
 
 
 def product_tiles(batch: int, size: tuple[int, int], outputs: int, tile: int, depth: int) -> ProductTiles:
@@ -181,7 +186,9 @@ def product_tiles(batch: int, size: tuple[int, int], outputs: int, tile: int, de
     return min(options, key=lambda option: option[:3])[-1]
 
 
-def weight_tiles(batch: int, size: tuple[int, int], lists: int, room: int, tile: tuple[int, int]) -> WeightTiles:
+def weight_tiles(
+    batch: int, size: tuple[int, int], lists: int, room: int, tile: tuple[int, int], looks_back: bool = False
+) -> WeightTiles:
     """A first choice for the weight gradient.
 
     Args:
@@ -190,23 +197,29 @@ def weight_tiles(batch: int, size: tuple[int, int], lists: int, room: int, tile:
         lists: filter tiles.
         room: entries that a filter tile may retain.
         tile: (filters, channels).
+        looks_back: whether taps beside each other look at the same pixels, one step apart: half of them then read.
 
     Raises:
         ValueError: nothing fits the tensor cores' shapes.
     """
     parts = [[part for part in (128, 64, 32, 16) if length % part == 0] for length in tile]
     options = []
-    for filters, channels, entries in itertools.product(*parts, (4, 3, 2, 1)):
+    for filters, channels, entries in itertools.product(*parts, (8, 4, 2, 1)):
         for images in (length for length in (128, 64, 32, 16) if length <= max(batch, 16)):
-            tiles = _deepest_weights(images, channels, filters, entries)
+            tiles = _deepest_weights(images, channels, filters, entries, looks_back)
             if tiles is not None:
                 items = lists * (tile[0] // filters) * (tile[1] // channels) * -(-room // entries)
                 steps = items * math.prod(size) * -(-batch // images)
-                length = max(-(-steps // LANES), tiles.least)
-                read = images * (entries * channels + filters) * max(1.0, _narrow(filters) / 2)
-                # The busiest warpgroup's bytes: a part is written, and read again, in float32.
+                length = max(-(-steps // BLOCKS), tiles.least)
+                reading = entries * (1 + 1 / size[1]) / 2 if looks_back and entries > 1 else entries
+                read = 2 * images * (reading * channels + filters)
+                # With half of the columns idle a product takes as long.
+                columns = channels if tiles.filters_first else filters
+                product = images * entries * channels * filters * _narrow(columns) / PRODUCTS_A_BYTE
+                # The busiest block's bytes: a part is written, and read again, in float32.
                 # A step that waits for its operands costs as much as some kilobytes.
-                cost = length * (2 * read + 8192) + 8 * (length * items / steps + 1) * entries * channels * filters
+                cost = length * (max(read, product) + 8192)
+                cost += 8 * (length * items / steps + 1) * entries * channels * filters
                 options.append((cost, -images, -entries, tiles))
     if not options:
         raise ValueError(f"no tiles for {batch} images and tiles of {tile} (filters, channels)")
@@ -250,12 +263,16 @@ def _narrow(columns: int) -> float:
     return max(1.0, (64 + columns) / (2 * columns))
 
 
-def _deepest_weights(images: int, channels: int, filters: int, entries: int) -> WeightTiles | None:
-    for stages in (6, 5, 4, 3):
+def _deepest_weights(
+    images: int, channels: int, filters: int, entries: int, looks_back: bool
+) -> WeightTiles | None:
+    warpgroups = 2 if entries % 2 == 0 else 1
+    # A slot that is looked at again is one less to copy into.
+    for stages in range(8, 2 + (looks_back and entries > 1), -1):
         for filters_first in (False, True):
             try:
                 least = max(1, 128 // images)
-                return WeightTiles(images, channels, filters, entries, least, stages, filters_first=filters_first)
+                return WeightTiles(images, channels, filters, entries, least, stages, warpgroups, filters_first)
             except ValueError:
                 continue
     return None

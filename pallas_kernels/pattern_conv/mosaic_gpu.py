@@ -166,7 +166,8 @@ def weight_gradient(
     Raises:
         ValueError: the convolution is not supported (`why_not`), or the tiles do not fit it.
     """
-    from pallas_kernels.pattern_conv.mosaic.weights import added, partial_sums
+    from pallas_kernels.pattern_conv.mosaic.added import added
+    from pallas_kernels.pattern_conv.mosaic.weights import partial_sums
 
     batch = _supported(x, structure, geometry)
     plan = weight_plan(structure, geometry, batch, compat.multiprocessors(x), tiles)
@@ -185,15 +186,19 @@ def weight_plan(
     structure: Structure, geometry: Geometry, batch: int, multiprocessors: int, tiles: WeightTiles | None = None
 ):
     """The launch of the weight gradient; see `weight_gradient`."""
-    from pallas_kernels.pattern_conv.mosaic.weights import WeightPlan
+    from pallas_kernels.pattern_conv.mosaic.weight_plan import WeightPlan
 
     lists, room = structure.pairs.shape
-    tiles = tiles or config.weight_tiles(batch, geometry.output, lists, room, structure.tile)
+    looks_back = geometry.window[1] > geometry.strides[1]
+    tiles = tiles or config.weight_tiles(batch, geometry.output, lists, room, structure.tile, looks_back)
     fits = structure.tile[0] % tiles.filters == 0 and structure.tile[1] % tiles.channels == 0
     if not fits:
         raise ValueError(f"tiles of {tiles.filters} filters, {tiles.channels} channels do not divide {structure.tile}")
     images = max(batch, tiles.images)
-    return WeightPlan(geometry, tiles, structure.tile, structure.shape, images, lists, room, multiprocessors)
+    plan = WeightPlan(geometry, tiles, structure.tile, structure.shape, images, lists, room, multiprocessors)
+    if tiles.stages < 2 + plan.back:
+        raise ValueError(f"steps look back at what the one before read: stages are at least 3, got {tiles.stages}")
+    return plan
 
 
 def scheduled(

@@ -102,7 +102,7 @@ TILES = {
     "outputs are the rows": dict(
         forward=config.ProductTiles(8, 64, 32, stages=4, warpgroups=2),
         input=config.ProductTiles(40, 64, 16, stages=2, warpgroups=1),
-        weight=config.WeightTiles(32, 64, 16, entries=1, least=1, stages=2),
+        weight=config.WeightTiles(32, 64, 16, entries=2, least=1, stages=3),
     ),
 }
 

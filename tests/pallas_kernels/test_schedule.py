@@ -151,7 +151,7 @@ def test_what_cannot_be_scheduled_is_refused():
 
 def weights_of(case, structure):
     """(plan, steps of each multiprocessor, bytes of parts) of the weight gradient."""
-    from pallas_kernels.pattern_conv.mosaic import weights
+    from pallas_kernels.pattern_conv.mosaic import weight_plan as weights
 
     plan = mosaic_gpu.weight_plan(structure, case.geometry(), case.batch, MULTIPROCESSORS)
     runs = weights.runs(plan, structure.pair_counts)
