@@ -19,7 +19,7 @@ from pallas_kernels.pattern_conv.api import (
     pattern_conv,
     supported,
 )
-from pallas_kernels.pattern_conv.mosaic_gpu import scheduled
+from pallas_kernels.pattern_conv.launches import scheduled
 from pallas_kernels.pattern_conv.structure import Structure, make_structure, mask_of
 
 __all__ = [

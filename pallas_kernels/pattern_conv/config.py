@@ -14,6 +14,8 @@ BUSY = 4 * 132
 BLOCKS = 132
 # Products of the tensor cores in the time that one byte comes from the second cache to a multiprocessor.
 PRODUCTS_A_BYTE = 45
+# How much longer than a row its strips may be in all: what is past the end is computed for nothing.
+_LONGEST = 1.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +155,10 @@ class WeightTiles:
         return self.stages * slot + 4 * self.warpgroups * self.channels * self.filters
 
 
-def product_tiles(batch: int, size: tuple[int, int], outputs: int, tile: int, depth: int) -> ProductTiles:
-    """A first choice for the forward pass or the input gradient.
+def product_options(
+    batch: int, size: tuple[int, int], outputs: int, tile: int, depth: int, window: int = 1
+) -> list[ProductTiles | StripTiles]:
+    """Tiles for the forward pass or the input gradient, what reads least for a product first.
 
     Args:
         batch: images, a multiple of 8.
@@ -162,10 +166,30 @@ def product_tiles(batch: int, size: tuple[int, int], outputs: int, tile: int, de
         outputs: output channels in all.
         tile: output channels that share a list of what is retained.
         depth: channels of one entry of that list.
+        window: columns of the window at stride 1: strips are among the options where it is more than 1.
 
     Raises:
         ValueError: nothing fits the tensor cores' shapes.
     """
+    options = [*_products(batch, size, outputs, tile, depth), *_strips(batch, size, outputs, tile, depth, window)]
+    if not options:
+        raise ValueError(f"no tiles for {batch} images, {tile} outputs that share a list, {depth} channels an entry")
+    return [tiles for *_, tiles in sorted(options, key=lambda option: option[:-1])]
+
+
+def product_tiles(batch: int, size: tuple[int, int], outputs: int, tile: int, depth: int) -> ProductTiles:
+    """The first of `product_options` that is no strip."""
+    return product_options(batch, size, outputs, tile, depth)[0]
+
+
+def strip_tiles(batch: int, size: tuple[int, int], tile: int, depth: int, window: int) -> StripTiles | None:
+    """The first strips of `product_options`; None where a strip would save nothing, or does not fit."""
+    options = sorted(_strips(batch, size, tile, tile, depth, window), key=lambda option: option[:-1])
+    return options[0][-1] if options else None
+
+
+def _products(batch: int, size: tuple[int, int], outputs: int, tile: int, depth: int) -> list[tuple]:
+    """(cost, how gladly else, tiles)."""
     options = []
     # Parts of less than 64 read the other side too often; a batch or a tile under 256 may be taken whole.
     widths = [width for width in (256, 192, 128, 64, 32, 16, tile) if tile % width == 0 and width <= 256]
@@ -181,15 +205,32 @@ def product_tiles(batch: int, size: tuple[int, int], outputs: int, tile: int, de
                     reading, product = 1 / images + 1 / width, _narrow(images if outputs_first else width) / 128
                     cost = waste * max(reading, product) * max(1.0, BUSY / count)
                     options.append((cost, not outputs_first, -images, tiles))
-    if not options:
-        raise ValueError(f"no tiles for {batch} images, {tile} outputs that share a list, {depth} channels an entry")
-    return min(options, key=lambda option: option[:3])[-1]
+    return options
 
 
-def weight_tiles(
+def _strips(
+    batch: int, size: tuple[int, int], outputs: int, tile: int, depth: int, window: int
+) -> list[tuple]:
+    """Likewise."""
+    options = []
+    if window == 1 or tile % 64 or size[1] == 1:
+        return options
+    for pixels in range(2, min(size[1], 16) + 1):
+        images = min(batch, 256 // pixels // 8 * 8)
+        tiles = _deepest_strip(pixels, images, depth, window)
+        if tiles is not None and -(-size[1] // pixels) * pixels <= _LONGEST * size[1]:
+            # What a row of the window reads, for two taps in it, of one product.
+            reading = (pixels + 1) / (2 * pixels * 64) + 1 / (pixels * images)
+            waste = -(-size[1] // pixels) * pixels / size[1] * -(-batch // images) * images / batch
+            count = size[0] * -(-size[1] // pixels) * -(-batch // images) * -(-outputs // 64)
+            options.append((reading * waste * max(1.0, BUSY / count), -tiles.depth, -images, tiles))
+    return options
+
+
+def weight_options(
     batch: int, size: tuple[int, int], lists: int, room: int, tile: tuple[int, int], looks_back: bool = False
-) -> WeightTiles:
-    """A first choice for the weight gradient.
+) -> list[WeightTiles]:
+    """Tiles for the weight gradient, what moves least first.
 
     Args:
         batch: images.
@@ -223,39 +264,14 @@ def weight_tiles(
                 options.append((cost, -images, -entries, tiles))
     if not options:
         raise ValueError(f"no tiles for {batch} images and tiles of {tile} (filters, channels)")
-    return min(options, key=lambda option: option[:3])[-1]
+    return [tiles for *_, tiles in sorted(options, key=lambda option: option[:-1])]
 
 
-def strip_tiles(batch: int, size: tuple[int, int], tile: int, depth: int, window: int) -> StripTiles | None:
-    """The strips that read least, to be tried against `product_tiles`: nothing takes them of itself.
-
-    Args:
-        batch: images, a multiple of 8.
-        size: (rows, columns) of the result.
-        tile: output channels that share a list.
-        depth: channels of one entry of that list.
-        window: columns of the window.
-
-    Returns:
-        The tiles; None where a strip would save nothing, or does not fit.
-    """
-    if window == 1 or tile % 64 or size[1] == 1:
-        return None
-    options = []
-    for pixels in range(2, min(size[1], 16) + 1):
-        images = min(batch, 256 // pixels // 8 * 8)
-        for step in (length for length in (64, 32, 16) if depth % length == 0):
-            for x_stages in (4, 3, 2):
-                try:
-                    tiles = StripTiles(pixels, images, 64, step, window, x_stages, x_stages + 1)
-                except ValueError:
-                    continue
-                # What a row of the window reads, for two taps in it, of one product.
-                read = (pixels + 1) / (2 * pixels * 64) + 1 / (pixels * images)
-                waste = -(-size[1] // pixels) * pixels / size[1] * -(-batch // images) * images / batch
-                # Two slots leave a copy little time.
-                options.append((read * waste * (1.5 if x_stages == 2 else 1.0), -step, -x_stages, tiles))
-    return min(options, key=lambda option: option[:3])[-1] if options else None
+def weight_tiles(
+    batch: int, size: tuple[int, int], lists: int, room: int, tile: tuple[int, int], looks_back: bool = False
+) -> WeightTiles:
+    """The first of `weight_options`."""
+    return weight_options(batch, size, lists, room, tile, looks_back)[0]
 
 
 def _narrow(columns: int) -> float:
@@ -284,6 +300,18 @@ def _deepest(images: int, width: int, depth: int, outputs_first: bool) -> Produc
         for stages in (6, 5, 4, 3):
             try:
                 return ProductTiles(images, width, step, stages, outputs_first=outputs_first)
+            except ValueError:
+                continue
+    return None
+
+
+def _deepest_strip(pixels: int, images: int, depth: int, window: int) -> StripTiles | None:
+    """Likewise; two slots would leave a copy little time."""
+    # Narrow steps are many small copies.
+    for step in (length for length in (64, 32, 16) if depth % length == 0 and length >= min(depth, 32)):
+        for x_stages in (4, 3):
+            try:
+                return StripTiles(pixels, images, 64, step, window, x_stages, x_stages + 1)
             except ValueError:
                 continue
     return None

@@ -5,18 +5,13 @@ a tile of filters retains of a block of channels is then a list of dense product
 compiled program: new masks of like size do not compile anything.
 """
 
-import dataclasses
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import compat
-from pallas_kernels.pattern_conv import config
 from pallas_kernels.pattern_conv.config import ProductTiles, StripTiles, WeightTiles
-from pallas_kernels.pattern_conv.geometry import Geometry, Padding, make_geometry
-from pallas_kernels.pattern_conv.schedule import work_of
+from pallas_kernels.pattern_conv.geometry import Geometry
+from pallas_kernels.pattern_conv.launches import launch, weight_plan
 from pallas_kernels.pattern_conv.structure import Structure
 
 DTYPES = ("bfloat16", "float16")
@@ -100,7 +95,7 @@ def forward(
         scale: (cout,), multiplies; None for 1.
         bias: (cout,), is added after; None for 0.
         relu: whether negative outputs become 0.
-        tiles: how to cut the work; None for a choice by shape.
+        tiles: how to cut the work; None for what was tuned, else a choice by what is read.
 
     Returns:
         (rows, columns, batch, cout) of x's dtype.
@@ -115,8 +110,7 @@ def forward(
         None if vector is None else jnp.pad(vector.astype(jnp.float32), (0, _up(cout, filters) - cout))
         for vector in (scale, bias)
     ]
-    plan = product_plan(structure, geometry, batch, False, compat.multiprocessors(x), tiles)
-    return _run(x, w, lists, plan, structure, *padded, relu)
+    return _run(x, w, launch(structure, geometry, batch, False, compat.multiprocessors(x), tiles), lists, *padded, relu)
 
 
 def input_gradient(
@@ -134,7 +128,7 @@ def input_gradient(
         w: (kh, kw, cin, cout) of dy's dtype; what is not retained is never read.
         structure: of `make_structure`; its arrays may be traced.
         geometry: of the convolution.
-        tiles: how to cut the work; None for a choice by shape.
+        tiles: how to cut the work; None for what was tuned, else a choice by what is read.
 
     Returns:
         (height, width, batch, cin) of dy's dtype.
@@ -144,8 +138,7 @@ def input_gradient(
     """
     batch = _supported(dy, structure, geometry)
     lists = structure.pairs_by_channel, structure.pair_counts_by_channel
-    plan = product_plan(structure, geometry, batch, True, compat.multiprocessors(dy), tiles)
-    return _run(dy, w, lists, plan, structure)
+    return _run(dy, w, launch(structure, geometry, batch, True, compat.multiprocessors(dy), tiles), lists)
 
 
 def weight_gradient(
@@ -158,7 +151,7 @@ def weight_gradient(
         dy: (rows, columns, batch, cout) of x's dtype.
         structure: of `make_structure`; its arrays may be traced.
         geometry: of the convolution.
-        tiles: how to cut the work; None for a choice by shape.
+        tiles: how to cut the work; None for what was tuned, else a choice by what is read.
 
     Returns:
         (kh, kw, cin, cout) float32, exact zeros where nothing is retained.
@@ -182,107 +175,12 @@ def weight_gradient(
     return added(partial_sums(x, dy, *lists, plan), *lists, plan)
 
 
-def weight_plan(
-    structure: Structure, geometry: Geometry, batch: int, multiprocessors: int, tiles: WeightTiles | None = None
-):
-    """The launch of the weight gradient; see `weight_gradient`."""
-    from pallas_kernels.pattern_conv.mosaic.weight_plan import WeightPlan
-
-    lists, room = structure.pairs.shape
-    looks_back = geometry.window[1] > geometry.strides[1]
-    tiles = tiles or config.weight_tiles(batch, geometry.output, lists, room, structure.tile, looks_back)
-    fits = structure.tile[0] % tiles.filters == 0 and structure.tile[1] % tiles.channels == 0
-    if not fits:
-        raise ValueError(f"tiles of {tiles.filters} filters, {tiles.channels} channels do not divide {structure.tile}")
-    images = max(batch, tiles.images)
-    plan = WeightPlan(geometry, tiles, structure.tile, structure.shape, images, lists, room, multiprocessors)
-    if tiles.stages < 2 + plan.back:
-        raise ValueError(f"steps look back at what the one before read: stages are at least 3, got {tiles.stages}")
-    return plan
-
-
-def scheduled(
-    structure: Structure,
-    x_shape: tuple[int, ...],
-    *,
-    strides: Sequence[int] = (1, 1),
-    padding: Padding = "SAME",
-    dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    multiprocessors: int | None = None,
-) -> Structure:
-    """The structure with worklists for batches of one shape, which the kernels otherwise make in every call.
-
-    Made on the host, once for a mask: the output tiles of the forward pass and of the input gradient are dealt to the
-    multiprocessors so that each has as much to do. Where arrays are traced the program sorts the tiles instead: two
-    or three small kernels more a call, and dealt less evenly where there are few. New masks of like size fit the same
-    program. A structure may be scheduled for several shapes, one after the other.
-
-    Args:
-        structure: of `make_structure`, its arrays concrete.
-        x_shape: (height, width, batch, cin) of the input, layout "HWNC".
-        strides, padding: of the convolution, as `pattern_conv` takes them.
-        dtype: of x and w.
-        multiprocessors: of the GPU; None for this process's, or where it has none an H100's 132.
-
-    Raises:
-        ValueError: the Hopper kernels cannot do this convolution; the arrays are traced.
-    """
-    geometry = make_geometry(x_shape, structure.shape[:2], strides, padding, "HWNC")
-    reason = why_not(structure, geometry, jnp.dtype(dtype), x_shape[2])
-    if reason is not None:
-        raise ValueError(f"mosaic_gpu cannot do this convolution: {reason}")
-    arrays = structure.pairs, structure.pair_counts, structure.pairs_by_channel, structure.pair_counts_by_channel
-    if any(isinstance(array, jax.core.Tracer) for array in arrays):
-        raise ValueError("worklists are made on the host, outside of jax.jit: the structure's arrays are traced")
-    if multiprocessors is None:
-        multiprocessors = jax.devices()[0].core_count if jax.default_backend() == "gpu" else 132
-    arrays = [np.asarray(array) for array in arrays]
-    plans = [product_plan(structure, geometry, x_shape[2], way, multiprocessors) for way in (False, True)]
-    made = [work_of(plan, *lists) for plan, lists in zip(plans, (arrays[:2], arrays[2:]))]
-    kept = [work for work in structure.work if work.plan not in plans]
-    return dataclasses.replace(structure, work=(*kept, *made))
-
-
-def product_plan(
-    structure: Structure,
-    geometry: Geometry,
-    batch: int,
-    transposed: bool,
-    multiprocessors: int,
-    tiles: ProductTiles | StripTiles | None = None,
-):
-    """The launch of the forward pass, transposed of the input gradient; see `forward`."""
-    from pallas_kernels.pattern_conv.mosaic.products import Plan
-    from pallas_kernels.pattern_conv.mosaic.strips import StripPlan
-
-    output_tile, depth_tile = structure.tile[::-1] if transposed else structure.tile
-    size, outputs = (geometry.image, structure.shape[2]) if transposed else (geometry.output, structure.shape[3])
-    tiles = tiles or config.product_tiles(batch, size, outputs, output_tile, depth_tile)
-    strip = isinstance(tiles, StripTiles)
-    if strip and (geometry.strides != (1, 1) or tiles.window != geometry.window[1]):
-        raise ValueError(f"strips of a window {tiles.window} wide at stride 1 do not fit {geometry}")
-    # A strip reads columns outside as a pixel past the end, which a single pixel has none of (see `mosaic.ring`).
-    if strip and (1, 1) in (geometry.image, geometry.output):
-        raise ValueError(f"strips want images of more than one pixel, got {geometry}")
-    # A tile over a list's end would take another list's weights. Images past the batch are read as zeros only where the
-    # batch is longer than a tile: the copy's box is no larger than the array.
-    if output_tile % tiles.outputs or depth_tile % tiles.depth or tiles.images > batch:
-        raise ValueError(
-            f"tiles of {tiles.images} images, {tiles.outputs} outputs, {tiles.depth} deep do not fit {batch} images "
-            f"and lists for {output_tile} outputs with {depth_tile} channels an entry"
-        )
-    make = StripPlan if strip else Plan
-    plan = make(geometry, tiles, transposed, output_tile, depth_tile, batch, outputs, 1)
-    # One block a multiprocessor, fewer where there are fewer output tiles.
-    return dataclasses.replace(plan, blocks=min(multiprocessors, plan.items))
-
-
-def _run(x, w, lists, plan, structure, scale=None, bias=None, relu=False):
+def _run(x, w, work, lists, scale=None, bias=None, relu=False):
     from pallas_kernels.pattern_conv.mosaic.products import products
     from pallas_kernels.pattern_conv.mosaic.strips import strips
 
-    run = strips if isinstance(plan.tiles, StripTiles) else products
-    return run(x, w, *lists, work_of(plan, *lists, structure.work), scale, bias, relu)
+    run = strips if isinstance(work.plan.tiles, StripTiles) else products
+    return run(x, w, *lists, work, scale, bias, relu)
 
 
 def _supported(x: jax.Array, structure: Structure, geometry: Geometry) -> int:

@@ -1,14 +1,13 @@
 """Which multiprocessor computes which output tile of a Hopper kernel: every one gets as much as any other.
 
 How much an output tile costs depends on what its list retains and on how many taps point inside the image. Tiles are
-dealt the heaviest first, each to the multiprocessor that has least. Where the lists are known (`scheduled`) that is
-done once on the host; where they are traced, the tiles are sorted by the program and dealt to and fro.
+dealt the heaviest first, each to the multiprocessor that has least. Where the lists are known that is
+done once on the host (`launches`); where they are traced, the tiles are sorted by the program and dealt to and fro.
 """
 
 import dataclasses
 import functools
 import heapq
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,20 +35,16 @@ class Work:
     starts: jax.Array | np.ndarray
 
 
-def work_of(plan, pairs: jax.Array | np.ndarray, counts: jax.Array | np.ndarray, made: Sequence[Work] = ()) -> Work:
-    """The worklist of a launch: one that was made before, else of numpy arrays by the host, else by the program.
+def work_of(plan, pairs: jax.Array | np.ndarray, counts: jax.Array | np.ndarray) -> Work:
+    """The worklist of a launch: of numpy arrays by the host, else by the program.
 
     Args:
         plan: the launch.
         pairs: int32 (lists, room) of block * kh * kw + tap.
         counts: int32 (lists,).
-        made: worklists to look among.
     """
-    for work in made:
-        if work.plan == plan:
-            return work
     if isinstance(pairs, np.ndarray) and isinstance(counts, np.ndarray):
-        return _dealt(plan, costs(plan, pairs, counts))
+        return dealt(plan, costs(plan, pairs, counts))
     cost = costs(plan, pairs, counts, jnp)
     order = jnp.argsort(-cost, stable=True).astype(jnp.int32)
     places, starts = _to_and_fro(plan)
@@ -57,7 +52,7 @@ def work_of(plan, pairs: jax.Array | np.ndarray, counts: jax.Array | np.ndarray,
 
 
 def costs(plan, pairs, counts, xp=np):
-    """int32 (items,): what each output tile of a launch moves, in units of 1024 numbers, read and written.
+    """int32 (items,): the 16-bit numbers that each output tile of a launch moves, read and written.
 
     Args:
         plan: the launch.
@@ -66,14 +61,13 @@ def costs(plan, pairs, counts, xp=np):
         xp: numpy, or jax.numpy for traced arrays.
     """
     taps = plan.geometry.window[0] * plan.geometry.window[1]
-    there = xp.arange(pairs.shape[1]) < counts[:, None]
+    read = plan.read_by_entries(pairs) * (xp.arange(pairs.shape[1]) < counts[:, None])
     found = (pairs % taps)[:, :, None] == xp.arange(taps)
-    by_tap = xp.sum(found & there[:, :, None], axis=1, dtype=xp.int32)  # (lists, taps)
-    entries = xp.sum(by_tap[None] * plan.inside[:, None], axis=2, dtype=xp.int32)  # (places, lists)
+    by_tap = xp.sum(found * read[:, :, None], axis=1, dtype=xp.int32)  # (lists, taps)
+    by_list = xp.sum(by_tap[None] * plan.inside[:, None], axis=2, dtype=xp.int32)  # (places, lists)
     images, rows, columns, channels = plan.grid
     shared = plan.output_tile // plan.tiles.outputs
-    entries = xp.repeat(entries, shared, axis=1)[:, :channels]
-    cost = plan.cost_of_tile + plan.cost_of_entry * entries
+    cost = plan.written + xp.repeat(by_list, shared, axis=1)[:, :channels]
     return xp.broadcast_to(cost.astype(xp.int32), (images, rows * columns, channels)).reshape(-1)
 
 
@@ -83,7 +77,7 @@ def loads(work: Work, cost: np.ndarray, multiprocessors: int = 132) -> np.ndarra
     return np.bincount(lanes // work.plan.tiles.warpgroups, cost[np.asarray(work.order)], minlength=multiprocessors)
 
 
-def _dealt(plan, cost: np.ndarray) -> Work:
+def dealt(plan, cost: np.ndarray) -> Work:
     """The heaviest first, each to the multiprocessor with least; there to the warpgroup with less."""
     order = np.argsort(-cost, kind="stable").astype(np.int32)
     if plan.items > _MANY * plan.blocks:

@@ -43,7 +43,7 @@ class Structure:
         pair_counts: int32 (T,): how many are to be read.
         pairs_by_channel: int32 (B, room): for each channel block its retained (tile, tap) as tile * kh * kw + tap.
         pair_counts_by_channel: int32 (B,).
-        work: worklists of a GPU's launches for batches of one shape, of `schedule.scheduled`; empty until then.
+        work: worklists of a GPU's launches for batches of one shape, of `launches.for_batch`; empty until then.
     """
 
     shape: tuple[int, int, int, int]

@@ -41,12 +41,12 @@ def unevenness(work, lists):
     return found
 
 
-def selection(case, seed, **options):
-    """The structure of a mask that a plan selects, 8x in blocks; a few filters and channels matter more than others."""
+def selection(case, seed, reduction=8.0, **options):
+    """The structure of a mask that a plan selects, in blocks; a few filters and channels matter more than others."""
     rng = np.random.default_rng(seed)
     matters = [np.exp(rng.standard_normal((1, 1, *side))) for side in ((case.cin, 1), (1, case.cout))]
     scores = {"kernel": jnp.asarray(rng.chisquare(1, case.w_shape) * matters[0] * matters[1], jnp.float32)}
-    plan = ct.make_plan(scores, {"kernel": cases.removed_for(8.0)}, tile=case.tile, groups={"kernel": 1}, **options)
+    plan = ct.make_plan(scores, {"kernel": cases.removed_for(reduction)}, tile=case.tile, groups={"kernel": 1}, **options)
     masks = ct.select_masks(scores, plan, ct.patterns.fixed_set(4))
     return make_structure(np.asarray(masks.pattern["kernel"] & masks.kernel["kernel"]), tile=case.tile)
 

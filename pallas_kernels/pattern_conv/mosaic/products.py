@@ -76,6 +76,11 @@ class Plan:
         """Steps of one entry."""
         return self.depth_tile // self.tiles.depth
 
+    def serves(self, geometry: Geometry, batch: int, transposed: bool) -> bool:
+        """Whether this is a launch for such a convolution; its precision is none of the tensor cores' business."""
+        asked = dataclasses.replace(geometry, precision=None), batch, transposed
+        return (self.geometry, self.batch, self.transposed) == asked
+
     def place(self, item: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """(image block, row, column, channel tile) of an output tile."""
         return digits(item, self.grid)
@@ -97,15 +102,14 @@ class Plan:
         rows, columns = (self.geometry.reached(axis, self.transposed) for axis in (0, 1))
         return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(-1, rows.shape[1] * columns.shape[1])
 
-    @property
-    def cost_of_entry(self) -> int:
-        """What an entry of a list moves for one output tile, in units of 1024 numbers."""
-        return max(1, (self.tiles.images + self.tiles.outputs) * self.depth_tile // 1024)
+    def read_by_entries(self, pairs):
+        """int32 (lists, room): the numbers that each entry of a list reads for one output tile."""
+        return pairs * 0 + (self.tiles.images + self.tiles.outputs) * self.depth_tile
 
     @property
-    def cost_of_tile(self) -> int:
-        """What is written of one output tile, likewise."""
-        return max(1, self.tiles.images * self.tiles.outputs // 1024)
+    def written(self) -> int:
+        """The numbers that are written of one output tile."""
+        return self.tiles.images * self.tiles.outputs
 
     def inner(self, axis: int, place: jax.Array) -> jax.Array | bool:
         """Whether all taps point inside along one axis; False where that is not known at once."""

@@ -15,9 +15,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 COPY_REGISTERS = 40
 
 
-def compute_registers(warpgroups: int) -> int:
+def compute_registers(warpgroups: int, copying: int = COPY_REGISTERS) -> int:
     """Registers a computing thread may have, a multiple of 8: what the copying ones leave."""
-    return min(240, (512 - COPY_REGISTERS) // warpgroups // 8 * 8)
+    return min(240, (512 - copying) // warpgroups // 8 * 8)
 
 
 def swizzle_of(*lengths: int) -> int:

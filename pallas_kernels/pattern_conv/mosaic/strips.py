@@ -60,16 +60,25 @@ class StripPlan(Plan):
         columns = np.ones((self.grid[2], self.geometry.window[1]), bool)
         return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(-1, rows.shape[1] * columns.shape[1])
 
-    @property
-    def cost_of_entry(self) -> int:
-        """What an entry of a list moves for one strip, in units of 1024 numbers; two share a reading of the input."""
-        numbers = (self.tiles.pixels + 1) * self.tiles.images // 2 + self.tiles.outputs
-        return max(1, numbers * self.depth_tile // 1024)
+    def read_by_entries(self, pairs):
+        """int32 (lists, room): the numbers that each entry of a list reads for one strip.
+
+        The first of a row of the window reads the strip, and each that follows the columns that it looks further;
+        those lie outside of the image where the strip is as long as a row.
+        """
+        tiles, kw, width = self.tiles, self.geometry.window[1], self.source_size[1]
+        further = pairs[:, 1:] - pairs[:, :-1]
+        follows = pairs[:, 1:] // kw == pairs[:, :-1] // kw
+        more = further if tiles.pixels < width else 0 * further
+        pixels = follows * more + ~follows * min(tiles.pixels, width)
+        first = pairs[:, :1] * 0 + min(tiles.pixels, width)
+        xp = np if isinstance(pairs, np.ndarray) else jnp
+        return (xp.concatenate([first, pixels], axis=1) * tiles.images + tiles.outputs) * self.depth_tile
 
     @property
-    def cost_of_tile(self) -> int:
-        """What is written of one strip, likewise."""
-        return max(1, self.tiles.pixels * self.tiles.images * self.tiles.outputs // 1024)
+    def written(self) -> int:
+        """The numbers that are written of one strip."""
+        return self.tiles.pixels * self.tiles.images * self.tiles.outputs
 
     def offset(self, axis: int, tap: jax.Array) -> jax.Array:
         """How far a tap looks from the first input row or column that any tap of the tile looks at."""

@@ -12,16 +12,17 @@ run ends within an item its sum is a part; parts lie apart, and a second kernel 
 What a tap points to outside the image is read as zeros: a pixel past the image's end (see `ring`).
 """
 
-import functools
-
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.pattern_conv.mosaic.ring import COPY_REGISTERS, compute_registers, digits, swizzle_of, swizzled
+from pallas_kernels.pattern_conv.mosaic.ring import compute_registers, digits, swizzle_of, swizzled
 from pallas_kernels.pattern_conv.mosaic.weight_plan import WeightPlan, groups_before
+
+# Of a thread that copies: it holds the places of all entries.
+_COPY_REGISTERS = 72
 
 
 def partial_sums(x: jax.Array, dy: jax.Array, pairs: jax.Array, counts: jax.Array, plan: WeightPlan) -> jax.Array:
@@ -45,7 +46,9 @@ def partial_sums(x: jax.Array, dy: jax.Array, pairs: jax.Array, counts: jax.Arra
     sums = (tiles.filters, tiles.channels) if tiles.filters_first else (tiles.channels, tiles.filters)
     elements = 32 if sums[1] % 32 == 0 else 16
     scratch = {
-        "x_slots": plgpu.SMEM((tiles.stages, tiles.entries, tiles.images, tiles.channels), x.dtype, transforms=transforms),
+        "x_slots": plgpu.SMEM(
+            (tiles.stages, tiles.entries, tiles.images, tiles.channels), x.dtype, transforms=transforms
+        ),
         "dy_slots": plgpu.SMEM((tiles.stages, tiles.images, tiles.filters), x.dtype, transforms=transforms),
         "out": plgpu.SMEM((rings, *sums), jnp.float32, transforms=swizzled(elements, jnp.float32)),
         "full": plgpu.Barrier(num_arrivals=1 + tiles.entries, num_barriers=tiles.stages),
@@ -112,7 +115,7 @@ def _copy(plan: WeightPlan, lists, x, dy, *, x_slots, dy_slots, out, full, empty
     tiles = plan.tiles
     (height, width), (kh, kw) = plan.geometry.image, plan.geometry.window
     strides, ((top, _), (left, _)) = plan.geometry.strides, plan.geometry.padding
-    plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+    plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
     run = _run(plan, lists[1])
 
     def turn(number, issued):
@@ -167,7 +170,7 @@ def _compute(plan: WeightPlan, lists, result, *, x_slots, dy_slots, out, full, e
     """A computing warpgroup: its entries of the block's run, one item after the other."""
     tiles, columns = plan.tiles, plan.grid[-1]
     ring = lax.axis_index("warpgroup")
-    plgpu.set_max_registers(compute_registers(tiles.warpgroups), action="increase")
+    plgpu.set_max_registers(compute_registers(tiles.warpgroups, _COPY_REGISTERS), action="increase")
     shape = (tiles.filters, tiles.channels) if tiles.filters_first else (tiles.channels, tiles.filters)
     mine = [ring * (tiles.entries // tiles.warpgroups) + k for k in range(tiles.entries // tiles.warpgroups)]
     run = _run(plan, lists[1])
