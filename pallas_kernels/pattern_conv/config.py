@@ -245,7 +245,8 @@ def weight_options(
     """
     parts = [[part for part in (128, 64, 32, 16) if length % part == 0] for length in tile]
     options = []
-    for filters, channels, entries in itertools.product(*parts, (8, 4, 2, 1)):
+    # Patterns have four taps: of eight entries many would be half empty.
+    for filters, channels, entries in itertools.product(*parts, (4, 2, 1)):
         for images in (length for length in (128, 64, 32, 16) if length <= max(batch, 16)):
             tiles = _deepest_weights(images, channels, filters, entries, looks_back)
             if tiles is not None:

@@ -97,7 +97,8 @@ class WeightPlan:
             after |= other == code + 2 * stride
             number = number + place * (other == code + stride)
         column = code % kw if isinstance(code, int) else lax.rem(code, kw)
-        return (column + stride < kw) & found & ~((column + 2 * stride < kw) & after), number
+        leads = (column + 2 * stride >= kw) | (after ^ True)
+        return (column + stride < kw) & found & leads, number
 
 
 def groups_before(plan: WeightPlan, counts, index: jax.Array | int) -> jax.Array:
