@@ -179,6 +179,11 @@ def scheduled(run: Callable[[Structures], object], structures: Structures) -> St
     return jax.tree.unflatten(tree, leaves)
 
 
+def is_scheduling() -> bool:
+    """Whether `scheduled` traces."""
+    return _FOUND.get() is not None
+
+
 def for_batch(structure: Structure, geometry: Geometry, batch: int, multiprocessors: int = 132) -> Structure:
     """The structure with worklists for one shape of batches, if its arrays are concrete: else as it is.
 
