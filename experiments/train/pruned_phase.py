@@ -144,7 +144,7 @@ class PrunedPhase:
         start = time.perf_counter()
         self._wait()
         self._known, self.choice = known, None
-        self._structures = {} if self.asked == "dense" else self._deal(gaining_structures(masks, self.plan))
+        self._structures = {} if self.asked == "dense" else gaining_structures(masks, self.plan)
         if not self._structures:
             self.choice = Choice("dense", {}, {}, "asked for" if self.asked == "dense" else "estimated")
             return
@@ -153,6 +153,7 @@ class PrunedPhase:
 
         def work() -> None:
             try:
+                self._structures = self._deal(self._structures)
                 for way in self._candidates:
                     compile_way(way, {} if way == "dense" else self._structures)
             except BaseException as error:  # handed to the thread that waits

@@ -199,7 +199,10 @@ def _copy(plan: StripPlan, lists, x, w, *, x_slots, w_slots, out, x_full, x_empt
                 for part in range(plan.parts):
                     summed = pl.ds(source * plan.depth_tile + part * tiles.depth, tiles.depth)
                     slot = slot_of(ring, x_issued + part, tiles.x_stages, x_empty)
-                    for pixel in range(plan.read):
+
+                    # In a loop of its own: unrolled, the places of all pixels would not fit a copying thread.
+                    @pl.loop(0, plan.read)
+                    def _(pixel, slot=slot, summed=summed):
                         here = plan.first(1, column) + pixel
                         read = (here >= 0) & (here < width) & (pixel >= least) & (pixel < most)
                         read_row, read_column = jnp.where(read, there, height), jnp.where(read, here, width)
