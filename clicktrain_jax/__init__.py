@@ -6,8 +6,8 @@ transformation that composes them.
 
 from clicktrain_jax import channels, importance, methods, patterns, reduction
 from clicktrain_jax.accounting import Report, report
-from clicktrain_jax.compact import masks_from_zeros
 from clicktrain_jax.deploy import accelerate, export, load  # they import pallas_kernels when they are called
+from clicktrain_jax.deploy.storage import masks_from_zeros
 from clicktrain_jax.masks import LayerMask, Masks, apply_masks
 from clicktrain_jax.phases import Phase, PhaseSchedule
 from clicktrain_jax.plan import Plan, make_plan

@@ -2,12 +2,14 @@
 
     config.json     the whole config
     setting.json    versions, device, data fingerprint, date
+    data.json       where the images were found
     metrics.jsonl   a line an epoch
     summary.json    final and best accuracy, compression, seconds; written at the end
     checkpoints/    see `experiments.train.checkpoints`
 """
 
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -21,12 +23,15 @@ from typing import Any
 import jax
 
 from experiments.configs.base import TrainConfig, from_dict, to_dict
+from experiments.data import DataConfig, place
 
 # What is kept of a finished run.
 RECORD_FILES = ("config.json", "setting.json", "metrics.jsonl", "summary.json")
 # Fields that a resumed run may change: they decide neither data nor mathematics.
 _FREE_FIELDS = ("loop.progress", "loop.tensorboard", "loop.keep_checkpoints", "loop.checkpoint_every_epochs",
                 "data.dir", "data.cache_dir", "expected")
+# Set for runs whose cores do other work at the same time.
+SHARED_CORES = "CLICKTRAIN_SHARED_CORES"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 
 
@@ -40,6 +45,9 @@ def setting() -> dict[str, Any]:
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
         **({"driver": _driver()} if device.platform == "gpu" else {}),
         "cpu": {"model": _cpu_model(), "cores": len(os.sched_getaffinity(0))},
+        "load_average": os.getloadavg(),
+        # Whoever starts a run beside other work says so: its seconds then compare with nothing.
+        "shared_cores": bool(os.environ.get(SHARED_CORES)),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "commit": _commit(),
     }
@@ -99,6 +107,7 @@ class RunFolder:
                 raise ValueError(
                     f"{self.path} belongs to another config: {field} is {old!r} there and {new!r} here; choose another "
                     "--workdir, or ask for the same run to resume it"
+                    + (" (--lengthen gives it more epochs)" if field == "epochs" and new > old else "")
                 )
             earlier = read_json(self.path / "setting.json").get("data_fingerprint")
             if earlier != data_fingerprint:
@@ -109,7 +118,7 @@ class RunFolder:
             return True
         # A kill while the folder was being made may have left the first file, or a part of one.
         if self.path.exists() and any(
-            path.name != "setting.json" and path.suffix != ".tmp" for path in self.path.iterdir()
+            path.name not in ("setting.json", "data.json") and path.suffix != ".tmp" for path in self.path.iterdir()
         ):
             raise ValueError(f"{self.path} is not empty and holds no run: choose another --workdir")
         return False
@@ -118,16 +127,29 @@ class RunFolder:
         """Make the folder, or note in it that the run goes on; `check` comes first."""
         path = self.path / "setting.json"
         now = setting()
-        if self.check(config, data_fingerprint):
+        is_old, found = self.check(config, data_fingerprint), place(config.data)
+        self.path.mkdir(parents=True, exist_ok=True)
+        # Not in the setting: where a machine keeps its images is no part of a record.
+        write_json(self.path / "data.json", {"dir": None if found is None else str(found)})
+        if is_old:
             earlier = read_json(path)
             if any(earlier[key] != now[key] for key in ("versions", "device", "cpu")):
                 warnings.warn(f"{self.path} is resumed with other versions or on another device", stacklevel=3)
             write_json(path, earlier | {"resumed": [*earlier.get("resumed", []), now]})
             return
-        self.path.mkdir(parents=True, exist_ok=True)
         write_json(path, {**now, "data_fingerprint": data_fingerprint})
         # Last: a folder is a run once it has a config.
+        self.write_config(config)
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Make the folder that of a config."""
         write_json(self.path / "config.json", _plain(config))
+
+    def data(self, config: TrainConfig) -> DataConfig:
+        """The run's images where the run found them, if they are still there; else where its config looks for them."""
+        stored = self.path / "data.json"
+        where = read_json(stored)["dir"] if stored.exists() else None
+        return config.data if where is None or not Path(where).exists() else dataclasses.replace(config.data, dir=where)
 
     @property
     def checkpoints(self) -> Path:

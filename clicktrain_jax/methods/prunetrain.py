@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clicktrain_jax.baselines.narrowing import channels_of, check_leaves, is_written_by_convolutions, leaf_shapes
 from clicktrain_jax.channels import ChannelNode
+from clicktrain_jax.channels.narrowing import channels_of, check_leaves, is_written_by_convolutions, leaf_shapes
 from clicktrain_jax.eager import compiled
 from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.methods.sparse import all_kept, sparse_training

@@ -10,8 +10,8 @@ import pytest
 
 import clicktrain_jax as ct
 from clicktrain_jax import models
-from clicktrain_jax.baselines.narrowing import narrow, narrow_shapes, widths
 from clicktrain_jax.channels import channel_nodes
+from clicktrain_jax.channels.narrowing import narrow, narrow_shapes, widths
 from clicktrain_jax.methods.prunetrain import (
     PruneTrainState,
     add_channel_lasso,
