@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-if TYPE_CHECKING:  # jax is imported when a run is made, not when its config is
-    from clicktrain_jax.methods import Method
+from clicktrain_jax.importance import CRITERIA
+from clicktrain_jax.methods import Method
+
+# "random": masks of like shapes that know nothing.
+Importance = Literal[(*CRITERIA, "random")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +24,7 @@ class PruneConfig:
         prune_epoch: masked weights are zero from this epoch's first update on; at select_epoch, from the update after
             the selecting one on. Where no update is left for it, both fall on the run's last updates.
         num_patterns: size of the pattern set; 4, 8 or 12 of the published one.
-        importance: criterion of the selection.
+        importance: criterion of the selection: one of `clicktrain_jax.importance.CRITERIA`, or "random".
         tile: (filters, channels) that share one pattern and one removal; None for all.
         target: compression to reach, 8.0 for 8x, instead of fractions.
         target_of: what is counted: the weights of all convolutions, of the whole model, or multiply-adds.
@@ -48,7 +51,7 @@ class PruneConfig:
     select_epoch: int
     prune_epoch: int
     num_patterns: int = 4
-    importance: Literal["taylor", "group_taylor", "magnitude", "random"] = "taylor"
+    importance: Importance = "taylor"
     tile: tuple[int | None, int | None] = (1, 1)
     target: float | None = None
     target_of: Literal["convolutions", "model", "multiply_adds"] = "convolutions"
@@ -102,8 +105,6 @@ class PruneConfig:
         """The first update whose scores count."""
         return max(0, self.select_epoch * steps_per_epoch - (self.importance_steps - 1))
 
-    def make(self, run: Any) -> "Method":
+    def make(self, run: Any) -> Method:
         """The plain optimizer: the phases are the trainer's affair (`experiments.train.step`)."""
-        from clicktrain_jax.methods import Method
-
         return Method(run.inner, begins_at=self.begins_at(run.steps_per_epoch))

@@ -9,13 +9,17 @@ loop. A new one is a class here and a member of `MethodConfig`.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import optax
+
+import clicktrain_jax as ct
+from clicktrain_jax import methods
+from clicktrain_jax.methods import Method
+from clicktrain_jax.trees import named_leaves
 from experiments.configs.clicktrain import PruneConfig
-
-if TYPE_CHECKING:  # jax is imported when a run is made, not when its config is
-    from clicktrain_jax import Plan
-    from clicktrain_jax.methods import Method
 
 
 class Run(NamedTuple):
@@ -33,11 +37,16 @@ class Run(NamedTuple):
 
     inner: Any
     params: Any
-    plan: "Plan"
-    prune_plan: "Plan | None"
+    plan: ct.Plan
+    prune_plan: ct.Plan | None
     nodes: Callable[[], Any]
     steps_per_epoch: int
     epochs: int
+
+
+def masks_in_state(params: Any, opt_state: Any) -> ct.Masks:
+    """For a `Method` whose state holds its masks."""
+    return ct.masks_of(opt_state)
 
 
 def _check(owner: str, value: float, field: str, low: float, high: float = math.inf) -> None:
@@ -141,17 +150,13 @@ class AfterConfig:
         before = 0 if self.admm is None else self.admm.epochs * steps_per_epoch
         return self.prune.begins_at(steps_per_epoch) - before
 
-    def make(self, run: Run) -> "Method":
+    def make(self, run: Run) -> Method:
         """ADMM's pull around the optimizer; select and prune are the trainer's affair."""
-        import optax
-
-        import clicktrain_jax as ct
-
         optimizer = run.inner
         if self.admm is not None:
             begin, length = run.epochs * run.steps_per_epoch, self.admm.epochs * run.steps_per_epoch
             jumps = {length * stage // self.admm.stages: self.admm.rho_factor for stage in range(1, self.admm.stages)}
-            optimizer = ct.methods.admm(
+            optimizer = methods.admm(
                 run.inner,
                 run.prune_plan,
                 patterns=ct.patterns.fixed_set(self.prune.num_patterns),
@@ -160,7 +165,7 @@ class AfterConfig:
                 begin_step=begin,
                 end_step=begin + length,
             )
-        return ct.methods.Method(
+        return Method(
             optimizer, begins_at=self.begins_at(run.steps_per_epoch), epochs_after=self.epochs_after
         )
 
@@ -202,16 +207,14 @@ class GradualConfig:
         """Where density begins to fall."""
         return self.begin_epoch * steps_per_epoch
 
-    def make(self, run: Run) -> "Method":
+    def make(self, run: Run) -> Method:
         """`clicktrain_jax.methods.gradual_magnitude`."""
-        from clicktrain_jax import masks_of, methods
-
         begin = self.begins_at(run.steps_per_epoch)
         optimizer = methods.gradual_magnitude(
             run.inner, run.plan, densities=_densities(self, run), begin_step=begin,
             end_step=self.end_epoch * run.steps_per_epoch, every=self.every_updates,
         )
-        return methods.Method(optimizer, masks=lambda params, opt_state: masks_of(opt_state), begins_at=begin)
+        return Method(optimizer, masks=masks_in_state, begins_at=begin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,16 +251,14 @@ class RiglConfig:
         """At once."""
         return 0
 
-    def make(self, run: Run) -> "Method":
+    def make(self, run: Run) -> Method:
         """`clicktrain_jax.methods.rigl`."""
-        from clicktrain_jax import masks_of, methods
-
         settings = {
             "densities": _densities(self, run), "end_step": self.end_epoch * run.steps_per_epoch,
             "every": self.every_updates, "drop_fraction": self.drop_fraction,
         }
         optimizer = seeded_by_weights(lambda key: methods.rigl(run.inner, run.plan, key=key, **settings))
-        return methods.Method(optimizer, masks=lambda params, opt_state: masks_of(opt_state))
+        return Method(optimizer, masks=masks_in_state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,11 +284,9 @@ class NOfMConfig:
         """At once."""
         return 0
 
-    def make(self, run: Run) -> "Method":
+    def make(self, run: Run) -> Method:
         """`clicktrain_jax.methods.straight_through` in the loss; the masks are read from the weights."""
-        from clicktrain_jax import methods
-
-        return methods.Method(
+        return Method(
             run.inner,
             forward=lambda params: methods.straight_through(params, run.plan, decay=self.decay),
             masks=lambda params, opt_state: methods.n_of_m_masks(params, run.plan),
@@ -327,13 +326,12 @@ class ChannelConfig:
         """At once."""
         return 0
 
-    def make(self, run: Run) -> "Method":
+    def make(self, run: Run) -> Method:
         """`clicktrain_jax.methods.prunetrain`; reconfigurations are the trainer's affair."""
-        from clicktrain_jax import methods
-
-        return methods.Method(methods.prunetrain(run.inner, run.nodes(), ratio=self.ratio))
+        return Method(methods.prunetrain(run.inner, run.nodes(), ratio=self.ratio))
 
 
+# One field of a run's config (`experiments.configs.base.TrainConfig`).
 MethodConfig = PruneConfig | AfterConfig | GradualConfig | RiglConfig | NOfMConfig | ChannelConfig
 KINDS: dict[str, type] = {cls.kind: cls for cls in MethodConfig.__args__}
 
@@ -344,9 +342,6 @@ def seeded_by_weights(make: Callable[[Any], Any]) -> Any:
     Args:
         make: key -> transformation.
     """
-    import jax
-    import jax.numpy as jnp
-    import optax
 
     def init(params: Any) -> Any:
         bits = jax.lax.bitcast_convert_type(jax.tree.leaves(params)[-1].astype(jnp.float32), jnp.uint32)
@@ -393,9 +388,6 @@ def _densities(config: Any, run: Run) -> dict[str, float]:
     Raises:
         ValueError: a compression that the prunable convolutions cannot reach.
     """
-    from clicktrain_jax.methods import densities
-    from clicktrain_jax.trees import named_leaves
-
     total = sum(leaf.size for _, leaf in named_leaves(run.params) if len(leaf.shape) == 4)
     planned = sum(math.prod(layer.shape) for layer in run.plan.layers)
     retained = round(total / config.compression) - (total - planned)
@@ -404,4 +396,4 @@ def _densities(config: Any, run: Run) -> dict[str, float]:
             f"{config.kind}.compression={config.compression}: the layers that stay dense hold {total - planned} of "
             f"{total} weights; expected less than {total / max(total - planned, 1):.2f}"
         )
-    return densities(run.plan, retained, config.distribution)
+    return methods.densities(run.plan, retained, config.distribution)
