@@ -50,7 +50,8 @@ METHODS = {
 
 
 def train(tx, forward=lambda params: params):
-    state = TrainState.create(apply_fn=MODEL.apply, params=PARAMS, tx=tx)
+    # flax begins to count with a Python int, which is another program than an array.
+    state = TrainState.create(apply_fn=MODEL.apply, params=PARAMS, tx=tx).replace(step=jnp.int32(0))
 
     def train_step(state):
         def loss(params):
