@@ -16,11 +16,11 @@ import numpy as np
 import clicktrain_jax as ct
 import pallas_kernels as pk
 from clicktrain_jax import models
-from clicktrain_jax.masks import build_masks
 from clicktrain_jax.methods import random_scores
 from clicktrain_jax.phases import Phase
 from experiments.configs.base import TrainConfig
 from experiments.data import Dataset
+from experiments.train.channel_pruning import ChannelPruning
 from experiments.train.costs import bytes_of, size_of
 from experiments.train.methods import make_method
 from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of, scheduled
@@ -83,6 +83,9 @@ class Trainer:
             self.steps_per_epoch, self.plan,
         )
         self.optimizer = self.method.optimizer
+        self.channels = None
+        if config.channels is not None:
+            self.channels = ChannelPruning(self.model, abstract, image_shape, config.channels)
         if config.prune is not None:
             self._set_up_pruning()
         self.pruned = PrunedPhase(
@@ -232,11 +235,11 @@ class Trainer:
 
     def _shapes(self, params: Any) -> tuple[tuple[int, ...], ...]:
         """What tells a narrowed net's programs apart."""
-        return () if self.method.channels is None else tuple(leaf.shape for leaf in jax.tree.leaves(params))
+        return () if self.channels is None else tuple(leaf.shape for leaf in jax.tree.leaves(params))
 
     def between_epochs(self, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, Any] | None]:
         """What happens before an epoch's first update: PruneTrain's smaller net, and facts about it."""
-        channels = self.method.channels
+        channels = self.channels
         if channels is None or not channels.is_due(epoch):
             return state, None
         return channels.reconfigure(state)
@@ -245,8 +248,7 @@ class Trainer:
         """The masks of a run in any phase, of whichever method; None for a dense one."""
         if self.updates is not None:
             return ct.masks_of(state.opt_state)
-        by_name = self.method.masks(state.params, state.opt_state)
-        return build_masks(state.params, {name: (None, mask) for name, mask in by_name.items()}) if by_name else None
+        return self.method.masks(state.params, state.opt_state)
 
     def variables(self, state: TrainState) -> dict[str, Any]:
         """What the net answers with, as for `flax.linen.Module.apply`: 2:4 keeps more weights than it computes with."""

@@ -211,7 +211,7 @@ def test_a_run_of_which_no_epoch_fits_is_given_up(entries, tmp_path):
 def test_a_run_cut_into_pieces_ends_with_the_bits_of_a_whole_one(tiny_dataset, tmp_path, monkeypatch):
     """The real loop: every piece ends in its first epoch, is saved, and the next goes on."""
     monkeypatch.setattr(gpu_plan, "_AGAIN_S", 0.02)
-    config = tiny.changed(prune=None, epochs=3, mixup_epoch=None)
+    config = tiny.changed(method=None, epochs=3, mixup_epoch=None)
     trainer = Trainer(config, tiny_dataset)
     whole = loop.train(config, tmp_path / "whole", trainer=trainer)
     pieces = []
