@@ -30,6 +30,8 @@ RECORD_FILES = ("config.json", "setting.json", "metrics.jsonl", "summary.json")
 # Fields that a resumed run may change: they decide neither data nor mathematics.
 _FREE_FIELDS = ("loop.progress", "loop.tensorboard", "loop.keep_checkpoints", "loop.checkpoint_every_epochs",
                 "data.dir", "data.cache_dir", "expected")
+# Set for runs whose cores do other work at the same time.
+SHARED_CORES = "CLICKTRAIN_SHARED_CORES"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 
 
@@ -43,6 +45,9 @@ def setting() -> dict[str, Any]:
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
         **({"driver": _driver()} if device.platform == "gpu" else {}),
         "cpu": {"model": _cpu_model(), "cores": len(os.sched_getaffinity(0))},
+        "load_average": os.getloadavg(),
+        # Whoever starts a run beside other work says so: its seconds then compare with nothing.
+        "shared_cores": bool(os.environ.get(SHARED_CORES)),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "commit": _commit(),
     }

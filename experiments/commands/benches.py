@@ -13,6 +13,7 @@ from experiments.commands.arguments import PROGRAM, DataDir, Run, call
 Command = Callable[..., int]
 USAGE = f"""usage: {PROGRAM} bench WHAT ...
 
+  collectives  bytes of an update's all-reduce, whole gradients against retained weights
   steps        VGG-16 updates of every phase against the plain optax step, and the selection
   step         whole training updates, dense against pruned by patterns
   loop         an epoch as one compiled loop against one call an update
@@ -38,7 +39,7 @@ def bench(arguments: list[str]) -> int:
         what, rest = "steps", arguments
     made = {"deploy": _deploy, "torch": _torch}
     made |= {name: functools.partial(_updates, name) for name in ("steps", "step", "loop", "selection")}
-    plain = {"conv": _conv, "dtypes": _dtypes, "sizes": _sizes}
+    plain = {"collectives": _collectives, "conv": _conv, "dtypes": _dtypes, "sizes": _sizes}
     if what not in made | plain:
         raise ValueError(f"unknown bench {what!r}: expected one of gpu, {', '.join(sorted(made | plain))}")
     return call(plain[what] if what in plain else made[what](), rest, f"bench {what}")
@@ -130,6 +131,18 @@ def _deploy() -> Command:
         return 0
 
     return run
+
+
+def _collectives(out: Path | None = None) -> int:
+    """Bytes of an update's all-reduce, whole gradients against retained weights, recipe by recipe. Nothing is trained.
+
+    Args:
+        out: a JSON file to save the record in.
+    """
+    from experiments.bench import collectives
+
+    print(collectives.run(out))
+    return 0
 
 
 def _sizes(out: Path | None = None) -> int:

@@ -61,7 +61,7 @@ def compare(
         study: digits, slim or vgg13.
         data_dir: where the images are.
         workdir: run folders; by default runs/compare-STUDY.
-        records: copy the records of finished runs into this folder, below compare-STUDY.
+        records: copy the records of each run into this folder as it finishes, below compare-STUDY.
         seeds: of the final runs.
         tuning_seeds: of the trials on validation data.
         only: only cells whose name holds this regular expression, and the dense one.
@@ -76,10 +76,8 @@ def compare(
     workdir = workdir or Path("runs") / f"compare-{study}"
     result = harness.run(
         asked, workdir, data_dir=data_dir, seeds=seeds, tuning_seeds=tuning_seeds, only=only, minutes=minutes,
-        workers=workers, timing=timing,
+        workers=workers, timing=timing, records=records,
     )
-    if records is not None:
-        harness.collect(asked, workdir, records)
     return _say(result)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from experiments.configs import price
 from experiments.configs.work import conv_work
 from experiments.records import RunFolder, read_json, read_metrics
-from experiments.report.statistics import markdown_table, mean_spread
+from experiments.report.statistics import coding, markdown_table, mean_spread
 
 COMMAND = "python -m experiments bench gpu --out DIR --data.dir PACKED"
 _DIRECTIONS = ("forward", "input gradient", "weight gradient")
@@ -122,7 +122,7 @@ def price_section(folder: Path) -> str:
     summary = first["summary"]
     head = (
         f"## The price of a shape at full width\n\n{_where(first['setting'])}\n\n{summary['net']} on "
-        f"{summary['dataset']} ({summary['encoding']}), {summary['epochs']} epochs, bfloat16; recipes in "
+        f"{summary['dataset']} ({coding(summary['encoding'])}), {summary['epochs']} epochs, bfloat16; recipes in "
         f"`experiments.configs.{price.GROUP}`: kernels removed one by one (1x1) or in tiles of (filters, channels), 9x "
         "fewer weights of convolutions, and dense nets that are narrow instead. Top-1 in percent on the "
         f"{summary['eval_split']} set; mean ± standard deviation where there are several seeds. What a run did not "

@@ -8,7 +8,7 @@ from experiments.configs import TrainConfig
 from experiments.records import setting
 from experiments.report import results
 from experiments.report.pace import Pace, hours
-from experiments.report.statistics import mean_spread
+from experiments.report.statistics import coding, mean_spread
 
 
 def overview(word: str = "") -> str:
@@ -55,5 +55,6 @@ def measured(config: TrainConfig, records: Sequence[dict[str, Any]]) -> str:
         return "not measured here"
     top1 = mean_spread([record["final_top1"] for record in mine], scale=100)
     seconds = mean_spread([record["train_and_compile_seconds"] for record in mine], digits=0)
-    return f"measured {top1} (n={len(mine)}, {mine[0]['encoding']} images), {seconds} s on {results.machine(mine[0])}"
+    images = coding(mine[0]["encoding"])
+    return f"measured {top1} (n={len(mine)}, {images} images), {seconds} s on {results.machine(mine[0])}"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.configs import TrainConfig, from_dict, to_dict
 from experiments.records import differences, identity, read_json
-from experiments.report.statistics import markdown_table, mean_spread, paired
+from experiments.report.statistics import coding, markdown_table, mean_spread, paired
 
 RECORDS = Path(__file__).parents[1] / "results"
 RESULTS_FILE = Path(__file__).parents[2] / "RESULTS.md"
@@ -17,7 +17,8 @@ Generated from the records in experiments/results by `python -m experiments tabl
 The methods that ClickTrain is compared with come first, then the authors' recipes, then single studies. Accuracies are
 top-1 in percent, mean ± standard deviation over the seeds; "drop" is against the dense run of the same seed. "Best" is
 the best epoch after the prune (of all epochs for dense runs). Compression counts all convolutions, shortcuts too, and
-all trained parameters. Ratios of speed are in BENCHMARKS.md.
+all trained parameters. Every section names how its images were stored; accuracies on images that a lossy coding changed
+do not compare with published ones. Ratios of speed are in BENCHMARKS.md.
 """
 _COLUMNS = ("run", "n", "final", "drop", "best", "conv", "model", "machine", "date")
 
@@ -76,7 +77,7 @@ def write(text: str, path: Path = RESULTS_FILE) -> bool:
 def _section(group: str, found: list[dict[str, Any]]) -> str:
     first = found[0]
     title = (
-        f"## {group}\n\n{first['dataset']} ({first['encoding']}), {first['train_examples']:,} training images, "
+        f"## {group}\n\n{first['dataset']} ({coding(first['encoding'])}), {first['train_examples']:,} training images, "
         f"evaluated on the {first['eval_split']} set of {first['eval_examples']:,}; {first['net']} of width "
         f"{first['width']:g}, {first['epochs']} epochs.\n"
     )

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 import clicktrain_jax as ct
-from clicktrain_jax import compact
-from clicktrain_jax.compact.manifest import MANIFEST, WEIGHTS
+from clicktrain_jax.deploy import storage
+from clicktrain_jax.deploy.storage.manifest import MANIFEST, WEIGHTS
 from experiments.bench import timing
 from experiments.configs.base import TrainConfig, to_dict
 from experiments.data import DataConfig, Dataset, load
@@ -205,7 +205,7 @@ def evaluate_export(path: Path, data_dir: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: an export that is broken or was not made from a run; other images.
     """
-    manifest = compact.read_manifest(path)
+    manifest = storage.read_manifest(path)
     facts = manifest["facts"]
     if not {"run", "data", "accuracy"} <= facts.keys():
         raise ValueError(f"{path} was not exported from a run folder: its data set is not known")
@@ -233,7 +233,7 @@ def evaluate_export(path: Path, data_dir: str | None = None) -> dict[str, Any]:
 
 def describe(out: Path, manifest: Mapping[str, Any]) -> str:
     """An export in a few lines."""
-    found = compact.sizes(manifest)
+    found = storage.sizes(manifest)
     accuracy = manifest["facts"]["accuracy"]
     examples = accuracy["examples"]
     lost = round((accuracy["run_top1"] - accuracy["top1"]) * examples)
@@ -258,7 +258,7 @@ def describe_evaluation(found: Mapping[str, Any]) -> str:
 
 def sizes(out: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What the page says of sizes, in bytes."""
-    found = compact.sizes(manifest)
+    found = storage.sizes(manifest)
     return {
         "dense_bytes": sum(leaf.dense_float32 for leaf in found.leaves.values()),
         "conv_dense_bytes": found.convolutions.dense_float32,

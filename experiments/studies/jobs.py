@@ -21,7 +21,7 @@ import jax
 
 from experiments.configs.base import TrainConfig, from_dict, to_dict
 from experiments.data import Dataset, load
-from experiments.records import RECORD_FILES, RunFolder, identity
+from experiments.records import RECORD_FILES, RunFolder, identity, read_json, write_json
 from experiments.train.forks import train_forked
 from experiments.train.loop import Interrupted, NonFiniteLoss, train
 from experiments.train.signals import heeded
@@ -94,7 +94,7 @@ def say_line(line: str) -> None:
 
 
 def collect(workdir: Path, records: Path) -> int:
-    """Copy what is kept of each finished run, checkpoints left out.
+    """Copy what is kept of each finished run; checkpoints and where its images lay are left out.
 
     Args:
         workdir: holds run folders NAME-seedN.
@@ -110,6 +110,9 @@ def collect(workdir: Path, records: Path) -> int:
         target.mkdir(exist_ok=True)
         for name in RECORD_FILES:
             shutil.copyfile(run_folder / name, target / name)
+        config = read_json(target / "config.json")
+        config["data"] |= {"dir": None, "cache_dir": None}
+        write_json(target / "config.json", config)
     return len(runs)
 
 

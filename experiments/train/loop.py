@@ -160,7 +160,7 @@ def _due(epoch: int, every: int, config: TrainConfig) -> bool:
 def _epoch(
     trainer: Trainer, state: TrainState, epoch: int, config: TrainConfig, on_step: Callable[[int], None]
 ) -> tuple[TrainState, dict[str, Any]]:
-    compiled_before, start = trainer.compile_seconds, time.perf_counter()
+    compiled_before, start, cpu_start = trainer.compile_seconds, time.perf_counter(), time.process_time()
     state, reconfigured = trainer.between_epochs(state, epoch)
     state, metrics = trainer.run_epoch(state, epoch, config.seed, on_step)
     compiled = trainer.compile_seconds - compiled_before
@@ -170,6 +170,8 @@ def _epoch(
         "train_loss": float(metrics[:, 0].mean()),
         "train_top1": float(metrics[:, 1].mean()),
         "train_seconds": time.perf_counter() - start - compiled,
+        # All threads', compiling among it.
+        "cpu_seconds": time.process_time() - cpu_start,
     }
     line["training_multiply_adds"] = multiply_adds(trainer, state)
     if "select" in line["phases"]:
@@ -248,6 +250,7 @@ def summarise(
         "train_seconds": train_seconds,
         "compile_seconds": compile_seconds,
         "train_and_compile_seconds": train_seconds + compile_seconds,
+        "cpu_seconds": sum(line.get("cpu_seconds", 0.0) for line in lines),
         "eval_seconds": sum(line.get("eval_seconds", 0.0) for line in lines),
         "training_multiply_adds": sum(line.get("training_multiply_adds", 0) for line in lines),
         "training_bytes": trainer.program_bytes,

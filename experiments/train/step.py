@@ -16,8 +16,8 @@ import numpy as np
 import clicktrain_jax as ct
 import pallas_kernels as pk
 from clicktrain_jax import models
-from clicktrain_jax.baselines import random_scores
 from clicktrain_jax.masks import build_masks
+from clicktrain_jax.methods import random_scores
 from clicktrain_jax.phases import Phase
 from experiments.configs.base import TrainConfig
 from experiments.data import Dataset

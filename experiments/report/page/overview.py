@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from experiments.data import is_lossy
 from experiments.report.page.charts import Band, Curve, Event, Segment, bar, legend, line_chart
 from experiments.report.page.facts import DENSE, MANIFEST, NET, WEIGHTS, Facts
 from experiments.report.page.markup import (
@@ -70,7 +71,7 @@ def _data(facts: Facts) -> str:
         return NOT_RECORDED
     if encoding is None:
         return f"{name}, encoding not recorded"
-    if "jpeg" not in str(encoding):
+    if not is_lossy(str(encoding)):
         return f"{name}, {encoding} pixels" if encoding == "raw" else f"{name}, {str(encoding).upper()}-coded"
     lossy = ": lossy, accuracies do not compare with published ones" if str(name).startswith("cifar") else ""
     return f"{name}, {str(encoding).upper()}-coded{lossy}"

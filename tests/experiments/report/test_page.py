@@ -35,6 +35,12 @@ def test_the_head_tells_the_figures(data):
         assert expected in words
 
 
+@pytest.mark.parametrize(("encoding", "lossy"), [("png", False), ("lossy webp", True), ("jpeg+png", True)])
+def test_what_lost_pixels_is_told_whatever_its_coding(data, encoding, lossy):
+    data["summary"]["encoding"] = encoding
+    assert ("lossy, accuracies do not compare" in read(data).text()) == lossy
+
+
 def test_accuracy_lost_at_the_export_is_told(data):
     data["manifest"]["facts"]["accuracy"]["top1"] = 0.8962
     assert "89.62 % test set of 10,000 images masked net in training: 90.12 %, -0.50 points" in read(data).text()
