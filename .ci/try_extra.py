@@ -1,4 +1,7 @@
-"""Tries what an extra is for, as a user who has only installed it; run in an empty folder: python -P try_extra.py EXTRA."""
+"""Tries what an extra is for, as a user who has only installed it.
+
+    cd EMPTY; python -P try_extra.py EXTRA
+"""
 
 import json
 import pathlib
