@@ -15,6 +15,7 @@ from experiments.configs import to_dict
 from experiments.records import RUNS, RunFolder, kept, setting
 from experiments.studies import gpu_plan
 from experiments.train import loop
+from experiments.train.signals import heeded
 from experiments.train.step import Trainer
 
 H200 = {"device": {"platform": "gpu", "kind": "NVIDIA H200", "count": 1}, "cpu": {"model": "A CPU", "cores": 16}}
@@ -165,7 +166,7 @@ def test_the_deadline_is_heard_by_a_loop_that_listens_late():
     with deadline.after(0.01):
         while not deadline.passed:
             time.sleep(0.01)
-        with loop._signals() as stop:
+        with heeded() as stop:
             for _ in range(500):
                 if stop.signal_number is not None:
                     break
