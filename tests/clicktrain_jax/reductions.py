@@ -1,7 +1,6 @@
-"""Run by test_data_parallel.py in a process of its own with four CPU devices: what travels between them, and what not."""
+"""Run by test_data_parallel.py in a process of its own with four CPU devices: what travels between them."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 import clicktrain_jax as ct
+from experiments.bench.collectives import reduced
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -32,18 +32,6 @@ def loss(params, images):
     return jnp.mean(jnp.square(x.mean((1, 2)) @ params["Dense_0"]["kernel"] + params["Conv_0"]["bias"].sum() - 1))
 
 
-def reduced_elements(compiled):
-    """{dtype: elements} of all all-reduces of a compiled program, and how many there are."""
-    found, count = {}, 0
-    for line in compiled.as_text().splitlines():
-        match = re.search(r"= (.+?) all-reduce(?:-start)?\(", line)
-        if match:
-            count += 1
-            for dtype, dims in re.findall(r"\b([a-z]+\d+)\[([\d,]*)\]", match[1]):
-                found[dtype] = found.get(dtype, 0) + int(np.prod([int(size) for size in dims.split(",") if size] or [1]))
-    return found, count
-
-
 def main():
     assert jax.device_count() == 4
     mesh = jax.make_mesh((4,), ("data",))
@@ -52,7 +40,7 @@ def main():
     params, retained = ct.apply_masks(PARAMS, masks), ct.reduction.retained(PARAMS, masks)
     images = jax.device_put(IMAGES, jax.sharding.NamedSharding(mesh, P("data")))
 
-    def program(reduce, split_outputs=False):
+    def program(reduce):
         mapped = functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P("data")), check_vma=False)
         return jax.jit(mapped(reduce, out_specs=P())).lower(params, retained, images).compile()
 
@@ -70,7 +58,7 @@ def main():
         copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
         assert len(copies) == 4 and all((copy == copies[0]).all() for copy in copies)
     travels = ct.reduction.num_bytes(PARAMS, retained)
-    assert reduced_elements(compiled) == ({"f32": travels.compact // 4}, 1)
+    assert reduced(compiled.as_text()) == (travels.compact, 1)
     kept = sum(int(np.asarray(mask.combined()).sum()) for mask in masks.layers.values())
     assert travels.pruned_compact == 4 * kept and travels.pruned_dense == 4 * (9 * 16 * 32 + 32 * 64)
     assert travels.dense == 4 * sum(np.size(leaf) for leaf in jax.tree.leaves(PARAMS))
