@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from clicktrain_jax.models.conv import NarrowConv, PatchConv, PatternConv, patch_convolution, xla_convolution
+from clicktrain_jax.models.conv import (
+    NarrowConv,
+    PatchConv,
+    PatternConv,
+    matrix_convolution,
+    patch_convolution,
+    xla_convolution,
+)
 from clicktrain_jax.models.layout import Layout, conv_in_layout
 from clicktrain_jax.models.norm import Norm
 from clicktrain_jax.models.resnet import ResNet
@@ -44,6 +51,7 @@ __all__ = [
     "build",
     "conv_layers",
     "default_image_shape",
+    "matrix_convolution",
     "names",
     "output_sizes",
     "parameter_count",

@@ -21,6 +21,7 @@ from experiments.data import Dataset, load
 from experiments.records import RunFolder, differences, read_metrics
 from experiments.train.checkpoints import Checkpoints, digest
 from experiments.train.costs import multiply_adds
+from experiments.train.programs import keep_on_disk
 from experiments.train.state import NonFinite, TrainState
 from experiments.train.step import Trainer
 
@@ -68,6 +69,8 @@ def train(
         finished = folder.summary()
         if finished is not None:
             return finished
+    if jax.default_backend() != "cpu":
+        keep_on_disk()
     # Whatever is wrong with the config shows here, before anything is written.
     trainer = trainer or Trainer(config, dataset)
     compiled_before = trainer.compile_seconds
