@@ -64,7 +64,8 @@ class LayerMask(NamedTuple):
 
     Attributes:
         pattern_ids: uint8 (cin, cout), the index of each kernel's pattern; None for 1x1 layers.
-        kernel: bool (cin, cout), True where the kernel stays; (cout, cin, 1, 1) for a leaf that is OIHW.
+        kernel: bool (cin, cout), True where the kernel stays; (cout, cin, 1, 1) for a leaf that is OIHW. Without
+            patterns it may have the leaf's own shape: then single weights stay or go.
         patterns: bool (P, kh, kw), the set that the ids index; None for 1x1 layers. Before the selection every pattern
             keeps all taps.
     """
@@ -77,6 +78,8 @@ class LayerMask(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Of the leaf: (kh, kw, cin, cout), or OIHW where ``kernel`` says so."""
         taps = (1, 1) if self.patterns is None else jnp.shape(self.patterns)[1:]
+        if np.ndim(self.kernel) == 4 and self.patterns is None:
+            return tuple(jnp.shape(self.kernel))
         if np.ndim(self.kernel) == 4:
             return (*jnp.shape(self.kernel)[:2], *taps)
         return (*taps, *jnp.shape(self.kernel))
@@ -88,6 +91,8 @@ class LayerMask(NamedTuple):
         else:
             # What jit returned may be sharded in any way.
             xp, self = jnp, LayerMask(*(None if part is None else replicated(part) for part in self))
+        if self.kernel.ndim == 4 and self.patterns is None:
+            return FullMask(None, self.kernel)
         if self.kernel.ndim == 4:
             parts = self._replace(kernel=self.kernel[:, :, 0, 0].T).full()
             return FullMask(*(None if part is None else part.transpose(FROM_HWIO["OIHW"]) for part in parts))

@@ -123,6 +123,8 @@ def make_plan(
         removal_score: "whole": kernels compete by the score of all their taps; "retained": by what their pattern keeps.
         removal_scope: "layer": the units of a layer compete; "filter": the same number goes in every filter (tile of
             filters); "tile": in every pattern tile. In short last blocks the number is in proportion, rounded down.
+            "tile", or "filter" where tiles are removed whole, is the balanced choice: every tile of filters is then
+            as much work, and every multiprocessor of a GPU gets the same.
         floor: keep the best unit of every filter and of every input channel. For the scope "layer" alone: the
             others leave something of every filter by themselves, and may empty an input channel. By default on with a
             target, off with fractions, as in the authors' code.

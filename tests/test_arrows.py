@@ -17,7 +17,7 @@ ORDER = ("pallas_kernels", "clicktrain_jax", "experiments", "tests")
 EVIDENCE = ("data", "configs", "records", "train", "report", "bench", "studies", "commands", "__main__")
 METHOD_NEEDS = {"jax", "optax", "numpy", "chex", "clicktrain_jax"}
 KERNELS_NEED = {"jax", "numpy", "pallas_kernels"}
-FILE_ROOMS = {"compact", "deploy"}
+FILE_ROOMS = {"storage", "deploy"}
 CLOCKS = {"time", "datetime", "timeit"}
 
 

@@ -49,6 +49,7 @@ class Site:
         if self.layer is None:
             return plain(self.step, images, prepared, bias)
         if self.plan.backend != "cpu":
+            structure = self.structure if structure is None else structure
             y = self.layer.convolve_prepared(images, prepared, structure, self.plan)
         elif self.step.dtype == images.dtype:
             more = {"bias": bias, "relu": self.step.relu}
@@ -164,8 +165,8 @@ class InferenceNet:
             if key not in self._prepared:
                 self._prepared[key] = site.layer.prepared(self._kernels[name], site.structure, site.plan)
             arrays[name] = self._prepared[key]
-            # The native kernels find the lists in what was packed.
-            if site.plan.run != "dense" and site.plan.backend != "cpu":
+            # The native kernels find the lists in what was packed, and a GPU's work is dealt by lists that are known.
+            if site.plan.run != "dense" and site.plan.backend not in ("cpu", "mosaic_gpu"):
                 structures[name] = site.structure
         return {"arrays": arrays, "structures": structures}
 

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax import compact
-from clicktrain_jax.compact.containers import find_prefix, nest
+from clicktrain_jax.deploy import storage
 from clicktrain_jax.deploy.arguments import check_function, places_of
 from clicktrain_jax.deploy.fold import Folded, fold
 from clicktrain_jax.deploy.inference import InferenceNet
 from clicktrain_jax.deploy.interception import read_by_convolutions
 from clicktrain_jax.deploy.jaxprs import traced
 from clicktrain_jax.deploy.portable import STABLEHLO, PortableNet
+from clicktrain_jax.deploy.storage.containers import find_prefix, nest
 from clicktrain_jax.masks import Masks, combine
 from clicktrain_jax.trees import Tree, named_leaves
 
@@ -58,12 +58,12 @@ def load(
             another net.
     """
     if apply_fn is None:
-        manifest = compact.read_manifest(path)
+        manifest = storage.read_manifest(path)
         if _fact(manifest, "net") is None:
             if STABLEHLO not in manifest["files"]:
                 raise ValueError(f"{path} is no net known by name and has no {STABLEHLO}: give load its apply_fn")
-            return PortableNet(compact.read_file(path, STABLEHLO), manifest)
-    stored = compact.read(path, like)
+            return PortableNet(storage.read_file(path, STABLEHLO), manifest)
+    stored = storage.read(path, like)
     facts = stored.manifest["facts"]
     if apply_fn is None:
         apply_fn = zoo(facts["net"], layout)

@@ -22,8 +22,7 @@ import jax
 import numpy as np
 
 import clicktrain_jax as ct
-from clicktrain_jax import compact
-from clicktrain_jax.deploy import InferenceNet
+from clicktrain_jax.deploy import InferenceNet, storage
 from clicktrain_jax.deploy.c_net import to_c
 from clicktrain_jax.deploy.export import ONNX as EXPORTED_ONNX
 from clicktrain_jax.deploy.onnx import to_onnx
@@ -141,7 +140,7 @@ def hand_over(net: InferenceNet, path: Path, folder: Path) -> None:
     """Write what engines without jax run: an ONNX model, a plan for PyTorch, C; where one cannot be made, why."""
     try:
         stored = EXPORTED_ONNX in net.manifest["files"]
-        data = compact.read_file(path, EXPORTED_ONNX) if stored else to_onnx(net.folded, net.folded.image_shape)
+        data = storage.read_file(path, EXPORTED_ONNX) if stored else to_onnx(net.folded, net.folded.image_shape)
         (folder / ONNX).write_bytes(data)
     except ValueError as error:
         (folder / f"{ONNX}.txt").write_text(str(error))
@@ -374,7 +373,7 @@ def _tile(net: InferenceNet) -> list[int] | None:
 
 def _sizes(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Bytes of the export's files and of dense float32 weights, and how many weights there are."""
-    found = compact.sizes(manifest)
+    found = storage.sizes(manifest)
     return {
         "files": {name: (path / name).stat().st_size for name in sorted(found.files)},
         "dense_bytes": sum(leaf.dense_float32 for leaf in found.leaves.values()),

@@ -180,10 +180,10 @@ class DensePlain(_Xla):
     def load(self) -> None:
         """The variables as they were trained."""
 
-        from clicktrain_jax import compact
+        from clicktrain_jax.deploy import storage
         from clicktrain_jax.deploy.load import normalising, zoo
 
-        stored = compact.read(self.job.export)
+        stored = storage.read(self.job.export)
         facts = stored.manifest["facts"]
         self.variables = stored.variables
         self.apply = normalising(zoo(facts["net"]), facts.get("normalise"))

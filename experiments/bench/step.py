@@ -150,7 +150,7 @@ def pruned_state(trainer: Trainer) -> tuple[Any, dict[str, Any]]:
     masks = jax.jit(lambda tree: ct.select_masks(tree, trainer.plan, trainer.patterns))(scores)
     held = state.opt_state._replace(masks=fill_masks(state.opt_state.masks, masks.layers))
     pruned = state._replace(params=ct.apply_masks(state.params, masks), opt_state=held)
-    return pruned, gaining_structures(masks, trainer.plan)
+    return pruned, trainer.scheduled(gaining_structures(masks, trainer.plan))
 
 
 def random_trainer(

@@ -6,7 +6,7 @@ from typing import Any
 from experiments.records import read_json
 from experiments.report import deploy, gpu
 from experiments.report.conv import conv_tables, gpu_tables, sweep_table, worst_errors
-from experiments.report.exports import dtypes_table, sizes_table
+from experiments.report.exports import collectives_table, dtypes_table, sizes_table
 from experiments.report.layers import layers_tables
 from experiments.report.results import RECORDS, machine
 from experiments.report.statistics import markdown_table
@@ -108,6 +108,8 @@ def torch_table(record: dict[str, Any]) -> str:
 
 def tables_of(record: dict[str, Any]) -> str:
     """What `python -m experiments bench` prints, of a record of any kind."""
+    if record["what"] == "collectives":
+        return collectives_table(record)
     if record["what"] == "conv":
         return conv_tables(record)
     if record["what"] == "layers":

@@ -2,7 +2,7 @@
 
     study.json      title, command, cells, tuning
     latency.json    milliseconds of the nets of one seed, measured side by side
-    CELL-seedN/     a run folder: config.json, setting.json, metrics.jsonl, summary.json
+    runs.jsonl      its runs, see `experiments.records.kept`
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.records import identity, read_json
+from experiments.records import RUNS, identity, kept, read_json
 from experiments.report.results import RECORDS, machine
 
 PREFIX = "compare-"
@@ -199,14 +199,14 @@ def read(folder: Path) -> Study:
         if cell["method"] not in METHODS:
             raise ValueError(f"{where}: method={cell['method']!r} of {cell['name']}: expected one of {METHODS}")
     runs: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
-    for path in sorted(folder.glob("*/summary.json")):
-        summary = read_json(path)
-        if summary["name"] not in runs:
-            raise ValueError(f"{path.parent} is a run of {summary['name']!r}, no cell of study.json: remove it")
-        if summary["seed"] in runs[summary["name"]]:
-            raise ValueError(f"{path.parent}: a second run of {summary['name']}, seed {summary['seed']}: remove one")
-        extra = {name: read_json(path.parent / f"{name}.json") for name in ("setting", "config")}
-        runs[summary["name"]][summary["seed"]] = summary | extra
+    for run in kept(folder / RUNS):
+        name, seed = run["name"], run["seed"]
+        if name not in runs:
+            raise ValueError(f"{folder / RUNS}: a run of {name!r}, no cell of study.json: remove its line")
+        if seed in runs[name]:
+            raise ValueError(f"{folder / RUNS}: a second run of {name}, seed {seed}: remove a line")
+        if run["summary"] is not None:
+            runs[name][seed] = run["summary"] | {"setting": run["setting"], "config": run["config"]}
     for name, by_seed in runs.items():
         if len({identity(run["config"]) for run in by_seed.values()}) > 1:
             raise ValueError(f"{folder}: the runs of {name} were made with different configs: measure them again")

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from clicktrain_jax import compact
+from clicktrain_jax.deploy import storage
 from experiments.records import setting, write_json
 from experiments.report.exports import dtypes_table
 from experiments.studies.export import export_run
@@ -31,7 +31,7 @@ def measure(run: Path, data_dir: str | None = None) -> dict[str, Any]:
             manifest = export_run(
                 run, Path(temporary) / dtype, dtype=dtype, data_dir=data_dir, stablehlo=False, is_timed=False
             )
-            sizes, accuracy = compact.sizes(manifest), manifest["facts"]["accuracy"]
+            sizes, accuracy = storage.sizes(manifest), manifest["facts"]["accuracy"]
             rows.append(
                 {
                     "dtype": dtype,

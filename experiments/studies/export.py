@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 import clicktrain_jax as ct
-from clicktrain_jax import compact
-from clicktrain_jax.compact.manifest import MANIFEST, WEIGHTS
+from clicktrain_jax.deploy import storage
+from clicktrain_jax.deploy.storage.manifest import MANIFEST, WEIGHTS
 from experiments.bench import timing
 from experiments.configs.base import TrainConfig, to_dict
 from experiments.data import DataConfig, Dataset, load
@@ -64,8 +64,8 @@ def restore(run: Path, data_dir: str | None = None) -> Restored:
         ValueError: no run folder, no checkpoint, or other images.
     """
     config = read_config(run)
-    dataset = load(config.data if data_dir is None else dataclasses.replace(config.data, dir=data_dir))
     folder = RunFolder(run)
+    dataset = load(folder.data(config) if data_dir is None else dataclasses.replace(config.data, dir=data_dir))
     folder.check(config, dataset.fingerprint)
     trainer = Trainer(config, dataset)
     if not folder.checkpoints.exists():
@@ -196,7 +196,7 @@ def evaluate_export(path: Path, data_dir: str | None = None) -> dict[str, Any]:
 
     Args:
         path: its folder.
-        data_dir: where the images are; the export does not tell.
+        data_dir: where the images are; an export within its run's folder finds them where the run did.
 
     Returns:
         ``{"name", "split", "examples", "top1", "exported_top1", "run_top1"}``: measured now, when it was exported, and
@@ -205,11 +205,16 @@ def evaluate_export(path: Path, data_dir: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: an export that is broken or was not made from a run; other images.
     """
-    manifest = compact.read_manifest(path)
+    manifest = storage.read_manifest(path)
     facts = manifest["facts"]
     if not {"run", "data", "accuracy"} <= facts.keys():
         raise ValueError(f"{path} was not exported from a run folder: its data set is not known")
-    dataset = load(DataConfig(**{**facts["run"]["config"]["data"], "dir": data_dir}))
+    data = DataConfig(**{**facts["run"]["config"]["data"], "dir": data_dir})
+    # In its run's folder, as `export RUN` puts it.
+    run = Path(path).resolve().parent
+    if data_dir is None and (run / "config.json").exists():
+        data = RunFolder(run).data(read_config(run))
+    dataset = load(data)
     if dataset.fingerprint != facts["data"]["fingerprint"]:
         raise ValueError(
             f"{path} was evaluated on other images (fingerprint {facts['data']['fingerprint']}, "
@@ -228,7 +233,7 @@ def evaluate_export(path: Path, data_dir: str | None = None) -> dict[str, Any]:
 
 def describe(out: Path, manifest: Mapping[str, Any]) -> str:
     """An export in a few lines."""
-    found = compact.sizes(manifest)
+    found = storage.sizes(manifest)
     accuracy = manifest["facts"]["accuracy"]
     examples = accuracy["examples"]
     lost = round((accuracy["run_top1"] - accuracy["top1"]) * examples)
@@ -253,7 +258,7 @@ def describe_evaluation(found: Mapping[str, Any]) -> str:
 
 def sizes(out: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What the page says of sizes, in bytes."""
-    found = compact.sizes(manifest)
+    found = storage.sizes(manifest)
     return {
         "dense_bytes": sum(leaf.dense_float32 for leaf in found.leaves.values()),
         "conv_dense_bytes": found.convolutions.dense_float32,

@@ -1,7 +1,7 @@
 """What a config's method asks of an update: the optimizer around the plain one, the weights the net sees, the masks.
 
 ClickTrain's own phases are the trainer's affair (`experiments.train.step`); everything here is an optax transformation
-of `clicktrain_jax.baselines`, which the trainer's plain update calls like any optimizer.
+of `clicktrain_jax.methods`, which the trainer's plain update calls like any optimizer.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import clicktrain_jax as ct
-from clicktrain_jax import baselines, models
+from clicktrain_jax import methods, models
 from clicktrain_jax.trees import named_leaves
 from experiments.configs.base import TrainConfig
 from experiments.train.channel_pruning import ChannelPruning
@@ -56,7 +56,7 @@ def make_method(
         plan: of ``config.prune``.
 
     Raises:
-        ValueError: a compression that the prunable convolutions cannot reach; what the baselines refuse.
+        ValueError: a compression that the prunable convolutions cannot reach; what the methods refuse.
     """
     inner = optax.with_extra_args_support(plain)
     if config.channels is not None:
@@ -71,21 +71,21 @@ def make_method(
     if sparse.method == "n_of_m":
         return Method(
             inner,
-            forward=functools.partial(baselines.straight_through, plan=plan, decay=sparse.decay),
-            masks=lambda params, opt_state: baselines.n_of_m_masks(params, plan),
+            forward=functools.partial(methods.straight_through, plan=plan, decay=sparse.decay),
+            masks=lambda params, opt_state: methods.n_of_m_masks(params, plan),
         )
     settings = {
-        "densities": baselines.densities(plan, _retained(sparse.compression, plan, abstract), sparse.distribution),
+        "densities": methods.densities(plan, _retained(sparse.compression, plan, abstract), sparse.distribution),
         "end_step": sparse.end_epoch * steps_per_epoch,
         "every": sparse.every_updates,
     }
     if sparse.method == "gradual":
-        wrapped = baselines.gradual_magnitude(inner, plan, begin_step=sparse.begin_epoch * steps_per_epoch, **settings)
+        wrapped = methods.gradual_magnitude(inner, plan, begin_step=sparse.begin_epoch * steps_per_epoch, **settings)
     else:
         wrapped = _rigl(functools.partial(
-            baselines.rigl, inner, plan, drop_fraction=sparse.drop_fraction, **settings
+            methods.rigl, inner, plan, drop_fraction=sparse.drop_fraction, **settings
         ))
-    return Method(wrapped, masks=lambda params, opt_state: baselines.masks_of(opt_state))
+    return Method(wrapped, masks=lambda params, opt_state: methods.masks_of(opt_state))
 
 
 def _rigl(make: Callable[..., Any]) -> Any:
@@ -102,7 +102,7 @@ def _admm(config: TrainConfig, inner: Any, plan: ct.Plan, steps_per_epoch: int) 
     admm = config.admm
     begin, length = config.epochs * steps_per_epoch, admm.epochs * steps_per_epoch
     jumps = {length * stage // admm.stages: admm.rho_factor for stage in range(1, admm.stages)}
-    return baselines.admm(
+    return methods.admm(
         inner,
         plan,
         patterns=ct.patterns.fixed_set(config.prune.num_patterns),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -80,6 +81,24 @@ def gaining_structures(masks: ct.Masks, plan: Plan) -> dict[str, Any]:
     return _gaining(found)
 
 
+def scheduled(net: nn.Module, images: tuple[int, ...], structures: dict[str, Any]) -> dict[str, Any]:
+    """The structures with the worklists of a GPU's kernels, where the net convolves by them.
+
+    Args:
+        net: of the way "pattern_hwnc".
+        images: shape of a batch.
+        structures: of `gaining_structures`.
+    """
+
+    def run(held: dict[str, Any]) -> Any:
+        return net.apply(
+            {"structures": held}, jax.numpy.zeros(images), train=False,
+            mutable=["params", "batch_stats"], rngs={"params": jax.random.key(0)},
+        )
+
+    return jax.tree.map(jax.numpy.asarray, pk.scheduled(run, structures))
+
+
 class PrunedPhase:
     """The choice of a way, made once for each set of masks.
 
@@ -90,11 +109,14 @@ class PrunedPhase:
         hwnc: whether the layout with the batch inside is tried.
         portable: whether the portable form is, on a GPU: it loses to cuDNN wherever Hopper's kernels serve, and is long
             to compile.
+        deal: makes the structures' work even for the device; what `scheduled` does, or nothing.
     """
 
     def __init__(
-        self, asked: str, plan: Plan | None, facts: Mapping[str, Any], *, hwnc: bool, portable: bool = True
+        self, asked: str, plan: Plan | None, facts: Mapping[str, Any], *, hwnc: bool, portable: bool = True,
+        deal: Callable[[dict[str, Any]], dict[str, Any]] = lambda structures: structures,
     ) -> None:
+        self._deal = deal
         self.configured, self.asked, self.plan, self.facts = asked, asked, plan, dict(facts)
         self.ways: tuple[Way, ...] = ("dense", *(("pattern",) * portable), *(("pattern_hwnc",) * hwnc))
         self.waited_seconds = 0.0
@@ -134,7 +156,7 @@ class PrunedPhase:
 
         def work() -> None:
             try:
-                self._structures = gaining_structures(masks, self.plan)
+                self._structures = self._deal(gaining_structures(masks, self.plan))
                 if not self._structures:
                     self.choice = Choice("dense", {}, {}, "estimated")
                     return

@@ -20,15 +20,15 @@ import numpy as np
 import clicktrain_jax as ct
 import pallas_kernels as pk
 from clicktrain_jax import models
-from clicktrain_jax.baselines import random_scores
 from clicktrain_jax.masks import build_masks
+from clicktrain_jax.methods import random_scores
 from clicktrain_jax.phases import Phase
 from experiments.configs.base import TrainConfig
 from experiments.data import Dataset
 from experiments.train.costs import size_of
 from experiments.train.methods import make_method
 from experiments.train.programs import Programs, in_background
-from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of
+from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of, scheduled
 from experiments.train.recipe import make_models, make_optimizer, make_plan, pattern_source
 from experiments.train.state import Images, TrainState
 from experiments.train.update import change_of, evaluation_of, gradient_of, update_loop, update_step
@@ -105,7 +105,7 @@ class Trainer:
         if config.prune is not None:
             self._set_up_pruning()
         self.pruned = PrunedPhase(
-            config.loop.pruned_convolution, self.plan, facts_of(config, self.plan), hwnc=not on_cpu,
+            config.loop.pruned_convolution, self.plan, facts_of(config, self.plan), hwnc=not on_cpu, deal=self.scheduled,
             portable=on_cpu or config.precision not in mosaic_gpu.DTYPES or mosaic_gpu.why_not_here() is not None,
         )
         self.ran: list[Segment] = []
@@ -134,6 +134,13 @@ class Trainer:
             importance=random_scores if prune.importance == "random" else prune.importance,
             importance_steps=prune.importance_steps,
         )
+
+    def scheduled(self, structures: dict[str, Any]) -> dict[str, Any]:
+        """The structures with worklists for this batch size; as they are on a CPU, which has no use for any."""
+        if not structures or "pattern_hwnc" not in self.pruned.ways:
+            return structures
+        batch = min(self.config.batch_size, len(self.train_data.labels))
+        return scheduled(self.models["pattern_hwnc"], (batch, *self.image_shape), structures)
 
     def fresh(self, key: jax.Array) -> TrainState:
         """The state before the first update, as a pure function."""

@@ -11,7 +11,12 @@ HERE = pathlib.Path(__file__).parent
 
 
 @pytest.mark.parametrize(
-    ("script", "devices", "says"), [("two_devices", 2, "two devices agree"), ("meshes", 4, "all meshes agree")]
+    ("script", "devices", "says"),
+    [
+        ("two_devices", 2, "two devices agree"),
+        ("meshes", 4, "all meshes agree"),
+        ("reductions", 4, "what is retained travels"),
+    ],
 )
 def test_devices(script, devices, says):
     # The number of CPU devices is fixed when jax starts: a process of its own.

@@ -8,7 +8,7 @@ import tiny
 from clicktrain_jax import models
 from experiments.configs import ablation as cells_of
 from experiments.configs import to_dict
-from experiments.records import RunFolder, read_config, read_json, read_metrics
+from experiments.records import RUNS, RunFolder, kept, read_config, read_json, read_metrics
 from experiments.report import ablation as table
 from experiments.studies import ablation, jobs
 from experiments.train import forks, loop
@@ -154,8 +154,8 @@ def test_the_harness_halves_goes_on_and_collects(pretend, tmp_path):
     assert ablation.run(FAMILY, tmp_path, seeds=(0, 1), workers=0, say=lines.append) == result
     assert len(lines) == len(pretend) == 8 and (tmp_path / "halving-try.json").read_text() == halving
     assert ablation.collect(tmp_path, tmp_path / "records") == 8
-    copied = {path.name for path in (tmp_path / "records" / "try-base-seed1").iterdir()}
-    assert copied == {"config.json", "setting.json", "metrics.jsonl", "summary.json"}
+    copied = {(run["name"], run["seed"]): run for run in kept(tmp_path / "records" / RUNS)}
+    assert len(copied) == 8 and copied["try-base", 1] == RunFolder(tmp_path / "try-base-seed1").record()
 
 
 def test_halving_drops_what_is_behind(pretend, tmp_path):
