@@ -105,7 +105,8 @@ class Trainer:
         if config.prune is not None:
             self._set_up_pruning()
         self.pruned = PrunedPhase(
-            config.loop.pruned_convolution, self.plan, facts_of(config, self.plan), hwnc=not on_cpu, deal=self.scheduled,
+            config.loop.pruned_convolution, self.plan, facts_of(config, self.plan), hwnc=not on_cpu,
+            deal=self.scheduled,
             portable=on_cpu or config.precision not in mosaic_gpu.DTYPES or mosaic_gpu.why_not_here() is not None,
         )
         self.ran: list[Segment] = []
