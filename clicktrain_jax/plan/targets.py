@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clicktrain_jax.layer_plan import LayerPlan
+from clicktrain_jax.plan.layer_plan import LayerPlan
 
 SCOPES = ("convolutions", "model", "multiply_adds")
 
