@@ -26,7 +26,7 @@ from typing import Any
 
 from experiments.bench import gpu_items, gpu_measures
 from experiments.configs import price
-from experiments.records import RECORD_FILES, read_json, setting, write_json
+from experiments.records import RUNS, RunFolder, keep, read_json, setting, write_json
 from experiments.train.loop import Interrupted
 
 ARCHIVE = "records.tar.gz"
@@ -245,9 +245,10 @@ def archive(out: Path) -> Path:
     """All records in one file, replaced in one piece: those of finished items, and runs as far as they are."""
     path = out / ARCHIVE
     temporary = path.with_suffix(".tmp")
-    runs = [file for name in RECORD_FILES for file in out.glob(f"runs/*/{name}")]
+    folders = sorted(path.parent for path in out.glob("runs/*/config.json"))
+    keep(out / RUNS, (RunFolder(folder).record() for folder in folders))
     with tarfile.open(temporary, "w:gz") as tar:
-        for file in sorted([*out.glob("*.json"), *runs]):
+        for file in sorted([*out.glob("*.json"), *out.glob(RUNS)]):
             tar.add(file, arcname=str(file.relative_to(out)))
     os.replace(temporary, path)
     return path

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def tiny_config(monkeypatch):
     """The tiny config under a name of its own on the command line."""
-    dense = tiny.changed(prune=None, epochs=1, mixup_epoch=None)
+    dense = tiny.changed(method=None, epochs=1, mixup_epoch=None)
     known = configs.all_configs() | {"tiny": tiny.CONFIG, "tiny-dense": dense}
     monkeypatch.setattr(configs, "all_configs", lambda: known)
 
@@ -50,9 +50,9 @@ def run(arguments, capsys):
         (["train", "tiny", "--precision", "float8"], "precision"),
         (["train", "tiny", "--net", "vgg99"], "unknown net 'vgg99'"),
         (["train", "tiny", "--data.name", "mnist"], "mnist"),
-        (["train", "tiny", "--prune.fractions", "1.5"], "outside"),
-        (["train", "tiny", "--prune.fractions", "0.5", "0.5"], "has 2 values"),
-        (["train", "tiny", "--prune.select-epoch", "4"], "expected 0 <= select_epoch <= prune_epoch"),
+        (["train", "tiny", "--method.fractions", "1.5"], "outside"),
+        (["train", "tiny", "--method.fractions", "0.5", "0.5"], "has 2 values"),
+        (["train", "tiny", "--method.select-epoch", "4"], "expected 0 <= select_epoch <= prune_epoch"),
         (["train", "tiny", "--dropout", "0.5"], "small has no dropout"),
         (["evaluate", "nowhere"], "nowhere is no run folder"),
         (["bench", "nothing"], "nothing"),
