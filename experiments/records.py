@@ -6,6 +6,8 @@
     metrics.jsonl   a line an epoch
     summary.json    final and best accuracy, compression, seconds; written at the end
     checkpoints/    see `experiments.train.checkpoints`
+
+What is kept of runs, below experiments/results, is a line each in a runs.jsonl: `keep` and `kept`.
 """
 
 import contextlib
@@ -17,6 +19,7 @@ import os
 import platform
 import subprocess
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,12 @@ import jax
 from experiments.configs.base import TrainConfig, from_dict, to_dict
 from experiments.data import DataConfig, place
 
-# What is kept of a finished run.
-RECORD_FILES = ("config.json", "setting.json", "metrics.jsonl", "summary.json")
+# What is kept of the runs of a group, in its folder.
+RUNS = "runs.jsonl"
 # Fields that a resumed run may change: they decide neither data nor mathematics.
 _FREE_FIELDS = ("loop.progress", "loop.tensorboard", "loop.keep_checkpoints", "loop.checkpoint_every_epochs",
                 "data.dir", "data.cache_dir", "expected")
+_OF_A_RUN = ("name", "seed", "config", "setting", "summary", "metrics")
 # Set for runs whose cores do other work at the same time.
 SHARED_CORES = "CLICKTRAIN_SHARED_CORES"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
@@ -165,6 +169,17 @@ class RunFolder:
         """Mark the run as finished."""
         write_json(self.path / "summary.json", summary)
 
+    def record(self) -> dict[str, Any]:
+        """What is kept of the run: plain data, "name", "seed", and its files' contents as "config" (without the folders
+        of one machine), "setting", "summary" (None of a run that is not finished) and "metrics"."""
+        config = read_json(self.path / "config.json")
+        config["data"] |= {"dir": None, "cache_dir": None}
+        return {
+            "name": config["name"], "seed": config["seed"], "config": config,
+            "setting": read_json(self.path / "setting.json"), "summary": self.summary(),
+            "metrics": read_metrics(self.path),
+        }
+
     def keep_epochs(self, count: int) -> list[dict[str, Any]]:
         """Drop the lines of epochs that the checkpoint does not hold; returns the lines kept."""
         lines = [line for line in read_metrics(self.path) if line["epoch"] < count]
@@ -203,6 +218,40 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def keep(file: Path, records: Iterable[dict[str, Any]]) -> int:
+    """Put records of runs, as from `RunFolder.record`, into a file of them, which is made when missing.
+
+    A record takes the place of an earlier one of the same name and seed. Returns how many were put.
+    """
+    new = {(record["name"], record["seed"]): record for record in records}
+    earlier = {(record["name"], record["seed"]): record for record in kept(file)} if Path(file).exists() else {}
+    if new:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        _replace(Path(file), "".join(json.dumps(record) + "\n" for _, record in sorted((earlier | new).items())))
+    return len(new)
+
+
+def kept(file: Path) -> list[dict[str, Any]]:
+    """The records in a file of `keep`, by name and seed; none where there is no file.
+
+    Raises:
+        ValueError: a line that is none.
+    """
+    if not Path(file).exists():
+        return []
+    found = []
+    for number, line in enumerate(Path(file).read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            found.append({name: record[name] for name in _OF_A_RUN})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file}, line {number}: is no record of a run ({type(error).__name__}: {error}); expected an object "
+                f"with {', '.join(_OF_A_RUN)}. Restore the file, or collect its runs again"
+            ) from error
+    return found
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file; a broken one is a ValueError that names it."""
     try:
@@ -237,7 +286,9 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def identity(stored: dict[str, Any]) -> str:
-    """What makes two stored configs the same run but for the seed, as text."""
+    """What makes two stored configs the same run but for the seed, as text; fields added since have their defaults."""
+    with contextlib.suppress(ValueError):
+        stored = _plain(from_dict(stored))
     fixed = {field: value for field, value in _flat(stored).items() if field not in (*_FREE_FIELDS, "seed")}
     return json.dumps(fixed, sort_keys=True)
 

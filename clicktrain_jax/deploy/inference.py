@@ -174,6 +174,14 @@ class InferenceNet:
         """The convolutions for a batch size, in order, as they run."""
         return tuple(self._sites(batch, self._choice(batch)).values())
 
+    def ways(self, batch: int) -> dict[str, dict[str, Site]]:
+        """The convolutions that have a choice, by kernel name, in each way in which they can run."""
+        steps = {step.name: step for step in self.folded.steps(batch).convolutions}
+        return {
+            name: {run: self._site(steps[name], run) for run in layers.can_run(layer, structure, self._backend)}
+            for name, layer, structure in self._tunable(batch)
+        }
+
     def tuned(self, batch: Any) -> "InferenceNet":
         """Measure the whole net on this device, dense and by patterns, and keep what is fastest.
 

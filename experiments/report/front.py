@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.configs import price
-from experiments.records import read_json, read_metrics
+from experiments.records import RUNS, kept, read_json
 from experiments.report import claims, deploy, exports, studies
 from experiments.report.results import RECORDS
 from experiments.report.statistics import markdown_table, mean_spread
@@ -92,7 +92,8 @@ def _files(records: Path) -> str:
 
 
 def _summaries(records: Path, name: str) -> list[dict[str, Any]]:
-    return [read_json(path) for path in sorted((records / price.GROUP).glob(f"{name}-seed*/summary.json"))]
+    runs = kept(records / price.GROUP / RUNS)
+    return [run["summary"] for run in runs if run["name"] == name and run["summary"] is not None]
 
 
 def _accuracy(records: Path, study: Study | None) -> _Answer:
@@ -118,7 +119,7 @@ def _digits(study: Study | None) -> str:
 
 
 def _published(records: Path) -> str:
-    found = list((records / "published").glob("*/summary.json"))
+    found = kept(records / "published" / RUNS)
     return "the authors' recipes: see RESULTS.md" if found else f"the authors' recipes at full length: {_NOT_MEASURED}"
 
 
@@ -236,8 +237,7 @@ def _against_narrow(records: Path, study: Study | None) -> _Answer:
 
 def curve(records: Path, name: str) -> dict[int, float]:
     """Top-1 in percent by epochs done, of a run's first seed; as far as it got."""
-    folders = sorted((records / price.GROUP).glob(f"{name}-seed*"))
-    lines = read_metrics(folders[0]) if folders else []
+    lines = next((run["metrics"] for run in kept(records / price.GROUP / RUNS) if run["name"] == name), [])
     return {line["epoch"] + 1: 100 * line["eval_top1"] for line in lines if "eval_top1" in line}
 
 

@@ -1,12 +1,11 @@
-"""RESULTS.md from the committed records: the run folders below experiments/results."""
+"""RESULTS.md from the committed records: the runs.jsonl of each folder below experiments/results."""
 
-import contextlib
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.configs import TrainConfig, from_dict, to_dict
-from experiments.records import differences, identity, read_json
+from experiments.configs import TrainConfig
+from experiments.records import RUNS, differences, identity, kept
 from experiments.report.statistics import coding, markdown_table, mean_spread, paired
 
 RECORDS = Path(__file__).parents[1] / "results"
@@ -26,14 +25,11 @@ _COLUMNS = ("run", "n", "final", "drop", "best", "conv", "model", "machine", "da
 def records(folder: Path = RECORDS) -> list[dict[str, Any]]:
     """Every finished run below a folder: its summary, with ``setting``, ``config`` and ``group`` (its folder)."""
     found = []
-    for path in sorted(folder.glob("*/*/summary.json")):
-        run = path.parent
-        extra = {
-            "setting": read_json(run / "setting.json"),
-            "config": read_json(run / "config.json"),
-            "group": run.parent.name,
-        }
-        found.append(read_json(path) | extra)
+    for file in sorted(folder.glob(f"*/{RUNS}")):
+        for run in kept(file):
+            if run["summary"] is not None:
+                found.append(run["summary"] | {"setting": run["setting"], "config": run["config"]})
+                found[-1]["group"] = file.parent.name
     return found
 
 
@@ -84,19 +80,12 @@ def _section(group: str, found: list[dict[str, Any]]) -> str:
     runs: dict[str, list[dict[str, Any]]] = {}
     for record in found:
         # One row for each config, its seed apart.
-        runs.setdefault(_identity(record["config"]), []).append(record)
+        runs.setdefault(identity(record["config"]), []).append(record)
     rows = []
     for members in sorted(runs.values(), key=lambda group: (_rate(group[0]), group[0]["method"] != "dense")):
         name = f"{members[0]['name']}, lr {_rate(members[0]):g}"
         rows.append(_row(name, members, _dense_beside(members[0], found)))
     return title + "\n" + markdown_table(_COLUMNS, rows)
-
-
-def _identity(stored: dict[str, Any]) -> str:
-    """Of a config, the fields added since it was stored having their defaults."""
-    with contextlib.suppress(ValueError):
-        stored = to_dict(from_dict(stored))
-    return identity(stored)
 
 
 def _rate(record: dict[str, Any]) -> float:

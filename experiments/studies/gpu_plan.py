@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import os
 import re
-import shutil
 import signal
 import threading
 import time
@@ -22,7 +21,7 @@ from typing import Any
 from experiments import configs
 from experiments.configs import TrainConfig, compare
 from experiments.configs.work import planned_multiply_adds
-from experiments.records import RECORD_FILES, RunFolder, read_metrics
+from experiments.records import RUNS, RunFolder, keep, read_metrics
 from experiments.report import published, results
 from experiments.report.pace import SHARE_OF_PEAK, estimate_seconds
 from experiments.report.statistics import markdown_table
@@ -283,7 +282,10 @@ def run(
             except (ValueError, loop.NonFiniteLoss, jax.errors.JaxRuntimeError) as error:
                 failed[entry.name] = str(error)
                 say(f"{entry.name}: failed: {error}")
-    collected = sum(_collect(workdir / entry.name, records / entry.group / entry.name) for entry in entries)
+    collected = 0
+    for entry in entries:
+        if RunFolder(workdir / entry.name).summary() is not None:
+            collected += keep(records / entry.group / RUNS, [RunFolder(workdir / entry.name).record()])
     left = [one for one in standings(kind, entries, workdir, found, where) if not one.finished]
     missing = sum(one.entry.name not in failed for one in left)
     return {"finished": len(entries) - len(left), "missing": missing, "failed": failed, "collected": collected}
@@ -296,16 +298,6 @@ def _in_the_loop() -> Callable[[TrainConfig, Path], dict[str, Any]]:
 
     loaded = functools.cache(load)
     return lambda config, folder: loop.train(config, folder, dataset=loaded(config.data))
-
-
-def _collect(run_folder: Path, target: Path) -> bool:
-    """Copy what is kept of a run, if it is finished."""
-    if RunFolder(run_folder).summary() is None:
-        return False
-    target.mkdir(parents=True, exist_ok=True)
-    for name in RECORD_FILES:
-        shutil.copyfile(run_folder / name, target / name)
-    return True
 
 
 class _Deadline:

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ import jax
 
 from experiments.configs.base import TrainConfig, from_dict, to_dict
 from experiments.data import Dataset, load
-from experiments.records import RECORD_FILES, RunFolder, identity, read_json, write_json
+from experiments.records import RUNS, RunFolder, identity, keep
 from experiments.train.forks import train_forked
 from experiments.train.loop import Interrupted, NonFiniteLoss, train
 from experiments.train.signals import heeded
@@ -94,26 +93,18 @@ def say_line(line: str) -> None:
 
 
 def collect(workdir: Path, records: Path) -> int:
-    """Copy what is kept of each finished run; checkpoints and where its images lay are left out.
+    """Keep the records of all finished runs; checkpoints and where their images lay are left out.
 
     Args:
         workdir: holds run folders NAME-seedN.
-        records: a folder, made when missing; run folders of the same names in it are replaced.
+        records: a folder, made when missing: records of the same runs in its runs.jsonl are replaced.
 
     Returns:
-        How many runs were copied.
+        How many runs there are.
     """
     records.mkdir(parents=True, exist_ok=True)
-    runs = sorted(path.parent for path in workdir.glob("*-seed*/summary.json"))
-    for run_folder in runs:
-        target = records / run_folder.name
-        target.mkdir(exist_ok=True)
-        for name in RECORD_FILES:
-            shutil.copyfile(run_folder / name, target / name)
-        config = read_json(target / "config.json")
-        config["data"] |= {"dir": None, "cache_dir": None}
-        write_json(target / "config.json", config)
-    return len(runs)
+    finished = sorted(path.parent for path in workdir.glob("*-seed*/summary.json"))
+    return keep(records / RUNS, (RunFolder(folder).record() for folder in finished))
 
 
 def do_all(

@@ -19,6 +19,7 @@ from experiments.data import Dataset, load
 from experiments.records import RunFolder, differences, read_metrics
 from experiments.train.checkpoints import Checkpoints, digest
 from experiments.train.costs import multiply_adds
+from experiments.train.programs import keep_on_disk
 from experiments.train.progress import Hook, ask, telling
 from experiments.train.signals import Interrupted, heeded
 from experiments.train.state import NonFinite, TrainState
@@ -72,6 +73,8 @@ def train(
         finished = folder.summary()
         if finished is not None:
             return finished
+    if jax.default_backend() != "cpu":
+        keep_on_disk()
     # Whatever is wrong with the config shows here, before anything is written.
     trainer = trainer or Trainer(config, dataset)
     compiled_before = trainer.compile_seconds
@@ -141,7 +144,7 @@ def template(trainer: Trainer, folder: RunFolder, fresh: TrainState) -> Any:
         folder: where its epochs' lines tell how a net became smaller.
         fresh: what `Trainer.init` returns.
     """
-    channels = trainer.method.channels
+    channels = trainer.channels
     if channels is None:
         return fresh
     facts = {line["epoch"]: line["channels"] for line in read_metrics(folder.path) if "channels" in line}
@@ -263,13 +266,7 @@ def summarise(
 
 def method_name(config: TrainConfig) -> str:
     """What a config does, in a word."""
-    if config.retrain is not None:
-        return "pruning after training"
-    if config.sparse is not None:
-        return config.sparse.method
-    if config.channels is not None:
-        return "prunetrain"
-    return "dense" if config.prune is None else "clicktrain"
+    return "dense" if config.method is None else config.method.kind
 
 
 def _selection(state: TrainState) -> dict[str, Any]:

@@ -7,18 +7,18 @@ import tiny
 
 from experiments.configs import compare
 from experiments.configs.compare import Cell, Study, Tuning
-from experiments.configs.methods import RetrainConfig
-from experiments.records import RunFolder, read_json
+from experiments.configs.methods import AfterConfig, RetrainConfig
+from experiments.records import RUNS, RunFolder, kept, read_json
 from experiments.studies import comparison as harness
 from experiments.studies import jobs
 
-BASE = tiny.changed(prune=None, learning_rate=0.1)
+BASE = tiny.changed(method=None, learning_rate=0.1)
 END = BASE.epochs
 AFTER = dataclasses.replace(tiny.CONFIG.prune, select_epoch=END, prune_epoch=END)
 
 
-def cell(name, method, group, **changes):
-    return Cell(name, method, name, method, group, dataclasses.replace(BASE, name=f"compare-try-{name}", **changes))
+def cell(name, called, group, **changes):
+    return Cell(name, called, name, called, group, dataclasses.replace(BASE, name=f"compare-try-{name}", **changes))
 
 
 STUDY = Study(
@@ -26,9 +26,9 @@ STUDY = Study(
     "a try",
     (
         cell("dense", "dense", "dense"),
-        cell("pruned", "ClickTrain", "clicktrain", prune=tiny.CONFIG.prune),
+        cell("pruned", "ClickTrain", "clicktrain", method=tiny.CONFIG.prune),
         cell("narrow", "narrow", "narrow", width=0.0625),
-        cell("rewind", "PAT", "dense", prune=AFTER, retrain=RetrainConfig(2)),
+        cell("rewind", "PAT", "dense", method=AfterConfig(AFTER, RetrainConfig(2))),
     ),
     (
         Tuning("dense", "dense", "learning_rate", (0.1, 0.2)),
@@ -105,13 +105,13 @@ def test_some_cells_run_with_every_seed_before_the_others_and_each_is_kept_at_on
     study = dataclasses.replace(
         STUDY, tunings=(dataclasses.replace(STUDY.tunings[0], epochs=1),), first=("dense", "narrow")
     )
-    records, kept = tmp_path / "records", []
+    records, counts = tmp_path / "records", []
 
     def say(line):
-        kept.append(len(list(records.glob("compare-try/*/summary.json"))))
-        assert len(read_json(records / "compare-try" / "study.json")["cells"]) == len({
-            path.name.rpartition("-")[0] for path in records.glob("compare-try/*-seed*")
-        })
+        runs = kept(records / "compare-try" / RUNS)
+        counts.append(len(runs))
+        cells = read_json(records / "compare-try" / "study.json")["cells"]
+        assert len(cells) == len({run["name"] for run in runs})
 
     monkeypatch.setattr(jobs, "do_all", lambda wanted, *rest: say_each(wanted, rest[-1]))
 
@@ -129,10 +129,10 @@ def test_some_cells_run_with_every_seed_before_the_others_and_each_is_kept_at_on
     order = [(job.config.name.rpartition("-")[2], job.config.seed) for job in final]
     assert order == [("dense", 0), ("narrow", 0), ("dense", 1), ("narrow", 1),
                      ("pruned", 0), ("rewind", 0), ("pruned", 1), ("rewind", 1)]
-    assert kept == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert counts == [1, 2, 3, 4, 5, 6, 7, 8]
     # At the dense run's rate, tuned or not; and no record tells where the images lay.
     assert {job.config.learning_rate for job in final} == {0.2}
-    config = read_json(records / "compare-try" / "compare-try-dense-seed0" / "config.json")
+    config = kept(records / "compare-try" / RUNS)[0]["config"]
     assert config["data"]["dir"] is None and config["data"]["cache_dir"] is None
     assert read_json(records / "compare-try" / "study.json")["tuning"][0]["epochs"] == 1
 
