@@ -58,6 +58,10 @@ class FullMask(NamedTuple):
         """Itself."""
         return self
 
+    def transposed(self, order: tuple[int, ...]) -> "FullMask":
+        """The mask of the transposed leaf."""
+        return FullMask(*(None if part is None else part.transpose(order) for part in self))
+
 
 class LayerMask(NamedTuple):
     """The mask of one layer as it is chosen and kept.
@@ -90,7 +94,7 @@ class LayerMask(NamedTuple):
             xp, self = jnp, LayerMask(*(None if part is None else replicated(part) for part in self))
         if self.kernel.ndim == 4:
             parts = self._replace(kernel=self.kernel[:, :, 0, 0].T).full()
-            return FullMask(*(None if part is None else part.transpose(FROM_HWIO["OIHW"]) for part in parts))
+            return parts.transposed(FROM_HWIO["OIHW"])
         kernel = xp.broadcast_to(self.kernel[None, None], self.shape)
         if self.patterns is None:
             return FullMask(None, kernel)

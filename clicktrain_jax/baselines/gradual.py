@@ -70,7 +70,7 @@ def gradual_magnitude(
         counts[layer.name] = np.array([round(share * size_of(layer)) for share in shares], np.int32)
 
     def start() -> MaskDict:
-        return {layer.name: jnp.ones(layer.shape, bool) for layer in plan.layers}
+        return {layer.name: jnp.ones(layer.leaf_shape, bool) for layer in plan.layers}
 
     def is_due(count: jax.Array) -> jax.Array:
         since = count - begin_step

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clicktrain_jax.baselines.states import check_integer, planned
+from clicktrain_jax.baselines.states import check_axes, check_integer, planned
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.trees import KERNEL_AXES, Tree, map_named
 
@@ -118,6 +118,7 @@ def _check(n: int, m: int) -> None:
 
 def _check_layers(params: Tree, plan: Plan, n: int, m: int) -> None:
     _check(n, m)
+    check_axes("n:m pruning", plan)
     plan.check_tree(params)
     for layer in plan.layers:
         if layer.shape[_CIN] % m:

@@ -85,7 +85,7 @@ def rigl(
         masks = {}
         for layer in plan.layers:
             order = jax.random.permutation(jax.random.fold_in(key, zlib.crc32(layer.name.encode())), size_of(layer))
-            masks[layer.name] = (order < kept[layer.name]).reshape(layer.shape)
+            masks[layer.name] = (order < kept[layer.name]).reshape(layer.leaf_shape)
         return masks
 
     def is_due(count: jax.Array) -> jax.Array:

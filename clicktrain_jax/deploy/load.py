@@ -172,7 +172,11 @@ def located(
     paths, shapes = [name for name, _ in leaves], [np.shape(leaf) for _, leaf in leaves]
     found = places_of(paths, shapes, named, read, None if at is None else (at,))
     # Masks of another tree are told by the storage.
-    return nest({found[0] + name: mask for name, mask in named.items()}) if len(found) == 1 else masks
+    if len(found) != 1:
+        return masks
+    layers = {name: masks.layers.get(name) for name in named} if isinstance(masks, Masks) else named
+    whole = nest({found[0] + name: layer for name, layer in layers.items()})
+    return Masks.of(whole) if isinstance(masks, Masks) else whole
 
 
 def masks_by_leaf(masks: Masks | Tree | None, variables: Tree) -> dict[str, np.ndarray]:
