@@ -49,7 +49,7 @@ class ConvolutionReport:
     why: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class AccelerateReport:
     """What runs how.
 
@@ -65,6 +65,11 @@ class AccelerateReport:
 
     def __str__(self) -> str:
         return self.to_text()
+
+    def __repr__(self) -> str:
+        sparse = sum(conv.runs == "sparse" for conv in self.convolutions)
+        times = "" if self.seconds is None else f", measured on {self.device}"
+        return f"AccelerateReport({len(self.convolutions)} convolutions, {sparse} by patterns{times}; print it)"
 
     def to_text(self) -> str:
         """A table, one line a convolution."""

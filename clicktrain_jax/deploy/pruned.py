@@ -55,7 +55,7 @@ def check_is_inference(folded: Folded) -> None:
         return
     if np.abs(one[1] - other[0]).max() > _SAME * max(float(np.abs(one[1]).max()), 1e-3):
         raise ValueError(
-            "an image's answer depends on the images beside it: apply_fn runs in training mode. Export it as in "
+            "an image's answer depends on the images beside it: apply_fn runs in training mode. Give it as in "
             "evaluation, BatchNorm by its running statistics and without dropout (train=False, model.eval())"
         )
 
