@@ -17,7 +17,7 @@ from clicktrain_jax.deploy.inference import InferenceNet
 from clicktrain_jax.deploy.interception import read_by_convolutions
 from clicktrain_jax.deploy.jaxprs import traced
 from clicktrain_jax.deploy.portable import STABLEHLO, PortableNet
-from clicktrain_jax.deploy.pruned import check_is_inference
+from clicktrain_jax.deploy.pruned import check_is_inference, check_probe
 from clicktrain_jax.deploy.storage.containers import find_prefix, nest
 from clicktrain_jax.masks import Masks, combine
 from clicktrain_jax.trees import Tree, named_leaves
@@ -52,7 +52,8 @@ def load(
             what is best for each.
 
     Returns:
-        An `InferenceNet`; a `PortableNet` for a user's own net without ``apply_fn``.
+        An `InferenceNet`; a `PortableNet` for a user's own net without ``apply_fn``. A warning says so where
+        ``apply_fn`` does not answer as the exported function did.
 
     Raises:
         ValueError: a file that is missing or was changed, or a manifest that this version cannot follow; ``like`` of
@@ -82,7 +83,7 @@ def load(
             f"({type(error).__name__}: {error}): give like=, a tree with the containers that it wants"
         ) from error
     if is_own:
-        check_is_inference(net.folded)
+        check_probe(check_is_inference(net.folded), facts.get("probe", []))
     return net
 
 

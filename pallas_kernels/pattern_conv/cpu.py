@@ -210,7 +210,10 @@ def _call(
     # older partitioner takes no such rule.
     is_divided = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
     is_whole = is_divided or not jax.config.jax_use_shardy_partitioner
-    return _mappable(call if is_whole else _divisible(call, images), images)(*map(jnp.asarray, arguments))
+    arrays = [jnp.asarray(argument) for argument in arguments]
+    result = _mappable(call if is_whole else _divisible(call, images), images)(*arrays)
+    # A call's own type says nothing of it, and what does not vary is taken for the same on all devices.
+    return compat.varying_like(result, *arrays)
 
 
 def _divisible(function: Callable[..., jax.Array], images: bool) -> Callable[..., jax.Array]:
