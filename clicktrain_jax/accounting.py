@@ -212,10 +212,10 @@ def report(
         kernels = math.prod(hwio[name][2:]) if name in looks or name in masked else 0
         retained, removed, marked = weights, 0, 0
         if name in masked:
-            mask = masked[name].full()
+            mask = jax.device_get(masked[name]).full()
             keep = np.asarray(mask.combined())
             if not isinstance(leaf, (jax.ShapeDtypeStruct, jax.core.Tracer)):
-                marked = int(np.count_nonzero(np.asarray(leaf)[~keep]))
+                marked = int(np.count_nonzero(np.asarray(jax.device_get(leaf))[~keep]))
             retained = int(keep.sum()) + pending * marked
             # All taps of a kernel go together.
             removed = 0 if mask.kernel is None else int((~np.asarray(mask.kernel)).sum()) * kernels // weights

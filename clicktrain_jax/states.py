@@ -12,7 +12,8 @@ from clicktrain_jax.trees import Tree, is_none, nest, path_keys
 
 
 class ClickTrainState(NamedTuple):
-    """The state of `clicktrain` and of `phase_updates`: arrays only, any checkpoint of the optimizer state carries it.
+    """The state of `clicktrain`, of `phase_updates` and of the methods of `clicktrain_jax.methods`: arrays only, any
+    checkpoint of the optimizer state carries it.
 
     Attributes:
         count: int32, updates done.
@@ -68,7 +69,11 @@ class Status:
         done = "nothing is selected yet"
         if self.selected is not None:
             done = f"masks were selected in update {self.selected}"
-            done += "; not pruned yet" if self.pruned is None else f", pruned in update {self.pruned}"
+            if self.pruned is None:
+                done += "; not pruned yet"
+            else:
+                done += f", pruned {'in' if self.pruned >= self.selected else 'from'} update {self.pruned}"
+                done += " on" * (self.pruned < self.selected)
         parts = [f"{self.count} updates done", done]
         if self.postponed:
             parts.append(f"put off by {self.postponed} updates whose scores were not finite")
@@ -87,7 +92,7 @@ def status(opt_state: Any) -> Status:
         ValueError: as `masks_of`.
     """
     state = find(opt_state)
-    facts = {name: np.asarray(getattr(state, name)) for name in _FACTS}
+    facts = {name: np.asarray(jax.device_get(getattr(state, name))) for name in _FACTS}
     named = zip(sorted(Masks.of(state.masks).layers), facts["by_magnitude"].tolist(), strict=True)
     when = {name: None if facts[name] < 0 else int(facts[name]) for name in ("selected", "pruned")}
     return Status(
@@ -100,9 +105,10 @@ def masks_of(opt_state: Any) -> Masks:
     """The masks inside an optimizer state.
 
     Args:
-        opt_state: any state that holds one of `clicktrain`: chained, wrapped, of an ``nnx.Optimizer``, a TrainState, an
-            ``nnx.State`` or a pure dictionary of one, replicated over devices by a leading axis, restored from a
-            checkpoint (also without a template, when NamedTuples have become dictionaries).
+        opt_state: any state that holds one of `clicktrain`, or of a method of `clicktrain_jax.methods`: chained,
+            wrapped, of an ``nnx.Optimizer``, a TrainState, an ``nnx.State`` or a pure dictionary of one, replicated
+            over devices by a leading axis, restored from a checkpoint (also without a template, when NamedTuples have
+            become dictionaries).
 
     Returns:
         `Masks` with the parameters' containers (nested dictionaries of the pruned leaves where the state's types are
@@ -114,7 +120,8 @@ def masks_of(opt_state: Any) -> Masks:
     state = find(opt_state)
     masks = Masks.of(state.masks)
     if not isinstance(state.pruned, jax.core.Tracer):
-        masks.pending = bool(state.selected >= 0) and bool(state.pruned < 0)
+        selected, pruned = jax.device_get((state.selected, state.pruned))
+        masks.pending = bool(selected >= 0 > pruned)
     return masks
 
 
@@ -128,7 +135,9 @@ def find(opt_state: Any) -> ClickTrainState:
     # What lies inside of the wrapped optimizer is another's.
     found = found or _by_path(opt_state)
     if len(found) != 1:
-        raise ValueError(f"expected an optimizer state with one clicktrain(...) inside, found {len(found)}")
+        raise ValueError(
+            f"expected an optimizer state with one clicktrain(...) or one of ct.methods inside, found {len(found)}"
+        )
     state = found[0]._replace(inner_state=None, scores={}, exponents=None, gathered=None)
     state = state._replace(**{name: jax.tree.leaves(getattr(state, name))[0] for name in _FACTS})
     if isinstance(state.count, jax.ShapeDtypeStruct):

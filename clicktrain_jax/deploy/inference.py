@@ -49,6 +49,7 @@ class Site:
         if self.layer is None:
             return plain(self.step, images, prepared, bias)
         if self.plan.backend != "cpu":
+            structure = self.structure if structure is None else structure
             y = self.layer.convolve_prepared(images, prepared, structure, self.plan)
         elif self.step.dtype == images.dtype:
             more = {"bias": bias, "relu": self.step.relu}
@@ -164,14 +165,22 @@ class InferenceNet:
             if key not in self._prepared:
                 self._prepared[key] = site.layer.prepared(self._kernels[name], site.structure, site.plan)
             arrays[name] = self._prepared[key]
-            # The native kernels find the lists in what was packed.
-            if site.plan.run != "dense" and site.plan.backend != "cpu":
+            # The native kernels find the lists in what was packed, and a GPU's work is dealt by lists that are known.
+            if site.plan.run != "dense" and site.plan.backend not in ("cpu", "mosaic_gpu"):
                 structures[name] = site.structure
         return {"arrays": arrays, "structures": structures}
 
     def convolutions(self, batch: int) -> tuple[Site, ...]:
         """The convolutions for a batch size, in order, as they run."""
         return tuple(self._sites(batch, self._choice(batch)).values())
+
+    def ways(self, batch: int) -> dict[str, dict[str, Site]]:
+        """The convolutions that have a choice, by kernel name, in each way in which they can run."""
+        steps = {step.name: step for step in self.folded.steps(batch).convolutions}
+        return {
+            name: {run: self._site(steps[name], run) for run in layers.can_run(layer, structure, self._backend)}
+            for name, layer, structure in self._tunable(batch)
+        }
 
     def tuned(self, batch: Any, images: Any = None) -> "InferenceNet":
         """Measure the whole net on this device, dense and by patterns, and keep what is fastest.

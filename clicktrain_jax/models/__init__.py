@@ -9,8 +9,14 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax.numpy as jnp
+
+try:
+    import flax.linen as nn
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"clicktrain_jax.models needs {error.name}: pip install 'clicktrain-jax[models]'", name=error.name
+    ) from error
 
 from clicktrain_jax.models.conv import NarrowConv, PatchConv, PatternConv, patch_convolution, xla_convolution
 from clicktrain_jax.models.layout import Layout, conv_in_layout

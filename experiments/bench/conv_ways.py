@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax.models.conv import patch_convolution
+from pallas_kernels import compat
 from pallas_kernels.pattern_conv import api, cpu, xla
 from pallas_kernels.pattern_conv.cases import Case, make_mask
 from pallas_kernels.pattern_conv.geometry import Geometry, Layout, make_geometry
+from pallas_kernels.pattern_conv.launches import for_batch
 from pallas_kernels.pattern_conv.structure import Structure, make_structure
 
 Direction = Literal["forward", "input gradient", "weight gradient"]
@@ -185,7 +187,10 @@ def ways(
             function = _by_backend(backend, direction, geometry)
             if name == OPEN and direction == "forward":
                 function = _left_open(case.strides, geometry.padding, layout)
-            arguments = (problem.x[layout], problem.w, problem.dy[layout], structure)
+            held = structure
+            if backend == "mosaic_gpu":  # as the training loop holds it
+                held = for_batch(structure, geometry, case.batch, compat.multiprocessors(problem.w))
+            arguments = (problem.x[layout], problem.w, problem.dy[layout], jax.device_put(held))
             made.append(Way(f"{name} {layout}" if several and name == "xla" else name, True, function, arguments,
                             layout, note))
     return made, refused

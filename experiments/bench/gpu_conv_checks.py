@@ -1,9 +1,10 @@
-"""The convolutions' part of `experiments.bench.gpu_checks`: right first, then how fast, within a time each.
+"""Convolutions on a GPU: are they right (``pytest -m gpu``), and how fast (`experiments.bench.gpu_measures`)?
 
 Every check yields what it has so far, so that a record is there if it must be stopped.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +17,12 @@ import numpy as np
 from experiments.bench import conv as bench_conv
 from experiments.bench import updates as bench
 from experiments.bench.conv_ways import BOUNDS, DIRECTIONS, expected, judge, make_problem, ways
+from experiments.bench.device_time import device_time
 from pallas_kernels import compat
-from pallas_kernels.pattern_conv import cases, mosaic_gpu
+from pallas_kernels.pattern_conv import cases, launches, mosaic_gpu
 from pallas_kernels.pattern_conv.cases import Case
-from pallas_kernels.pattern_conv.config import ProductTiles
-from pallas_kernels.tuning import autotune
+from pallas_kernels.pattern_conv.schedule import costs
+from pallas_kernels.tuning import Cache, Timing, autotune, time_together
 
 Outcome = Iterator[dict[str, Any]]
 
@@ -108,50 +110,55 @@ def measure_sweeps(smoke: bool, budget_s: float) -> Outcome:
 def _sweep(case: Case, rng: np.random.Generator, smoke: bool) -> list[dict[str, Any]]:
     problem = make_problem(case, rng)
     geometry, x = problem.geometry["HWNC"], problem.x["HWNC"]
-    options = {str(tiles): tiles for tiles in _options(case)[: 2 if smoke else None]}
+    structure = jax.tree.map(np.asarray, problem.structure)
+    options = launches.options(structure, geometry, case.batch, "forward")
+    options = dict(itertools.islice(options.items(), 2 if smoke else 8))
+    works = {
+        name: launches.launch(structure, geometry, case.batch, False, compat.multiprocessors(x), tiles)
+        for name, tiles in options.items()
+    }
 
-    def candidate(tiles: ProductTiles) -> Callable[[], jax.Array]:
-        function = jax.jit(lambda x, w, structure: mosaic_gpu.forward(x, w, structure, geometry, tiles=tiles))
-        return lambda: function(x, problem.w, problem.structure)
+    def candidate(name: str) -> Callable[[], jax.Array]:
+        held = dataclasses.replace(problem.structure, work=(works[name],))
+        function = jax.jit(lambda x, w, structure: mosaic_gpu.forward(x, w, structure, geometry))
+        return lambda: function(x, problem.w, held)
 
     wanted = jnp.transpose(expected(problem, "forward", on_cpu=smoke), (1, 2, 0, 3))
-    facts = {"what": "sweep", "case": case.name, "tile": case.tile}
+    facts = launches.facts(structure, geometry, case.batch, "forward")
     try:
+        # Kept: `pattern_conv` takes the winner where such a convolution is run.
         choice = autotune(
-            {name: candidate(tiles) for name, tiles in options.items()}, wanted, facts,
-            tolerance=BOUNDS[case.dtype], rounds=1 if smoke else 10, budget_s=2,
+            {name: candidate(name) for name in options}, wanted, facts,
+            tolerance=BOUNDS[case.dtype], rounds=1 if smoke else 10, budget_s=2, cache=None if smoke else Cache(),
+            timer=time_together if smoke else _on_the_device,
         )
     except RuntimeError as error:
         return [{"case": case.name, "tiles": "", "median": None, "why": str(error)[:1000]}]
     flops = bench_conv.work_of(problem, "forward")["flops"]
     rows = []
-    for name, tiles in options.items():
+    for name in options:
         timing = choice.timings.get(name)
         row = {"case": case.name, "tiles": name, "best": name == choice.winner, "why": choice.dropped.get(name)}
         row["median"] = timing.median_s if timing else None
         if timing:
             row["flops_per_s"] = flops / timing.median_s
-            # Two bytes an element: a multiply-add reads 1 / images of a weight and 1 / outputs of an activation.
-            row["read_bytes_per_s"] = row["flops_per_s"] * (1 / tiles.images + 1 / tiles.outputs)
+            cost = costs(works[name].plan, structure.pairs, structure.pair_counts)
+            row["read_bytes_per_s"] = 2 * float(cost.sum()) / timing.median_s
         rows.append(row)
     return rows
 
 
-def _options(case: Case) -> list[ProductTiles]:
-    """Configurations that the kernel may have for this case, the deepest rings that fit."""
-    filters, channels = case.tile
-    outputs = sorted({size for size in (filters, filters // 2) if size >= 16})
-    depths = sorted({min(channels, 64), max(min(channels, 64) // 2, 16)})
-    sizes = [images for images in (64, 128, 256) if images <= case.batch]
-    made = []
-    for images, width, depth, warpgroups, first in itertools.product(sizes, outputs, depths, (1, 2), (True, False)):
-        for stages in (6, 4, 3, 2):
-            with contextlib.suppress(ValueError):
-                tiles = ProductTiles(images, width, depth, stages, warpgroups, outputs_first=first)
-                made.append(tiles)
-                break
-    # The widest read least: they come first, since the time may end the list.
-    return sorted(made, key=lambda tiles: (1 / tiles.images + 1 / tiles.outputs, -tiles.depth, -tiles.warpgroups))[:8]
+def _on_the_device(functions: dict[str, Callable[[], Any]], *, rounds: int, budget_s: float) -> dict[str, Timing]:
+    """As `time_together`, by a profiler's trace: a host's clock sees the launch of a call, which takes longer."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    end = time.monotonic() + budget_s
+    while not all(times.values()) or (time.monotonic() < end and len(min(times.values(), key=len)) < rounds):
+        for name, function in functions.items():
+            times[name].append(1e-3 * (device_time(function, 5).milliseconds or np.nan))
+    return {
+        name: Timing(*(float(np.quantile(seconds, q)) for q in (0.5, 0.2, 0.8)), len(seconds), 5)
+        for name, seconds in times.items()
+    }
 
 
 def measure_dense(smoke: bool, budget_s: float) -> Outcome:

@@ -65,10 +65,10 @@ def measure(
     for name, net, prune in cases() if wanted is None else wanted:
         model = models.build(net, num_classes=10, width=width)
         if net not in initialised:
-            initialised[net] = _initialised(model, models.default_image_shape(net))
+            initialised[net] = initialised(model, models.default_image_shape(net))
         variables = initialised[net]
         for tile in TILES:
-            masks = _select(model, variables["params"], net, dataclasses.replace(prune, tile=tile))
+            masks = select(model, variables["params"], net, dataclasses.replace(prune, tile=tile))
             row = {"name": name, "net": net, "tile": list(tile), "patterns": prune.num_patterns}
             row |= {dtype: _export(variables, masks, dtype) for dtype in DTYPES}
             rows.append(row)
@@ -76,12 +76,14 @@ def measure(
     return {"setting": setting(), "width": width, "rows": rows}
 
 
-def _initialised(model: Any, image_shape: tuple[int, ...]) -> Any:
+def initialised(model: Any, image_shape: tuple[int, ...]) -> Any:
+    """Variables of a fresh net, from key 0."""
     init = jax.jit(functools.partial(model.init, train=False))
     return init(jax.random.key(0), jnp.zeros((1, *image_shape), jnp.float32))
 
 
-def _select(model: Any, params: Any, net: str, prune: PruneConfig) -> ct.Masks:
+def select(model: Any, params: Any, net: str, prune: PruneConfig) -> ct.Masks:
+    """The masks that a recipe chooses by the size of these weights."""
     plan = make_plan(prune, model, params, models.default_image_shape(net), net)
     patterns = pattern_source(prune)
     return jax.jit(lambda scores: ct.select_masks(scores, plan, patterns))(ct.importance.magnitude(params))

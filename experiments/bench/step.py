@@ -150,7 +150,7 @@ def pruned_state(trainer: Trainer) -> tuple[Any, dict[str, Any]]:
     masks = jax.jit(lambda tree: ct.select_masks(tree, trainer.plan, trainer.patterns))(scores)
     held = state.opt_state._replace(masks=fill_masks(state.opt_state.masks, masks.layers))
     pruned = state._replace(params=ct.apply_masks(state.params, masks), opt_state=held)
-    return pruned, gaining_structures(masks, trainer.plan)
+    return pruned, trainer.scheduled(gaining_structures(masks, trainer.plan))
 
 
 def random_trainer(
@@ -178,7 +178,7 @@ def random_trainer(
         precision=precision,
         dropout=None,
         mixup_epoch=None,
-        prune=prune,
+        method=prune,
         loop=dataclasses.replace(config.loop, convolution=form),
     )
     return Trainer(config, _images(net, updates * batch_size))

@@ -129,7 +129,7 @@ def slim_family() -> Family:
     base = dataclasses.replace(
         recipe,
         data=DataConfig("cifar10", eval_split="validation", train_examples=5_000),
-        prune=prune,
+        method=prune,
         loop=LoopConfig(eval_every_epochs=10, keep_checkpoints=1),
         expected="a cell of the ablation",
     )
@@ -179,9 +179,9 @@ def configs() -> list[TrainConfig]:
 def _family(prefix: str, base: TrainConfig, rows: tuple[tuple[str, str, str, bool, dict[str, Any]], ...]) -> Family:
     cells = tuple(
         Cell(name, question, reference, must, dataclasses.replace(
-            base, name=f"{prefix}-{name}", prune=dataclasses.replace(base.prune, **changes)
+            base, name=f"{prefix}-{name}", method=dataclasses.replace(base.prune, **changes)
         ))
         for name, question, reference, must, changes in rows
     )
-    dense = dataclasses.replace(base, name=f"{prefix}-dense", prune=None, expected="the dense run beside the ablation")
+    dense = dataclasses.replace(base, name=f"{prefix}-dense", method=None, expected="the dense run beside the ablation")
     return Family(prefix, dense, cells)

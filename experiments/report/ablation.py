@@ -8,7 +8,7 @@ from typing import Any
 from experiments.configs.ablation import QUESTIONS, Cell, Family, families
 from experiments.report import results
 from experiments.report.plots import DENSE_COLOUR, PRUNED_COLOUR
-from experiments.report.statistics import markdown_table, mean_spread, paired
+from experiments.report.statistics import coding, markdown_table, mean_spread, paired
 
 GROUP = "ablation"
 PLOT = results.RECORDS / GROUP / "ablation.png"
@@ -44,8 +44,8 @@ def generate(found: Sequence[dict[str, Any]]) -> str:
         first = next(iter(next(iter(runs.values())).values()))
         machines = sorted({results.machine(record) for by_seed in runs.values() for record in by_seed.values()})
         parts.append(
-            f"## {family.prefix}\n\n{first['dataset']} ({first['encoding']}), {first['train_examples']:,} training "
-            f"images, {first['eval_split']} set of {first['eval_examples']:,}; {first['net']} of width "
+            f"## {family.prefix}\n\n{first['dataset']} ({coding(first['encoding'])}), {first['train_examples']:,} "
+            f"training images, {first['eval_split']} set of {first['eval_examples']:,}; {first['net']} of width "
             f"{first['width']:g}, {first['epochs']} epochs; {', '.join(machines)}; {_date(runs)}. Command: "
             f"`python -m experiments ablation --data.dir DIR --workdir DIR`.\n{_NOTES}"
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from experiments.report import claims
 from experiments.report.claims import UNKNOWN, spread
-from experiments.report.statistics import markdown_table
+from experiments.report.statistics import coding, markdown_table
 from experiments.report.studies import BATCHES, Cell, Study, mean
 
 CSV, PLOT = "joint.csv", "joint.png"
@@ -109,9 +109,10 @@ def _head(study: Study) -> str:
     seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     width = "" if run["width"] == 1 else f" of width {run['width']:g}"
     lines.append(
-        f"{run['dataset']} ({run['encoding']}), {run['train_examples']:,} training images, {run['eval_split']} set of "
-        f"{run['eval_examples']:,}; {run['net']}{width}, {study.facts.get('epochs', run['epochs'])} epochs, {seeds} "
-        f"seeds; {', '.join(study.machines())}; jax {run['setting']['versions']['jax']}; {study.date()}. Command: "
+        f"{run['dataset']} ({coding(run['encoding'])}), {run['train_examples']:,} training images, "
+        f"{run['eval_split']} set of {run['eval_examples']:,}; {run['net']}{width}, "
+        f"{study.facts.get('epochs', run['epochs'])} epochs, {seeds} seeds; {', '.join(study.machines())}; "
+        f"jax {run['setting']['versions']['jax']}; {study.date()}. Command: "
         f"`{study.facts['command']}`.\n"
     )
     return "\n".join(lines)

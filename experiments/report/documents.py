@@ -1,4 +1,4 @@
-"""The generated documents: what makes up RESULTS.md, BENCHMARKS.md and the CSV files, and which pictures are drawn."""
+"""The generated documents: RESULTS.md, BENCHMARKS.md, README's table, CSV files; and which pictures are drawn."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from experiments.report import (
     benchmarks,
     comparison,
     comparison_plots,
+    front,
     gpu,
     importance,
     pattern_sheet,
@@ -53,13 +54,15 @@ def generate(records: Path = results.RECORDS) -> dict[Path, str]:
     return {
         results.RESULTS_FILE: "\n".join(part for part in parts if part),
         benchmarks.BENCHMARKS_FILE: benchmarks.generate(),
+        front.README: front.generate(front.README.read_text(), records),
         records / published.CSV: published.to_csv(found),
         **{study.folder / comparison.CSV: comparison.to_csv(study) for study in compared},
     }
 
 
 def draw(records: Path = results.RECORDS) -> None:
-    """Draw the pictures that the documents link to, beside their records."""
+    """Draw the pictures that the documents link to, beside their records, and README's."""
+    front.draw(records=records)
     for folder in studies.folders(records):
         study = studies.read(folder)
         if study.some_run() is not None:

@@ -1,8 +1,9 @@
-"""Tables of exports' sizes (`experiments.bench.sizes`) and of weights in fewer bits (`experiments.studies.dtypes`)."""
+"""Tables of bytes: exports (`experiments.bench.sizes`), weights in fewer bits (`experiments.studies.dtypes`), gradients
+between devices (`experiments.bench.collectives`)."""
 
 from typing import Any
 
-from experiments.report.statistics import markdown_table
+from experiments.report.statistics import coding, markdown_table
 
 _MB = 1e6
 
@@ -63,7 +64,27 @@ def dtypes_table(record: dict[str, Any]) -> str:
     header = ("weights stored as", "top-1, %", "images against the run", "convolutions, MB", "than dense float32")
     return (
         markdown_table(header, rows)
-        + f"\n{record['name']}, seed {record['seed']}, {record['data']['name']} ({record['data']['encoding']}), "
-        f"{record['split']} set of {examples}; the run itself has {100 * record['run_top1']:.2f}. Weights are widened "
-        "again when a net is loaded: what is saved is storage.\n"
+        + f"\n{record['name']}, seed {record['seed']}, {record['data']['name']} "
+        f"({coding(record['data']['encoding'])}), {record['split']} set of {examples}; the run itself has "
+        f"{100 * record['run_top1']:.2f}. Weights are widened again when a net is loaded: what is saved is storage.\n"
+    )
+
+
+def collectives_table(record: dict[str, Any]) -> str:
+    """What an update's reductions carry, as Markdown."""
+    header = ("recipe", "whole MB", "retained MB", "times fewer", "of convolutions", "bfloat16 MB")
+    rows = []
+    for row in record["rows"]:
+        whole, compact = row["float32"]["dense"], row["float32"]["compact"]
+        convolutions = row["convolutions"]["dense"] / row["convolutions"]["compact"]
+        rows.append((
+            row["name"], f"{whole / _MB:.2f}", f"{compact / _MB:.2f}", f"{whole / compact:.2f}x",
+            f"{convolutions:.2f}x", f"{row['bfloat16']['compact'] / _MB:.2f}",
+        ))
+    where = record["setting"]
+    return (
+        f"What a device puts into an update's all-reduce, read from programs compiled for {record['devices']} devices: "
+        "the whole gradient in float32, and the retained weights alone (`ct.reduction`), from the prune on. Masks by "
+        f"the size of freshly initialised weights. jax {where['versions']['jax']}, {where['date'][:10]}.\n\n"
+        f"{markdown_table(header, rows)}"
     )

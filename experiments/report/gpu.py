@@ -7,8 +7,8 @@ from typing import Any
 
 from experiments.configs import price
 from experiments.configs.work import conv_work
-from experiments.records import RunFolder, read_json, read_metrics
-from experiments.report.statistics import markdown_table, mean_spread
+from experiments.records import RUNS, kept, read_json
+from experiments.report.statistics import coding, markdown_table, mean_spread
 
 COMMAND = "python -m experiments bench gpu --out DIR --data.dir PACKED"
 _DIRECTIONS = ("forward", "input gradient", "weight gradient")
@@ -105,12 +105,11 @@ def price_section(folder: Path) -> str:
     """The part of RESULTS.md on the price of a shape; empty where there are no records.
 
     Args:
-        folder: of the run folders, experiments/results/price. Unfinished ones count as far as they got.
+        folder: of the runs, experiments/results/price. Unfinished ones count as far as they got.
     """
     runs: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*/config.json")):
-        run = _run(path.parent)
-        runs.setdefault(run["config"]["name"], []).append(run)
+    for run in kept(folder / RUNS):
+        runs.setdefault(run["name"], []).append(run)
     if not runs:
         return ""
     first = next(run for members in runs.values() for run in members if run["summary"])
@@ -122,7 +121,7 @@ def price_section(folder: Path) -> str:
     summary = first["summary"]
     head = (
         f"## The price of a shape at full width\n\n{_where(first['setting'])}\n\n{summary['net']} on "
-        f"{summary['dataset']} ({summary['encoding']}), {summary['epochs']} epochs, bfloat16; recipes in "
+        f"{summary['dataset']} ({coding(summary['encoding'])}), {summary['epochs']} epochs, bfloat16; recipes in "
         f"`experiments.configs.{price.GROUP}`: kernels removed one by one (1x1) or in tiles of (filters, channels), 9x "
         "fewer weights of convolutions, and dense nets that are narrow instead. Top-1 in percent on the "
         f"{summary['eval_split']} set; mean ± standard deviation where there are several seeds. What a run did not "
@@ -137,18 +136,11 @@ def price_section(folder: Path) -> str:
     return f"{head}\n{markdown_table(header, [_price_row(name, runs[name]) for name in names])}"
 
 
-def _run(folder: Path) -> dict[str, Any]:
-    return {
-        "config": read_json(folder / "config.json"), "setting": read_json(folder / "setting.json"),
-        "summary": RunFolder(folder).summary(), "epochs": read_metrics(folder),
-    }
-
-
 def _price_row(name: str, members: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     config, summaries = members[0]["config"], [run["summary"] for run in members if run["summary"]]
     top1 = []
     for epochs in _COMPARED:
-        lines = [line for run in members for line in run["epochs"] if line["epoch"] == epochs - 1]
+        lines = [line for run in members for line in run["metrics"] if line["epoch"] == epochs - 1]
         top1.append(mean_spread([line["eval_top1"] for line in lines], scale=100) if lines else "")
     weights, work = conv_work(config["net"], config["width"])
     whole, _ = conv_work(config["net"], 1.0)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.report.results import machine
-from experiments.report.statistics import markdown_table, mean_spread, paired
+from experiments.report.statistics import coding, markdown_table, mean_spread, paired
 
 NAMES = {"taylor": "taylor", "group_taylor": "group_taylor", "magnitude": "magnitude", "random": "random scores",
          "dense": "not pruned"}
@@ -33,8 +33,8 @@ def generate(record: dict[str, Any], plot_file: str | None = None) -> str:
         f"## Importance: {config['net']} of width {config['width']:g} on {record['dataset']}\n\n"
         f"`{_command(record)}`; {machine(record)}; jax {where['versions']['jax']}; {where['date'][:10]}; "
         f"{record['seconds'] / 60:.0f} minutes.{partial}\n\n"
-        f"Single kernels of nets trained dense ({record['train_examples']:,} images, {record['encoding']}) are set to "
-        "zero; the true change of the loss is measured on validation images, the test set is not read. Rank "
+        f"Single kernels of nets trained dense ({record['train_examples']:,} images, {coding(record['encoding'])}) are "
+        "set to zero; the true change of the loss is measured on validation images, the test set is not read. Rank "
         "correlation (Spearman) of each criterion's kernel scores with its size and with the signed change (positive: "
         "the loss rises), in each layer, then averaged over the layers, and over the kernels of all layers together. "
         "N: training batches that a score is the mean of, at fixed weights. ± is the standard deviation over disjoint "

@@ -5,27 +5,47 @@ from typing import Any
 
 from experiments import configs
 from experiments.configs import TrainConfig
-from experiments.configs.work import planned_multiply_adds
+from experiments.records import setting
 from experiments.report import results
-from experiments.report.statistics import mean_spread
+from experiments.report.pace import Pace, hours
+from experiments.report.statistics import coding, mean_spread
 
 
-def overview() -> str:
-    """A line for each config: its work from shapes, its figures from what is published and from the records."""
+def overview(word: str = "") -> str:
+    """A line for each config: its time on this machine, its figures from what is published and from the records.
+
+    Args:
+        word: only configs that have it in their name, net or data set.
+
+    Raises:
+        ValueError: there are none.
+    """
     records = results.records()
-    lines = [f"{'name':<37}{'net':<16}{'epochs':>6}  {'select, prune':<14}{'training work':<15}expected"]
-    for config in configs.all_configs().values():
+    pace = Pace.of(records, setting())
+    chosen = [config for config in configs.all_configs().values() if word.lower() in _words(config)]
+    if not chosen:
+        raise ValueError(f"no recipe has {word!r} in its name, net or data set; without a word all are listed")
+    lines = [f"{'name':<37}{'net':<16}{'epochs':>6}  {'time here':<11}expected"]
+    for config in chosen:
         net = config.net if config.width == 1 else f"{config.net} x{config.width:g}"
-        when = "" if config.prune is None else f"{config.prune.select_epoch}, {config.prune.prune_epoch}"
         lines.append(
-            f"{config.name:<37}{net:<16}{config.total_epochs:>6}  {when:<14}{_work(config):<15}"
+            f"{config.name:<37}{net:<16}{config.total_epochs:>6}  {_time(config, pace):<11}"
             f"{config.expected}; {measured(config, records)}"
         )
     lines.append(
-        "\nTraining work: dense multiply-adds, forward and backward, 1 T = 1e12. Published figures are best epochs; "
-        "measured ones are final epochs, mean ± standard deviation."
+        f"\nTime here: of one run on this machine, with all its epochs; ~ is an estimate ({pace.source}). Published "
+        "figures are best epochs; measured ones are final epochs, mean ± standard deviation."
     )
     return "\n".join(lines)
+
+
+def _words(config: TrainConfig) -> str:
+    return f"{config.name} {config.net} {config.data.name}".lower()
+
+
+def _time(config: TrainConfig, pace: Pace) -> str:
+    seconds = pace.seconds(config)
+    return "unknown" if seconds is None else f"{'' if pace.has(config) else '~'}{hours(seconds)}"
 
 
 def measured(config: TrainConfig, records: Sequence[dict[str, Any]]) -> str:
@@ -35,9 +55,6 @@ def measured(config: TrainConfig, records: Sequence[dict[str, Any]]) -> str:
         return "not measured here"
     top1 = mean_spread([record["final_top1"] for record in mine], scale=100)
     seconds = mean_spread([record["train_and_compile_seconds"] for record in mine], digits=0)
-    return f"measured {top1} (n={len(mine)}, {mine[0]['encoding']} images), {seconds} s on {results.machine(mine[0])}"
+    images = coding(mine[0]["encoding"])
+    return f"measured {top1} (n={len(mine)}, {images} images), {seconds} s on {results.machine(mine[0])}"
 
-
-def _work(config: TrainConfig) -> str:
-    total = planned_multiply_adds(config)
-    return f"{total / 1e12:,.1f} T" if total < 1e14 else f"{total / 1e12:,.0f} T"

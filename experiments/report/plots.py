@@ -1,5 +1,6 @@
 """Pictures of runs: accuracy by epoch, which patterns were chosen, what each layer retains."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def _accuracy(axes: Any, dense: Sequence[Run], pruned: Sequence[Run], config: Tr
              ("pruned", prune.prune_epoch, config.epochs))
     for phase, first, end in edges:
         axes.axvspan(first, end, color=_PHASE_COLOURS[phase], zorder=0)
-        axes.text((first + end) / 2, 0.02, phase, transform=axes.get_xaxis_transform(), ha="center", color="#666666")
+        # Above the axes, where no curve runs through it.
+        axes.text((first + end) / 2, 1.01, phase, transform=axes.get_xaxis_transform(), ha="center", color="#666666")
     for runs, colour, label in ((dense, DENSE_COLOUR, "dense"), (pruned, PRUNED_COLOUR, "ClickTrain")):
         curves = [[(line["epoch"] + 1, 100 * line["eval_top1"]) for line in lines if "eval_top1" in line]
                   for _, lines in runs]
@@ -54,12 +56,24 @@ def _accuracy(axes: Any, dense: Sequence[Run], pruned: Sequence[Run], config: Tr
         axes.plot([epoch for epoch, _ in curves[0]], mean, color=colour, linewidth=2, label=f"{label} (n={len(runs)})")
     axes.axvline(prune.select_epoch, color="#c77700", linestyle=":", label="masks chosen")
     axes.axvline(prune.prune_epoch, color="#c70039", linestyle="--", label="pruned")
-    lows = [100 * line["eval_top1"] for _, lines in (*dense, *pruned) for line in lines if "eval_top1" in line]
-    # The first epochs would squeeze all that matters into the top of the plot.
-    axes.set_ylim(max(0.0, float(np.percentile(lows, 12)) - 3), min(100.0, max(lows) + 1.5))
+    axes.set_ylim(*accuracy_range(
+        [[100 * line["eval_top1"] for line in lines if "eval_top1" in line] for _, lines in (*dense, *pruned)]
+    ))
     axes.set(xlim=(0, config.epochs), xlabel="epochs", ylabel="top-1, %")
-    axes.set_title("Accuracy by epoch: thin lines are single seeds", fontsize=10)
-    axes.legend(loc="center right")
+    axes.set_title("Accuracy by epoch: thin lines are single seeds", fontsize=10, pad=18)
+    # Beside the curves, not across them.
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def accuracy_range(curves: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Lowest and highest percent of an axis: all epochs but the first eighth, the dip after the prune among them.
+
+    Args:
+        curves: top-1 in percent, epoch by epoch; not all empty.
+    """
+    # The first epochs would squeeze all that matters into the top of the plot.
+    shown = [value for curve in curves for value in curve[len(curve) // 8 :]]
+    return max(0.0, 5 * math.floor((min(shown) - 1) / 5)), min(100.0, 5 * math.ceil((max(shown) + 1) / 5))
 
 
 def _layers(axes: Any, pruned: Sequence[Run]) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 from experiments import configs
 from experiments.configs import TrainConfig
 from experiments.configs import published as recipes
+from experiments.data import is_lossy
 from experiments.records import differences
 from experiments.report import results
 from experiments.report.comparison import NOT_RUN, csv_text
-from experiments.report.statistics import markdown_table, mean_spread, paired
+from experiments.report.statistics import coding, markdown_table, mean_spread, paired
 
 GROUP = "published"
 CSV = "published.csv"
@@ -68,16 +69,24 @@ def generate(found: Sequence[dict[str, Any]]) -> str:
     """
     parts = [_HEAD]
     for (net, dataset), rows in _tables(found).items():
-        jpeg = any(record["encoding"] == "jpeg" for row in rows for record in row["runs"])
-        mark = "Images were JPEG-coded: absolute accuracies not comparable with published ones.\n\n" if jpeg else ""
+        encodings = sorted({record["encoding"] for row in rows for record in row["runs"]})
+        mark = f"Images: {'; '.join(map(coding, encodings))}" if encodings else ""
+        if any(map(is_lossy, encodings)):
+            mark += ": absolute accuracies not comparable with published ones"
+        mark += ".\n\n" if mark else ""
         parts.append(f"### {net} on {dataset}\n\n{mark}{markdown_table(_COLUMNS, [_cells(row) for row in rows])}")
     return "\n".join(parts)
 
 
 def to_csv(found: Sequence[dict[str, Any]]) -> str:
     """All tables in one CSV file."""
-    rows = [(net, dataset, *_cells(row)) for (net, dataset), rows in _tables(found).items() for row in rows]
-    return csv_text(("net", "data set", *_COLUMNS), rows)
+    tables = _tables(found).items()
+    rows = [(net, dataset, _codings(row), *_cells(row)) for (net, dataset), rows in tables for row in rows]
+    return csv_text(("net", "data set", "images", *_COLUMNS), rows)
+
+
+def _codings(row: dict[str, Any]) -> str:
+    return "; ".join(sorted({coding(record["encoding"]) for record in row["runs"]}))
 
 
 def _tables(found: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:

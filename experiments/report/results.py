@@ -1,13 +1,12 @@
-"""RESULTS.md from the committed records: the run folders below experiments/results."""
+"""RESULTS.md from the committed records: the runs.jsonl of each folder below experiments/results."""
 
-import contextlib
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.configs import TrainConfig, from_dict, to_dict
-from experiments.records import differences, identity, read_json
-from experiments.report.statistics import markdown_table, mean_spread, paired
+from experiments.configs import TrainConfig
+from experiments.records import RUNS, differences, identity, kept
+from experiments.report.statistics import coding, markdown_table, mean_spread, paired
 
 RECORDS = Path(__file__).parents[1] / "results"
 RESULTS_FILE = Path(__file__).parents[2] / "RESULTS.md"
@@ -17,7 +16,8 @@ Generated from the records in experiments/results by `python -m experiments tabl
 The methods that ClickTrain is compared with come first, then the authors' recipes, then single studies. Accuracies are
 top-1 in percent, mean ± standard deviation over the seeds; "drop" is against the dense run of the same seed. "Best" is
 the best epoch after the prune (of all epochs for dense runs). Compression counts all convolutions, shortcuts too, and
-all trained parameters. Ratios of speed are in BENCHMARKS.md.
+all trained parameters. Every section names how its images were stored; accuracies on images that a lossy coding changed
+do not compare with published ones. Ratios of speed are in BENCHMARKS.md.
 """
 _COLUMNS = ("run", "n", "final", "drop", "best", "conv", "model", "machine", "date")
 
@@ -25,20 +25,18 @@ _COLUMNS = ("run", "n", "final", "drop", "best", "conv", "model", "machine", "da
 def records(folder: Path = RECORDS) -> list[dict[str, Any]]:
     """Every finished run below a folder: its summary, with ``setting``, ``config`` and ``group`` (its folder)."""
     found = []
-    for path in sorted(folder.glob("*/*/summary.json")):
-        run = path.parent
-        extra = {
-            "setting": read_json(run / "setting.json"),
-            "config": read_json(run / "config.json"),
-            "group": run.parent.name,
-        }
-        found.append(read_json(path) | extra)
+    for file in sorted(folder.glob(f"*/{RUNS}")):
+        for run in kept(file):
+            if run["summary"] is not None:
+                found.append(run["summary"] | {"setting": run["setting"], "config": run["config"]})
+                found[-1]["group"] = file.parent.name
     return found
 
 
 def is_record_of(record: dict[str, Any], config: TrainConfig) -> bool:
-    """True when a record was made with this config, its seed and where its data lie apart."""
-    return not any(field for field, _, _ in differences(record["config"], config) if field != "seed")
+    """True when a record was made with this config, its seed and where its data lie apart, in one go."""
+    others = (field for field, _, _ in differences(record["config"], config) if field != "seed")
+    return "lengthened" not in record["setting"] and not any(others)
 
 
 def machine(record: dict[str, Any]) -> str:
@@ -75,26 +73,19 @@ def write(text: str, path: Path = RESULTS_FILE) -> bool:
 def _section(group: str, found: list[dict[str, Any]]) -> str:
     first = found[0]
     title = (
-        f"## {group}\n\n{first['dataset']} ({first['encoding']}), {first['train_examples']:,} training images, "
+        f"## {group}\n\n{first['dataset']} ({coding(first['encoding'])}), {first['train_examples']:,} training images, "
         f"evaluated on the {first['eval_split']} set of {first['eval_examples']:,}; {first['net']} of width "
         f"{first['width']:g}, {first['epochs']} epochs.\n"
     )
     runs: dict[str, list[dict[str, Any]]] = {}
     for record in found:
         # One row for each config, its seed apart.
-        runs.setdefault(_identity(record["config"]), []).append(record)
+        runs.setdefault(identity(record["config"]), []).append(record)
     rows = []
     for members in sorted(runs.values(), key=lambda group: (_rate(group[0]), group[0]["method"] != "dense")):
         name = f"{members[0]['name']}, lr {_rate(members[0]):g}"
         rows.append(_row(name, members, _dense_beside(members[0], found)))
     return title + "\n" + markdown_table(_COLUMNS, rows)
-
-
-def _identity(stored: dict[str, Any]) -> str:
-    """Of a config, the fields added since it was stored having their defaults."""
-    with contextlib.suppress(ValueError):
-        stored = to_dict(from_dict(stored))
-    return identity(stored)
 
 
 def _rate(record: dict[str, Any]) -> float:

@@ -4,6 +4,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from experiments.data import is_lossy
+
 
 def mean_spread(values: Sequence[float], *, scale: float = 1.0, digits: int = 2) -> str:
     """``"98.72 ± 0.10"``: mean and sample standard deviation; one value has no spread."""
@@ -26,6 +28,11 @@ def paired(values: dict[int, float], against: dict[int, float], *, scale: float 
     sign = "+" if round(mean, digits) > 0 else ""
     mean = 0.0 if math.isclose(round(mean, digits), 0.0) else mean
     return f"{sign}{mean:.{digits}f}{spread}"
+
+
+def coding(encoding: str) -> str:
+    """How images were stored, for a table: ``"png"``, ``"jpeg, lossy"``."""
+    return f"{encoding}, lossy" if is_lossy(encoding) else encoding
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ def run(
     data_dir: str | None = None,
     only: str = "",
     timing: bool = True,
+    records: Path | None = None,
     say: Callable[[str], None] = jobs.say_line,
 ) -> dict[str, Any]:
     """Run a study, or go on where an earlier call stopped.
@@ -51,6 +53,7 @@ def run(
         data_dir: where the images are.
         only: a regular expression; cells that it is not found in are left out, the dense one apart.
         timing: measure the nets of the first seed side by side.
+        records: a folder; what is kept of a run is copied into its ``compare-NAME`` as soon as the run is finished.
         say: is given a line about each run.
 
     Returns:
@@ -85,17 +88,36 @@ def run(
         for cell in cells:  # what is pruned after training shares the dense run's learning rate, whatever is tuned
             if cell.config.retrain is not None:
                 tuned[cell.name] = with_field(tuned[cell.name], *chosen[_DENSE_GROUP])
-        wanted = maker.jobs([(tuned[cell.name], seed) for seed in seeds for cell in cells], workdir)
+        ordered = sorted(
+            ((cell, seed) for seed in seeds for cell in cells),
+            key=lambda one: bool(study.first) and one[0].name not in study.first,
+        )
+        wanted = maker.jobs([(tuned[cell.name], seed) for cell, seed in ordered], workdir)
+
+        turn = threading.Lock()
+
+        def keep() -> None:
+            with turn:
+                write_json(workdir / "study.json", _describe(study, workdir, tuning_seeds, chosen))
+                if records is not None:
+                    collect(study, workdir, records)
+
+        def told(line: str) -> None:
+            keep()
+            say(line)
+
         # Each process measures for itself how the pruned phase runs: what earlier runs found would hide its cost.
         with (
             tempfile.TemporaryDirectory() as empty,
             jobs.crew(workers, environment={ENVIRONMENT: empty}) as crew,
         ):
-            jobs.do_all(wanted, crew, deadline, failed, say)
-        write_json(workdir / "study.json", _describe(study, workdir, tuning_seeds, chosen))
+            jobs.do_all(wanted, crew, deadline, failed, told)
+        keep()
     unfinished = _unfinished(wanted, failed)
     if timing and wanted:
         _time(study, workdir, seeds[0], data_dir, say)
+        if records is not None:
+            collect(study, workdir, records)
     finished = sum(job.finished() for job in wanted)
     return {"finished": finished, "missing": len(missing) + len(unfinished), "failed": failed}
 
@@ -115,10 +137,12 @@ def collect(study: Study, workdir: Path, records: Path) -> int:
 
 
 def with_field(config: TrainConfig, field: str, value: Any) -> TrainConfig:
-    """A config with one field changed; a dot leads into a part of it."""
+    """A config with one field changed; a dot leads into a part of it, and what is no field is one of its method's."""
     head, _, rest = field.partition(".")
+    if not any(head == own.name for own in dataclasses.fields(config)):
+        head, rest = "method", field
     if rest:
-        value = dataclasses.replace(getattr(config, head), **{rest: value})
+        value = with_field(getattr(config, head), rest, value)
     return dataclasses.replace(config, **{head: value})
 
 
@@ -196,6 +220,8 @@ def _trial(study: Study, tuning: Tuning, value: Any, chosen: dict[str, tuple[str
     if _DENSE_GROUP in chosen:
         config = with_field(config, *chosen[_DENSE_GROUP])
     config = with_field(config, tuning.field, value)
+    if tuning.epochs is not None:
+        config = dataclasses.replace(config, epochs=tuning.epochs)
     data = dataclasses.replace(config.data, eval_split="validation")
     return dataclasses.replace(config, name=f"{config.name}-{tuning.field}-{value:g}", data=data)
 
@@ -234,6 +260,7 @@ def _describe(
     tuned = earlier | {
         tuning.group: {
             "cell": study.cell(tuning.cell).config.name, "group": tuning.group, "field": tuning.field,
+            **({} if tuning.epochs is None else {"epochs": tuning.epochs}),
             "trials": _scores(study, tuning, folder, seeds, chosen), "chosen": chosen[tuning.group][1],
         }
         for tuning in study.tunings

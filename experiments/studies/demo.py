@@ -9,7 +9,7 @@ from experiments import configs
 from experiments.data import load
 from experiments.records import read_metrics, setting
 from experiments.report.plots import Run, compare_runs
-from experiments.report.statistics import markdown_table, mean_spread, paired
+from experiments.report.statistics import coding, markdown_table, mean_spread, paired
 from experiments.studies import export
 from experiments.train.loop import train
 from experiments.train.step import Trainer
@@ -84,7 +84,8 @@ def make_table(dense: list[Run], pruned: list[Run]) -> str:
     return (
         markdown_table(header, rows)
         + f"\nFinal top-1 against the dense net of the same seed: {difference} points. Mean ± standard deviation over "
-        f"{len(dense)} seeds; test set of {first['eval_examples']}; {first['epochs']} epochs each; seconds without "
-        f"evaluation; compiling once for all seeds.\n{where['cpu']['model']}, {where['cpu']['cores']} cores, "
+        f"{len(dense)} seeds; {first['dataset']} ({coding(first['encoding'])}), test set of "
+        f"{first['eval_examples']}; {first['epochs']} epochs each; seconds without evaluation; compiling once for "
+        f"all seeds.\n{where['cpu']['model']}, {where['cpu']['cores']} cores, "
         f"{where['device']['kind']}, jax {where['versions']['jax']}.\n"
     )

@@ -64,8 +64,8 @@ def restore(run: Path, data_dir: str | None = None) -> Restored:
         ValueError: no run folder, no checkpoint, or other images.
     """
     config = read_config(run)
-    dataset = load(config.data if data_dir is None else dataclasses.replace(config.data, dir=data_dir))
     folder = RunFolder(run)
+    dataset = load(folder.data(config) if data_dir is None else dataclasses.replace(config.data, dir=data_dir))
     folder.check(config, dataset.fingerprint)
     trainer = Trainer(config, dataset)
     if not folder.checkpoints.exists():
@@ -196,7 +196,7 @@ def evaluate_export(path: Path, data_dir: str | None = None) -> dict[str, Any]:
 
     Args:
         path: its folder.
-        data_dir: where the images are; the export does not tell.
+        data_dir: where the images are; an export within its run's folder finds them where the run did.
 
     Returns:
         ``{"name", "split", "examples", "top1", "exported_top1", "run_top1"}``: measured now, when it was exported, and
@@ -209,7 +209,12 @@ def evaluate_export(path: Path, data_dir: str | None = None) -> dict[str, Any]:
     facts = manifest["facts"]
     if not {"run", "data", "accuracy"} <= facts.keys():
         raise ValueError(f"{path} was not exported from a run folder: its data set is not known")
-    dataset = load(DataConfig(**{**facts["run"]["config"]["data"], "dir": data_dir}))
+    data = DataConfig(**{**facts["run"]["config"]["data"], "dir": data_dir})
+    # In its run's folder, as `export RUN` puts it.
+    run = Path(path).resolve().parent
+    if data_dir is None and (run / "config.json").exists():
+        data = RunFolder(run).data(read_config(run))
+    dataset = load(data)
     if dataset.fingerprint != facts["data"]["fingerprint"]:
         raise ValueError(
             f"{path} was evaluated on other images (fingerprint {facts['data']['fingerprint']}, "

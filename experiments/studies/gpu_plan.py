@@ -11,9 +11,7 @@ import dataclasses
 import functools
 import os
 import re
-import shutil
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,23 +21,17 @@ from typing import Any
 from experiments import configs
 from experiments.configs import TrainConfig, compare
 from experiments.configs.work import planned_multiply_adds
-from experiments.records import RECORD_FILES, RunFolder, read_metrics
+from experiments.records import RUNS, RunFolder, keep, read_metrics
 from experiments.report import published, results
+from experiments.report.pace import SHARE_OF_PEAK, estimate_seconds
 from experiments.report.statistics import markdown_table
 
-# Assumed until something was measured on the machine: a card's share of its peak in bfloat16; the peak of one that is
-# not in `published.PEAK_FLOPS`; what a CPU core does; seconds of compiling.
-SHARE_OF_PEAK = 0.15
-OTHER_PEAK_FLOPS = 150e12
-CPU_CORE_FLOPS = 4e10
-COMPILE_S = 60.0
 PIECE_S = 600.0
 # To end an epoch, save and leave.
 MARGIN_S = 20.0
 _AGAIN_S = 1.0
 # Saving every epoch of a quarter of a second would be most of the time; a stop saves the epoch it comes in.
 _CHECKPOINT_EVERY = 10
-_SETS = ("cifar10", "cifar100")
 _FORM = re.compile(r"(gpu|cpu)-(\d+(?:\.\d+)?)min")
 
 
@@ -122,37 +114,6 @@ def _full(name: str, seed: int) -> Entry:
     return Entry(dataclasses.replace(config, seed=seed, precision="bfloat16", loop=loop), published.GROUP)
 
 
-def estimate_seconds(config: TrainConfig, kind: str, device: str, found: Sequence[dict[str, Any]], cores: int) -> float:
-    """Seconds of a whole run, compiling and evaluation among them.
-
-    Args:
-        config: the run.
-        kind: "gpu" or "cpu".
-        device: jax's name of it.
-        found: records made on this machine; of the same config they are the estimate, of the same net, or else of any,
-            they give the pace in multiply-adds.
-        cores: of a CPU.
-    """
-
-    def whole(record: dict[str, Any]) -> float:
-        return record["train_and_compile_seconds"] + record["eval_seconds"]
-
-    same = [record for record in found if (record["name"], record["epochs"]) == (config.name, config.total_epochs)]
-    if same:
-        return statistics.fmean(map(whole, same))
-    work = planned_multiply_adds(config)
-    known = configs.all_configs()
-    measured = [record for record in found if record["name"] in known and known[record["name"]].data.name in _SETS]
-    near = [record for record in measured if record["net"] == config.net] or measured
-    if near:
-        return work * sum(map(whole, near)) / sum(planned_multiply_adds(known[record["name"]]) for record in near)
-    if kind == "gpu":
-        flops = SHARE_OF_PEAK * (published.peak_flops(device) or OTHER_PEAK_FLOPS)
-    else:
-        flops = cores * CPU_CORE_FLOPS
-    return 2 * work / flops + COMPILE_S
-
-
 @dataclasses.dataclass(frozen=True)
 class Standing:
     """Where an entry stands: epochs done of all, seconds that are left by estimate, its summary when finished."""
@@ -222,6 +183,23 @@ def describe(standing: Sequence[Standing]) -> str:
     )
     header = ("", "run", "seed", "T multiply-adds", "state", "training s", "images/s")
     return f"{markdown_table(header, rows)}{words}"
+
+
+def shown(budget: str, workdir: Path | None = None) -> str:
+    """The plan of a budget as a table, on any machine; nothing is run.
+
+    Raises:
+        ValueError: a bad budget.
+    """
+    import jax
+
+    from experiments.records import setting
+
+    kind, minutes = parse(budget)
+    entries, found = plan(kind), results.records()
+    text = describe(standings(kind, entries, workdir or Path("runs") / f"plan-{kind}", found, setting()))
+    other = "" if jax.default_backend() == kind else f" jax sees no {kind} here: times are of a usual one."
+    return f"{text}{minutes:g} minutes would be spent from the top of what is missing.{other}"
 
 
 def _say(line: str) -> None:
@@ -304,7 +282,10 @@ def run(
             except (ValueError, loop.NonFiniteLoss, jax.errors.JaxRuntimeError) as error:
                 failed[entry.name] = str(error)
                 say(f"{entry.name}: failed: {error}")
-    collected = sum(_collect(workdir / entry.name, records / entry.group / entry.name) for entry in entries)
+    collected = 0
+    for entry in entries:
+        if RunFolder(workdir / entry.name).summary() is not None:
+            collected += keep(records / entry.group / RUNS, [RunFolder(workdir / entry.name).record()])
     left = [one for one in standings(kind, entries, workdir, found, where) if not one.finished]
     missing = sum(one.entry.name not in failed for one in left)
     return {"finished": len(entries) - len(left), "missing": missing, "failed": failed, "collected": collected}
@@ -317,16 +298,6 @@ def _in_the_loop() -> Callable[[TrainConfig, Path], dict[str, Any]]:
 
     loaded = functools.cache(load)
     return lambda config, folder: loop.train(config, folder, dataset=loaded(config.data))
-
-
-def _collect(run_folder: Path, target: Path) -> bool:
-    """Copy what is kept of a run, if it is finished."""
-    if RunFolder(run_folder).summary() is None:
-        return False
-    target.mkdir(parents=True, exist_ok=True)
-    for name in RECORD_FILES:
-        shutil.copyfile(run_folder / name, target / name)
-    return True
 
 
 class _Deadline:

@@ -8,8 +8,6 @@ import dataclasses
 import functools
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -22,9 +20,10 @@ import jax
 
 from experiments.configs.base import TrainConfig, from_dict, to_dict
 from experiments.data import Dataset, load
-from experiments.records import RECORD_FILES, RunFolder, identity
+from experiments.records import RUNS, RunFolder, identity, keep
 from experiments.train.forks import train_forked
 from experiments.train.loop import Interrupted, NonFiniteLoss, train
+from experiments.train.signals import heeded
 from experiments.train.step import Trainer
 
 
@@ -94,23 +93,18 @@ def say_line(line: str) -> None:
 
 
 def collect(workdir: Path, records: Path) -> int:
-    """Copy what is kept of each finished run, checkpoints left out.
+    """Keep the records of all finished runs; checkpoints and where their images lay are left out.
 
     Args:
         workdir: holds run folders NAME-seedN.
-        records: a folder, made when missing; run folders of the same names in it are replaced.
+        records: a folder, made when missing: records of the same runs in its runs.jsonl are replaced.
 
     Returns:
-        How many runs were copied.
+        How many runs there are.
     """
     records.mkdir(parents=True, exist_ok=True)
-    runs = sorted(path.parent for path in workdir.glob("*-seed*/summary.json"))
-    for run_folder in runs:
-        target = records / run_folder.name
-        target.mkdir(exist_ok=True)
-        for name in RECORD_FILES:
-            shutil.copyfile(run_folder / name, target / name)
-    return len(runs)
+    finished = sorted(path.parent for path in workdir.glob("*-seed*/summary.json"))
+    return keep(records / RUNS, (RunFolder(folder).record() for folder in finished))
 
 
 def do_all(
@@ -231,28 +225,19 @@ def crew(
     cache = None if cache is None else cache.resolve()
     found = [_Worker(None if workers == 1 else cores[index], cache, environment or {}) for index in range(workers)]
 
-    stopped_by: list[int] = []
-
-    def forward(number: int, _: Any) -> None:
-        stopped_by.append(number)
+    def forward(number: int) -> None:
         for worker in found:
             worker.process.terminate()  # one that trains saves first, an idle one is gone at once
 
-    previous = {}
-    with contextlib.suppress(ValueError):  # not the main thread: signals are not ours to take
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, forward)
-    try:
-        yield found
-    except (RuntimeError, Interrupted):
-        if stopped_by:
-            raise Interrupted(stopped_by[0], 0) from None
-        raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        for worker in found:
-            worker.close()
+    with heeded(forward) as stop:
+        try:
+            yield found
+        except (RuntimeError, Interrupted):
+            stop.check(0)
+            raise
+        finally:
+            for worker in found:
+                worker.close()
 
 
 def _serve(cache: str | None = None) -> None:

@@ -16,8 +16,8 @@ import optax
 
 import clicktrain_jax as ct
 from clicktrain_jax import models
-from clicktrain_jax.baselines import living_channels, prunetrain
 from clicktrain_jax.channels import channel_nodes, narrow, narrow_shapes, widths
+from clicktrain_jax.methods import living_channels, prunetrain
 from experiments.train.state import TrainState
 
 _PARAMS, _STATS = "params/", "batch_stats/"

@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import math
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +19,12 @@ from experiments.data import Dataset, load
 from experiments.records import RunFolder, differences, read_metrics
 from experiments.train.checkpoints import Checkpoints, digest
 from experiments.train.costs import multiply_adds
+from experiments.train.progress import Hook, ask, telling
+from experiments.train.signals import Interrupted, heeded
 from experiments.train.state import NonFinite, TrainState
 from experiments.train.step import Trainer
 
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its newest checkpoint holds ``epochs_saved`` whole epochs."""
-
-    def __init__(self, signal_number: int, epochs_saved: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
-        self.signal_number = signal_number
-        self.epochs_saved = epochs_saved
+__all__ = ["Interrupted", "NonFiniteLoss", "summarise", "template", "train"]
 
 
 class NonFiniteLoss(RuntimeError):
@@ -39,7 +32,12 @@ class NonFiniteLoss(RuntimeError):
 
 
 def train(
-    config: TrainConfig, workdir: Path, *, dataset: Dataset | None = None, trainer: Trainer | None = None
+    config: TrainConfig,
+    workdir: Path,
+    *,
+    dataset: Dataset | None = None,
+    trainer: Trainer | None = None,
+    on_epoch: Hook | None = None,
 ) -> dict[str, Any]:
     """Train one run to its end, from wherever its folder stands.
 
@@ -49,15 +47,21 @@ def train(
             returned as it is.
         dataset: what `experiments.data.load` returns for the config; loaded when None.
         trainer: compiled programs to share between seeds, of the same config but for the seed; made when None.
+        on_epoch: called after every epoch with its line of metrics.jsonl (``epoch`` from 0, ``phases``, ``train_loss``,
+            ``train_top1``, ``sparsity``, ``learning_rate``, seconds, and ``eval_loss``, ``eval_top1`` where it was
+            evaluated) and ``layers``, the share of zeros by convolution. Returning True stops the run, and so does an
+            exception, which is raised again; the epoch is saved first, and the same call goes on after it.
 
     Returns:
-        The summary, as in summary.json.
+        The summary, as in summary.json; of a run that its hook stopped, the same of the epochs so far, which is not
+        written, with ``stopped_after_epochs``.
 
     Raises:
         ValueError: bad config, missing data, a folder of another run, a trainer of another config, checkpoints
             none of which can be read.
         Interrupted: SIGINT or SIGTERM came.
         NonFiniteLoss: training diverged.
+        Exception: whatever ``on_epoch`` raises.
     """
     if trainer is not None and any(field != "seed" for field, _, _ in differences(to_dict(trainer.config), config)):
         raise ValueError(f"the trainer was made for another config, {trainer.config.name!r}: make one for this run")
@@ -85,11 +89,17 @@ def train(
         # A resumed run goes on in the way that it began, whatever would be measured now.
         before = _pruned_convolution(lines)
         trainer.pruned.begin(None if before is None else before["way"])
-        bar = stack.enter_context(_progress(config, saved, trainer.steps_per_epoch))
-        events = stack.enter_context(_event_log(config, folder.path, saved))
-        stop = stack.enter_context(_signals())
+        progress = stack.enter_context(telling(config, trainer, saved, folder.path))
+        stop = stack.enter_context(heeded())
+
+        def on_step(count: int) -> None:
+            progress.step(count)
+            # After an epoch's last update the epoch is finished and saved first.
+            if count < trainer.steps_per_epoch:
+                stop.check(saved)
+
         for epoch in range(saved, config.total_epochs):
-            on_step = _watch(bar, stop, trainer.steps_per_epoch, saved)
+            progress.begin(epoch)
             try:
                 state, line = _epoch(trainer, state, epoch, config, on_step)
             except NonFinite as error:
@@ -99,15 +109,23 @@ def train(
                 ) from error
             if epoch == 0:
                 line["compile_seconds"] += compiled_for_init
+            facts, layers = progress.facts(epoch, state)
+            line |= facts
             folder.append_metrics(line)
             lines.append(line)
-            if stop.signal_number is not None or _due(epoch, config.loop.checkpoint_every_epochs, config):
+            progress.end(line, layers)
+            asked = ask(on_epoch, line | {"layers": layers})
+            if asked or stop.signal_number is not None or _due(epoch, config.loop.checkpoint_every_epochs, config):
                 checkpoints.save(epoch + 1, state)
                 saved = epoch + 1
-            events(line)
-            bar.set_postfix(loss=f"{line['train_loss']:.3f}", top1=f"{100 * line.get('eval_top1', math.nan):.2f}")
+            if isinstance(asked, Exception):
+                raise asked
             if epoch + 1 < config.total_epochs:
                 stop.check(saved)
+                if asked:
+                    if not any("eval_top1" in one for one in lines):
+                        line["eval_loss"], line["eval_top1"] = trainer.evaluate(state)
+                    return summarise(trainer, config, state, lines) | {"stopped_after_epochs": saved}
         summary = summarise(trainer, config, state, lines)
         folder.write_summary(summary)
         # One that came during the last epoch: the run is complete, but whoever sent it wants no further one.
@@ -123,7 +141,7 @@ def template(trainer: Trainer, folder: RunFolder, fresh: TrainState) -> Any:
         folder: where its epochs' lines tell how a net became smaller.
         fresh: what `Trainer.init` returns.
     """
-    channels = trainer.method.channels
+    channels = trainer.channels
     if channels is None:
         return fresh
     facts = {line["epoch"]: line["channels"] for line in read_metrics(folder.path) if "channels" in line}
@@ -135,21 +153,6 @@ def template(trainer: Trainer, folder: RunFolder, fresh: TrainState) -> Any:
     return shaped
 
 
-def _watch(bar: Any, stop: "_Stop", steps_per_epoch: int, saved: int) -> Callable[[int], None]:
-    """What happens on the host between two updates."""
-    done = 0
-
-    def on_step(count: int) -> None:
-        nonlocal done
-        bar.update(count - done)
-        done = count
-        # After an epoch's last update the epoch is finished and saved first.
-        if count < steps_per_epoch:
-            stop.check(saved)
-
-    return on_step
-
-
 def _due(epoch: int, every: int, config: TrainConfig) -> bool:
     return (epoch + 1) % every == 0 or epoch + 1 == config.total_epochs
 
@@ -157,7 +160,7 @@ def _due(epoch: int, every: int, config: TrainConfig) -> bool:
 def _epoch(
     trainer: Trainer, state: TrainState, epoch: int, config: TrainConfig, on_step: Callable[[int], None]
 ) -> tuple[TrainState, dict[str, Any]]:
-    compiled_before, start = trainer.compile_seconds, time.perf_counter()
+    compiled_before, start, cpu_start = trainer.compile_seconds, time.perf_counter(), time.process_time()
     state, reconfigured = trainer.between_epochs(state, epoch)
     state, metrics = trainer.run_epoch(state, epoch, config.seed, on_step)
     compiled = trainer.compile_seconds - compiled_before
@@ -167,6 +170,8 @@ def _epoch(
         "train_loss": float(metrics[:, 0].mean()),
         "train_top1": float(metrics[:, 1].mean()),
         "train_seconds": time.perf_counter() - start - compiled,
+        # All threads', compiling among it.
+        "cpu_seconds": time.process_time() - cpu_start,
     }
     line["training_multiply_adds"] = multiply_adds(trainer, state)
     if "select" in line["phases"]:
@@ -219,7 +224,9 @@ def summarise(
         "method": method_name(config),
         "final_top1": evaluated[-1]["eval_top1"],
         "best_top1": max(line["eval_top1"] for line in evaluated),
-        "best_pruned_top1": max(line["eval_top1"] for line in evaluated if line["epoch"] >= prune_epoch),
+        "best_pruned_top1": max(
+            (line["eval_top1"] for line in evaluated if line["epoch"] >= prune_epoch), default=None
+        ),
         "final_loss": evaluated[-1]["eval_loss"],
         "conv_compression": report.conv_compression,
         "conv_compression_without_shortcuts": report.compression_without("shortcut"),
@@ -243,6 +250,7 @@ def summarise(
         "train_seconds": train_seconds,
         "compile_seconds": compile_seconds,
         "train_and_compile_seconds": train_seconds + compile_seconds,
+        "cpu_seconds": sum(line.get("cpu_seconds", 0.0) for line in lines),
         "eval_seconds": sum(line.get("eval_seconds", 0.0) for line in lines),
         "training_multiply_adds": sum(line.get("training_multiply_adds", 0) for line in lines),
         "training_bytes": trainer.program_bytes,
@@ -255,13 +263,7 @@ def summarise(
 
 def method_name(config: TrainConfig) -> str:
     """What a config does, in a word."""
-    if config.retrain is not None:
-        return "pruning after training"
-    if config.sparse is not None:
-        return config.sparse.method
-    if config.channels is not None:
-        return "prunetrain"
-    return "dense" if config.prune is None else "clicktrain"
+    return "dense" if config.method is None else config.method.kind
 
 
 def _selection(state: TrainState) -> dict[str, Any]:
@@ -285,85 +287,6 @@ def _pattern_counts(masks: ct.Masks | None, name: str) -> dict[str, int] | None:
     return dict(zip(map(ct.patterns.to_text, patterns), counts))
 
 
-class _NoBar(contextlib.nullcontext):
-    """Stands in for a progress bar where nobody would see one."""
-
-    def __enter__(self) -> "_NoBar":
-        return self
-
-    def update(self, count: int) -> None:
-        pass
-
-    def set_postfix(self, **figures: str) -> None:
-        pass
-
-
 @jax.jit
 def _all_finite(*trees: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(trees)]))
-
-
-def _progress(config: TrainConfig, start_epoch: int, steps_per_epoch: int) -> Any:
-    if not config.loop.progress or not sys.stderr.isatty():
-        return _NoBar()
-    from tqdm import tqdm
-
-    return tqdm(
-        total=config.total_epochs * steps_per_epoch,
-        initial=start_epoch * steps_per_epoch,
-        desc=f"{config.name} seed {config.seed}",
-        unit="step",
-    )
-
-
-@contextlib.contextmanager
-def _event_log(config: TrainConfig, path: Path, start_epoch: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    if not config.loop.tensorboard:
-        yield lambda line: None
-        return
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ValueError("loop.tensorboard needs the package tensorboardX: pip install tensorboardX") from error
-    with SummaryWriter(str(path / "events"), purge_step=start_epoch) as writer:
-
-        def write(line: dict[str, Any]) -> None:
-            for key, value in line.items():
-                if isinstance(value, float):
-                    writer.add_scalar(key, value, line["epoch"])
-            writer.flush()
-
-        yield write
-
-
-class _Stop:
-    signal_number: int | None = None
-
-    def check(self, epochs_saved: int) -> None:
-        if self.signal_number is not None:
-            raise Interrupted(self.signal_number, epochs_saved)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Turn SIGINT and SIGTERM into a stop between two updates; a second one acts as usual."""
-    stop = _Stop()
-    previous = {}
-
-    def handle(number: int, _: Any) -> None:
-        stop.signal_number = number
-        signal.signal(number, previous[number])  # a second one acts as it did before
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            # None: a handler that was not installed from Python.
-            previous[number] = signal.getsignal(number) or signal.SIG_DFL
-            signal.signal(number, handle)
-    except ValueError:  # not the main thread: signals are not ours to take
-        pass
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            with contextlib.suppress(ValueError):
-                signal.signal(number, handler)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -60,6 +61,24 @@ def structure_names(structures: dict[str, Any]) -> list[str]:
     return ["/".join(path_keys(path)) for path, _ in leaves]
 
 
+def scheduled(net: nn.Module, images: tuple[int, ...], structures: dict[str, Any]) -> dict[str, Any]:
+    """The structures with the worklists of a GPU's kernels, where the net convolves by them.
+
+    Args:
+        net: of the way "pattern_hwnc".
+        images: shape of a batch.
+        structures: of `gaining_structures`.
+    """
+
+    def run(held: dict[str, Any]) -> Any:
+        return net.apply(
+            {"structures": held}, jax.numpy.zeros(images), train=False,
+            mutable=["params", "batch_stats"], rngs={"params": jax.random.key(0)},
+        )
+
+    return jax.tree.map(jax.numpy.asarray, pk.scheduled(run, structures))
+
+
 class PrunedPhase:
     """The choice of a way, made once for each set of masks.
 
@@ -68,9 +87,14 @@ class PrunedPhase:
         plan: the run's.
         facts: what the measurement depends on, beside the masks: the key of the cache.
         hwnc: whether the layout with the batch inside is tried.
+        deal: makes the structures' work even for the device; what `scheduled` does, or nothing.
     """
 
-    def __init__(self, asked: str, plan: Plan | None, facts: Mapping[str, Any], *, hwnc: bool) -> None:
+    def __init__(
+        self, asked: str, plan: Plan | None, facts: Mapping[str, Any], *, hwnc: bool,
+        deal: Callable[[dict[str, Any]], dict[str, Any]] = lambda structures: structures,
+    ) -> None:
+        self._deal = deal
         self.configured, self.asked, self.plan, self.facts = asked, asked, plan, dict(facts)
         self.ways: tuple[Way, ...] = ("dense", "pattern", "pattern_hwnc") if hwnc else ("dense", "pattern")
         self.waited_seconds = 0.0
@@ -110,6 +134,7 @@ class PrunedPhase:
 
         def work() -> None:
             try:
+                self._structures = self._deal(self._structures)
                 for way in self._candidates:
                     compile_way(way, {} if way == "dense" else self._structures)
             except BaseException as error:  # handed to the thread that waits

@@ -16,14 +16,14 @@ import numpy as np
 import clicktrain_jax as ct
 import pallas_kernels as pk
 from clicktrain_jax import models
-from clicktrain_jax.baselines import random_scores
-from clicktrain_jax.masks import build_masks
+from clicktrain_jax.methods import random_scores
 from clicktrain_jax.phases import Phase
 from experiments.configs.base import TrainConfig
 from experiments.data import Dataset
+from experiments.train.channel_pruning import ChannelPruning
 from experiments.train.costs import bytes_of, size_of
 from experiments.train.methods import make_method
-from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of
+from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of, scheduled
 from experiments.train.recipe import make_models, make_optimizer, make_plan, pattern_source
 from experiments.train.state import Images, TrainState
 from experiments.train.update import change_of, evaluation_of, gradient_of, update_step
@@ -83,10 +83,13 @@ class Trainer:
             self.steps_per_epoch, self.plan,
         )
         self.optimizer = self.method.optimizer
+        self.channels = None
+        if config.channels is not None:
+            self.channels = ChannelPruning(self.model, abstract, image_shape, config.channels)
         if config.prune is not None:
             self._set_up_pruning()
         self.pruned = PrunedPhase(
-            config.loop.pruned_convolution, self.plan, facts_of(config, self.plan), hwnc=not on_cpu
+            config.loop.pruned_convolution, self.plan, facts_of(config, self.plan), hwnc=not on_cpu, deal=self.scheduled
         )
         self.ran: list[Segment] = []
         self.compile_seconds, self.program_bytes = 0.0, 0
@@ -113,6 +116,13 @@ class Trainer:
             importance=random_scores if prune.importance == "random" else prune.importance,
             importance_steps=prune.importance_steps,
         )
+
+    def scheduled(self, structures: dict[str, Any]) -> dict[str, Any]:
+        """The structures with worklists for this batch size; as they are on a CPU, which has no use for any."""
+        if not structures or "pattern_hwnc" not in self.pruned.ways:
+            return structures
+        batch = min(self.config.batch_size, len(self.train_data.labels))
+        return scheduled(self.models["pattern_hwnc"], (batch, *self.image_shape), structures)
 
     def fresh(self, key: jax.Array) -> TrainState:
         """The state before the first update, as a pure function."""
@@ -225,11 +235,11 @@ class Trainer:
 
     def _shapes(self, params: Any) -> tuple[tuple[int, ...], ...]:
         """What tells a narrowed net's programs apart."""
-        return () if self.method.channels is None else tuple(leaf.shape for leaf in jax.tree.leaves(params))
+        return () if self.channels is None else tuple(leaf.shape for leaf in jax.tree.leaves(params))
 
     def between_epochs(self, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, Any] | None]:
         """What happens before an epoch's first update: PruneTrain's smaller net, and facts about it."""
-        channels = self.method.channels
+        channels = self.channels
         if channels is None or not channels.is_due(epoch):
             return state, None
         return channels.reconfigure(state)
@@ -238,8 +248,7 @@ class Trainer:
         """The masks of a run in any phase, of whichever method; None for a dense one."""
         if self.updates is not None:
             return ct.masks_of(state.opt_state)
-        by_name = self.method.masks(state.params, state.opt_state)
-        return build_masks(state.params, {name: (None, mask) for name, mask in by_name.items()}) if by_name else None
+        return self.method.masks(state.params, state.opt_state)
 
     def variables(self, state: TrainState) -> dict[str, Any]:
         """What the net answers with, as for `flax.linen.Module.apply`: 2:4 keeps more weights than it computes with."""

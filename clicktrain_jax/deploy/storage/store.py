@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clicktrain_jax import extras
 from clicktrain_jax.convolutions import FROM_HWIO, TO_HWIO, layouts
 from clicktrain_jax.deploy.storage import containers
 from clicktrain_jax.deploy.storage.folder import naming, place, read_checked, read_checked_manifest, sha256
@@ -140,7 +141,8 @@ def write_packed(
     folder: str | os.PathLike, packed: Packed, *, facts: Mapping[str, Any], files: Mapping[str, bytes] | None = None
 ) -> dict[str, Any]:
     """`write` of what `pack` made: each file is written once, and nothing is read."""
-    from safetensors.numpy import save
+    with extras.brings("deploy"):
+        from safetensors.numpy import save
 
     if not isinstance(facts, Mapping):
         raise ValueError(f"facts={facts!r}: expected a dictionary")
@@ -266,8 +268,8 @@ def _encode(
 
 def _tensors(data: bytes, leaves: list[Leaf]) -> dict[str, np.ndarray]:
     """The arrays of the weights' file, which must be just those that the manifest tells of."""
-    from safetensors import SafetensorError, deserialize
-
+    with extras.brings("deploy"):
+        from safetensors import SafetensorError, deserialize
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     for leaf in leaves:
         own = leaf.tensors()

@@ -160,11 +160,10 @@ def _curve(curve: Curve, index: int, x_end: float, y_range: tuple[float, float])
 def _last(curve: Curve, label: str, x_end: float, y_range: tuple[float, float]) -> Html:
     (x, y), (low, high) = curve.points[-1], y_range
     place = _place(x, 0, x_end), _place(high - min(max(y, low), high), 0, high - low)
-    # Above the line, but not among the bands' names.
-    lower = y > high - 0.1 * (high - low)
+    # Beside the drawing, where no curve runs through it.
     return join([
         el("circle", cx=place[0], cy=place[1], r="3.5", class_="dot"),
-        el("text", label, x=place[0], y=place[1], dy="24" if lower else "-12", text_anchor="end", class_="value"),
+        el("text", label, x="100%", y=place[1], dx="7", dy="4", class_="value"),
     ])
 
 

@@ -1,8 +1,8 @@
 """The page's beginning: what was run, four big figures, accuracy by epoch, file sizes."""
 
-import math
 from typing import Any
 
+from experiments.data import is_lossy
 from experiments.report.page.charts import Band, Curve, Event, Segment, bar, legend, line_chart
 from experiments.report.page.facts import DENSE, MANIFEST, NET, WEIGHTS, Facts
 from experiments.report.page.markup import (
@@ -19,6 +19,7 @@ from experiments.report.page.markup import (
     size,
     times,
 )
+from experiments.report.plots import accuracy_range
 
 NOT_MEASURED, NOT_RECORDED = "not measured", "not recorded"
 _KINDS = {"regularize": "regularize", "prune": "pruned", "pruned": "pruned"}
@@ -70,7 +71,7 @@ def _data(facts: Facts) -> str:
         return NOT_RECORDED
     if encoding is None:
         return f"{name}, encoding not recorded"
-    if "jpeg" not in str(encoding):
+    if not is_lossy(str(encoding)):
         return f"{name}, {encoding} pixels" if encoding == "raw" else f"{name}, {str(encoding).upper()}-coded"
     lossy = ": lossy, accuracies do not compare with published ones" if str(name).startswith("cifar") else ""
     return f"{name}, {str(encoding).upper()}-coded{lossy}"
@@ -145,11 +146,12 @@ def _speed_card(facts: Facts) -> Html:
         return _card("Time for one image (N = 1)", None)
     ours, dense = (milliseconds(facts.batches[1][engine].median) for engine in (NET, DENSE))
     if found.word == "unclear":
-        big, words = "unclear", "no clear difference to dense XLA: within the spread"
+        # A ratio would be read as a result.
+        big, words = ours, f"no clear difference to dense XLA's {dense}: within the spread"
     else:
         big = times(1 / found.speedup if found.word == "slower" else found.speedup)
-        words = f"{found.word} {'as' if found.word == 'as fast' else 'than'} dense XLA"
-    return _card("Time for one image (N = 1)", big, f"{words} ({ours}, dense {dense})", f"on {facts.device}")
+        words = f"{found.word} {'as' if found.word == 'as fast' else 'than'} dense XLA ({ours}, dense {dense})"
+    return _card("Time for one image (N = 1)", big, words, f"on {facts.device}")
 
 
 def accuracy(facts: Facts) -> Html:
@@ -211,9 +213,7 @@ def _events(lines: list) -> list[Event]:
 
 def _accuracy_chart(curves: list[Curve], place: dict[str, Any]) -> Html:
     shown = [y for curve in curves[:1] if curve.points for _, y in curve.points] or [y for _, y in curves[1].points]
-    # The first epochs would squeeze all that matters into the top.
-    low = max(0.0, 5 * math.floor((sorted(shown)[len(shown) // 8] - 3) / 5))
-    high = min(100.0, 5 * math.ceil((max(shown) + 1) / 5))
+    low, high = accuracy_range([shown])
     below = sum(y < low for y in shown)
     cut = f" The axis begins at {low:g} %: {count_of(below, 'epoch')} below it, see the table." if below else ""
     best = max(shown)

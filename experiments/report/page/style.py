@@ -56,7 +56,7 @@ figure { margin: 1rem 0 1.5rem; }
 figcaption { font-size: .9rem; margin-bottom: .35rem; max-width: 50rem; }
 svg { display: block; overflow: visible; }
 svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
-.plot { padding: 44px 14px 44px 46px; }
+.plot { padding: 44px 60px 44px 46px; }
 .plot svg svg { overflow: hidden; }
 .grid { stroke: var(--grid); } .axis { stroke: var(--soft); }
 .event { stroke: var(--ink); stroke-dasharray: 2 3; opacity: .7; }

@@ -8,7 +8,6 @@ import pytest
 from jax import lax
 
 import clicktrain_jax as ct
-from clicktrain_jax import baselines
 from clicktrain_jax.convolutions import FROM_HWIO, TO_HWIO
 from clicktrain_jax.deploy import storage
 from clicktrain_jax.masks import combine
@@ -127,26 +126,6 @@ def test_channels_are_found_in_it():
     same(turned(small, TO_HWIO["OIHW"]), ct.channels.narrow(HWIO, kept, others))
 
 
-def test_methods_take_it_or_refuse_it_by_name():
-    for method in (
-        lambda: baselines.admm(optax.sgd(0.1), PLAN, patterns=PATTERNS, rho=0.1, every=1),
-        lambda: baselines.n_of_m_masks(PARAMS, PLAN),
-        lambda: baselines.straight_through(PARAMS, PLAN),
-    ):
-        with pytest.raises(ValueError, match=r"takes kernels \(kh, kw, cin, cout\); the plan's are OIHW: transpose"):
-            method()
-    share = baselines.densities(PLAN, 4000)
-    key = jax.random.key(0)
-    for tx in (
-        baselines.rigl(optax.sgd(0.1), PLAN, densities=share, key=key, every=1, end_step=4),
-        baselines.gradual_magnitude(optax.sgd(0.1), PLAN, densities=share, begin_step=0, end_step=1, every=1),
-    ):
-        params, state = PARAMS, tx.init(PARAMS)
-        for _ in range(3):
-            updates, state = tx.update(jax.tree.map(jnp.sin, params), state, params)
-            params = optax.apply_updates(params, updates)
-        masks = baselines.masks_of(state)
-        assert sum(int(mask.sum()) for mask in masks.values()) == 4000
-        for name, mask in masks.items():
-            weight = np.asarray(params[name.removesuffix("/weight")]["weight"])
-            assert mask.shape == weight.shape and not weight[~np.asarray(mask)].any()
+def test_admm_refuses_it_by_name():
+    with pytest.raises(ValueError, match=r"admm takes kernels \(kh, kw, cin, cout\); the plan's are OIHW: transpose"):
+        ct.methods.admm(optax.sgd(0.1), PLAN, patterns=PATTERNS, rho=0.1, every=1)

@@ -85,7 +85,7 @@ def test_what_has_no_known_call_stands_as_it_is():
 
 def test_without_the_converter(pooled, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
-    with pytest.raises(ValueError, match="pip install jax2onnx"):
+    with pytest.raises(ValueError, match=r"clicktrain-jax\[onnx\]"):
         onnx.to_onnx(pooled, (16, 16, 3))
 
 

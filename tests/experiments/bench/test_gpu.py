@@ -11,10 +11,11 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.bench import gpu as bench_gpu
-from experiments.bench import gpu_checks
+from experiments.bench import gpu_measures
 from experiments.bench.device_time import read_trace
 from experiments.configs import price, to_dict
 from experiments.configs.work import conv_work
+from experiments.records import RUNS, keep
 from experiments.report import gpu
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -26,10 +27,10 @@ def names(kind, seed=0):
 
 def test_the_most_worthwhile_comes_first():
     kinds = list(dict.fromkeys(item.kind for item in bench_gpu.items()))
-    assert kinds == ["steps", "runs", "convolutions", "checks"]
+    assert kinds == ["steps", "runs", "convolutions", "measures"]
     assert names("steps") == ["steps-512-64x64", "steps-128-64x64", "steps-512-64x16"]
     assert names("runs", 3)[0] == "price-vgg13-dense-seed3" and names("runs")[-1] == "vgg13-cifar10-own-9.0x-seed0"
-    assert names("checks") == list(gpu_checks.CHECKS)
+    assert names("measures") == list(gpu_measures.MEASURES)
 
 
 def test_kernels_of_a_trace_by_hand():
@@ -96,14 +97,11 @@ def test_tables_of_runs_that_ended_and_that_did_not(tmp_path):
     }
     dense, *_, narrow = price.configs()
     for config, seed, epochs in ((dense, 0, 60), (dense, 1, 60), (narrow, 0, 50)):
-        run = tmp_path / f"{config.name}-seed{seed}"
-        run.mkdir()
-        (run / "config.json").write_text(json.dumps(to_dict(config)))
-        (run / "setting.json").write_text(json.dumps(setting))
         lines = [{"epoch": epoch - 1, "eval_top1": 0.9 + seed / 100} for epoch in (40, 50, 60) if epoch <= epochs]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        if epochs == 60:
-            (run / "summary.json").write_text(json.dumps(summary))
+        keep(tmp_path / RUNS, [{
+            "name": config.name, "seed": seed, "config": to_dict(config), "setting": setting, "metrics": lines,
+            "summary": summary if epochs == 60 else None,
+        }])
     text = gpu.price_section(tmp_path)
     assert "Up to 2 runs shared the card" in text and "A card, driver 1.2" in text
     lines = [line for line in text.splitlines() if line.startswith("| price")]
@@ -137,7 +135,8 @@ def test_a_run_and_the_narrow_net_that_waits_for_it(tmp_path):
     assert json.loads((pruned / "setting.json").read_text())["runs_at_once"] == 2
     assert json.loads((pruned / "summary.json").read_text())["conv_compression"] > 3.5
     with tarfile.open(tmp_path / bench_gpu.ARCHIVE) as tar:
-        assert f"runs/{narrow.name}/summary.json" in tar.getnames()
+        lines = tar.extractfile(RUNS).read().decode().splitlines()
+    assert {json.loads(line)["name"] + "-seed0" for line in lines} == {pruned.name, narrow.name}
     assert "2 of 2 items are done already" in smoke(tmp_path, only, seconds=300).stdout
 
 

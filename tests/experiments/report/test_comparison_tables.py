@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from experiments.records import RUNS, keep
 from experiments.report import claims, comparison, comparison_plots, documents, studies
 
 SETTING = {
@@ -90,20 +91,22 @@ def make_study(tmp_path):
                  "trials": [{"value": 0.1, "top1": 0.7}]},
             ],
         }
-        for cell in cells:
-            for seed in SEEDS if CELLS[cell][5] is not None else ():
-                run = folder / f"{cell}-seed{seed}"
-                run.mkdir(parents=True)
-                (run / "summary.json").write_text(json.dumps(summary_of(cell, seed)))
-                (run / "setting.json").write_text(json.dumps(SETTING))
-                (run / "config.json").write_text(json.dumps({"name": cell, "seed": seed}))
-        folder.mkdir(exist_ok=True)
+        folder.mkdir()
+        keep(folder / RUNS, (record_of(cell, seed) for cell in cells for seed in SEEDS if CELLS[cell][5] is not None))
         (folder / "study.json").write_text(json.dumps(facts))
         if latency:
             (folder / "latency.json").write_text(json.dumps(latency_of(cells)))
         return folder
 
     return make
+
+
+def record_of(cell, seed, **changes):
+    record = {
+        "name": cell, "seed": seed, "config": {"name": cell, "seed": seed}, "setting": SETTING,
+        "summary": summary_of(cell, seed), "metrics": [],
+    }
+    return record | changes
 
 
 @pytest.fixture
@@ -269,8 +272,8 @@ def test_without_latencies_or_other_methods_nothing_is_claimed(make_study):
 
 def test_a_spread_larger_than_the_difference_is_said(make_study):
     folder = make_study(("dense", "early-8x", "narrow-0.5", "narrow-0.35"))
-    path = folder / "narrow-0.5-seed1" / "summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"final_top1": 0.815}))
+    summary = summary_of("narrow-0.5", 1) | {"final_top1": 0.815}
+    assert keep(folder / RUNS, [record_of("narrow-0.5", 1, summary=summary)]) == 1
     part = claims.against_narrow(studies.read(folder))
     assert part.rows[0][1] == "+0.25 ± 2.47 (within the spread)"
 
@@ -287,21 +290,29 @@ def test_latencies_of_another_net_are_refused(make_study):
 
 def test_latencies_without_their_run_are_refused(make_study):
     folder = make_study(("dense", "early-8x"))
-    (folder / "early-8x-seed0" / "summary.json").unlink()
+    keep(folder / RUNS, [record_of("early-8x", 0, summary=None)])
     with pytest.raises(ValueError, match="no record of a run of it with seed 0"):
         studies.read(folder)
 
 
 def test_what_does_not_fit_together_is_refused(make_study):
     folder = make_study(("dense", "early-8x"))
-    config = folder / "early-8x-seed1" / "config.json"
-    config.write_text(json.dumps({"name": "early-8x", "seed": 1, "learning_rate": 1.0}))
+    config = {"name": "early-8x", "seed": 1, "learning_rate": 1.0}
+    keep(folder / RUNS, [record_of("early-8x", 1, config=config)])
     with pytest.raises(ValueError, match="runs of early-8x were made with different configs"):
         studies.read(folder)
     stray = make_study(("dense", "early-8x"), name="compare-stray")
-    (stray / "early-8x-seed1" / "summary.json").write_text(json.dumps(summary_of("narrow-0.5", 1)))
+    whole = (stray / RUNS).read_text()
+    keep(stray / RUNS, [record_of("narrow-0.5", 1)])
     with pytest.raises(ValueError, match="'narrow-0.5', no cell of study.json"):
         studies.read(stray)
+    (stray / RUNS).write_text(whole + whole.splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match="a second run of dense, seed 0"):
+        studies.read(stray)
+    (stray / RUNS).write_text(whole + '{"name": "dense"}\n')
+    with pytest.raises(ValueError, match="line 5: is no record of a run"):
+        studies.read(stray)
+    (stray / RUNS).write_text(whole)
     facts = json.loads((stray / "study.json").read_text())
     facts["cells"][1]["method"] = "Magic"
     (stray / "study.json").write_text(json.dumps(facts))
@@ -329,8 +340,7 @@ def test_the_sheet_is_drawn(study, make_study, tmp_path):
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
     bare = make_study(("dense", "not-there"), latency=False, name="compare-bare")
     comparison_plots.draw(studies.read(bare), tmp_path / "bare.png")
-    for run in bare.glob("dense-seed*/summary.json"):
-        run.unlink()
+    (bare / RUNS).unlink()
     with pytest.raises(ValueError, match="nothing to draw"):
         comparison_plots.draw(studies.read(bare), tmp_path / "none.png")
     assert "not run" in comparison.generate(studies.read(bare))

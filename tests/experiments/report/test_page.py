@@ -7,6 +7,7 @@ import pytest
 
 from experiments.report import page
 from experiments.report.page.facts import Timed, compare
+from experiments.report.plots import accuracy_range
 from tests.experiments.report.page_data import example, read, seconds
 
 
@@ -33,6 +34,12 @@ def test_the_head_tells_the_figures(data):
         "3.10× faster than dense XLA (2.00 ms, dense 6.20 ms) on EPYC, 2 cores",
     ):
         assert expected in words
+
+
+@pytest.mark.parametrize(("encoding", "lossy"), [("png", False), ("lossy webp", True), ("jpeg+png", True)])
+def test_what_lost_pixels_is_told_whatever_its_coding(data, encoding, lossy):
+    data["summary"]["encoding"] = encoding
+    assert ("lossy, accuracies do not compare" in read(data).text()) == lossy
 
 
 def test_accuracy_lost_at_the_export_is_told(data):
@@ -175,7 +182,7 @@ def test_noise_is_not_called_a_difference(data):
     noisy = {"median_s": 0.002, "low_s": 0.0019, "high_s": 0.009}
     data["timing"]["batches"]["1"]["this net"] = noisy
     found = read(data)
-    assert "unclear no clear difference to dense XLA" in found.text()
+    assert "N = 1) 2.00 ms no clear difference to dense XLA's" in found.text() and "unclear" not in found.text()
     assert "N = 1: no clear difference (3.10× by medians, within the spread)" in found.text("shape")
     del data["timing"]["batches"]["8"]
     assert "that they make it faster here is not shown" in read(data).text("shape")
@@ -224,3 +231,10 @@ def test_nothing_known_is_said_so(empty):
     for section in ("accuracy", "sizes", "layers", "patterns", "shape", "provenance"):
         assert "not recorded" in found.text(section), section
     assert "not measured for this export" in found.text("latency")
+
+
+def test_the_axis_shows_the_dip_after_the_prune():
+    curve = [10.0, 70.0, *[90.0] * 14]
+    curve[8] = 31.0  # the prune
+    assert accuracy_range([curve]) == (30.0, 95.0)  # the first eighth may lie below
+    assert accuracy_range([[50.0]]) == (45.0, 55.0)

@@ -64,13 +64,18 @@ def test_a_group_by_hand():
     assert row["images/s, of peak"] == "190,000, 26.3%" and row["seconds"] == "60 ± 0"
     assert rows["vgg13-cifar10-dense"]["drop"] == ""
     assert rows["vgg13-cifar10-4.0x"]["ours, final (n)"] == "not run"
-    assert "not comparable" not in text
+    assert "Images: png.\n" in text and "not comparable" not in text
     table = csv.DictReader(io.StringIO(published.to_csv(found)))
     assert "93.25 ± 0.35 (n=2)" in [line["ours, final (n)"] for line in table]
 
 
-def test_jpeg_coded_data_is_marked_in_its_group_alone():
-    text = published.generate([record_of("vgg13-cifar10-9.0x", 0, 0.93, encoding="jpeg")])
+@pytest.mark.parametrize("encoding", ["jpeg", "jpeg+png", "lossy webp"])
+def test_lossy_images_are_marked_in_their_group_alone(encoding):
+    found = [record_of("vgg13-cifar10-9.0x", 0, 0.93, encoding=encoding)]
+    text = published.generate(found)
+    assert f"Images: {encoding}, lossy: absolute accuracies not comparable" in text
+    table = csv.DictReader(io.StringIO(published.to_csv(found)))
+    assert {line["images"] for line in table} == {"", f"{encoding}, lossy"}
     marked = [part.splitlines()[0] for part in text.split("\n### ") if "absolute accuracies not comparable" in part]
     assert marked == ["vgg13 on cifar10"]
 

@@ -1,10 +1,10 @@
 """Tables: generated from records, and nothing else."""
 
-import json
 import re
 
-from experiments.bench import gpu_checks
-from experiments.report import benchmarks, documents, results
+from experiments.bench import gpu_measures
+from experiments.records import RUNS, keep
+from experiments.report import benchmarks, documents, front, results
 from experiments.report.statistics import markdown_table, mean_spread, paired
 
 
@@ -21,8 +21,8 @@ def test_committed_tables_are_what_the_records_say():
     message = "run `python -m experiments table --write` and commit what it changes"
     texts = documents.generate()
     compared = [path / "joint.csv" for path in results.RECORDS.glob("compare-*") if (path / "study.json").exists()]
-    expected = {results.RESULTS_FILE, benchmarks.BENCHMARKS_FILE, results.RECORDS / "published.csv", *compared}
-    assert set(texts) == expected
+    expected = {results.RESULTS_FILE, benchmarks.BENCHMARKS_FILE, front.README, results.RECORDS / "published.csv"}
+    assert set(texts) == expected | set(compared)
     for path, text in texts.items():
         assert path.read_text() == text, message
 
@@ -35,8 +35,8 @@ def test_pictures_that_the_documents_link_to_are_there():
             assert (path.parent / link).exists(), link
 
 
-def test_the_gpu_table_names_every_check():
-    assert set(benchmarks.GPU_CHECKS) == set(gpu_checks.CHECKS)
+def test_the_gpu_table_names_every_measurement():
+    assert set(benchmarks.GPU_MEASURES) == set(gpu_measures.MEASURES)
 
 
 def test_a_table_from_records_by_hand(tmp_path):
@@ -47,22 +47,19 @@ def test_a_table_from_records_by_hand(tmp_path):
     }
     runs = (("dense", 0, 0.80), ("dense", 1, 0.82), ("clicktrain", 0, 0.79), ("clicktrain", 1, 0.80))
     for method, seed, top1 in runs:
-        run = tmp_path / "group" / f"{method}{seed}"
-        run.mkdir(parents=True)
-        (run / "setting.json").write_text(json.dumps(setting))
         config = {"name": method, "learning_rate": 0.1, "seed": seed, "data": {"dir": f"/anywhere/{seed}"}}
-        (run / "config.json").write_text(json.dumps(config))
         summary = {
             "name": f"net-{method}", "method": method, "seed": seed, "final_top1": top1, "best_pruned_top1": top1,
             "conv_compression": 1.0 if method == "dense" else 8.0, "model_compression": 1.0, "train_seconds": 10.0,
             "compile_seconds": 2.0, "dataset": "cifar10", "encoding": "jpeg", "train_examples": 100,
             "eval_split": "test", "eval_examples": 10, "net": "vgg11", "width": 0.25, "epochs": 3,
         }
-        (run / "summary.json").write_text(json.dumps(summary))
+        record = {"name": method, "seed": seed, "config": config, "setting": setting, "summary": summary, "metrics": []}
+        keep(tmp_path / "group" / RUNS, [record])
     text = results.generate(results.records(tmp_path))
     assert results.generate(results.records(tmp_path), without=("group",)) == ""
     dense, pruned = [line for line in text.splitlines() if line.startswith("| net-")]
     assert dense.startswith("| net-dense") and pruned.startswith("| net-clicktrain")
-    assert "81.00 ± 1.41" in dense
+    assert "81.00 ± 1.41" in dense and "cifar10 (jpeg, lossy)" in text
     assert "79.50 ± 0.71" in pruned and "-1.50 ± 0.71" in pruned and "8.00x" in pruned
     assert results.write(text, tmp_path / "R.md") and not results.write(text, tmp_path / "R.md")

@@ -8,7 +8,7 @@ import tiny
 from clicktrain_jax import models
 from experiments.configs import ablation as cells_of
 from experiments.configs import to_dict
-from experiments.records import RunFolder, read_config, read_json, read_metrics
+from experiments.records import RUNS, RunFolder, kept, read_config, read_json, read_metrics
 from experiments.report import ablation as table
 from experiments.studies import ablation, jobs
 from experiments.train import forks, loop
@@ -16,12 +16,12 @@ from experiments.train.checkpoints import Checkpoints
 from experiments.train.recipe import make_plan
 from experiments.train.step import Trainer
 
-DENSE = tiny.changed(name="try-dense", prune=None)
+DENSE = tiny.changed(name="try-dense", method=None)
 
 
 def cell(name, question="when", must=False, reference="base", **changes):
     prune = dataclasses.replace(tiny.CONFIG.prune, **changes)
-    return cells_of.Cell(name, question, reference, must, tiny.changed(name=f"try-{name}", prune=prune))
+    return cells_of.Cell(name, question, reference, must, tiny.changed(name=f"try-{name}", method=prune))
 
 
 FAMILY = cells_of.Family("try", DENSE, (
@@ -94,7 +94,7 @@ def test_the_fork_is_before_the_first_gathered_score():
         prune = dataclasses.replace(
             tiny.CONFIG.prune, select_epoch=select_epoch, prune_epoch=4, importance_steps=importance_steps
         )
-        return forks.fork_epoch(tiny.changed(prune=prune), steps_per_epoch=5)
+        return forks.fork_epoch(tiny.changed(method=prune), steps_per_epoch=5)
 
     assert [at(2, 1), at(2, 2), at(2, 6), at(2, 7)] == [2, 1, 1, 0]
     assert [at(0, 1), at(1, 16)] == [0, 0]
@@ -154,8 +154,8 @@ def test_the_harness_halves_goes_on_and_collects(pretend, tmp_path):
     assert ablation.run(FAMILY, tmp_path, seeds=(0, 1), workers=0, say=lines.append) == result
     assert len(lines) == len(pretend) == 8 and (tmp_path / "halving-try.json").read_text() == halving
     assert ablation.collect(tmp_path, tmp_path / "records") == 8
-    copied = {path.name for path in (tmp_path / "records" / "try-base-seed1").iterdir()}
-    assert copied == {"config.json", "setting.json", "metrics.jsonl", "summary.json"}
+    copied = {(run["name"], run["seed"]): run for run in kept(tmp_path / "records" / RUNS)}
+    assert len(copied) == 8 and copied["try-base", 1] == RunFolder(tmp_path / "try-base-seed1").record()
 
 
 def test_halving_drops_what_is_behind(pretend, tmp_path):
@@ -168,11 +168,11 @@ def test_halving_drops_what_is_behind(pretend, tmp_path):
 def test_worker_processes_train_the_same_bits_as_this_one(tmp_path):
     def short(name, **changes):
         config = tiny.changed(
-            name=f"try-{name}", epochs=3, partial_batch="drop", mixup_epoch=None, prune=None
+            name=f"try-{name}", epochs=3, partial_batch="drop", mixup_epoch=None, method=None
         )
         if not changes:
             return config
-        return dataclasses.replace(config, prune=dataclasses.replace(tiny.CONFIG.prune, **changes))
+        return dataclasses.replace(config, method=dataclasses.replace(tiny.CONFIG.prune, **changes))
 
     base = cells_of.Cell("base", "when", "base", True, short("base", prune_epoch=2))
     family = cells_of.Family("try", short("dense"), (base,))
@@ -270,7 +270,7 @@ def test_cells_differ_from_the_dense_run_in_the_pruning_only(family):
     prunes = [one.config.prune for one in family.cells]
     assert all(prune not in prunes[:index] for index, prune in enumerate(prunes)), "two cells are the same run"
     for one in family.cells:
-        assert dataclasses.replace(one.config, prune=None, name="", expected="") == dataclasses.replace(
+        assert dataclasses.replace(one.config, method=None, name="", expected="") == dataclasses.replace(
             family.dense, name="", expected="")
         assert one.question in cells_of.QUESTIONS
         assert family.cell(one.reference).must

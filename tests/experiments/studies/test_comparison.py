@@ -7,18 +7,18 @@ import tiny
 
 from experiments.configs import compare
 from experiments.configs.compare import Cell, Study, Tuning
-from experiments.configs.methods import RetrainConfig
-from experiments.records import RunFolder, read_json
+from experiments.configs.methods import AfterConfig, RetrainConfig
+from experiments.records import RUNS, RunFolder, kept, read_json
 from experiments.studies import comparison as harness
 from experiments.studies import jobs
 
-BASE = tiny.changed(prune=None, learning_rate=0.1)
+BASE = tiny.changed(method=None, learning_rate=0.1)
 END = BASE.epochs
 AFTER = dataclasses.replace(tiny.CONFIG.prune, select_epoch=END, prune_epoch=END)
 
 
-def cell(name, method, group, **changes):
-    return Cell(name, method, name, method, group, dataclasses.replace(BASE, name=f"compare-try-{name}", **changes))
+def cell(name, called, group, **changes):
+    return Cell(name, called, name, called, group, dataclasses.replace(BASE, name=f"compare-try-{name}", **changes))
 
 
 STUDY = Study(
@@ -26,9 +26,9 @@ STUDY = Study(
     "a try",
     (
         cell("dense", "dense", "dense"),
-        cell("pruned", "ClickTrain", "clicktrain", prune=tiny.CONFIG.prune),
+        cell("pruned", "ClickTrain", "clicktrain", method=tiny.CONFIG.prune),
         cell("narrow", "narrow", "narrow", width=0.0625),
-        cell("rewind", "PAT", "dense", prune=AFTER, retrain=RetrainConfig(2)),
+        cell("rewind", "PAT", "dense", method=AfterConfig(AFTER, RetrainConfig(2))),
     ),
     (
         Tuning("dense", "dense", "learning_rate", (0.1, 0.2)),
@@ -101,6 +101,42 @@ def test_every_group_gets_as_many_trials_and_its_best_one(pretend, tmp_path):
     assert (tmp_path / "records" / "compare-try" / "study.json").exists()
 
 
+def test_some_cells_run_with_every_seed_before_the_others_and_each_is_kept_at_once(pretend, tmp_path, monkeypatch):
+    study = dataclasses.replace(
+        STUDY, tunings=(dataclasses.replace(STUDY.tunings[0], epochs=1),), first=("dense", "narrow")
+    )
+    records, counts = tmp_path / "records", []
+
+    def say(line):
+        runs = kept(records / "compare-try" / RUNS)
+        counts.append(len(runs))
+        cells = read_json(records / "compare-try" / "study.json")["cells"]
+        assert len(cells) == len({run["name"] for run in runs})
+
+    monkeypatch.setattr(jobs, "do_all", lambda wanted, *rest: say_each(wanted, rest[-1]))
+
+    def say_each(wanted, told):
+        for job in wanted:
+            jobs.do(job)
+            if job.folder.parent.name != "tuning":
+                told(job.folder.name)
+
+    options = {"seeds": (0, 1), "tuning_seeds": (7,), "workers": 0, "timing": False}
+    harness.run(study, tmp_path / "work", **options, records=records, data_dir="/somewhere", say=say)
+    trials = [job for job in pretend if job.folder.parent.name == "tuning"]
+    assert {job.config.epochs for job in trials} == {1}
+    final = [job for job in pretend if job not in trials]
+    order = [(job.config.name.rpartition("-")[2], job.config.seed) for job in final]
+    assert order == [("dense", 0), ("narrow", 0), ("dense", 1), ("narrow", 1),
+                     ("pruned", 0), ("rewind", 0), ("pruned", 1), ("rewind", 1)]
+    assert counts == [1, 2, 3, 4, 5, 6, 7, 8]
+    # At the dense run's rate, tuned or not; and no record tells where the images lay.
+    assert {job.config.learning_rate for job in final} == {0.2}
+    config = kept(records / "compare-try" / RUNS)[0]["config"]
+    assert config["data"]["dir"] is None and config["data"]["cache_dir"] is None
+    assert read_json(records / "compare-try" / "study.json")["tuning"][0]["epochs"] == 1
+
+
 def test_no_final_run_before_all_trials(pretend, tmp_path):
     result = harness.run(STUDY, tmp_path, seeds=(0,), minutes=0, workers=0, timing=False)
     # The dense run's two trials come first, with three seeds each.
@@ -141,8 +177,10 @@ def test_the_named_studies_are_whole():
         assert len(set(names)) == len(names)
         methods = {each.method for each in study.cells}
         assert methods == {"ClickTrain", "PAT", "PDT", "dense", "narrow", "one-shot", "random"}
-        groups = {each.group for each in study.cells}
-        assert groups == {tuning.group for tuning in study.tunings}
+        tuned = {tuning.group for tuning in study.tunings}
+        # The slim study takes the dense run's rate for all.
+        assert tuned == ({"dense"} if study.name == "slim" else {each.group for each in study.cells})
+        assert set(study.first) <= {each.name for each in study.cells}
         assert len({len(tuning.values) for tuning in study.tunings}) == 1  # as many trials for each
     with pytest.raises(ValueError, match="no study 'nets'; the studies are digits, slim, vgg13"):
         compare.study("nets")

@@ -12,9 +12,10 @@ import tiny
 from experiments import configs
 from experiments.__main__ import main
 from experiments.configs import to_dict
-from experiments.records import RunFolder, setting
+from experiments.records import RUNS, RunFolder, kept, setting
 from experiments.studies import gpu_plan
 from experiments.train import loop
+from experiments.train.signals import heeded
 from experiments.train.step import Trainer
 
 H200 = {"device": {"platform": "gpu", "kind": "NVIDIA H200", "count": 1}, "cpu": {"model": "A CPU", "cores": 16}}
@@ -138,7 +139,7 @@ def test_what_is_missing_is_trained_once_and_collected(entries, tmp_path):
     result, lines = run(entries, tmp_path, train=train)
     assert train.names == ["tiny-seed0", "tiny-seed1"]
     assert result == {"finished": 2, "missing": 0, "failed": {}, "collected": 2}
-    assert (tmp_path / "records" / "tiny-group" / "tiny-seed1" / "summary.json").exists()
+    assert [run["seed"] for run in kept(tmp_path / "records" / "tiny-group" / RUNS)] == [0, 1]
     assert "0 of 2 runs done" in lines[0]
     again, _ = run(entries, tmp_path, train=train)
     assert len(train.names) == 2 and again["finished"] == 2
@@ -165,7 +166,7 @@ def test_the_deadline_is_heard_by_a_loop_that_listens_late():
     with deadline.after(0.01):
         while not deadline.passed:
             time.sleep(0.01)
-        with loop._signals() as stop:
+        with heeded() as stop:
             for _ in range(500):
                 if stop.signal_number is not None:
                     break
@@ -211,7 +212,7 @@ def test_a_run_of_which_no_epoch_fits_is_given_up(entries, tmp_path):
 def test_a_run_cut_into_pieces_ends_with_the_bits_of_a_whole_one(tiny_dataset, tmp_path, monkeypatch):
     """The real loop: every piece ends in its first epoch, is saved, and the next goes on."""
     monkeypatch.setattr(gpu_plan, "_AGAIN_S", 0.02)
-    config = tiny.changed(prune=None, epochs=3, mixup_epoch=None)
+    config = tiny.changed(method=None, epochs=3, mixup_epoch=None)
     trainer = Trainer(config, tiny_dataset)
     whole = loop.train(config, tmp_path / "whole", trainer=trainer)
     pieces = []
@@ -236,8 +237,8 @@ def test_a_run_cut_into_pieces_ends_with_the_bits_of_a_whole_one(tiny_dataset, t
     assert result["finished"] == 1 and len(pieces) == 3
     saved = [line for line in lines if "saved" in line]
     assert saved == [f"tiny-seed0: {epochs} of 3 epochs saved" for epochs in (1, 2, 3)]
-    collected = json.loads((tmp_path / "records" / "tiny-group" / entry.name / "summary.json").read_text())
-    assert collected["params_sha256"] == whole["params_sha256"]
+    [collected] = kept(tmp_path / "records" / "tiny-group" / RUNS)
+    assert collected["summary"]["params_sha256"] == whole["params_sha256"]
 
 
 @pytest.mark.skipif(setting()["device"]["platform"] != "cpu", reason="this machine has a GPU, which is not refused")

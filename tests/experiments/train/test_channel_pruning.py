@@ -12,8 +12,8 @@ import optax
 import pytest
 
 from clicktrain_jax import models
-from clicktrain_jax.baselines import channel_lasso
 from clicktrain_jax.channels import channel_nodes
+from clicktrain_jax.methods import channel_lasso
 from clicktrain_jax.trees import named_leaves
 from experiments.train.channel_pruning import ChannelPruning
 from experiments.train.checkpoints import Checkpoints

@@ -27,7 +27,7 @@ CONFIG = dataclasses.replace(
     name="by-pattern",
     epochs=4,
     learning_rate=0.003,
-    prune=PRUNE,
+    method=PRUNE,
     loop=dataclasses.replace(DENSE.loop, checkpoint_every_epochs=1),
 )
 
