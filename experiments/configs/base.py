@@ -165,8 +165,6 @@ class TrainConfig:
 
 
 _PARTS = {"data": DataConfig, "loop": LoopConfig, "prune": PruneConfig, "admm": AdmmConfig, "retrain": RetrainConfig}
-# Fields that are no more, with the value that meant nothing: records that have it stay readable.
-_RETIRED = {"PruneConfig": {"reorder": False}}
 
 
 def to_dict(config: TrainConfig) -> dict:
@@ -186,8 +184,6 @@ def from_dict(data: dict) -> TrainConfig:
 
     def build(cls: type, values: dict) -> object:
         known = {field.name for field in dataclasses.fields(cls)}
-        retired = _RETIRED.get(cls.__name__, {})
-        values = {key: value for key, value in values.items() if key not in retired or value != retired[key]}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown config field {unknown[0]!r} for {cls.__name__}; known: {sorted(known)}")
