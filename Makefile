@@ -14,20 +14,24 @@ DOCS := .venv-docs
 # jax and its CUDA compiler, for machines without a GPU; apart from the others, as it is large and Linux only.
 GPU_COMPILE := .venv-gpu-compile
 
-.PHONY: demo test test-slow test-all test-gpu-compile gpu-compile-ready docs bench table lint clean
+.PHONY: demo test test-slow test-all test-gpu test-gpu-compile gpu-compile-ready docs bench table lint clean
 
 demo: $(READY)
 	$(VENV)/bin/python -m experiments demo
 
 # A worker for each core, each test file in one piece: what its tests share is made once.
 test: $(READY)
-	$(VENV)/bin/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu" --numprocesses auto --maxprocesses 8 --dist loadfile
 
 # Compiled as users' programs are; the default layer is compiled faster (tests/conftest.py).
 test-slow: $(READY)
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV)/bin/python -m pytest -m slow --numprocesses auto --maxprocesses 2 --dist loadfile
 
 test-all: test test-slow
+
+# On a machine with a GPU, in an environment whose jax sees it: make test-gpu VENV=/path/to/it
+test-gpu:
+	XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_deterministic_ops=true" $(VENV)/bin/python -m pytest -m gpu tests/gpu
 
 test-gpu-compile: gpu-compile-ready
 	JAX_PLATFORMS=cpu $(GPU_COMPILE)/bin/python -m pytest tests/gpu_compile

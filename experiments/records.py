@@ -286,7 +286,9 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def identity(stored: dict[str, Any]) -> str:
-    """What makes two stored configs the same run but for the seed, as text."""
+    """What makes two stored configs the same run but for the seed, as text; fields added since have their defaults."""
+    with contextlib.suppress(ValueError):
+        stored = _plain(from_dict(stored))
     fixed = {field: value for field, value in _flat(stored).items() if field not in (*_FREE_FIELDS, "seed")}
     return json.dumps(fixed, sort_keys=True)
 

@@ -2,12 +2,12 @@
 
     python -m experiments bench gpu --out DIR [--data.dir PACKED] [--seconds N] [--only REGEX] [--at-once N] [--smoke]
 
-Needs jax, flax, optax, orbax and Pillow, and safetensors for one check. PACKED is made by `python -m experiments
+Needs jax, flax, optax, orbax and Pillow, and safetensors for one of them. PACKED is made by `python -m experiments
 pack-data`; without it there are no runs. Each item has a process of its own and leaves its record as it goes, below DIR
 and in one archive, DIR/records.tar.gz. The same command goes on where it stopped: what has a record is done, runs are
 resumed. Steps compile beside one another and are timed alone; runs share the device where --at-once says so, which
 their settings tell, and the rest runs alone. In order: whole steps of VGG-13, the price of a shape
-(`experiments.configs.price`), runs of 190 epochs, single convolutions, `experiments.bench.gpu_checks`.
+(`experiments.configs.price`), runs of 190 epochs, single convolutions, `experiments.bench.gpu_measures`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.bench import gpu_checks, gpu_items
+from experiments.bench import gpu_items, gpu_measures
 from experiments.configs import price
 from experiments.records import RUNS, RunFolder, keep, read_json, setting, write_json
 from experiments.train.loop import Interrupted
@@ -50,17 +50,15 @@ class Item:
 
     Attributes:
         name: of its record.
-        kind: "steps", "runs", "convolutions" or "checks"; kinds never run beside one another.
+        kind: "steps", "runs", "convolutions" or "measures"; kinds never run beside one another.
         limit_s: its process is stopped after this.
         after: an item that must be done before.
-        flags: for XLA.
     """
 
     name: str
     kind: str
     limit_s: float
     after: str = ""
-    flags: str = ""
 
 
 def items(seed: int = 0) -> list[Item]:
@@ -72,8 +70,8 @@ def items(seed: int = 0) -> list[Item]:
         after = f"{gpu_items.equal_work()}-seed{seed}" if run == equal else ""
         named.append(Item(f"{run}-seed{seed}", "runs", _LIMITS_S["runs"], after))
     named.append(Item("conv-device-time", "convolutions", _LIMITS_S["convolutions"]))
-    for check, limit_s in gpu_checks.LIMITS_S.items():
-        named.append(Item(check, "checks", limit_s, flags=gpu_checks.FLAGS.get(check, "")))
+    for name, limit_s in gpu_measures.LIMITS_S.items():
+        named.append(Item(name, "measures", limit_s))
     return named
 
 
@@ -90,8 +88,8 @@ def is_done(item: Item, out: Path) -> bool:
 def do(item: Item, asked: argparse.Namespace) -> bool:
     """Measure one item in this process and write its record as it grows; returns whether it went well."""
     out, start = asked.out, time.perf_counter()
-    if item.kind == "checks":
-        return gpu_checks.run_check(item.name, out, asked.smoke, asked.packed)
+    if item.kind == "measures":
+        return gpu_measures.run(item.name, out, asked.smoke, asked.packed)
     facts = {"item": item.name, "smoke": asked.smoke, "setting": setting()}
     found: dict[str, Any] = {}
 
@@ -129,12 +127,11 @@ class _Running:
         self.item, self.begun = item, time.monotonic()
         self.stop_at = min(end, self.begun + item.limit_s)
         self.stopped = False
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {item.flags}".strip()
         # Several share the device's memory: taken as it is needed. On a small CPU, a smoke run's interpreted kernels
         # hang with fewer threads than they have warpgroups.
-        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "NPROC": "16"} | os.environ | {"XLA_FLAGS": flags}
-        # What runs alike is compiled once; checks judge what they compile themselves.
-        if item.kind != "checks":
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "NPROC": "16"} | os.environ
+        # What runs alike is compiled once; single measurements time what they compile themselves.
+        if item.kind != "measures":
             environment = {"JAX_COMPILATION_CACHE_DIR": str((asked.out / "programs").absolute())} | environment
         command = [sys.executable, "-m", "experiments.bench.gpu", *_options(asked), "--here", item.name]
         self.process = subprocess.Popen(command, env=environment)

@@ -1,4 +1,4 @@
-"""The convolutions' part of `experiments.bench.gpu_checks`: right first, then how fast, within a time each.
+"""Convolutions on a GPU: are they right (``pytest -m gpu``), and how fast (`experiments.bench.gpu_measures`)?
 
 Every check yields what it has so far, so that a record is there if it must be stopped.
 """

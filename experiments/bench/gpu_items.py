@@ -197,7 +197,7 @@ def train(name: str, seed: int, out: Path, packed: str | None, at_once: int, smo
         )
         # The loop that a GPU takes, not the one that "auto" takes on a CPU.
         config = dataclasses.replace(config, net="small", data=data, epochs=2, batch_size=32, width=0.25,
-                                     lr_milestones=(), mixup_epoch=None, prune=prune,
+                                     lr_milestones=(), mixup_epoch=None, method=prune,
                                      loop=dataclasses.replace(config.loop, epoch_program="scan"))
     elif packed is None:
         raise ValueError(f"{name} wants images: give --data.dir an archive made by `python -m experiments pack-data`")

@@ -178,7 +178,7 @@ def random_trainer(
         precision=precision,
         dropout=None,
         mixup_epoch=None,
-        prune=prune,
+        method=prune,
         loop=dataclasses.replace(config.loop, convolution=form),
     )
     return Trainer(config, _images(net, updates * batch_size))

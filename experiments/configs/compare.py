@@ -12,7 +12,15 @@ from typing import Any
 from experiments.configs import published
 from experiments.configs.base import LoopConfig, PruneConfig, TrainConfig
 from experiments.configs.cells import by_name
-from experiments.configs.methods import AdmmConfig, ChannelConfig, RetrainConfig, SparseConfig
+from experiments.configs.methods import (
+    AdmmConfig,
+    AfterConfig,
+    ChannelConfig,
+    GradualConfig,
+    NOfMConfig,
+    RetrainConfig,
+    RiglConfig,
+)
 from experiments.data import DataConfig
 
 
@@ -210,10 +218,10 @@ def _vgg13() -> Study:
 def _study(name: str, title: str, base: TrainConfig, shape: _Shape) -> Study:
     cells: list[Cell] = []
 
-    def add(cell: str, method: str, label: str, family: str, group: str, **changes: Any) -> None:
+    def add(cell: str, called: str, label: str, family: str, group: str, **changes: Any) -> None:
         changes |= {"name": f"compare-{name}-{cell}", "expected": "a cell of the comparison"}
         config = dataclasses.replace(base, **changes)
-        cells.append(Cell(cell, method, label, family, group, config))
+        cells.append(Cell(cell, called, label, family, group, config))
 
     ratio = f"{shape.compression:g}x"
     tile = f"{shape.tile[0]}x{shape.tile[1]}"
@@ -229,44 +237,43 @@ def _study(name: str, title: str, base: TrainConfig, shape: _Shape) -> Study:
     )
     add("dense", "dense", "", "dense", "dense")
     add(f"clicktrain-{ratio}", "ClickTrain", f"{ratio}, pruned at {late_share}", "ClickTrain, late", "clicktrain",
-        prune=late)
-    add(f"early-{ratio}", "ClickTrain", f"{ratio}, pruned at {early_share}", "ClickTrain, early", "early", prune=early)
+        method=late)
+    add(f"early-{ratio}", "ClickTrain", f"{ratio}, pruned at {early_share}", "ClickTrain, early", "early", method=early)
     add(f"early-tiles-{ratio}", "ClickTrain", f"{ratio}, pruned at {early_share}, tiles {tile}",
         "ClickTrain, early, tiles", "early-tiles",
-        prune=dataclasses.replace(early, tile=shape.tile, superset=shape.superset))
+        method=dataclasses.replace(early, tile=shape.tile, superset=shape.superset))
     for like, width in shape.widths.items():
         label = f"width {width:g}" + ("" if like == f"{width:g}" else f", equal {like}")
         add(f"narrow-{like}", "narrow", label, "narrow", "narrow", width=width)
     for other in shape.others:
         more = {"target": other}
         add(f"early-{other:g}x", "ClickTrain", f"{other:g}x, pruned at {early_share}", "ClickTrain, early", "early",
-            prune=dataclasses.replace(early, **more))
+            method=dataclasses.replace(early, **more))
         add(f"clicktrain-{other:g}x", "ClickTrain", f"{other:g}x, pruned at {late_share}",
-            "ClickTrain, late", "clicktrain", prune=dataclasses.replace(late, **more))
+            "ClickTrain, late", "clicktrain", method=dataclasses.replace(late, **more))
     for epochs in shape.retrain:
         add(f"rewind-{epochs}", "PAT", f"{ratio}, magnitude, {epochs} rewound epochs", "PAT, rewinding", "dense",
-            prune=after, retrain=RetrainConfig(epochs))
+            method=AfterConfig(after, RetrainConfig(epochs)))
     for epochs in shape.retrain[-2:]:
         moved = dataclasses.replace(
             after, select_epoch=end + shape.admm.epochs, prune_epoch=end + shape.admm.epochs
         )
         add(f"admm-{epochs}", "PAT", f"{ratio}, ADMM of {shape.admm.epochs} epochs, {epochs} rewound", "PAT, ADMM",
-            "admm", prune=moved, admm=shape.admm, retrain=RetrainConfig(epochs))
+            "admm", method=AfterConfig(moved, RetrainConfig(epochs), shape.admm))
     for channels in shape.channels:
         label = f"PruneTrain, ratio {channels.ratio:g}, threshold {channels.threshold:g}"
-        add(f"prunetrain-{channels.ratio:g}", "PDT", label, "PDT, PruneTrain", "prunetrain", channels=channels)
+        add(f"prunetrain-{channels.ratio:g}", "PDT", label, "PDT, PruneTrain", "prunetrain", method=channels)
     add(f"gradual-{ratio}", "PDT", f"{ratio}, gradual magnitude, single weights", "PDT, gradual magnitude", "gradual",
-        sparse=SparseConfig("gradual", shape.compression, begin_epoch=shape.early_select,
-                            end_epoch=max(shape.early_select + 1, 3 * end // 4), every_updates=shape.every_updates))
+        method=GradualConfig(shape.compression, begin_epoch=shape.early_select,
+                             end_epoch=max(shape.early_select + 1, 3 * end // 4), every_updates=shape.every_updates))
     add(f"rigl-{ratio}", "PDT", f"{ratio}, RigL, single weights", "PDT, RigL", "rigl",
-        sparse=SparseConfig("rigl", shape.compression, "erk", end_epoch=max(1, 3 * end // 4),
-                            every_updates=shape.every_updates))
-    add("two-of-four", "PDT", "2:4, straight-through", "PDT, 2:4", "two-of-four", sparse=SparseConfig("n_of_m"))
+        method=RiglConfig(shape.compression, "erk", end_epoch=max(1, 3 * end // 4), every_updates=shape.every_updates))
+    add("two-of-four", "PDT", "2:4, straight-through", "PDT, 2:4", "two-of-four", method=NOfMConfig())
     add(f"one-shot-{ratio}", "one-shot", f"{ratio}, magnitude, not retrained", "one-shot", "dense",
-        prune=after, retrain=RetrainConfig(0))
+        method=AfterConfig(after, RetrainConfig(0)))
     middle = shape.retrain[len(shape.retrain) // 2]
     add(f"random-{ratio}", "random", f"{ratio}, random masks, {middle} rewound epochs", "random", "dense",
-        prune=dataclasses.replace(after, importance="random"), retrain=RetrainConfig(middle))
+        method=AfterConfig(dataclasses.replace(after, importance="random"), RetrainConfig(middle)))
     if shape.trial_epochs is not None:
         only = Tuning("dense", "dense", "learning_rate", shape.rates, shape.trial_epochs)
         return Study(name, title, tuple(cells), (only,), shape.first)

@@ -30,7 +30,7 @@ def configs() -> list[TrainConfig]:
         wide = tile[1] > 1
         prune = dataclasses.replace(base.prune, tile=tile, floor=False if wide else None)
         name = f"{GROUP}-vgg13-own-9.0x-{tile[0]}x{tile[1]}"
-        made.append(dataclasses.replace(base, name=name, prune=prune))
+        made.append(dataclasses.replace(base, name=name, method=prune))
     weights, _ = conv_work(dense.net, 1.0)
     return [*made, narrow("weights", round(weights / base.prune.target))]
 
@@ -75,6 +75,6 @@ def _shortened(family: Any, name: str) -> TrainConfig:
     )
     return dataclasses.replace(
         config, epochs=EPOCHS, lr_milestones=tuple(map(at, config.lr_milestones)), mixup_epoch=at(config.mixup_epoch),
-        prune=prune, precision="bfloat16", partial_batch="drop", expected="the price of a shape",
+        method=prune, precision="bfloat16", partial_batch="drop", expected="the price of a shape",
         loop=LoopConfig(eval_every_epochs=5, checkpoint_every_epochs=EPOCHS),
     )

@@ -12,18 +12,14 @@ from experiments.report.results import RECORDS, machine
 from experiments.report.statistics import markdown_table
 
 BENCHMARKS_FILE = Path(__file__).parents[2] / "BENCHMARKS.md"
-# What `experiments.bench.gpu_checks` runs, named here so that a table can say what is missing without a GPU's imports.
-GPU_CHECKS = {
-    "conv-correctness": "convolutions by patterns, all backends and directions, against float64",
+# What `experiments.bench.gpu_measures` has, named here: a table says what is missing without a GPU's imports.
+GPU_MEASURES = {
     "conv-shift": "one pattern a channel: shift and a dense 2x2 convolution, without a kernel of our own",
     "conv-sweeps": "tiles of 16 and 32, and how the kernels' tiles use the second cache",
     "conv-dense": "the dense convolutions of VGG-16 and ResNet-50, NHWC and HWNC",
     "conv-mosaic": "the Hopper kernels on the layers of VGG-16 and ResNet-50, against dense",
     "steps": "whole training steps, dense against pruned",
     "deploy": "exported VGG-13 against its dense form, both layouts, four batch sizes",
-    "masks": "masks of the reference, bit for bit",
-    "loop-programs": "epoch loop against single updates; equal runs give equal bits",
-    "resume": "a resumed run ends with equal bits",
     "update-costs": "updates of every phase against the plain optax step",
     "selection": "seconds of the selection with each option, whole VGG-16",
     "training": "images a second of whole VGG-13 epochs",
@@ -128,9 +124,9 @@ def _section(record: dict[str, Any]) -> str:
 
 
 def _gpu(folder: Path) -> str:
-    lines = ["## On a GPU\n", "`python -m experiments.bench.gpu_checks --out experiments/results/gpu`\n"]
+    lines = ["## On a GPU\n", "`python -m experiments bench gpu --out experiments/results/gpu`\n"]
     rows, details = [], []
-    for name, what in GPU_CHECKS.items():
+    for name, what in GPU_MEASURES.items():
         path = folder / f"{name}.json"
         if not path.exists() or read_json(path)["smoke"]:
             rows.append((name, what, "not measured", "", ""))

@@ -117,7 +117,7 @@ def _pat_reading(study: Study, cell: Cell) -> Reading | None:
     """None without a PAT cell of like compression and a common seed."""
     budgets = []
     for other in study.of("PAT"):
-        seeds = cell.runs.keys() & other.runs.keys()
+        seeds = cell.seconds().keys() & other.seconds().keys()
         like = _likeness(mean(study.compression(other)), mean(study.compression(cell)))
         if seeds and like is not None and like <= LIKE_COMPRESSION:
             mine, theirs = cell.seconds(), other.seconds()

@@ -49,7 +49,7 @@ def conv_tables(record: dict[str, Any]) -> str:
 
 
 def gpu_tables(record: dict[str, Any]) -> str:
-    """The same of one of `experiments.bench.gpu_checks`: its ceilings, means of what runs by patterns, layers."""
+    """The same of one of `experiments.bench.gpu_measures`: its ceilings, means of what runs by patterns, layers."""
     ceilings, rows = record["ceilings"], record["conv_rows"]
     floor = f"{_rate(ceilings['flops_per_s'])}, {ceilings['bytes_per_s'] / 1e9:,.1f} GB/s"
     parts = [f"Ceilings: {floor} ({ceilings['what']}, in the same run).\n"]

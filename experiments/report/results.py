@@ -1,17 +1,18 @@
 """RESULTS.md from the committed records: the runs.jsonl of each folder below experiments/results."""
 
-import contextlib
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.configs import TrainConfig, from_dict, to_dict
+from experiments.configs import TrainConfig
 from experiments.records import RUNS, differences, identity, kept
 from experiments.report.statistics import coding, markdown_table, mean_spread, paired
 
 RECORDS = Path(__file__).parents[1] / "results"
 RESULTS_FILE = Path(__file__).parents[2] / "RESULTS.md"
 HEADER = """# Results
+
+{claims}
 
 Generated from the records in experiments/results by `python -m experiments table --write`; no figure here is typed.
 The methods that ClickTrain is compared with come first, then the authors' recipes, then single studies. Accuracies are
@@ -81,19 +82,12 @@ def _section(group: str, found: list[dict[str, Any]]) -> str:
     runs: dict[str, list[dict[str, Any]]] = {}
     for record in found:
         # One row for each config, its seed apart.
-        runs.setdefault(_identity(record["config"]), []).append(record)
+        runs.setdefault(identity(record["config"]), []).append(record)
     rows = []
     for members in sorted(runs.values(), key=lambda group: (_rate(group[0]), group[0]["method"] != "dense")):
         name = f"{members[0]['name']}, lr {_rate(members[0]):g}"
         rows.append(_row(name, members, _dense_beside(members[0], found)))
     return title + "\n" + markdown_table(_COLUMNS, rows)
-
-
-def _identity(stored: dict[str, Any]) -> str:
-    """Of a config, the fields added since it was stored having their defaults."""
-    with contextlib.suppress(ValueError):
-        stored = to_dict(from_dict(stored))
-    return identity(stored)
 
 
 def _rate(record: dict[str, Any]) -> float:

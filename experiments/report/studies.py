@@ -15,6 +15,10 @@ from experiments.records import RUNS, identity, kept, read_json
 from experiments.report.results import RECORDS, machine
 
 PREFIX = "compare-"
+# Of a summary: what a run takes on its machine, which says nothing where that did other work too.
+TIMES = ("train_seconds", "compile_seconds", "train_and_compile_seconds", "eval_seconds")
+# Fewer images seen (ten epochs of CIFAR) are too short a training to speak of the methods.
+LEAST_SEEN = 500_000
 METHODS = ("dense", "ClickTrain", "PAT", "PDT", "narrow", "one-shot", "random")
 BATCHES = (1, 32)
 
@@ -48,11 +52,13 @@ class Cell:
     def seconds(self) -> dict[int, float]:
         """End-to-end seconds by seed: training, compiling and what a run measures for itself; evaluation apart.
 
+        Without runs whose cores were shared with other work: their seconds say nothing.
+
         A process compiles and measures a config once, for its first seed; the others are charged as much, as a run by
         itself would be.
         """
-        compiling = max((run["compile_seconds"] for run in self.runs.values()), default=0.0)
-        return {seed: run["train_seconds"] + compiling for seed, run in self.runs.items()}
+        compiling = max(self.column("compile_seconds").values(), default=0.0)
+        return {seed: seconds + compiling for seed, seconds in self.column("train_seconds").items()}
 
     def column(self, field: str) -> dict[int, float]:
         """A field of the summaries by seed, those apart that lack it."""
@@ -111,6 +117,18 @@ class Study:
     def some_run(self) -> dict[str, Any] | None:
         """Any run, the dense one's first; None where there are none."""
         return next((run for cell in (self.dense, *self.cells) for run in cell.runs.values()), None)
+
+    def doubts(self) -> str:
+        """Why the study's claims count for little, if so; empty otherwise."""
+        runs = [run for cell in self.cells for run in cell.runs.values()]
+        found = []
+        if runs:
+            seen = max(run["train_examples"] * self.facts.get("epochs", run["epochs"]) for run in runs)
+            if seen < LEAST_SEEN:
+                found.append(f"too short to count: {seen:,} images seen, {LEAST_SEEN:,} would do")
+        if any(run["setting"].get("shared_cores") for run in runs):
+            found.append("seconds are left out: the cores did other work at the same time")
+        return "; ".join(found)
 
     def machines(self) -> list[str]:
         """Every device that runs were made on."""
@@ -206,7 +224,9 @@ def read(folder: Path) -> Study:
         if seed in runs[name]:
             raise ValueError(f"{folder / RUNS}: a second run of {name}, seed {seed}: remove a line")
         if run["summary"] is not None:
-            runs[name][seed] = run["summary"] | {"setting": run["setting"], "config": run["config"]}
+            shared = run["setting"].get("shared_cores")
+            told = {field: value for field, value in run["summary"].items() if not (shared and field in TIMES)}
+            runs[name][seed] = told | {"setting": run["setting"], "config": run["config"]}
     for name, by_seed in runs.items():
         if len({identity(run["config"]) for run in by_seed.values()}) > 1:
             raise ValueError(f"{folder}: the runs of {name} were made with different configs: measure them again")

@@ -137,10 +137,12 @@ def collect(study: Study, workdir: Path, records: Path) -> int:
 
 
 def with_field(config: TrainConfig, field: str, value: Any) -> TrainConfig:
-    """A config with one field changed; a dot leads into a part of it."""
+    """A config with one field changed; a dot leads into a part of it, and what is no field is one of its method's."""
     head, _, rest = field.partition(".")
+    if not any(head == own.name for own in dataclasses.fields(config)):
+        head, rest = "method", field
     if rest:
-        value = dataclasses.replace(getattr(config, head), **{rest: value})
+        value = with_field(getattr(config, head), rest, value)
     return dataclasses.replace(config, **{head: value})
 
 

@@ -22,7 +22,7 @@ class Updates:
     Attributes:
         config: of the runs.
         train_data: what they train on.
-        method: what their method asks of an update.
+        channels: what makes the net narrower between epochs; None for nothing.
         steps_per_epoch: updates.
         loop_length: updates of a compiled loop; 0 where there is none.
         programs: what was compiled so far.
@@ -30,7 +30,7 @@ class Updates:
 
     config: TrainConfig
     train_data: Images
-    method: Any
+    channels: Any
     steps_per_epoch: int
     loop_length: int
     programs: Programs
@@ -60,7 +60,7 @@ class Updates:
 
     def _shapes(self, params: Any) -> tuple[tuple[int, ...], ...]:
         """What tells a narrowed net's programs apart."""
-        return () if self.method.channels is None else tuple(leaf.shape for leaf in jax.tree.leaves(params))
+        return () if self.channels is None else tuple(leaf.shape for leaf in jax.tree.leaves(params))
 
     @property
     def _batch(self) -> int:

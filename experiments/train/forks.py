@@ -24,18 +24,13 @@ from experiments.train.step import Trainer
 
 def fork_epoch(config: TrainConfig, steps_per_epoch: int) -> int:
     """How many whole epochs a config shares with its dense run: those before its method does anything."""
-    if config.prune is not None:
-        # Scores are gathered in the updates before the selecting one.
-        first_scored = config.prune.select_epoch * steps_per_epoch - (config.prune.importance_steps - 1)
-        return min(max(0, first_scored // steps_per_epoch), config.epochs - (config.total_epochs == config.epochs))
-    if config.sparse is not None and config.sparse.method == "gradual":
-        return config.sparse.begin_epoch
-    return 0
+    begins = 0 if config.method is None else config.method.begins_at(steps_per_epoch)
+    return min(begins // steps_per_epoch, config.epochs - (config.total_epochs == config.epochs))
 
 
 def dense_of(config: TrainConfig) -> TrainConfig:
     """The dense run that a config shares its first epochs with."""
-    return dataclasses.replace(config, prune=None, admm=None, retrain=None, sparse=None, channels=None)
+    return dataclasses.replace(config, method=None)
 
 
 def train_forked(

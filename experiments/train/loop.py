@@ -144,7 +144,7 @@ def template(trainer: Trainer, folder: RunFolder, fresh: TrainState) -> Any:
         folder: where its epochs' lines tell how a net became smaller.
         fresh: what `Trainer.init` returns.
     """
-    channels = trainer.method.channels
+    channels = trainer.channels
     if channels is None:
         return fresh
     facts = {line["epoch"]: line["channels"] for line in read_metrics(folder.path) if "channels" in line}
@@ -266,13 +266,7 @@ def summarise(
 
 def method_name(config: TrainConfig) -> str:
     """What a config does, in a word."""
-    if config.retrain is not None:
-        return "pruning after training"
-    if config.sparse is not None:
-        return config.sparse.method
-    if config.channels is not None:
-        return "prunetrain"
-    return "dense" if config.prune is None else "clicktrain"
+    return "dense" if config.method is None else config.method.kind
 
 
 def _selection(state: TrainState) -> dict[str, Any]:

@@ -19,11 +19,11 @@ import numpy as np
 import clicktrain_jax as ct
 import pallas_kernels as pk
 from clicktrain_jax import models
-from clicktrain_jax.masks import build_masks
 from clicktrain_jax.methods import random_scores
 from clicktrain_jax.phases import Phase
 from experiments.configs.base import TrainConfig
 from experiments.data import Dataset
+from experiments.train.channel_pruning import ChannelPruning
 from experiments.train.compiled import Updates
 from experiments.train.methods import make_method
 from experiments.train.programs import Programs, in_background
@@ -101,6 +101,9 @@ class Trainer(Updates):
             self.steps_per_epoch, self.plan,
         )
         self.optimizer = self.method.optimizer
+        self.channels = None
+        if config.channels is not None:
+            self.channels = ChannelPruning(self.model, abstract, image_shape, config.channels)
         if config.prune is not None:
             self._set_up_pruning()
         self.pruned = PrunedPhase(
@@ -290,7 +293,7 @@ class Trainer(Updates):
 
     def between_epochs(self, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, Any] | None]:
         """What happens before an epoch's first update: PruneTrain's smaller net, and facts about it."""
-        channels = self.method.channels
+        channels = self.channels
         if channels is None or not channels.is_due(epoch):
             return state, None
         return channels.reconfigure(state)
@@ -299,8 +302,7 @@ class Trainer(Updates):
         """The masks of a run in any phase, of whichever method; None for a dense one."""
         if self.updates is not None:
             return ct.masks_of(state.opt_state)
-        by_name = self.method.masks(state.params, state.opt_state)
-        return build_masks(state.params, {name: (None, mask) for name, mask in by_name.items()}) if by_name else None
+        return self.method.masks(state.params, state.opt_state)
 
     def variables(self, state: TrainState) -> dict[str, Any]:
         """What the net answers with, as for `flax.linen.Module.apply`: 2:4 keeps more weights than it computes with."""

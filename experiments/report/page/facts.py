@@ -141,12 +141,17 @@ class Facts:
     @property
     def prune(self) -> dict[str, Any]:
         """The config's pruning part; empty for a dense run, and when it is not known."""
-        return items(self.config.get("prune"))
+        method = items(self.config.get("method"))
+        # Exports from before there was one field for the method have it at the top.
+        found = method if method.get("kind") == "clicktrain" else method.get("prune") or self.config.get("prune")
+        return items(found)
 
     @property
     def is_dense(self) -> bool:
         """Whether the run is known to have pruned nothing."""
-        return self.summary.get("method") == "dense" or ("prune" in self.config and self.config["prune"] is None)
+        if self.summary.get("method") == "dense":
+            return True
+        return any(key in self.config and self.config[key] is None for key in ("method", "prune"))
 
     @property
     def files(self) -> dict[str, float]:

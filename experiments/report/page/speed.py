@@ -226,7 +226,7 @@ def _alone(facts: Facts) -> list[str | Html]:
             "is small and the results are correct, but neighbouring filters read different inputs."
         )
     instead = join([
-        "When speed is wanted, choose ", el("code", "tile=(64, 1)"), " (", el("code", "--prune.tile 64 1"),
+        "When speed is wanted, choose ", el("code", "tile=(64, 1)"), " (", el("code", "--method.tile 64 1"),
         "): 64 filters share each pattern and each removal, and a block of them is a smaller dense convolution. "
         "What that costs in accuracy stands in RESULTS.md; another way to prune means training again.",
     ])

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.bench import gpu as bench_gpu
-from experiments.bench import gpu_checks
+from experiments.bench import gpu_measures
 from experiments.bench.device_time import read_trace
 from experiments.configs import price, to_dict
 from experiments.configs.work import conv_work
@@ -27,10 +27,10 @@ def names(kind, seed=0):
 
 def test_the_most_worthwhile_comes_first():
     kinds = list(dict.fromkeys(item.kind for item in bench_gpu.items()))
-    assert kinds == ["steps", "runs", "convolutions", "checks"]
+    assert kinds == ["steps", "runs", "convolutions", "measures"]
     assert names("steps") == ["steps-512-64x64", "steps-128-64x64", "steps-512-64x16"]
     assert names("runs", 3)[0] == "price-vgg13-dense-seed3" and names("runs")[-1] == "vgg13-cifar10-own-9.0x-seed0"
-    assert names("checks") == list(gpu_checks.CHECKS)
+    assert names("measures") == list(gpu_measures.MEASURES)
 
 
 def test_kernels_of_a_trace_by_hand():

@@ -2,7 +2,7 @@
 
 import re
 
-from experiments.bench import gpu_checks
+from experiments.bench import gpu_measures
 from experiments.records import RUNS, keep
 from experiments.report import benchmarks, documents, front, results
 from experiments.report.statistics import markdown_table, mean_spread, paired
@@ -35,8 +35,8 @@ def test_pictures_that_the_documents_link_to_are_there():
             assert (path.parent / link).exists(), link
 
 
-def test_the_gpu_table_names_every_check():
-    assert set(benchmarks.GPU_CHECKS) == set(gpu_checks.CHECKS)
+def test_the_gpu_table_names_every_measurement():
+    assert set(benchmarks.GPU_MEASURES) == set(gpu_measures.MEASURES)
 
 
 def test_a_table_from_records_by_hand(tmp_path):

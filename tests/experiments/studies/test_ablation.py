@@ -16,12 +16,12 @@ from experiments.train.checkpoints import Checkpoints
 from experiments.train.recipe import make_plan
 from experiments.train.step import Trainer
 
-DENSE = tiny.changed(name="try-dense", prune=None)
+DENSE = tiny.changed(name="try-dense", method=None)
 
 
 def cell(name, question="when", must=False, reference="base", **changes):
     prune = dataclasses.replace(tiny.CONFIG.prune, **changes)
-    return cells_of.Cell(name, question, reference, must, tiny.changed(name=f"try-{name}", prune=prune))
+    return cells_of.Cell(name, question, reference, must, tiny.changed(name=f"try-{name}", method=prune))
 
 
 FAMILY = cells_of.Family("try", DENSE, (
@@ -94,7 +94,7 @@ def test_the_fork_is_before_the_first_gathered_score():
         prune = dataclasses.replace(
             tiny.CONFIG.prune, select_epoch=select_epoch, prune_epoch=4, importance_steps=importance_steps
         )
-        return forks.fork_epoch(tiny.changed(prune=prune), steps_per_epoch=5)
+        return forks.fork_epoch(tiny.changed(method=prune), steps_per_epoch=5)
 
     assert [at(2, 1), at(2, 2), at(2, 6), at(2, 7)] == [2, 1, 1, 0]
     assert [at(0, 1), at(1, 16)] == [0, 0]
@@ -168,11 +168,11 @@ def test_halving_drops_what_is_behind(pretend, tmp_path):
 def test_worker_processes_train_the_same_bits_as_this_one(tmp_path):
     def short(name, **changes):
         config = tiny.changed(
-            name=f"try-{name}", epochs=3, partial_batch="drop", mixup_epoch=None, prune=None
+            name=f"try-{name}", epochs=3, partial_batch="drop", mixup_epoch=None, method=None
         )
         if not changes:
             return config
-        return dataclasses.replace(config, prune=dataclasses.replace(tiny.CONFIG.prune, **changes))
+        return dataclasses.replace(config, method=dataclasses.replace(tiny.CONFIG.prune, **changes))
 
     base = cells_of.Cell("base", "when", "base", True, short("base", prune_epoch=2))
     family = cells_of.Family("try", short("dense"), (base,))
@@ -221,8 +221,7 @@ def test_bad_requests_are_refused(tmp_path):
 
 
 def record(name, seed, top1, **fields):
-    dropped = [cell.config for family in cells_of.families() for cell in family.dropped]
-    config = next(config for config in (*cells_of.configs(), *dropped) if config.name == name)
+    config = next(config for config in cells_of.configs() if config.name == name)
     setting = {"date": "2026-11-22T10:00:00+00:00", "device": {"platform": "cpu", "kind": "cpu"},
                "cpu": {"model": "A CPU", "cores": 1}}
     return {
@@ -237,7 +236,6 @@ RECORDS = [
     *(record("ablation-base", seed, top1) for seed, top1 in enumerate((0.50, 0.52, 0.54))),
     *(record("ablation-cov8", seed, top1) for seed, top1 in enumerate((0.52, 0.53, 0.55))),
     *(record("ablation-both-32x1", seed, top1) for seed, top1 in enumerate((0.48, 0.49, 0.51))),
-    *(record("ablation-reorder-32x1", seed, top1) for seed, top1 in enumerate((0.50, 0.51, 0.53))),
     record("ablation-lasso-0", 0, 0.49, retained_importance=0.61),
     record("ablation-dense", 0, 0.60),
 ]
@@ -251,7 +249,6 @@ def test_a_table_and_a_plot_from_records_by_hand(tmp_path):
     assert rows["base"][2:5] == ["", "", ""]
     assert rows["dense"][:5] == ["1", "60.00", "base", "+10.00", ""]
     assert rows["lasso-0"][3] == "-1.00" and rows["lasso-0"][6] == "0.61"
-    assert "Tiles 32x1 cost 4.00 points (n=3); reordering: +2.00 points of it, 50%." in text
     table.plot(RECORDS, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
@@ -273,7 +270,7 @@ def test_cells_differ_from_the_dense_run_in_the_pruning_only(family):
     prunes = [one.config.prune for one in family.cells]
     assert all(prune not in prunes[:index] for index, prune in enumerate(prunes)), "two cells are the same run"
     for one in family.cells:
-        assert dataclasses.replace(one.config, prune=None, name="", expected="") == dataclasses.replace(
+        assert dataclasses.replace(one.config, method=None, name="", expected="") == dataclasses.replace(
             family.dense, name="", expected="")
         assert one.question in cells_of.QUESTIONS
         assert family.cell(one.reference).must

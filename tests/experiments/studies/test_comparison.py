@@ -7,18 +7,18 @@ import tiny
 
 from experiments.configs import compare
 from experiments.configs.compare import Cell, Study, Tuning
-from experiments.configs.methods import RetrainConfig
+from experiments.configs.methods import AfterConfig, RetrainConfig
 from experiments.records import RUNS, RunFolder, kept, read_json
 from experiments.studies import comparison as harness
 from experiments.studies import jobs
 
-BASE = tiny.changed(prune=None, learning_rate=0.1)
+BASE = tiny.changed(method=None, learning_rate=0.1)
 END = BASE.epochs
 AFTER = dataclasses.replace(tiny.CONFIG.prune, select_epoch=END, prune_epoch=END)
 
 
-def cell(name, method, group, **changes):
-    return Cell(name, method, name, method, group, dataclasses.replace(BASE, name=f"compare-try-{name}", **changes))
+def cell(name, called, group, **changes):
+    return Cell(name, called, name, called, group, dataclasses.replace(BASE, name=f"compare-try-{name}", **changes))
 
 
 STUDY = Study(
@@ -26,9 +26,9 @@ STUDY = Study(
     "a try",
     (
         cell("dense", "dense", "dense"),
-        cell("pruned", "ClickTrain", "clicktrain", prune=tiny.CONFIG.prune),
+        cell("pruned", "ClickTrain", "clicktrain", method=tiny.CONFIG.prune),
         cell("narrow", "narrow", "narrow", width=0.0625),
-        cell("rewind", "PAT", "dense", prune=AFTER, retrain=RetrainConfig(2)),
+        cell("rewind", "PAT", "dense", method=AfterConfig(AFTER, RetrainConfig(2))),
     ),
     (
         Tuning("dense", "dense", "learning_rate", (0.1, 0.2)),

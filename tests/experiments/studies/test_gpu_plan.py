@@ -15,6 +15,7 @@ from experiments.configs import to_dict
 from experiments.records import RUNS, RunFolder, kept, setting
 from experiments.studies import gpu_plan
 from experiments.train import loop
+from experiments.train.signals import heeded
 from experiments.train.step import Trainer
 
 H200 = {"device": {"platform": "gpu", "kind": "NVIDIA H200", "count": 1}, "cpu": {"model": "A CPU", "cores": 16}}
@@ -165,7 +166,7 @@ def test_the_deadline_is_heard_by_a_loop_that_listens_late():
     with deadline.after(0.01):
         while not deadline.passed:
             time.sleep(0.01)
-        with loop._signals() as stop:
+        with heeded() as stop:
             for _ in range(500):
                 if stop.signal_number is not None:
                     break
@@ -211,7 +212,7 @@ def test_a_run_of_which_no_epoch_fits_is_given_up(entries, tmp_path):
 def test_a_run_cut_into_pieces_ends_with_the_bits_of_a_whole_one(tiny_dataset, tmp_path, monkeypatch):
     """The real loop: every piece ends in its first epoch, is saved, and the next goes on."""
     monkeypatch.setattr(gpu_plan, "_AGAIN_S", 0.02)
-    config = tiny.changed(prune=None, epochs=3, mixup_epoch=None)
+    config = tiny.changed(method=None, epochs=3, mixup_epoch=None)
     trainer = Trainer(config, tiny_dataset)
     whole = loop.train(config, tmp_path / "whole", trainer=trainer)
     pieces = []

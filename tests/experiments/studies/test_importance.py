@@ -22,7 +22,7 @@ from experiments.train.step import Trainer
 
 STUDY = Study(checkpoint_epochs=(1,), seeds=1, kernels=3, images=60, batches=(1, 2), draws=2)
 CONFIG = tiny.changed(
-    prune=None, mixup_epoch=None, crop_padding=0, data=dataclasses.replace(tiny.CONFIG.data, eval_split="validation")
+    method=None, mixup_epoch=None, crop_padding=0, data=dataclasses.replace(tiny.CONFIG.data, eval_split="validation")
 )
 
 
@@ -188,7 +188,7 @@ def test_the_same_command_goes_on_and_another_is_refused(studied, trainer):
     ("config", "study", "message"),
     [
         (tiny.CONFIG, STUDY, "tiny prunes"),
-        (tiny.changed(prune=None), STUDY, "eval_split='test'"),
+        (tiny.changed(method=None), STUDY, "eval_split='test'"),
         (CONFIG, dataclasses.replace(STUDY, checkpoint_epochs=(9,)), "tiny has 5 epochs"),
         (CONFIG, dataclasses.replace(STUDY, batches=(1, 5)), "an epoch has 4 full batches"),
     ],

@@ -11,7 +11,7 @@ import tiny
 
 import clicktrain_jax as ct
 from clicktrain_jax.masks import combine
-from experiments.configs.methods import ChannelConfig, SparseConfig
+from experiments.configs.methods import ChannelConfig, GradualConfig, NOfMConfig
 from experiments.records import RunFolder, read_json, write_json
 from experiments.studies import export, latency
 from experiments.train import loop
@@ -20,8 +20,8 @@ from experiments.train.step import Trainer
 
 TILES = dataclasses.replace(tiny.CONFIG.prune, tile=(8, 1))
 CONFIGS = {
-    "pruned": tiny.changed(name="pruned", width=0.25, prune=TILES),
-    "narrow": tiny.changed(name="narrow", prune=None),
+    "pruned": tiny.changed(name="pruned", width=0.25, method=TILES),
+    "narrow": tiny.changed(name="narrow", method=None),
 }
 
 
@@ -112,9 +112,9 @@ def test_tuned(runs):
 
 
 METHODS = {
-    "gradual": {"sparse": SparseConfig("gradual", 2.0, every_updates=2)},
-    "2:4": {"sparse": SparseConfig("n_of_m")},
-    "prunetrain": {"channels": ChannelConfig(every_epochs=1, threshold=0.2, multiple=1), "width": 0.25},
+    "gradual": {"method": GradualConfig(2.0, every_updates=2)},
+    "2:4": {"method": NOfMConfig()},
+    "prunetrain": {"method": ChannelConfig(every_epochs=1, threshold=0.2, multiple=1), "width": 0.25},
 }
 
 
@@ -122,7 +122,7 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_trained_by_other_methods(name, tmp_path, tiny_dataset):
     """From the loop's own run folder, as `compare` does it."""
-    settings = {"name": "other", "epochs": 2, "mixup_epoch": None, "prune": None}
+    settings = {"name": "other", "epochs": 2, "mixup_epoch": None}
     config = tiny.changed(**settings, **METHODS[name])
     summary = loop.train(config, tmp_path / "run", dataset=tiny_dataset)
     found = latency.measure({name: tmp_path / "run"}, batches=(8,), rounds=1)["nets"][name]
@@ -131,7 +131,7 @@ def test_trained_by_other_methods(name, tmp_path, tiny_dataset):
     assert (found["masks_sha256"] is None) == (name == "prunetrain")
     assert found["pattern_layers"] == 0
     if name == "prunetrain":
-        dense = Trainer(dataclasses.replace(config, channels=None), tiny_dataset).abstract_params
+        dense = Trainer(dataclasses.replace(config, method=None), tiny_dataset).abstract_params
         assert summary["conv_weights"] < sum(leaf.size for leaf in jax.tree.leaves(dense) if leaf.ndim == 4)
     else:
         assert summary["conv_retained"] < summary["conv_weights"]

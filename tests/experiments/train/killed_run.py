@@ -53,7 +53,7 @@ def _arm(epoch: int, fraction: float) -> None:
 
 CONFIG = tiny.changed(
     epochs=64,  # far beyond the last kill: a slow machine may pass several epochs before it comes
-    prune=dataclasses.replace(tiny.CONFIG.prune, select_epoch=14, prune_epoch=26),
+    method=dataclasses.replace(tiny.CONFIG.prune, select_epoch=14, prune_epoch=26),
     mixup_epoch=32,
 )
 

@@ -99,7 +99,7 @@ def test_packing_changes_nothing():
 def test_updates_that_no_loop_fits_are_called_one_by_one(tiny_dataset):
     """Those of the epoch of a selection, and of one that gathers scores for it; and all that follow a smaller batch."""
     prune = dataclasses.replace(tiny.CONFIG.prune, select_epoch=1, prune_epoch=2, importance_steps=3)
-    trainer = Trainer(tiny.changed(loop=SCAN, prune=prune, epochs=4, mixup_epoch=None), tiny_dataset)
+    trainer = Trainer(tiny.changed(loop=SCAN, method=prune, epochs=4, mixup_epoch=None), tiny_dataset)
     assert (trainer.loop_length, trainer.tail) == (4, 12)
     calls = []
 

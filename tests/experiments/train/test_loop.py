@@ -105,7 +105,7 @@ def test_the_loop_computes_what_the_transformation_does_in_a_users_own_loop(tiny
         coeff=prune.coeff,
     )
     # The loop's own dense update, with the transformation where its optimizer was.
-    users = Trainer(tiny.changed(prune=None), trainer.dataset)
+    users = Trainer(tiny.changed(method=None), trainer.dataset)
     users.optimizer = transform
     theirs = start._replace(opt_state=transform.init(start.params))
     for epoch in range(tiny.CONFIG.epochs):
@@ -122,7 +122,7 @@ def test_scores_of_several_updates_and_a_second_selection(tiny_dataset, tmp_path
     prune = dataclasses.replace(
         tiny.CONFIG.prune, select_epoch=1, reselect_epoch=2, importance_steps=4, patterns="coverage", num_patterns=3
     )
-    config = tiny.changed(prune=prune, epochs=4, mixup_epoch=None)
+    config = tiny.changed(method=prune, epochs=4, mixup_epoch=None)
     trainer = Trainer(config, tiny_dataset)
     folder = tmp_path / "whole"
     whole = loop.train(config, folder, trainer=trainer)
@@ -143,7 +143,7 @@ def test_scores_of_several_updates_and_a_second_selection(tiny_dataset, tmp_path
         trainer.optimizer, trainer.plan, select_step=5, reselect_step=10, prune_step=15, coeff=prune.coeff,
         patterns=trainer.patterns, importance_steps=4,
     )
-    users = Trainer(dataclasses.replace(config, prune=None), tiny_dataset)
+    users = Trainer(dataclasses.replace(config, method=None), tiny_dataset)
     users.optimizer = transform
     theirs = start._replace(opt_state=transform.init(start.params))
     for epoch in range(config.epochs):
@@ -157,7 +157,7 @@ def test_scores_of_several_updates_and_a_second_selection(tiny_dataset, tmp_path
 
 
 def test_the_dense_phase_lowers_to_the_plain_optax_step_and_a_count(tiny_trainer, tiny_dataset):
-    plain = Trainer(tiny.changed(prune=None), tiny_dataset)
+    plain = Trainer(tiny.changed(method=None), tiny_dataset)
     found = []
     for trainer in (tiny_trainer, plain):
         state = jax.eval_shape(trainer.fresh, jax.random.key(0))
@@ -175,7 +175,7 @@ def test_the_dense_phase_lowers_to_the_plain_optax_step_and_a_count(tiny_trainer
 def test_a_selection_that_is_put_off_is_tried_again_in_the_next_update(tiny_dataset):
     """The loop reads one flag after it; in the window before it, an update that is not finite adds none."""
     prune = dataclasses.replace(tiny.CONFIG.prune, importance_steps=2)
-    trainer = Trainer(tiny.changed(prune=prune, mixup_epoch=None, epochs=4), tiny_dataset)
+    trainer = Trainer(tiny.changed(method=prune, mixup_epoch=None, epochs=4), tiny_dataset)
     select = trainer.schedule.select_step
 
     def spoilt(update):
@@ -206,9 +206,9 @@ def test_a_selection_that_is_put_off_is_tried_again_in_the_next_update(tiny_data
 def test_one_program_mixes_images_in_the_epochs_that_ask_for_it_alone(tiny_dataset):
     from experiments.train.update import gradient_of
 
-    config = tiny.changed(prune=None, epochs=3, mixup_epoch=1)
+    config = tiny.changed(method=None, epochs=3, mixup_epoch=1)
     losses = []
-    for mixed in (config, tiny.changed(prune=None, epochs=3, mixup_epoch=None)):
+    for mixed in (config, tiny.changed(method=None, epochs=3, mixup_epoch=None)):
         trainer = Trainer(mixed, tiny_dataset)
         state = trainer.init(0)
         gradient = jax.jit(gradient_of(trainer, 32, "dense"))
@@ -307,7 +307,7 @@ def test_a_changed_byte_in_a_checkpoint_is_found(tmp_path):
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tiny_dataset, tmp_path):
-    config = tiny.changed(learning_rate=1e30, prune=None, net="small")
+    config = tiny.changed(learning_rate=1e30, method=None, net="small")
     with pytest.raises(loop.NonFiniteLoss, match="not finite.* in epoch 0.* 0 whole epochs.*learning_rate"):
         loop.train(config, tmp_path / "run", dataset=tiny_dataset)
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -330,7 +330,7 @@ def test_a_folder_whose_making_was_cut_short_is_taken_up(tiny_dataset, tmp_path)
 
 def test_a_net_that_diverges_in_an_epochs_last_update_is_not_saved(tiny_dataset, tmp_path):
     # One update an epoch: its loss is taken before the update that breaks the weights.
-    config = tiny.changed(learning_rate=1e38, prune=None, mixup_epoch=None, batch_size=140, lr_schedule="step")
+    config = tiny.changed(learning_rate=1e38, method=None, mixup_epoch=None, batch_size=140, lr_schedule="step")
     with pytest.raises(loop.NonFiniteLoss, match="0 whole epochs"):
         loop.train(config, tmp_path / "run", dataset=tiny_dataset)
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
@@ -363,7 +363,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(finished, tmp_path, t
 
 @pytest.mark.slow
 def test_bfloat16_computes_with_float32_masters(tiny_dataset):
-    trainer = Trainer(tiny.changed(precision="bfloat16", prune=None), tiny_dataset)
+    trainer = Trainer(tiny.changed(precision="bfloat16", method=None), tiny_dataset)
     state, metrics = trainer.run_epoch(trainer.init(0), 0, 0)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
     assert np.isfinite(metrics).all()
@@ -372,7 +372,7 @@ def test_bfloat16_computes_with_float32_masters(tiny_dataset):
 def test_tensorboard_events_are_written_when_asked_for(tiny_dataset, tmp_path):
     pytest.importorskip("tensorboardX")
     options = dataclasses.replace(tiny.CONFIG.loop, tensorboard=True, eval_every_epochs=2, checkpoint_every_epochs=2)
-    config = tiny.changed(prune=None, mixup_epoch=None, epochs=3, loop=options)
+    config = tiny.changed(method=None, mixup_epoch=None, epochs=3, loop=options)
     loop.train(config, tmp_path / "run", dataset=tiny_dataset)
     assert list((tmp_path / "run" / "events").iterdir())
     # Every second epoch and the last one.

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import tiny
 
-from experiments.configs.methods import AdmmConfig, ChannelConfig, RetrainConfig, SparseConfig
+from experiments.configs.methods import (
+    AdmmConfig,
+    AfterConfig,
+    ChannelConfig,
+    GradualConfig,
+    NOfMConfig,
+    RetrainConfig,
+    RiglConfig,
+)
 from experiments.records import read_metrics
 from experiments.studies.export import restore
 from experiments.train import forks, loop
@@ -17,16 +25,16 @@ from experiments.train.update import mixes
 
 END = tiny.CONFIG.epochs
 DENSE = tiny.changed(
-    name="dense", prune=None, partial_batch="drop",
+    name="dense", method=None, partial_batch="drop",
     loop=dataclasses.replace(tiny.CONFIG.loop, keep_checkpoints=END, eval_every_epochs=9),
 )
 AFTER = dataclasses.replace(tiny.CONFIG.prune, importance="magnitude", coeff=0.0, select_epoch=END, prune_epoch=END)
-REWIND = dataclasses.replace(DENSE, name="rewind", prune=AFTER, retrain=RetrainConfig(2))
+REWIND = dataclasses.replace(DENSE, name="rewind", method=AfterConfig(AFTER, RetrainConfig(2)))
+LATER = dataclasses.replace(AFTER, select_epoch=END + 2, prune_epoch=END + 2)
 ADMM = dataclasses.replace(
-    REWIND, name="admm", admm=AdmmConfig(2, every_updates=2),
-    prune=dataclasses.replace(AFTER, select_epoch=END + 2, prune_epoch=END + 2),
+    REWIND, name="admm", method=AfterConfig(LATER, RetrainConfig(2), AdmmConfig(2, every_updates=2))
 )
-SPARSE = SparseConfig("gradual", 4.0, begin_epoch=2, end_epoch=4, every_updates=2)
+SPARSE = GradualConfig(4.0, begin_epoch=2, end_epoch=4, every_updates=2)
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +56,15 @@ def test_the_learning_rate_of_pruning_after_training():
     dense = learning_rate(DENSE, 10)
     steps = np.arange(10 * END)
     np.testing.assert_array_equal([rate(step) for step in steps], [dense(step) for step in steps])
-    assert rate(10 * END) == rate(10 * END + 19) == np.float32(ADMM.admm.learning_rate)
+    assert rate(10 * END) == rate(10 * END + 19) == np.float32(ADMM.method.admm.learning_rate)
     # Two epochs of retraining: the last two of the dense schedule once more.
     first = 10 * (END + 2)
     np.testing.assert_allclose(
         [rate(first + step) for step in range(20)], [dense(10 * (END - 2) + step) for step in range(20)], rtol=1e-6
     )
-    cosine = learning_rate(dataclasses.replace(REWIND, retrain=RetrainConfig(2, "cosine", 0.05)), 10)
+    cosine = learning_rate(
+        dataclasses.replace(REWIND, method=AfterConfig(AFTER, RetrainConfig(2, "cosine", 0.05))), 10
+    )
     assert cosine(10 * END) == np.float32(0.05) and cosine(10 * END + 20) == 0
 
 
@@ -86,7 +96,7 @@ def test_mixup_after_the_dense_run_is_that_of_the_schedules_tail(config, after):
 
 
 def test_one_shot_prunes_at_the_very_end(trunk, tiny_dataset, tmp_path):
-    config = dataclasses.replace(REWIND, name="one-shot", retrain=RetrainConfig(0))
+    config = dataclasses.replace(REWIND, name="one-shot", method=AfterConfig(AFTER, RetrainConfig(0)))
     trainer = Trainer(config, tiny_dataset)
     last = END * trainer.steps_per_epoch - 1
     assert (trainer.schedule.select_step, trainer.schedule.prune_step) == (last - 1, last)
@@ -102,10 +112,10 @@ def test_one_shot_prunes_at_the_very_end(trunk, tiny_dataset, tmp_path):
 def test_sparse_training_reaches_its_compression(method, trunk, tiny_dataset, tmp_path):
     sparse = SPARSE
     if method == "rigl":
-        sparse = SparseConfig("rigl", 4.0, "erk", end_epoch=4, every_updates=2)
+        sparse = RiglConfig(4.0, "erk", end_epoch=4, every_updates=2)
     elif method == "n_of_m":
-        sparse = SparseConfig("n_of_m")
-    config = dataclasses.replace(DENSE, name=method, sparse=sparse)
+        sparse = NOfMConfig()
+    config = dataclasses.replace(DENSE, name=method, method=sparse)
     trainer = Trainer(config, tiny_dataset)
     summary = forks.train_forked(config, tmp_path / "run", trunk, trainer=trainer)
     assert summary["method"] == method and summary["masks_sha256"] is not None
@@ -136,13 +146,13 @@ def test_sparse_training_reaches_its_compression(method, trunk, tiny_dataset, tm
 def test_prunetrain_gets_narrower_and_goes_on_after_a_kill(tiny_dataset, tmp_path, monkeypatch):
     config = dataclasses.replace(
         # A threshold that finds dead channels after so few updates.
-        DENSE, name="prunetrain", width=0.5, channels=ChannelConfig(0.9, every_epochs=2, threshold=0.25),
+        DENSE, name="prunetrain", width=0.5, method=ChannelConfig(0.9, every_epochs=2, threshold=0.25),
     )
     trainer = Trainer(config, tiny_dataset)
     whole = loop.train(config, tmp_path / "whole", trainer=trainer)
     lines = read_metrics(tmp_path / "whole")
     assert [line["epoch"] for line in lines if "channels" in line] == [2, 4]
-    dense = loop.train(dataclasses.replace(config, channels=None, name="dense"), tmp_path / "dense")
+    dense = loop.train(dataclasses.replace(config, method=None, name="dense"), tmp_path / "dense")
     assert whole["conv_weights"] < dense["conv_weights"] and whole["multiply_adds"] < dense["multiply_adds"]
     assert lines[-1]["training_multiply_adds"] < lines[0]["training_multiply_adds"]
 
@@ -165,12 +175,10 @@ def test_prunetrain_gets_narrower_and_goes_on_after_a_kill(tiny_dataset, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prune": None}, "retrain without prune"),
-        ({"prune": tiny.CONFIG.prune}, "expected both 5, where the dense epochs"),
-        ({"retrain": RetrainConfig(6)}, "expected at most the dense run's 5"),
-        ({"retrain": None, "prune": None, "admm": AdmmConfig(2)}, "admm without retrain"),
-        ({"channels": ChannelConfig()}, "methods of their own"),
-        ({"retrain": None, "prune": None, "sparse": dataclasses.replace(SPARSE, end_epoch=9)}, "is after the last"),
+        ({"method": AfterConfig(tiny.CONFIG.prune, RetrainConfig(2))}, "expected both 5, where the dense epochs"),
+        ({"method": AfterConfig(AFTER, RetrainConfig(6))}, "expected at most the dense run's 5"),
+        ({"method": dataclasses.replace(SPARSE, end_epoch=9)}, "gradual.end_epoch=9 is after the last"),
+        ({"method": RiglConfig(4.0, end_epoch=9)}, "rigl.end_epoch=9 is after the last"),
     ],
 )
 def test_configs_that_make_no_sense(changes, message):
@@ -185,10 +193,10 @@ def test_configs_that_make_no_sense(changes, message):
         (lambda: RetrainConfig(2, "rewind", 0.1), "it is for 'cosine'"),
         (lambda: RetrainConfig(-1), "retrain.epochs=-1"),
         (lambda: AdmmConfig(2, rho=0.0), "admm.rho=0.0: expected a positive number"),
-        (lambda: SparseConfig("rigl"), "the others need one"),
-        (lambda: SparseConfig("n_of_m", 2.0), "has its own"),
-        (lambda: SparseConfig("gradual", 0.5), "sparse.compression=0.5: expected 1 or more"),
-        (lambda: SparseConfig("gradual", 2.0, begin_epoch=3, end_epoch=3), "expected 0 <= begin < end"),
+        (lambda: RiglConfig(4.0, drop_fraction=1.5), "rigl.drop_fraction=1.5: expected 0 to 1"),
+        (lambda: NOfMConfig(-1.0), "n_of_m.decay=-1.0"),
+        (lambda: GradualConfig(0.5), "gradual.compression=0.5: expected 1 or more"),
+        (lambda: GradualConfig(2.0, begin_epoch=3, end_epoch=3), "expected 0 <= begin < end"),
         (lambda: ChannelConfig(1.0), "channels.ratio=1.0"),
     ],
 )
@@ -198,6 +206,6 @@ def test_method_settings_are_checked(make, message):
 
 
 def test_a_compression_out_of_reach_is_told(tiny_dataset):
-    config = dataclasses.replace(DENSE, sparse=dataclasses.replace(SPARSE, compression=1e4))
-    with pytest.raises(ValueError, match="sparse.compression=10000.0: the layers that stay dense hold 72"):
+    config = dataclasses.replace(DENSE, method=dataclasses.replace(SPARSE, compression=1e4))
+    with pytest.raises(ValueError, match="gradual.compression=10000.0: the layers that stay dense hold 72"):
         Trainer(config, tiny_dataset)

@@ -42,7 +42,7 @@ def test_a_gradient_follows_flax_s(net):
 
 def test_an_update_follows_the_one_without_the_library(tiny_dataset, monkeypatch):
     def update():
-        trainer = Trainer(tiny.changed(prune=None), tiny_dataset)
+        trainer = Trainer(tiny.changed(method=None), tiny_dataset)
         before = trainer.init(0)
         step = jax.jit(update_step(trainer, "dense", trainer.config.batch_size))
         metrics = jnp.zeros((trainer.steps_per_epoch, 2))

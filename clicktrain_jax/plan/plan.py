@@ -11,11 +11,12 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from clicktrain_jax import convolutions
-from clicktrain_jax import rules as rule_lib
-from clicktrain_jax.convolutions import Axes
-from clicktrain_jax.layer_plan import LayerPlan, check_layer
-from clicktrain_jax.targets import Target, make_target
+from clicktrain_jax.latency import LayerTimes
+from clicktrain_jax.plan import convolutions
+from clicktrain_jax.plan import rules as rule_lib
+from clicktrain_jax.plan.convolutions import Axes
+from clicktrain_jax.plan.layer_plan import LayerPlan, check_layer
+from clicktrain_jax.plan.targets import Target, least_kernels, make_target
 from clicktrain_jax.trees import Tree, check_names_of, is_kernel_shape, named_leaves
 
 Tile = tuple[int | None, int | None]
@@ -88,8 +89,9 @@ def make_plan(
     removal_scope: Literal["layer", "filter", "tile"] = "layer",
     floor: bool | None = None,
     target: float | None = None,
-    target_of: Literal["convolutions", "model", "multiply_adds"] = "convolutions",
+    target_of: Literal["convolutions", "model", "multiply_adds", "latency"] = "convolutions",
     output_sizes: Mapping[str, tuple[int, int]] | None = None,
+    costs: LayerTimes | None = None,
     strict: bool = False,
     groups: Mapping[str, int] | None = None,
     axes: Axes | None = None,
@@ -131,8 +133,11 @@ def make_plan(
         target: compression to reach over ``target_of``; resolved at the selection, from the scores, as near as one
             unit of removal allows (one unit of every block with the scopes "filter" and "tile").
         target_of: "convolutions": weights of every 4-D leaf. "model": of every leaf. "multiply_adds": of the leaves
-            in ``output_sizes``.
+            in ``output_sizes``. "latency": seconds of the whole net, by ``costs``; 2.0 asks for half of the dense
+            net's. Kernels go by their importance per second, and an "auto" layer that gains nothing stays dense.
         output_sizes: ``{leaf name: (height, width)}``, for multiply-adds (`clicktrain_jax.models.output_sizes`).
+        costs: measured seconds of the layers by what they retain, for "latency" (`clicktrain_jax.layer_times`, of a
+            plan with the same layers and shapes).
         strict: when true, a convolution that no rule matches is an error rather than left dense.
         groups: ``{regular expression: feature_group_count}`` for grouped convolutions, which a kernel's shape
             does not show. Removing kernels is refused there (each filter sees few channels); patterns are not.
@@ -175,6 +180,11 @@ def make_plan(
                 + "".join(f"; {name!r}: {why}" for name, why in left_out[:4])
             )
         rules = {rule_lib.exactly(name): "auto" for name in chosen}
+    if (target_of == "latency") != (costs is not None):
+        raise ValueError(
+            f"target_of={target_of!r} with costs={costs!r}: a target in time needs the measured times of the layers, "
+            "costs=clicktrain_jax.layer_times(...), and no other takes them"
+        )
     compiled = rule_lib.compile_rules(rules)
     if target is None and "auto" in rules.values():
         raise ValueError("a rule says 'auto', but there is no target: give target=8.0, or a fraction in the rule")
@@ -228,14 +238,27 @@ def make_plan(
             axes=axes or "HWIO",
         )
         check_layer(layer)
+        if costs is not None:
+            layer = dataclasses.replace(layer, times=costs.of(name))
+            least = least_kernels(layer) / (shape[2] * shape[3])
+            if layer.fraction is None and not layer.times.gains(least):
+                left_out.append((name, "measured: it gains no time, whatever is removed"))
+                continue
         layers.append(layer)
     unused = [rule for rule in rules if rule not in used]
     if unused:
         raise ValueError(rule_lib.explain_unused(unused[0], compiled[unused[0]], names))
+    if not layers and costs is not None:
+        raise ValueError(
+            f"target={target} over latency is out of reach: no layer gets faster by what may be removed of it, the "
+            "reachable maximum is 1.00; use tiles, floor=False, or another device or batch size"
+        )
     if not layers:
         raise ValueError("the rules prune no layer: give at least one convolution a fraction in [0, 1)")
     counted = {name for name, why in doubts.items() if why is None} | {layer.name for layer in layers}
-    resolved = None if target is None else make_target(target, target_of, shapes, layers, output_sizes, counted)
+    resolved = None if target is None else make_target(
+        target, target_of, shapes, layers, output_sizes, counted, costs
+    )
     return Plan(tuple(layers), tuple(names), resolved, tuple(left_out))
 
 

@@ -7,7 +7,8 @@ block when the same share goes in each). A row's rank among all layers is
 
 the relative damage to the layer per weight saved. The first quotient is LAMP's normalisation (Lee et al.,
 "Layer-adaptive sparsity for the magnitude-based pruning", arXiv 2010.07611), applied to kernels: it does not
-depend on a layer's scale, and grows to 1 for the last row, so that no layer collapses.
+depend on a layer's scale, and grows to 1 for the last row, so that no layer collapses. Where time is the target,
+seconds stand in for weights.
 """
 
 import dataclasses
@@ -18,10 +19,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from clicktrain_jax.layer_plan import LayerPlan
+from clicktrain_jax.latency import LayerTimes
+from clicktrain_jax.plan.layer_plan import LayerPlan
 
-SCOPES = ("convolutions", "model", "multiply_adds")
+SCOPES = ("convolutions", "model", "multiply_adds", "latency")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Target:
 
     Attributes:
         ratio: total / retained.
-        of: what is counted: "convolutions", "model" or "multiply_adds".
+        of: what is counted: "convolutions", "model", "multiply_adds", or seconds, "latency".
         retained: what may be retained in all, dense leaves included.
         dense: what the leaves that the plan does not prune hold.
     """
@@ -38,7 +41,7 @@ class Target:
     ratio: float
     of: str
     retained: float
-    dense: int
+    dense: float
 
 
 class Rows(NamedTuple):
@@ -48,11 +51,21 @@ class Rows(NamedTuple):
         values: float32 (rows,), the score that each row removes; infinite where the floor holds it.
         costs: float32 (rows,), what it saves.
         held: float32 scalar, the score of what is never removed.
+        worth: float32 (rows,), what the rows' scores are weighed against; None for ``costs``.
     """
 
     values: jax.Array
     costs: jax.Array
     held: jax.Array
+    worth: jax.Array | None = None
+
+
+def in_seconds(rows: Rows, layer: LayerPlan) -> Rows:
+    """Rows that save weights (kernels of `LayerPlan.kept_taps` each) as rows that save the layer's seconds."""
+    kernels = jnp.cumsum(rows.costs) / (layer.kept_taps * math.prod(layer.shape[2:]))
+    shares = jnp.concatenate([jnp.ones(1), 1 - kernels])
+    costs, worth = (-jnp.diff(layer.times.at(shares, hull=hull)) for hull in (False, True))
+    return rows._replace(costs=costs, worth=worth)
 
 
 def make_target(
@@ -62,10 +75,11 @@ def make_target(
     layers: Sequence[LayerPlan],
     output_sizes: Mapping[str, tuple[int, int]] | None,
     convolutions: Collection[str],
+    times: LayerTimes | None = None,
 ) -> Target:
     """Count what the target speaks of, and refuse one that cannot be reached.
 
-    ``convolutions`` names the leaves that count as such.
+    ``convolutions`` names the leaves that count as such; ``times`` are for "latency".
 
     Raises:
         ValueError: no number of 1 or more, an unknown scope, or out of reach; the reachable maximum is named.
@@ -82,11 +96,21 @@ def make_target(
     unknown = sorted(set(output_sizes or {}) - set(shapes))
     if of == "multiply_adds" and unknown:
         raise ValueError(f"output_sizes names {unknown[0]!r}, which is no leaf of params")
+    if of == "latency":
+        total, dense = times.net_s, times.rest([layer.name for layer in layers])
+        least = dense + sum(_seconds(layer) for layer in layers)
+        most = dense + sum(_seconds(layer, removed=False) for layer in layers)
+        return _checked(float(ratio), of, total, dense, least, most)
     counted = {name: math.prod(shape) * _count(name, of, output_sizes, convolutions) for name, shape in shapes.items()}
     total = sum(counted.values())
     dense = total - sum(counted[layer.name] for layer in layers)
     least = dense + sum(_least(layer) for layer in layers)
     most = dense + sum(_least(layer, removed=False) for layer in layers)
+    return _checked(float(ratio), of, total, dense, least, most)
+
+
+def _checked(ratio: float, of: str, total: float, dense: float, least: float, most: float) -> Target:
+    """The target, if what the layers can hold, from the least to the most, allows it."""
     if total / ratio < least:
         raise ValueError(
             f"target={ratio:g} over {of} is out of reach: the reachable maximum is {_down(total / least)} with these "
@@ -98,7 +122,7 @@ def make_target(
             f"target={ratio:g} over {of} is below what patterns of these entries and the given fractions already "
             f"reach, {_down(total / most)}: raise it, leave layers dense, or use more entries"
         )
-    return Target(float(ratio), of, total / ratio, dense)
+    return Target(ratio, of, total / ratio, dense)
 
 
 def _down(ratio: float) -> str:
@@ -118,6 +142,16 @@ def _count(
 
 def _least(layer: LayerPlan, removed: bool = True) -> int:
     """The least that a layer can be brought to; with ``removed`` false, what patterns and a fraction leave."""
+    return least_kernels(layer, removed) * layer.kept_taps * layer.cost
+
+
+def _seconds(layer: LayerPlan, removed: bool = True) -> float:
+    """As `_least`, in seconds."""
+    return float(np.interp(least_kernels(layer, removed) / math.prod(layer.shape[2:]), *layer.times.curve()))
+
+
+def least_kernels(layer: LayerPlan, removed: bool = True) -> int:
+    """The least kernels that a layer can be brought to; with ``removed`` false, those that a fraction leaves."""
     kernels = layer.shape[2] * layer.shape[3]
     filters, channels = layer.removal_tile
     if layer.fraction is not None:
@@ -126,7 +160,7 @@ def _least(layer: LayerPlan, removed: bool = True) -> int:
         blocks = math.prod(math.ceil(size / block) for size, block in zip(layer.unit_grid, layer.scope_block))
         # Without a floor one unit stays all the same: the last row of a layer is never removed.
         kernels = min(kernels, max(layer.num_protected, blocks) * filters * channels)
-    return kernels * layer.kept_taps * layer.cost
+    return kernels
 
 
 def _removed_at_least(layer: LayerPlan) -> int:
@@ -190,7 +224,8 @@ def resolve(
         over = saved[name][last] - start - missing
         under = missing - (saved[name][jnp.maximum(last - 1, 0)] - start)
         last = jnp.where((last > below[name]) & (over > under), last - 1, last)
-        counts[name] = last.astype(jnp.int32)
+        # What saves nothing stays: a layer may have to lose much before it gets faster.
+        counts[name] = jnp.where(saved[name][last] > 0, last, 0).astype(jnp.int32)
         # Once the need is met, or nearly, the next layers' tied rows stay.
         met = (over >= 0) | (missing <= 0)
         missing = jnp.where(met, 0.0, missing - (saved[name][last] - start))
@@ -198,12 +233,13 @@ def resolve(
 
 
 def _rank(rows: Rows) -> jax.Array:
-    """Relative damage per weight saved, never falling from row to row; infinite for what must stay."""
+    """Relative damage per weight (or second) saved, never falling from row to row; infinite for what must stay."""
     free = jnp.isfinite(rows.values)
     values = jnp.where(free, rows.values, 0.0)
     remaining = jnp.cumsum(values[::-1])[::-1] + rows.held
     damage = jnp.where(values > 0, values / jnp.maximum(remaining, values), 0.0)
-    rank = damage / jnp.maximum(rows.costs, 1.0)
+    worth = rows.costs if rows.worth is None else rows.worth
+    rank = jnp.where(worth > 0, damage / jnp.where(worth > 0, worth, 1.0), jnp.inf)
     # A layer keeps its last row whatever comes.
     last = jnp.arange(rank.size) == rank.size - 1
     rank = jnp.where(free & ~last, rank, jnp.inf)

@@ -5,7 +5,8 @@ import math
 import warnings
 from typing import Any
 
-from clicktrain_jax.convolutions import FROM_HWIO, TO_HWIO, Axes, permuted
+from clicktrain_jax.latency import LayerTime
+from clicktrain_jax.plan.convolutions import FROM_HWIO, TO_HWIO, Axes, permuted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class LayerPlan:
         cost: what one weight counts for the plan's target: 1, or the number of places it is applied at.
         whole_kernels: whole kernels are removed and no patterns chosen, as in 1x1 layers: each keeps all its taps.
         axes: the leaf's own layout. Masks have it, and scores are taken in it.
+        times: its seconds by what it retains, where the plan's target is time.
     """
 
     name: str
@@ -43,6 +45,7 @@ class LayerPlan:
     cost: int = 1
     whole_kernels: bool = False
     axes: Axes = "HWIO"
+    times: LayerTime | None = None
 
     @property
     def has_patterns(self) -> bool:
