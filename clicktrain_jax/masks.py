@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.convolutions import FROM_HWIO
+from clicktrain_jax.plan.convolutions import FROM_HWIO
 from clicktrain_jax.trees import (
     Tree,
     check_same_names,

@@ -42,6 +42,8 @@ class PhaseUpdates(NamedTuple):
         regularize: with the group lasso.
         prune: once, at prune_step.
         pruned: from then on.
+        masked: whichever of the last three the state asks for, one program for all that follows a selection; takes
+            ``prunes`` too, a bool, perhaps traced: whether this update is the one at prune_step.
     """
 
     init: Callable[..., Any]
@@ -51,6 +53,7 @@ class PhaseUpdates(NamedTuple):
     regularize: Callable[..., Any]
     prune: Callable[..., Any]
     pruned: Callable[..., Any]
+    masked: Callable[..., Any]
 
 
 class _Pieces:
@@ -245,7 +248,17 @@ def phase_updates(
     def pruned(grads: Tree, state: ClickTrainState, params: Tree, **extra: Any) -> tuple[Tree, ClickTrainState]:
         return pieces.move(grads, state, params, extra, masked=True, held=True)
 
-    return PhaseUpdates(pieces.init, dense, gather, select, regularize, prune, pruned)
+    def masked(
+        grads: Tree, state: ClickTrainState, params: Tree, prunes: Any = False, **extra: Any
+    ) -> tuple[Tree, ClickTrainState]:
+        is_pruned, prunes = state.pruned >= 0, jnp.asarray(prunes)
+        regularizes = (state.selected >= 0) & ~is_pruned & ~prunes
+        state = state._replace(pruned=jnp.where(prunes, state.count, state.pruned))
+        return pieces.move(
+            grads, state, params, extra, lasso=regularizes, masked=is_pruned, held=is_pruned | prunes
+        )
+
+    return PhaseUpdates(pieces.init, dense, gather, select, regularize, prune, pruned, masked)
 
 
 def clicktrain(

@@ -61,7 +61,8 @@ def gaining_structures(masks: Masks, plan: Plan) -> dict[str, Any]:
     planned = plan.by_name()
 
     def widened(name: str, mask: Any) -> np.ndarray | None:
-        if mask is None or name not in planned:
+        # A structure is long to build: not where the portable form would gather for each kernel alone.
+        if mask is None or name not in planned or planned[name].tile[0] == 1 and layers.own_backend() != "cpu":
             return None
         return _shared(np.asarray(mask), planned[name].tile if planned[name].superset is not None else (1, 1))
 

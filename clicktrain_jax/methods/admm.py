@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import optax
 
 from clicktrain_jax.eager import compiled
-from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.methods.states import check_axes, check_integer, check_update, find_state, planned
 from clicktrain_jax.patterns import Generated
 from clicktrain_jax.plan import Plan
+from clicktrain_jax.plan.layer_plan import LayerPlan
 from clicktrain_jax.selection import check_patterns, select_layers
 from clicktrain_jax.transform import clicktrain
 from clicktrain_jax.trees import Tree, map_named

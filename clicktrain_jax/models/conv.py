@@ -46,6 +46,28 @@ def xla_convolution(
     return jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=(layout, "HWIO", layout))
 
 
+def matrix_convolution(
+    x: jax.Array, w: jax.Array, *, strides: Sequence[int], padding: Sequence[tuple[int, int]], layout: Layout
+) -> jax.Array:
+    """XLA's own, but one product of whole images where a kernel reaches every pixel from every pixel: 2x2 under 3x3.
+
+    It skips the taps that lie outside, more than half of them, and XLA's GPU compiler makes neither gradient of such a
+    convolution a call of the library's gradients but a convolution of turned weights, between transposes. Arguments
+    are those of `DenseConvolution`.
+    """
+    (height, width), (kh, kw) = (x.shape[axis] for axis in spatial_axes(layout)), w.shape[:2]
+    sides = ((height, kh, padding[0]), (width, kw, padding[1]))
+    reaches = all(size - 1 <= before and size + before <= taps for size, taps, (before, _) in sides)
+    same = all(before + after == taps - 1 for _, taps, (before, after) in sides)
+    if layout != "NHWC" or tuple(strides) != (1, 1) or not (reaches and same):
+        return xla_convolution(x, w, strides=strides, padding=padding, layout=layout)
+    pixels = [(row, column) for row in range(height) for column in range(width)]
+    (top, _), (left, _) = padding
+    blocks = [[w[p - q + top, o - r + left] for q, r in pixels] for p, o in pixels]
+    matrix = jnp.concatenate([jnp.concatenate(row, axis=1) for row in blocks], axis=0)
+    return (x.reshape(len(x), -1) @ matrix).reshape(len(x), height, width, -1)
+
+
 def patch_convolution(
     x: jax.Array, w: jax.Array, *, strides: Sequence[int], padding: Sequence[tuple[int, int]], layout: Layout
 ) -> jax.Array:

@@ -70,7 +70,10 @@ class TrainConfig:
         data: which images.
         epochs: length of the run, or of the dense run that is pruned after it.
         batch_size: images an update.
-        partial_batch: keep an epoch's last, smaller batch (391 updates a CIFAR epoch at 128) or drop it (390).
+        partial_batch: what becomes of an epoch's last, smaller batch (391 updates a CIFAR epoch at 128). "keep": it is
+            run, as the published recipes have it; on a GPU, where one program does all batches, it is filled with the
+            first images of the next epoch. "partial": smaller on a GPU too, at the price of another program. "fill":
+            filled on a CPU too. "drop": left out (390 updates).
         learning_rate: at the start.
         lr_schedule: "step": times lr_gamma at each milestone. "cosine": to zero over the run, after a linear
             warm-up of one tenth of it.
@@ -96,7 +99,7 @@ class TrainConfig:
     width: float = 1.0
     dropout: float | None = None
     batch_size: int = 128
-    partial_batch: Literal["keep", "drop"] = "keep"
+    partial_batch: Literal["keep", "partial", "fill", "drop"] = "keep"
     learning_rate: float = 0.1
     lr_schedule: Literal["step", "cosine"] = "step"
     lr_milestones: tuple[int, ...] = ()

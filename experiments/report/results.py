@@ -12,6 +12,8 @@ RECORDS = Path(__file__).parents[1] / "results"
 RESULTS_FILE = Path(__file__).parents[2] / "RESULTS.md"
 HEADER = """# Results
 
+{claims}
+
 Generated from the records in experiments/results by `python -m experiments table --write`; no figure here is typed.
 The methods that ClickTrain is compared with come first, then the authors' recipes, then single studies. Accuracies are
 top-1 in percent, mean ± standard deviation over the seeds; "drop" is against the dense run of the same seed. "Best" is
