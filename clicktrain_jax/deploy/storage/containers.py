@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.convolutions import Axes, check_axes, layouts, tap_axes
 from clicktrain_jax.masks import FullMask, LayerMask, Masks, build_masks, check_shape
+from clicktrain_jax.plan.convolutions import Axes, check_axes, layouts, tap_axes
 from clicktrain_jax.trees import Tree, check_same_names, is_kernel_shape, key_name, map_named, named_leaves, nest
 
 

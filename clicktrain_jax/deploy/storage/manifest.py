@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clicktrain_jax.convolutions import Axes
 from clicktrain_jax.deploy.storage.layers import CODINGS, Coding, stored_bytes, view_shape
 from clicktrain_jax.deploy.storage.values import DTYPES, STORABLE, num_filters
 from clicktrain_jax.masks import FullMask
+from clicktrain_jax.plan.convolutions import Axes
 from clicktrain_jax.trees import KERNEL_AXES
 
 FORMAT = "clicktrain-jax export"

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax import extras
-from clicktrain_jax.convolutions import FROM_HWIO, TO_HWIO, layouts
 from clicktrain_jax.deploy.storage import containers
 from clicktrain_jax.deploy.storage.folder import naming, place, read_checked, read_checked_manifest, sha256
 from clicktrain_jax.deploy.storage.layers import decode, encode
@@ -34,6 +33,7 @@ from clicktrain_jax.deploy.storage.manifest import (
 )
 from clicktrain_jax.deploy.storage.values import DTYPES, STORABLE, narrow, stored_dtype, to_numpy, widen
 from clicktrain_jax.masks import FullMask, Masks
+from clicktrain_jax.plan.convolutions import FROM_HWIO, TO_HWIO, layouts
 from clicktrain_jax.trees import KERNEL_AXES, Tree, named_leaves
 
 # As safetensors names dtypes, and as this room does.

@@ -8,9 +8,9 @@ import pytest
 from jax import lax
 
 import clicktrain_jax as ct
-from clicktrain_jax.convolutions import FROM_HWIO, TO_HWIO
 from clicktrain_jax.deploy import storage
 from clicktrain_jax.masks import combine
+from clicktrain_jax.plan.convolutions import FROM_HWIO, TO_HWIO
 
 RNG = np.random.default_rng(0)
 SHAPES = {"c0": (16, 3, 3, 3), "c1": (24, 16, 3, 3), "c2": (32, 24, 3, 3), "p": (16, 32, 1, 1)}
