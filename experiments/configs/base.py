@@ -25,9 +25,10 @@ class LoopConfig:
     """How the host runs it; changes neither the data nor the mathematics.
 
     Attributes:
-        epoch_program: "scan": an epoch is one compiled loop on the device. "steps": the host calls one compiled
-            update after the other. "auto": scan, but steps on a CPU, where an epoch can take minutes: the progress
-            bar moves and Ctrl-C is heeded between updates, at no measurable cost.
+        epoch_program: "scan": an epoch is one compiled loop on the device, or several of 512 updates at most; the epoch
+            of a selection, and a smaller last batch, are called update by update. "steps": all updates are. "auto":
+            scan, but steps on a CPU, where an epoch can take minutes: the progress bar moves and Ctrl-C is heeded
+            between updates, at no measurable cost.
         convolution: "xla": `flax.linen.Conv`. "direct": `pallas_kernels.dense_conv`, XLA's without its slow cases on a
             CPU. "patches": `clicktrain_jax.models.PatchConv`, for compiled loops on a CPU, where XLA's is far slower.
             "auto": on a CPU patches in a loop and direct otherwise, elsewhere xla.
