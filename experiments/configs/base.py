@@ -25,9 +25,10 @@ class LoopConfig:
     """How the host runs it; changes neither the data nor the mathematics.
 
     Attributes:
-        epoch_program: "scan": an epoch is one compiled loop on the device. "steps": the host calls one compiled
-            update after the other. "auto": scan, but steps on a CPU, where an epoch can take minutes: the progress
-            bar moves and Ctrl-C is heeded between updates, at no measurable cost.
+        epoch_program: "scan": an epoch is one compiled loop on the device, or several of 512 updates at most; the epoch
+            of a selection, and a smaller last batch, are called update by update. "steps": all updates are. "auto":
+            scan, but steps on a CPU, where an epoch can take minutes: the progress bar moves and Ctrl-C is heeded
+            between updates, at no measurable cost.
         convolution: "xla": `flax.linen.Conv`. "direct": `pallas_kernels.dense_conv`, XLA's without its slow cases on a
             CPU. "patches": `clicktrain_jax.models.PatchConv`, for compiled loops on a CPU, where XLA's is far slower.
             "auto": on a CPU patches in a loop and direct otherwise, elsewhere xla.
@@ -165,8 +166,6 @@ class TrainConfig:
 
 
 _PARTS = {"data": DataConfig, "loop": LoopConfig, "prune": PruneConfig, "admm": AdmmConfig, "retrain": RetrainConfig}
-# Fields that are no more, with the value that meant nothing: records that have it stay readable.
-_RETIRED = {"PruneConfig": {"reorder": False}}
 
 
 def to_dict(config: TrainConfig) -> dict:
@@ -186,8 +185,6 @@ def from_dict(data: dict) -> TrainConfig:
 
     def build(cls: type, values: dict) -> object:
         known = {field.name for field in dataclasses.fields(cls)}
-        retired = _RETIRED.get(cls.__name__, {})
-        values = {key: value for key, value in values.items() if key not in retired or value != retired[key]}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown config field {unknown[0]!r} for {cls.__name__}; known: {sorted(known)}")

@@ -36,7 +36,7 @@ def make_models(
     )
     # By pattern where a layer has a structure, else dense in the same way as all of them are before.
     dense = models.patch_convolution if convolution == "patches" else pk.dense_conv
-    dense = dense if on_cpu or convolution == "patches" else models.matrix_convolution
+    dense = dense if on_cpu or convolution == "patches" else models.gpu_convolution
     # Layers that have a structure gain by it: left open, the choice would go by what lists have room for.
     native_serves = on_cpu and native.is_fast() and config.precision in cpu.DTYPES
     convolve = functools.partial(pk.pattern_conv, backend="cpu") if native_serves else pk.pattern_conv

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from clicktrain_jax.methods import Method
 from experiments.configs.base import TrainConfig
 from experiments.data import normalise
 from experiments.data.augment import Crops, Mixture, crop, draw_crops, draw_mixture, mix
-from experiments.train.methods import Method
 from experiments.train.state import Images, TrainState
 
 # Entries of an array that a kernel of its own would be more trouble than work for.
@@ -213,7 +213,7 @@ def update_loop(trainer: Any, kind: str, batch: int, way: str, count: int) -> Ca
     draw, gradient = draw_of(trainer, batch), gradient_of_drawn(trainer, batch, way)
     change, dtype = change_of(trainer, kind), jnp.dtype(trainer.config.precision)
     # Not where a method computes the weights that the net sees, nor where they are not rounded.
-    rounds = dtype.itemsize < 4 and trainer.method.forward is Method._field_defaults["forward"]
+    rounds = dtype.itemsize < 4 and trainer.method.forward is Method.forward
 
     def rounded(params: Any) -> dict[int, jax.Array]:
         """By their place among the leaves."""
