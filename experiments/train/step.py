@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import clicktrain_jax as ct
 import pallas_kernels as pk
@@ -107,11 +108,12 @@ class Trainer:
             min(max(prune.prune_epoch * per_epoch, select + 1), last),
             None if prune.reselect_epoch is None else prune.reselect_epoch * per_epoch,
             prune.importance_steps,
+            None if prune.reselect_every_epochs is None else prune.reselect_every_epochs * per_epoch,
         )
         self.updates = ct.phase_updates(
             self.optimizer,
             self.plan,
-            coeff=prune.coeff,
+            coeff=_lasso_weight(prune, select, per_epoch),
             patterns=self.patterns,
             importance=random_scores if prune.importance == "random" else prune.importance,
             importance_steps=prune.importance_steps,
@@ -129,7 +131,10 @@ class Trainer:
         variables = self.model.init(key, jnp.zeros((1, *self.image_shape), jnp.float32), train=False)
         params = variables["params"]
         begin = self.optimizer.init if self.updates is None else self.updates.init
-        return TrainState(jnp.zeros([], jnp.int32), params, variables.get("batch_stats", {}), begin(params))
+        stats = variables.get("batch_stats", {})
+        # Copies: a buffer that stands in a state twice cannot be donated.
+        average = jax.tree.map(jnp.copy, (params, stats)) if self.config.ema_epochs else ()
+        return TrainState(jnp.zeros([], jnp.int32), params, stats, begin(params), average)
 
     def init(self, seed: int) -> TrainState:
         """What `fresh` makes of a run's seed."""
@@ -243,6 +248,13 @@ class Trainer:
         if channels is None or not channels.is_due(epoch):
             return state, None
         return channels.reconfigure(state)
+
+    def settled(self, state: TrainState, epoch: int) -> TrainState:
+        """The state after an epoch: after the last one the averaged weights and statistics are the net's."""
+        if not self.config.ema_epochs or epoch + 1 < self.config.total_epochs:
+            return state
+        params, stats = jax.tree.map(jnp.copy, state.average)
+        return state._replace(params=params, batch_stats=stats)
 
     def masks(self, state: TrainState) -> ct.Masks | None:
         """The masks of a run in any phase, of whichever method; None for a dense one."""
@@ -359,6 +371,14 @@ class Trainer:
     def update_step(self, kind: str, batch: int, way: Way = "dense") -> Callable[..., Any]:
         """One whole update as a pure function: `experiments.train.update.update_step` of this trainer."""
         return update_step(self, kind, batch, way)
+
+
+def _lasso_weight(prune: Any, select_step: int, steps_per_epoch: int) -> Any:
+    """The lasso's weight: a number, or a function of the updates done where it rises after the selection."""
+    if not prune.coeff_ramp_epochs:
+        return prune.coeff
+    length = prune.coeff_ramp_epochs * steps_per_epoch
+    return optax.linear_schedule(0.0, prune.coeff, length, transition_begin=select_step)
 
 
 @functools.partial(jax.jit, static_argnums=1)
