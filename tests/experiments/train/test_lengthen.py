@@ -10,7 +10,7 @@ from experiments.records import RunFolder
 from experiments.train import loop
 from experiments.train.lengthen import lengthen
 
-SHORT = tiny.changed(prune=None, mixup_epoch=None, epochs=1, lr_schedule="step")
+SHORT = tiny.changed(method=None, mixup_epoch=None, epochs=1, lr_schedule="step")
 LONG = dataclasses.replace(SHORT, epochs=2)
 
 

@@ -67,6 +67,27 @@ def test_the_lasso_rises_after_the_selection():
     assert _lasso_weight(tiny.CONFIG.prune, 5, 5) == 1e-3
 
 
+def test_a_run_measures_its_layers_for_a_target_in_time(monkeypatch):
+    asked = []
+
+    def layer_times(apply_fn, variables, images, plan):
+        asked.append((images.shape, plan))
+        assert apply_fn(variables, jnp.zeros(images.shape)).shape == (3, 10)
+        names = [layer.name for layer in plan.layers]
+        return ct.LayerTimes(10.0, tuple(ct.LayerTime(name, 2.0, (0.1, 1.0), (0.2, 2.0)) for name in names))
+
+    monkeypatch.setattr(ct, "layer_times", layer_times)
+    prune = dataclasses.replace(
+        tiny.CONFIG.prune, fractions=(), target=1.2, target_of="latency", latency_batch=3, tile=(8, 1), floor=False
+    )
+    plan = Trainer(tiny.changed(method=prune), load(tiny.CONFIG.data)).plan
+    [(shape, measured)] = asked
+    assert shape == (3, 8, 8, 1) and plan.target.of == "latency"
+    # In the shapes in which they will be pruned.
+    assert [(layer.name, layer.tile) for layer in measured.layers] == [(each.name, each.tile) for each in plan.layers]
+    assert all(layer.times.dense_s == 2.0 for layer in plan.layers)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
