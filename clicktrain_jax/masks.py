@@ -6,13 +6,14 @@ of them, `Masks` is such a tree with two boolean views, ``pattern`` (each kernel
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.convolutions import FROM_HWIO
+from clicktrain_jax.plan.convolutions import FROM_HWIO
 from clicktrain_jax.trees import (
     Tree,
     check_same_names,
@@ -58,6 +59,10 @@ class FullMask(NamedTuple):
         """Itself."""
         return self
 
+    def transposed(self, order: tuple[int, ...]) -> "FullMask":
+        """The mask of the transposed leaf."""
+        return FullMask(*(None if part is None else part.transpose(order) for part in self))
+
 
 class LayerMask(NamedTuple):
     """The mask of one layer as it is chosen and kept.
@@ -86,32 +91,57 @@ class LayerMask(NamedTuple):
 
     def full(self) -> FullMask:
         """Both masks as bool of the leaf's shape; no pattern for a 1x1 layer."""
-        if isinstance(self.kernel, np.ndarray):
-            xp = np
-        else:
-            # What jit returned may be sharded in any way.
-            xp, self = jnp, LayerMask(*(None if part is None else replicated(part) for part in self))
-        if self.kernel.ndim == 4 and self.patterns is None:
-            return FullMask(None, self.kernel)
-        if self.kernel.ndim == 4:
-            parts = self._replace(kernel=self.kernel[:, :, 0, 0].T).full()
-            return FullMask(*(None if part is None else part.transpose(FROM_HWIO["OIHW"]) for part in parts))
-        kernel = xp.broadcast_to(self.kernel[None, None], self.shape)
-        if self.patterns is None:
-            return FullMask(None, kernel)
-        if self.shape[0] * self.shape[1] > 32:
-            return FullMask(xp.moveaxis(self.patterns[self.pattern_ids], (2, 3), (0, 1)), kernel)
-        # One table look-up a kernel (its taps as bits of a word), then a bit test a tap: a gather of whole
-        # patterns would read nine times as many entries.
-        taps = xp.arange(self.shape[0] * self.shape[1], dtype=xp.uint32)
-        bits = xp.left_shift(self.patterns.reshape(-1, taps.size).astype(xp.uint32), taps[None])
-        words = xp.sum(bits, axis=1, dtype=xp.uint32)[self.pattern_ids]
-        pattern = xp.right_shift(words[None], taps[:, None, None]) & xp.uint32(1)
-        return FullMask(pattern.astype(bool).reshape(self.shape), kernel)
+        return _full(self, np) if isinstance(self.kernel, np.ndarray) else _compiled_full(self)
 
     def combined(self) -> jax.Array:
         """Bool of the leaf's shape, True where a weight stays."""
-        return self.full().combined()
+        return self.full().combined() if isinstance(self.kernel, np.ndarray) else _compiled_combined(self)
+
+
+def _full(layer: LayerMask, xp: Any) -> FullMask:
+    if layer.kernel.ndim == 4 and layer.patterns is None:
+        return FullMask(None, layer.kernel)
+    if layer.kernel.ndim == 4:
+        parts = _full(layer._replace(kernel=layer.kernel[:, :, 0, 0].T), xp)
+        return parts.transposed(FROM_HWIO["OIHW"])
+    kernel = xp.broadcast_to(layer.kernel[None, None], layer.shape)
+    if layer.patterns is None:
+        return FullMask(None, kernel)
+    if layer.shape[0] * layer.shape[1] > 32:
+        return FullMask(xp.moveaxis(layer.patterns[layer.pattern_ids], (2, 3), (0, 1)), kernel)
+    return FullMask(_spread(_words(layer, xp), layer.shape, xp), kernel)
+
+
+def _words(layer: LayerMask, xp: Any) -> Any:
+    """uint32 (cin, cout): each kernel's taps as bits. One table look-up a kernel; a gather of whole patterns would read
+    nine times as many entries."""
+    taps = xp.arange(layer.shape[0] * layer.shape[1], dtype=xp.uint32)
+    bits = xp.left_shift(layer.patterns.reshape(-1, taps.size).astype(xp.uint32), taps[None])
+    return xp.sum(bits, axis=1, dtype=xp.uint32)[layer.pattern_ids]
+
+
+def _spread(words: Any, shape: tuple[int, ...], xp: Any) -> Any:
+    """Bool (kh, kw, cin, cout) of words (cin, cout): a bit test a tap."""
+    taps = xp.arange(shape[0] * shape[1], dtype=xp.uint32)
+    return (xp.right_shift(words[None], taps[:, None, None]) & xp.uint32(1)).astype(bool).reshape(shape)
+
+
+def _combined(layer: LayerMask) -> jax.Array:
+    if layer.kernel.ndim == 4 or layer.patterns is None or layer.shape[0] * layer.shape[1] > 32:
+        return _full(layer, jnp).combined()
+    # The barrier keeps a compiler from looking every kernel's word up again for each of its taps, in each loop over
+    # weights that reads the mask.
+    words = jax.lax.optimization_barrier(jnp.where(layer.kernel, _words(layer, jnp), jnp.uint32(0)))
+    return _spread(words, layer.shape, jnp)
+
+
+def _compiled(function: Callable[[LayerMask], Any]) -> Callable[[LayerMask], Any]:
+    """One program outside of jit, and inside of it nothing that shows."""
+    # What jit returned may be sharded in any way.
+    return jax.jit(lambda layer: function(LayerMask(*jax.tree.map(replicated, tuple(layer)))), inline=True)
+
+
+_compiled_full, _compiled_combined = _compiled(lambda layer: _full(layer, jnp)), _compiled(_combined)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -278,10 +308,15 @@ def apply_masks(params: Tree, masks: Masks) -> Tree:
     def mask(name: str, weight: Any) -> Any:
         if weight is None or name not in layers:
             return weight
-        weight = jnp.asarray(weight)
-        return jnp.where(placed_like(layers[name].combined(), weight), weight, jnp.zeros((), weight.dtype))
+        return kept(jnp.asarray(weight), layers[name].combined())
 
     return map_named(mask, params)
+
+
+@partial(jax.jit, inline=True)
+def kept(weight: jax.Array, keep: jax.Array) -> jax.Array:
+    """A weight, +0.0 where a bool of its shape is False."""
+    return jnp.where(placed_like(keep, weight), weight, jnp.zeros((), weight.dtype))
 
 
 def check_shape(name: str, weight: Any, mask: Any) -> None:

@@ -140,9 +140,10 @@ class PhaseSchedule:
             again = waits & (count > coming - self.importance_steps)
         full = gathered + 1 >= self.importance_steps
         selects = full & (first & (count >= self.select_step) | again & (count >= coming))
-        prunes = chosen & (pruned < 0) & (count >= self.prune_step) & (waits == 0)
+        prunes = chosen & (pruned < 0) & (count >= self.prune_step) & (waits ^ True)
         ordinary = selects | prunes | is_pruned
-        return Due((first | again) & (selects == 0), selects, chosen & (ordinary == 0), prunes, is_pruned)
+        # Not ~, which makes -2 of Python's True.
+        return Due((first | again) & (selects ^ True), selects, chosen & (ordinary ^ True), prunes, is_pruned)
 
     def planned(self, step: int) -> tuple[int, int, int]:
         """``(selected, pruned, gathered)`` before update ``step`` of a run that goes as planned."""

@@ -92,7 +92,7 @@ def status(opt_state: Any) -> Status:
         ValueError: as `masks_of`.
     """
     state = find(opt_state)
-    facts = {name: np.asarray(getattr(state, name)) for name in _FACTS}
+    facts = {name: np.asarray(jax.device_get(getattr(state, name))) for name in _FACTS}
     named = zip(sorted(Masks.of(state.masks).layers), facts["by_magnitude"].tolist(), strict=True)
     when = {name: None if facts[name] < 0 else int(facts[name]) for name in ("selected", "pruned")}
     return Status(
@@ -120,7 +120,8 @@ def masks_of(opt_state: Any) -> Masks:
     state = find(opt_state)
     masks = Masks.of(state.masks)
     if not isinstance(state.pruned, jax.core.Tracer):
-        masks.pending = bool(state.selected >= 0) and bool(state.pruned < 0)
+        selected, pruned = jax.device_get((state.selected, state.pruned))
+        masks.pending = bool(selected >= 0 > pruned)
     return masks
 
 

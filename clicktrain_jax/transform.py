@@ -17,14 +17,14 @@ import optax
 from clicktrain_jax import importance as importance_lib
 from clicktrain_jax.eager import compiled
 from clicktrain_jax.importance import NO_SCORE, rescaled, scaled_scores, times_power_of_two
-from clicktrain_jax.masks import Masks, apply_masks, keep_all, layers_for
+from clicktrain_jax.masks import Masks, apply_masks, combine, keep_all, kept, layers_for
 from clicktrain_jax.patterns import fixed_set
 from clicktrain_jax.phases import PhaseSchedule
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.regularization import add_group_lasso
 from clicktrain_jax.selection import check_patterns, num_patterns_of, select_layers
 from clicktrain_jax.states import ClickTrainState, check_state, fill_masks
-from clicktrain_jax.trees import Tree, map_named, named_leaves, path_keys, placed_like, replicated
+from clicktrain_jax.trees import Tree, map_named, named_leaves, path_keys, placed_like, replicated, spread_like
 
 
 class PhaseUpdates(NamedTuple):
@@ -42,6 +42,8 @@ class PhaseUpdates(NamedTuple):
         regularize: with the group lasso.
         prune: once, at prune_step.
         pruned: from then on.
+        masked: whichever of the last three the state asks for, one program for all that follows a selection; takes
+            ``prunes`` too, a bool, perhaps traced: whether this update is the one at prune_step.
     """
 
     init: Callable[..., Any]
@@ -51,6 +53,7 @@ class PhaseUpdates(NamedTuple):
     regularize: Callable[..., Any]
     prune: Callable[..., Any]
     pruned: Callable[..., Any]
+    masked: Callable[..., Any]
 
 
 class _Pieces:
@@ -80,7 +83,7 @@ class _Pieces:
         layers = {layer.name: keep_all(layer.shape, num_patterns, layer.axes) for layer in self.plan.layers}
         gathers = self.importance_steps > 1
         scores = {layer.name: jnp.zeros(layer.leaf_shape, jnp.float32) for layer in self.plan.layers if gathers}
-        return ClickTrainState(
+        state = ClickTrainState(
             count=jnp.zeros([], jnp.int32),
             selected=jnp.full([], -1, jnp.int32),
             pruned=jnp.full([], -1, jnp.int32),
@@ -90,8 +93,9 @@ class _Pieces:
             gathered=jnp.zeros([], jnp.int32),
             scores=scores,
             exponents=jnp.full(len(self.names), NO_SCORE, jnp.int32),
-            inner_state=self.inner.init(params),
+            inner_state=None,
         )
+        return spread_like(state, params)._replace(inner_state=self.inner.init(params))
 
     def _add_scores(self, grads: Tree, state: ClickTrainState, params: Tree) -> tuple[ClickTrainState, jax.Array]:
         """The state with this update's scores among the sums, and whether they are finite; if not, they are zero."""
@@ -157,11 +161,14 @@ class _Pieces:
             lambda: add_group_lasso(grads, params, masks, self.coeff(state.count), axes=self.plan.axes),
             grads,
         )
-        grads = _where(masked, lambda: apply_masks(grads, masks), grads)
+        # Spelled out once for all that reads them.
+        keep = None if masked is False is held else Masks.of(combine(masks))
+        grads = _where(masked, lambda: apply_masks(grads, keep), grads)
         updates, inner_state = self.inner.update(grads, state.inner_state, params, **extra)
-        held_at_zero = _where(held, lambda: enforce(updates, inner_state, params, masks), (updates, inner_state))
+        held_at_zero = _where(held, lambda: enforce(updates, inner_state, params, keep), (updates, inner_state))
         updates, inner_state = held_at_zero
-        return updates, state._replace(count=optax.safe_increment(state.count), inner_state=inner_state)
+        state = state._replace(masks=spread_like(state.masks, params), inner_state=inner_state)
+        return updates, state._replace(count=optax.safe_increment(state.count))
 
 
 def _where(flag: Any, change: Callable[[], Any], value: Any) -> Any:
@@ -241,7 +248,17 @@ def phase_updates(
     def pruned(grads: Tree, state: ClickTrainState, params: Tree, **extra: Any) -> tuple[Tree, ClickTrainState]:
         return pieces.move(grads, state, params, extra, masked=True, held=True)
 
-    return PhaseUpdates(pieces.init, dense, gather, select, regularize, prune, pruned)
+    def masked(
+        grads: Tree, state: ClickTrainState, params: Tree, prunes: Any = False, **extra: Any
+    ) -> tuple[Tree, ClickTrainState]:
+        is_pruned, prunes = state.pruned >= 0, jnp.asarray(prunes)
+        regularizes = (state.selected >= 0) & ~is_pruned & ~prunes
+        state = state._replace(pruned=jnp.where(prunes, state.count, state.pruned))
+        return pieces.move(
+            grads, state, params, extra, lasso=regularizes, masked=is_pruned, held=is_pruned | prunes
+        )
+
+    return PhaseUpdates(pieces.init, dense, gather, select, regularize, prune, pruned, masked)
 
 
 def clicktrain(
@@ -391,6 +408,6 @@ def _mask_mirrors(inner_state: Any, keep: dict[str, Any], leaf_names: list[str])
         held = keep.get(name_of(path_keys(path)))
         if held is None or jnp.shape(leaf) != held.shape or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf
-        return jnp.where(placed_like(held, leaf), leaf, jnp.zeros((), leaf.dtype))
+        return kept(leaf, held)
 
     return jax.tree_util.tree_map_with_path(mask, inner_state)

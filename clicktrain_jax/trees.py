@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType
 
 Tree = Any
 KERNEL_AXES = ("kh", "kw", "cin", "cout")
@@ -124,6 +125,24 @@ def placed_like(array: Any, other: Any) -> Any:
     if all(axis is None for axis in sharding.spec):
         return replicated(array)
     return jax.sharding.reshard(jnp.asarray(array), sharding)
+
+
+def spread_like(tree: Tree, like: Tree) -> Tree:
+    """The arrays of a tree, whole on every device of the mesh that those of another lie on.
+
+    A state that is made elsewhere, or placed as the compiler likes, would compile an update again.
+    """
+    for leaf in jax.tree.leaves(like):
+        traced = isinstance(leaf, jax.core.Tracer)
+        sharding = jax.typeof(leaf).sharding if traced else getattr(leaf, "sharding", None)
+        if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.mesh.empty:
+            continue
+        whole, kinds = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()), sharding.mesh.axis_types
+        if AxisType.Manual in kinds:
+            break
+        constrain = jax.sharding.reshard if AxisType.Explicit in kinds else jax.lax.with_sharding_constraint
+        return (constrain if traced else jax.device_put)(tree, whole)
+    return tree
 
 
 def check_names_of(tree: Tree, expected: list[str], what: str) -> None:

@@ -55,7 +55,7 @@ def main():
     recipe = configs.get("digits-clicktrain")
     prune = dataclasses.replace(recipe.prune, select_epoch=epochs // 4, prune_epoch=epochs // 2)
     loop = dataclasses.replace(recipe.loop, progress=False)
-    config = dataclasses.replace(recipe, epochs=epochs, prune=prune, loop=loop)
+    config = dataclasses.replace(recipe, epochs=epochs, method=prune, loop=loop)
     with tempfile.TemporaryDirectory() as folder:
         summary = train(config, pathlib.Path(folder) / "run", on_epoch=patient())
     print(f"top-1 {100 * summary['final_top1']:.1f}%, {summary['conv_compression']:.1f}x fewer convolution weights")

@@ -20,10 +20,10 @@ from clicktrain_jax.deploy import layers
 from clicktrain_jax.deploy.inference import InferenceNet
 from clicktrain_jax.deploy.load import ApplyFn, inference_net
 from clicktrain_jax.latency import LayerTime, LayerTimes
-from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.masks import Masks, apply_masks
 from clicktrain_jax.patterns import fixed_set
 from clicktrain_jax.plan import Plan
+from clicktrain_jax.plan.layer_plan import LayerPlan
 from clicktrain_jax.selection import select_masks
 from clicktrain_jax.trees import Tree, named_leaves
 

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import optax
 
 from clicktrain_jax.eager import compiled
-from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.masks import Masks, build_masks
 from clicktrain_jax.methods.sparse import one_shot
 from clicktrain_jax.methods.states import (
@@ -30,6 +29,7 @@ from clicktrain_jax.methods.states import (
     planned,
 )
 from clicktrain_jax.plan import Plan
+from clicktrain_jax.plan.layer_plan import LayerPlan
 from clicktrain_jax.states import ClickTrainState, check_state
 from clicktrain_jax.trees import Tree, map_named, placed_like, replicated
 

@@ -82,6 +82,15 @@ def check_update(name: str, plan: Plan, grads: Tree, params: Tree | None) -> Non
             raise ValueError(f"{layer.name!r} is in the plan, but it has no gradient")
 
 
+def check_axes(name: str, plan: Plan) -> None:
+    """Raise a ValueError for a plan of kernels that are not (kh, kw, cin, cout)."""
+    if plan.axes != "HWIO":
+        raise ValueError(
+            f"{name} takes kernels (kh, kw, cin, cout); the plan's are {plan.axes}: transpose them, "
+            "kernel.transpose(2, 3, 1, 0)"
+        )
+
+
 def planned(tree: Tree, plan: Plan) -> dict[str, Any]:
     """The planned layers' leaves of a tree, by name."""
     leaves = dict(named_leaves(tree))

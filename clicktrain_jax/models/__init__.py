@@ -18,7 +18,14 @@ except ModuleNotFoundError as error:
         f"clicktrain_jax.models needs {error.name}: pip install 'clicktrain-jax[models]'", name=error.name
     ) from error
 
-from clicktrain_jax.models.conv import NarrowConv, PatchConv, PatternConv, patch_convolution, xla_convolution
+from clicktrain_jax.models.conv import (
+    NarrowConv,
+    PatchConv,
+    PatternConv,
+    gpu_convolution,
+    patch_convolution,
+    xla_convolution,
+)
 from clicktrain_jax.models.layout import Layout, conv_in_layout
 from clicktrain_jax.models.norm import Norm
 from clicktrain_jax.models.resnet import ResNet
@@ -50,6 +57,7 @@ __all__ = [
     "build",
     "conv_layers",
     "default_image_shape",
+    "gpu_convolution",
     "names",
     "output_sizes",
     "parameter_count",

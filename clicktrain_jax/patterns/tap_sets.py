@@ -103,9 +103,9 @@ def _top_words(scores: jax.Array, size: Size, entries: int, centre: bool) -> tup
     rank = [jnp.zeros(scores.shape[1:], jnp.int32)] * len(values)
     for later in range(len(values)):
         for earlier in range(later):
-            ahead = values[later] > values[earlier]
+            ahead = (values[later] > values[earlier]).astype(jnp.int32)
             rank[earlier] += ahead
-            rank[later] += ~ahead
+            rank[later] += 1 - ahead
     words = ordered_sum([jnp.where(rank[tap] < entries, bit, jnp.uint32(0)) for tap, bit in enumerate(_bits(size))])
     return words, (scores > 0).any(axis=0)
 

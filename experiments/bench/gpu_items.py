@@ -27,13 +27,13 @@ from experiments.data import DataConfig, load
 from experiments.records import read_json, write_json
 from experiments.train import loop
 from experiments.train.pruned_phase import structure_names
-from experiments.train.step import update_loop
+from experiments.train.update import update_loop
 from pallas_kernels.pattern_conv import cases
 
 Outcome = Iterator[dict[str, Any]]
 _NET = "vgg13"
 # Updates of a timed loop, and of a traced one: a trace of hundreds of kernels an update takes long to read.
-_UPDATES, _TRACED = 20, 4
+_UPDATES = 20
 _SAMPLES = 7
 # Whole layers whose device time is asked for, at two batch sizes, by VGG and ResNet.
 _SIZES = ("8x8-256-256", "16x16-128-128", "4x4-512-512", "32x32-64-64", "2x2-512-512")
@@ -76,10 +76,10 @@ def steps(batch: int, tile: tuple[int, int], ways: tuple[str, ...], out: Path, s
             "layers_by_pattern": [] if way == "dense" else structure_names(structures),
         }
         rows.append(row)
-        arguments = (begin, metrics, data, order, np.int32(0), np.int32(updates), key, held)
+        arguments = (begin, metrics, data, order, np.int32(0), key, held)
         with _device(out, alone=way == "dense"):
             start = time.perf_counter()
-            lowered = jax.jit(update_loop(trainer.update_step(kind, batch, way))).lower(*arguments)
+            lowered = jax.jit(update_loop(trainer, kind, batch, way, updates)).lower(*arguments)
             programs[way] = lowered.compile(pk.compiler_options("bfloat16")), arguments
             row["compile_seconds"] = time.perf_counter() - start
         yield {"steps": rows}
@@ -96,9 +96,7 @@ def _timed(program: Callable[..., Any], arguments: tuple[Any, ...], updates: int
         start = time.perf_counter()
         jax.block_until_ready(program(*arguments))
         samples.append(1e3 * (time.perf_counter() - start) / updates)
-    traced = min(_TRACED, updates)
-    few = (*arguments[:5], np.int32(traced), *arguments[6:])
-    found = device_time(lambda: program(*few), 2, of_each=traced)
+    found = device_time(lambda: program(*arguments), 1, of_each=updates)
     ms = float(np.median(samples))
     return {"ms": ms, "ms_samples": samples, "images_per_s": 1e3 * batch / ms, **found.record(longest=30)}
 

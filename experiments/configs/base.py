@@ -25,9 +25,10 @@ class LoopConfig:
     """How the host runs it; changes neither the data nor the mathematics.
 
     Attributes:
-        epoch_program: "scan": an epoch is one compiled loop on the device. "steps": the host calls one compiled
-            update after the other. "auto": scan, but steps on a CPU, where an epoch can take minutes: the progress
-            bar moves and Ctrl-C is heeded between updates, at no measurable cost.
+        epoch_program: "scan": an epoch is one compiled loop on the device, or several of 512 updates at most; the epoch
+            of a selection, and a smaller last batch, are called update by update. "steps": all updates are. "auto":
+            scan, but steps on a CPU, where an epoch can take minutes: the progress bar moves and Ctrl-C is heeded
+            between updates, at no measurable cost.
         convolution: "xla": `flax.linen.Conv`. "direct": `pallas_kernels.dense_conv`, XLA's without its slow cases on a
             CPU. "patches": `clicktrain_jax.models.PatchConv`, for compiled loops on a CPU, where XLA's is far slower.
             "auto": on a CPU patches in a loop and direct otherwise, elsewhere xla.
@@ -70,7 +71,10 @@ class TrainConfig:
         data: which images.
         epochs: length of the run, or of the dense run that is pruned after it.
         batch_size: images an update.
-        partial_batch: keep an epoch's last, smaller batch (391 updates a CIFAR epoch at 128) or drop it (390).
+        partial_batch: what becomes of an epoch's last, smaller batch (391 updates a CIFAR epoch at 128). "keep": it is
+            run, as the published recipes have it; on a GPU, where one program does all batches, it is filled with the
+            first images of the next epoch. "partial": smaller on a GPU too, at the price of another program. "fill":
+            filled on a CPU too. "drop": left out (390 updates).
         learning_rate: at the start.
         lr_schedule: "step": times lr_gamma at each milestone. "cosine": to zero over the run, after a linear
             warm-up of one tenth of it.
@@ -100,7 +104,7 @@ class TrainConfig:
     width: float = 1.0
     dropout: float | None = None
     batch_size: int = 128
-    partial_batch: Literal["keep", "drop"] = "keep"
+    partial_batch: Literal["keep", "partial", "fill", "drop"] = "keep"
     learning_rate: float = 0.1
     lr_schedule: Literal["step", "cosine"] = "step"
     lr_milestones: tuple[int, ...] = ()
@@ -190,8 +194,6 @@ class TrainConfig:
 
 
 _PARTS = {"data": DataConfig, "loop": LoopConfig, "prune": PruneConfig, "admm": AdmmConfig, "retrain": RetrainConfig}
-# Fields that are no more, with the value that meant nothing: records that have it stay readable.
-_RETIRED = {"PruneConfig": {"reorder": False}}
 
 
 def to_dict(config: TrainConfig) -> dict:
@@ -211,8 +213,6 @@ def from_dict(data: dict) -> TrainConfig:
 
     def build(cls: type, values: dict) -> object:
         known = {field.name for field in dataclasses.fields(cls)}
-        retired = _RETIRED.get(cls.__name__, {})
-        values = {key: value for key, value in values.items() if key not in retired or value != retired[key]}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown config field {unknown[0]!r} for {cls.__name__}; known: {sorted(known)}")

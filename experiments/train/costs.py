@@ -7,7 +7,6 @@ import jax
 
 import clicktrain_jax as ct
 from clicktrain_jax import models
-from clicktrain_jax.phases import Phase
 
 
 def multiply_adds(trainer: Any, state: Any) -> int:
@@ -19,20 +18,17 @@ def multiply_adds(trainer: Any, state: Any) -> int:
     """
     sizes = models.output_sizes(trainer.model, trainer.image_shape)
     dense = ct.report(state.params, None, output_sizes=sizes).multiply_adds
-    images = {True: 0, False: 0}
-    for phase, _, first, end in trainer.ran:
-        images[phase == Phase.PRUNED] += sum(
-            (stop - begin) * batch for begin, stop, batch in trainer.by_batch_size(first, end)
-        )
-    choice, pruned = trainer.pruned.choice, dense
-    if images[True] and choice is not None and choice.layers:
-        by_pattern = set(choice.layers)
+    parts = [part for *_, first, end in trainer.ran for part in trainer.by_batch_size(first, end)]
+    by_pattern_images, pruned = trainer.images_by_pattern, dense
+    if by_pattern_images:
+        by_pattern = set(trainer.pruned.choice.layers)
         retained = ct.report(state.params, trainer.masks(state), output_sizes=sizes)
         pruned = sum(
             (layer.retained_multiply_adds if layer.name in by_pattern else layer.multiply_adds) or 0
             for layer in retained.layers
         )
-    return 3 * (images[False] * dense + images[True] * pruned)
+    images = sum((end - first) * batch for first, end, batch in parts) - by_pattern_images
+    return 3 * (images * dense + by_pattern_images * pruned)
 
 
 def size_of(tree: Any) -> int:

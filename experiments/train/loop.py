@@ -19,6 +19,7 @@ from experiments.data import Dataset, load
 from experiments.records import RunFolder, differences, read_metrics
 from experiments.train.checkpoints import Checkpoints, digest
 from experiments.train.costs import multiply_adds
+from experiments.train.programs import keep_on_disk
 from experiments.train.progress import Hook, ask, telling
 from experiments.train.signals import Interrupted, heeded
 from experiments.train.state import NonFinite, TrainState
@@ -72,6 +73,8 @@ def train(
         finished = folder.summary()
         if finished is not None:
             return finished
+    if jax.default_backend() != "cpu":
+        keep_on_disk()
     # Whatever is wrong with the config shows here, before anything is written.
     trainer = trainer or Trainer(config, dataset)
     compiled_before = trainer.compile_seconds

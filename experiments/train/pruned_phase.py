@@ -6,7 +6,6 @@ the state, and the fastest is kept; what was found is cached for this kind of de
 """
 
 import dataclasses
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,11 +17,10 @@ import numpy as np
 
 import clicktrain_jax as ct
 import pallas_kernels as pk
-from clicktrain_jax.deploy.structures import structures as make_structures
-from clicktrain_jax.masks import combine
+from clicktrain_jax.deploy.structures import gaining_structures
 from clicktrain_jax.plan import Plan
-from clicktrain_jax.trees import map_named, path_keys
-from pallas_kernels import native
+from clicktrain_jax.trees import path_keys
+from experiments.train.programs import in_background
 from pallas_kernels.tuning import Cache
 
 Way = Literal["dense", "pattern", "pattern_hwnc"]
@@ -63,23 +61,6 @@ def structure_names(structures: dict[str, Any]) -> list[str]:
     return ["/".join(path_keys(path)) for path, _ in leaves]
 
 
-def gaining_structures(masks: ct.Masks, plan: Plan) -> dict[str, Any]:
-    """The structures of all layers that should gain by them, as a linen collection.
-
-    A layer whose kernels choose their own patterns among a tile's superset is run by the superset: what it computes
-    beyond the masks is multiplied by weights that are zero.
-    """
-    layers = plan.by_name()
-
-    def widened(name: str, mask: Any) -> np.ndarray | None:
-        if mask is None or name not in layers:
-            return None
-        return _shared(np.asarray(mask), layers[name].tile if layers[name].superset is not None else (1, 1))
-
-    found = make_structures(map_named(widened, combine(masks)))
-    return _gaining(found)
-
-
 def scheduled(net: nn.Module, images: tuple[int, ...], structures: dict[str, Any]) -> dict[str, Any]:
     """The structures with the worklists of a GPU's kernels, where the net convolves by them.
 
@@ -106,16 +87,18 @@ class PrunedPhase:
         plan: the run's.
         facts: what the measurement depends on, beside the masks: the key of the cache.
         hwnc: whether the layout with the batch inside is tried.
+        portable: whether the portable form is, on a GPU: it loses to cuDNN wherever Hopper's kernels serve, and is long
+            to compile.
         deal: makes the structures' work even for the device; what `scheduled` does, or nothing.
     """
 
     def __init__(
-        self, asked: str, plan: Plan | None, facts: Mapping[str, Any], *, hwnc: bool,
+        self, asked: str, plan: Plan | None, facts: Mapping[str, Any], *, hwnc: bool, portable: bool = True,
         deal: Callable[[dict[str, Any]], dict[str, Any]] = lambda structures: structures,
     ) -> None:
         self._deal = deal
         self.configured, self.asked, self.plan, self.facts = asked, asked, plan, dict(facts)
-        self.ways: tuple[Way, ...] = ("dense", "pattern", "pattern_hwnc") if hwnc else ("dense", "pattern")
+        self.ways: tuple[Way, ...] = ("dense", *(("pattern",) * portable), *(("pattern_hwnc",) * hwnc))
         self.waited_seconds = 0.0
         self._known: Any = None
         self.choice: Choice | None = None
@@ -144,27 +127,25 @@ class PrunedPhase:
         start = time.perf_counter()
         self._wait()
         self._known, self.choice = known, None
-        self._structures = {} if self.asked == "dense" else gaining_structures(masks, self.plan)
-        if not self._structures:
-            self.choice = Choice("dense", {}, {}, "asked for" if self.asked == "dense" else "estimated")
+        if self.asked == "dense":
+            self.choice = Choice("dense", {}, {}, "asked for")
             return
         known = self.asked if self.asked != "auto" else (Cache().get(self.facts) or {}).get("way")
-        self._candidates = (known,) if known in self.ways else self.ways
+        self._candidates = (known,) if known in (*self.ways, self.asked) else self.ways
+        masks = jax.device_get(masks)  # the arrays themselves are donated meanwhile
 
         def work() -> None:
             try:
-                self._structures = self._deal(self._structures)
+                self._structures = self._deal(gaining_structures(masks, self.plan))
+                if not self._structures:
+                    self.choice = Choice("dense", {}, {}, "estimated")
+                    return
                 for way in self._candidates:
                     compile_way(way, {} if way == "dense" else self._structures)
             except BaseException as error:  # handed to the thread that waits
                 self._failure = error
 
-        if len(os.sched_getaffinity(0)) == 1:  # nothing is won beside training on the same core, and nothing hidden
-            work()
-            self.waited_seconds += time.perf_counter() - start
-            return
-        self._compiling = threading.Thread(target=work, name="compile the pruned phase")
-        self._compiling.start()
+        self._compiling = in_background(work, "compile the pruned phase")
         self.waited_seconds += time.perf_counter() - start
 
     def choose(self, run: Callable[[Way, dict[str, Any]], None]) -> Choice:
@@ -177,10 +158,10 @@ class PrunedPhase:
             return self.choice
         start = time.perf_counter()
         self._wait()
-        if len(self._candidates) == 1:
+        if self.choice is None and len(self._candidates) == 1:
             source = "asked for" if self.asked != "auto" else "cached"
             self.choice = self._as_choice(self._candidates[0], {}, source)
-        else:
+        elif self.choice is None:
             seconds = self._measure(run)
             best = min(seconds, key=seconds.__getitem__)
             way = best if seconds[best] < (1 - _MARGIN) * seconds["dense"] else "dense"
@@ -209,33 +190,6 @@ class PrunedPhase:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
-
-
-def _shared(mask: np.ndarray, tile: tuple[int, int]) -> np.ndarray:
-    """bool (kh, kw, cin, cout) made alike in tiles of (filters, channels): what any kernel of a tile retains."""
-    filters, channels = tile
-    for axis, size in ((3, filters), (2, channels)):
-        starts = np.arange(0, mask.shape[axis], size)
-        blocks = np.logical_or.reduceat(mask, starts, axis=axis)
-        mask = np.repeat(blocks, size, axis=axis).take(np.arange(mask.shape[axis]), axis=axis)
-    return mask
-
-
-def _gain(structure: pk.Structure) -> float:
-    """How many times faster than dense an update's three convolutions should be, by the backend that is there."""
-    backend = "cpu" if jax.default_backend() == "cpu" and native.is_fast() else "xla"
-    return pk.estimated_gain(structure, "training", backend=backend)
-
-
-def _gaining(found: dict[str, Any]) -> dict[str, Any]:
-    kept = {}
-    for key, value in found.items():
-        if isinstance(value, pk.Structure):
-            if _gain(value) > pk.LEAST_GAIN:
-                kept[key] = jax.tree.map(jax.numpy.asarray, value)
-        elif inner := _gaining(value):
-            kept[key] = inner
-    return kept
 
 
 def facts_of(config: Any, plan: Plan | None) -> dict[str, Any]:

@@ -17,13 +17,16 @@ from pallas_kernels import native
 from pallas_kernels.pattern_conv import cpu
 
 
-def make_models(config: TrainConfig, num_classes: int, convolution: str) -> dict[str, nn.Module]:
+def make_models(
+    config: TrainConfig, num_classes: int, convolution: str, *, on_cpu: bool
+) -> dict[str, nn.Module]:
     """The net as each way of `experiments.train.pruned_phase` runs it, "dense" being that of all other phases.
 
     Args:
         config: of the run.
         num_classes: of the data set.
         convolution: of `LoopConfig`, "auto" decided.
+        on_cpu: whether it is made for a CPU.
     """
     build = functools.partial(
         models.build,
@@ -35,19 +38,21 @@ def make_models(config: TrainConfig, num_classes: int, convolution: str) -> dict
     )
     # By pattern where a layer has a structure, else dense in the same way as all of them are before.
     dense = models.patch_convolution if convolution == "patches" else pk.dense_conv
+    dense = dense if on_cpu or convolution == "patches" else models.gpu_convolution
     # Layers that have a structure gain by it: left open, the choice would go by what lists have room for.
-    native_serves = jax.default_backend() == "cpu" and native.is_fast() and config.precision in cpu.DTYPES
+    native_serves = on_cpu and native.is_fast() and config.precision in cpu.DTYPES
     convolve = functools.partial(pk.pattern_conv, backend="cpu") if native_serves else pk.pattern_conv
     by_pattern = functools.partial(models.PatternConv, convolve=convolve, dense=dense)
-    whole = nn.Conv if convolution == "xla" else by_pattern
+    whole = nn.Conv if convolution == "xla" and on_cpu else by_pattern
     if config.channels is not None:
         dense = models.xla_convolution if convolution == "xla" else dense
         whole = functools.partial(models.NarrowConv, dense=dense)
-    norm = functools.partial(models.Norm, normalise=pk.batch_norm) if native_serves else models.Norm
+    normalise = pk.batch_norm if on_cpu else functools.partial(pk.batch_norm, backend="xla")
+    norm = functools.partial(models.Norm, normalise=normalise) if native_serves or not on_cpu else models.Norm
     return {
         "dense": build(conv=whole, norm=norm),
         "pattern": build(conv=by_pattern, norm=norm),
-        "pattern_hwnc": build(conv=by_pattern, layout="HWNC"),
+        "pattern_hwnc": build(conv=by_pattern, norm=norm, layout="HWNC"),
     }
 
 

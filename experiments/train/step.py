@@ -2,10 +2,13 @@
 
 The whole training set lies on the device as uint8; an update gathers its batch, augments, normalises and
 mixes it up, so the host sends one index a step and fetches one array of metrics an epoch.
+
+Where epochs are compiled loops, three of them serve a run: dense updates, updates under masks in any phase, updates by
+pattern. A loop has one length; updates that it does not fit, such as those of the epoch of a selection and a smaller
+last batch, are called one by one. All programs but the first one are compiled while others train.
 """
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,44 +25,55 @@ from clicktrain_jax.phases import Phase
 from experiments.configs.base import TrainConfig
 from experiments.data import Dataset
 from experiments.train.channel_pruning import ChannelPruning
-from experiments.train.costs import bytes_of, size_of
+from experiments.train.compiled import Updates
 from experiments.train.methods import make_method
+from experiments.train.programs import Programs, in_background
 from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of, scheduled
 from experiments.train.recipe import make_models, make_optimizer, make_plan, pattern_source
 from experiments.train.state import Images, TrainState
-from experiments.train.update import change_of, evaluation_of, gradient_of, update_step
+from experiments.train.update import evaluation_of
+from pallas_kernels.pattern_conv import mosaic_gpu
 
 # Streams of random numbers, each folded into the run's key.
 _INIT, _ORDER = range(2)  # experiments.train.update has the third
 EVAL_BATCH = 500
+# Updates that a compiled loop does at most: the host shows progress and heeds signals between loops.
+LONGEST_LOOP = 512
 
 
 # (phase, gathers scores, first, end), updates counted from an epoch's start.
 Segment = tuple[Phase, bool, int, int]
 
 
-class Trainer:
+class Trainer(Updates):
     """Model, optimizer and compiled programs of one config; serves any number of seeds.
 
     Attributes:
         steps_per_epoch: updates an epoch.
+        loop_length: updates of a compiled loop.
         schedule: phases in updates; None for a dense run.
         ran: the segments of the last epoch, as they were run.
-        compile_seconds: host seconds spent in tracing and compiling so far.
-        program_bytes: memory that the largest update compiled so far asks for, data set included.
+        images_by_pattern: images of the last epoch whose convolutions ran by pattern.
+        compile_seconds: host seconds that a run waited for tracing, compiling and choosing so far.
+        programs: what was compiled so far.
+
+    Args:
+        config: of the runs, but for the seed.
+        dataset: what they train on.
+        platform: "cpu" or "gpu", that programs are made for; jax's own when None.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
+    def __init__(self, config: TrainConfig, dataset: Dataset, platform: str | None = None) -> None:
         self.config = config
         self.dataset = dataset
         image_shape = tuple(dataset.train_images.shape[1:])
         self.image_shape = image_shape
-        on_cpu = jax.default_backend() == "cpu"
+        on_cpu = (platform or jax.default_backend()) == "cpu"
         convolution, program = config.loop.convolution, config.loop.epoch_program
         self.scan = not on_cpu if program == "auto" else program == "scan"
         if convolution == "auto":
             convolution = ("patches" if self.scan else "direct") if on_cpu else "xla"
-        self.models = make_models(config, dataset.num_classes, convolution)
+        self.models = make_models(config, dataset.num_classes, convolution, on_cpu=on_cpu)
         self.model = self.models["dense"]
         abstract = models.abstract_variables(self.model, image_shape)
         self.abstract_params = abstract["params"]
@@ -68,9 +82,13 @@ class Trainer:
 
         count = len(dataset.train_images)
         full, self.tail = divmod(count, config.batch_size)
+        self.fills = config.partial_batch == "fill" or config.partial_batch == "keep" and not on_cpu
+        if self.fills and full:
+            full, self.tail = full + bool(self.tail), 0
         if config.partial_batch == "drop":
             self.tail = 0
         self.steps_per_epoch = full + bool(self.tail)
+        self.loop_length = full // max(1, -(-full // LONGEST_LOOP)) if self.scan else 0
         if not self.steps_per_epoch:
             raise ValueError(
                 f"batch_size={config.batch_size} is larger than the {count} training images and partial_batch is "
@@ -90,11 +108,14 @@ class Trainer:
         if config.prune is not None:
             self._set_up_pruning()
         self.pruned = PrunedPhase(
-            config.loop.pruned_convolution, self.plan, facts_of(config, self.plan), hwnc=not on_cpu, deal=self.scheduled
+            config.loop.pruned_convolution, self.plan, facts_of(config, self.plan), hwnc=not on_cpu,
+            deal=self.scheduled,
+            portable=on_cpu or config.precision not in mosaic_gpu.DTYPES or mosaic_gpu.why_not_here() is not None,
         )
         self.ran: list[Segment] = []
-        self.compile_seconds, self.program_bytes = 0.0, 0
-        self._programs: dict[Any, Callable[..., Any]] = {}
+        self.images_by_pattern = 0
+        self.programs = Programs(pk.compiler_options(config.precision))
+        self._is_prepared = False
 
     def _set_up_pruning(self) -> None:
         prune = self.config.prune
@@ -139,7 +160,7 @@ class Trainer:
     def init(self, seed: int) -> TrainState:
         """What `fresh` makes of a run's seed."""
         key = jax.random.fold_in(jax.random.key(seed), _INIT)
-        return self._compiled(("init",), lambda: self.fresh, (key,), ())(key)
+        return self.programs.get(("init",), lambda: self.fresh, (key,), counts=False)(key)
 
     def segments(self, epoch: int, done: int = 0, facts: tuple[int, int, int] | None = None) -> list[Segment]:
         """The phases of an epoch after its first ``done`` updates.
@@ -178,20 +199,68 @@ class Trainer:
             ``(state, metrics)``, metrics float32 (steps, 2): loss without group lasso, top-1.
         """
         key = jax.random.key(seed)
-        order = _order(jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch), len(self.train_data.labels))
+        order = self._order(key, epoch)
         metrics = jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
-        self.ran, facts = [], self._facts(state)
-        while not self.ran or self.ran[-1][3] < self.steps_per_epoch:
-            for segment in self.segments(epoch, self.ran[-1][3] if self.ran else 0, facts):
-                self.ran.append(segment)
-                state, metrics = self._run_segment(
-                    segment, (seed, facts and facts[0]), state, metrics, order, key, on_step
-                )
-                if segment[0] == Phase.SELECT:
-                    # Scores that are not finite put it off: what follows depends on whether masks stand.
-                    facts = self._facts(state)
-                    break
+        self.ran, facts, self.images_by_pattern = [], self._facts(state), 0
+        segments = self.segments(epoch, 0, facts)
+        while segments:
+            known = seed, facts and facts[0]
+            first = segments[0][2]
+            kind = self._looped(segments, first)
+            if kind is not None:
+                state, metrics = self._run_loop(kind, first, known, state, metrics, order, key)
+                end = first + self.loop_length
+                self.ran += [(*what, begin, min(stop, end)) for *what, begin, stop in segments if begin < end]
+                segments = [(*what, max(begin, end), stop) for *what, begin, stop in segments if stop > end]
+                on_step(end)
+                continue
+            segment = segments.pop(0)
+            self.ran.append(segment)
+            state, metrics = self._run_segment(segment, known, state, metrics, order, key, on_step)
+            if segment[0] == Phase.SELECT:
+                # Scores that are not finite put it off: what follows depends on whether masks stand.
+                facts = self._facts(state)
+                segments = self.segments(epoch, segment[3], facts)
         return state, np.asarray(metrics)
+
+    def _order(self, key: jax.Array, epoch: int) -> jax.Array:
+        """Which images, one after the other; beyond the epoch's own those of the next one, as far as a batch goes."""
+        count = len(self.train_data.labels)
+        wanted = max(count, self.steps_per_epoch * self.config.batch_size) if self.fills and not self.tail else count
+        orders = [
+            _order(jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch + later), count)
+            for later in range(-(-wanted // count))
+        ]
+        return orders[0] if wanted == count else jnp.concatenate(orders)[:wanted]
+
+    def _looped(self, segments: list[Segment], first: int) -> str | None:
+        """Which loop does the next updates in one piece: "dense", "masked" or "pruned"; None if none does."""
+        end = first + self.loop_length
+        if self.loop_length < 2 or end > self.steps_per_epoch - bool(self.tail):
+            return None
+        inside = [(phase, gathers) for phase, gathers, begin, _ in segments if begin < end]
+        phases = {phase for phase, _ in inside}
+        if any(gathers for _, gathers in inside) or Phase.SELECT in phases or segments[-1][3] < end:
+            return None
+        if phases == {Phase.PRUNED}:
+            return "pruned"
+        return "dense" if phases == {Phase.DENSE} else None if Phase.DENSE in phases else "masked"
+
+    def _run_loop(
+        self, kind: str, first: int, known: Any, state: TrainState, metrics: Any, order: Any, key: Any
+    ) -> tuple[TrainState, Any]:
+        way, structures = "dense", {}
+        args = (state, metrics, self.train_data, order, np.int32(first), key)
+        if kind == "dense" and self.schedule is not None:
+            self._prepare_masked(args)
+        if kind != "dense":
+            self._prepare_pruned(known, state, metrics, order, key)
+        if kind == "pruned":
+            choice = self._choose_pruned(state, metrics, order, key)
+            way, structures = choice.way, choice.structures
+            kind = "masked" if way == "dense" else "pruned"
+            self.images_by_pattern += self.loop_length * self.config.batch_size * bool(structures)
+        return self._loop(kind, way, (*args, structures))(*args, structures)
 
     def _run_segment(
         self, segment: Segment, known: Any, state: TrainState, metrics: Any, order: Any, key: Any,
@@ -201,29 +270,18 @@ class Trainer:
         way, structures = "dense", {}
         if phase >= Phase.REGULARIZE:
             self._prepare_pruned(known, state, metrics, order, key)
-        if phase == Phase.PRUNED:
+        # Where there are loops, updates that fit none share the dense gradient: no program for a few updates.
+        if phase == Phase.PRUNED and not self.loop_length:
             choice = self._choose_pruned(state, metrics, order, key)
             way, structures = choice.way, choice.structures
         kind = "gather" if gathers else phase.name.lower()
         for begin, stop, batch in self.by_batch_size(first, end):
-            looped = self.scan and stop - begin > 1
-            for index in (begin,) if looped else range(begin, stop):
-                bounds = (np.int32(begin), np.int32(stop)) if looped else (np.int32(index),)
-                args = (state, metrics, self.train_data, order, *bounds, key, structures)
-                state, metrics = self._program(kind, batch, looped, way, args)(*args)
-                on_step(stop if looped else index + 1)
+            self.images_by_pattern += (stop - begin) * batch * bool(structures)
+            for index in range(begin, stop):
+                args = (state, metrics, self.train_data, order, np.int32(index), key, structures)
+                state, metrics = self._program(kind, batch, way, args)(*args)
+                on_step(index + 1)
         return state, metrics
-
-    def compile_dense(self, state: TrainState) -> float:
-        """Compile the dense phase's update, for a run that begins after it; returns the seconds."""
-        before, start = self.compile_seconds, time.perf_counter()
-        key, metrics = jax.random.key(0), jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
-        order = _order(key, len(self.train_data.labels))
-        batch = min(self.config.batch_size, len(self.train_data.labels))
-        args = (state, metrics, self.train_data, order, *self._few_updates(), key, {})
-        self._program("dense", batch, self.scan, "dense", args, True)
-        self.compile_seconds = before + time.perf_counter() - start
-        return self.compile_seconds - before
 
     def evaluate(self, state: TrainState) -> tuple[float, float]:
         """``(mean loss, top-1)`` on the evaluation set, in float32 sums."""
@@ -234,13 +292,9 @@ class Trainer:
             args = (state.params, state.batch_stats, self.eval_data, np.int32(begin))
             build = functools.partial(evaluation_of, self, end - begin)
             key = ("eval", end - begin, *self._shapes(state.params))
-            totals.append(self._compiled(key, build, args, ())(*args))
+            totals.append(self.programs.get(key, build, args, counts=False)(*args))
         loss, correct = np.sum([np.asarray(total) for total in totals], axis=0, dtype=np.float64)
         return loss / count, correct / count
-
-    def _shapes(self, params: Any) -> tuple[tuple[int, ...], ...]:
-        """What tells a narrowed net's programs apart."""
-        return () if self.channels is None else tuple(leaf.shape for leaf in jax.tree.leaves(params))
 
     def between_epochs(self, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, Any] | None]:
         """What happens before an epoch's first update: PruneTrain's smaller net, and facts about it."""
@@ -273,104 +327,44 @@ class Trainer:
         parts = [(first, min(end, full), self.config.batch_size), (max(first, full), end, self.tail)]
         return [(begin, stop, batch) for begin, stop, batch in parts if begin < stop]
 
+    def _prepare_masked(self, args: tuple) -> None:
+        """Have what the selection and the loops after it need compiled in the background."""
+        if self._is_prepared:
+            return
+        self._is_prepared = True
+        # The one that is waited for comes first; shapes alone, as the arrays themselves are donated meanwhile.
+        self._loop("dense", "dense", (*args, {}))
+        shapes = (*_shapes_of(args), {})
+
+        def work() -> None:
+            self._program("select", self._batch, "dense", shapes, ahead=True)
+            self._loop("masked", "dense", shapes, ahead=True)
+
+        in_background(work, "compile for the selection")
+
     def _prepare_pruned(self, known: Any, state: Any, metrics: Any, order: Any, key: Any) -> None:
         """Have the pruned phase's programs compiled in the background, while the phases before it train."""
         if self.schedule.prune_step + 1 >= self.config.total_epochs * self.steps_per_epoch:
             return  # no update follows the prune
-        batch = min(self.config.batch_size, len(self.train_data.labels))
 
         def compile_way(way: Way, structures: dict[str, Any]) -> None:
-            self._program("pruned", batch, self.scan, way, (*shapes, structures), True)
+            self._pruned_program(way, (*shapes, structures), ahead=True)
 
-        # Shapes alone: the arrays themselves are donated meanwhile.
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype),
-            (state, metrics, self.train_data, order, *self._few_updates(), key),
-        )
+        shapes = _shapes_of((state, metrics, self.train_data, order, np.int32(0), key))
         before = self.pruned.waited_seconds
         self.pruned.prepare(known, self.masks(state), compile_way)
-        self.compile_seconds += self.pruned.waited_seconds - before
-
-    def _few_updates(self) -> tuple[np.int32, ...]:
-        """Which updates are timed: the first one, or the first few of an epoch's loop."""
-        return (np.int32(0), np.int32(min(3, self.steps_per_epoch))) if self.scan else (np.int32(0),)
+        self.programs.seconds += self.pruned.waited_seconds - before
 
     def _choose_pruned(self, state: Any, metrics: Any, order: Any, key: Any) -> Choice:
-        batch = min(self.config.batch_size, len(self.train_data.labels))
-
         def run(way: Way, structures: dict[str, Any]) -> None:
             copies = jax.tree.map(jnp.copy, (state, metrics))
-            args = (*copies, self.train_data, order, *self._few_updates(), key, structures)
-            jax.block_until_ready(self._program("pruned", batch, self.scan, way, args)(*args))
+            args = (*copies, self.train_data, order, np.int32(0), key, structures)
+            jax.block_until_ready(self._pruned_program(way, args, ahead=True)(*args))
 
         before = self.pruned.waited_seconds
         choice = self.pruned.choose(run)
-        self.compile_seconds += self.pruned.waited_seconds - before
+        self.programs.seconds += self.pruned.waited_seconds - before
         return choice
-
-    def _program(
-        self, kind: str, batch: int, looped: bool, way: Way, args: tuple, in_background: bool = False
-    ) -> Callable[..., Any]:
-        """An update, ``(state, metrics, data, order, ..., key, structures) -> (state, metrics)``, or a loop of them.
-
-        In a loop it is one program. An update by itself is two, so that all phases share the costly one, which has
-        the convolutions, and few have to wait for a compiler.
-        """
-        # Structures of another size, and nets that became narrower, are other programs.
-        narrowed = self._shapes(args[0].params)
-        shapes = (jax.tree.structure(args[-1]), *narrowed)
-        if looped:
-            return self._compiled(
-                (kind, batch, way, *shapes), lambda: update_loop(self.update_step(kind, batch, way)), args, (0, 1),
-                in_background,
-            )
-
-        def run(state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, held: Any) -> Any:
-            inputs = (state.params, state.batch_stats, state.step, data, order, index, key, held)
-            gradient = self._compiled(
-                ("gradient", batch, way, *shapes), lambda: gradient_of(self, batch, way), inputs, (), in_background,
-                size_of(state.opt_state),
-            )
-            if in_background:
-                found = jax.eval_shape(gradient_of(self, batch, way), *inputs)
-            else:
-                found = gradient(*inputs)
-            changed = (state, metrics, index, found)
-            change = self._compiled(
-                ("change", kind, *narrowed), lambda: change_of(self, kind), changed, (0, 1), in_background
-            )
-            return None if in_background else change(*changed)
-
-        if in_background:
-            run(*args)
-        return run
-
-    def _compiled(
-        self,
-        key: Any,
-        build: Callable[[], Callable[..., Any]],
-        args: tuple,
-        donate: tuple[int, ...],
-        in_background: bool = False,
-        beside: int = 0,
-    ) -> Callable[..., Any]:
-        """The compiled program of a key; compiling that the run waits for is timed apart from running.
-
-        ``beside``: bytes that live while it runs and are none of its arguments.
-        """
-        if key not in self._programs:
-            start = time.perf_counter()
-            lowered = jax.jit(build(), donate_argnums=donate).lower(*args)
-            program = self._programs[key] = lowered.compile(pk.compiler_options(self.config.precision))
-            if key[0] not in ("init", "eval"):
-                self.program_bytes = max(self.program_bytes, bytes_of(program) + beside)
-            if not in_background:
-                self.compile_seconds += time.perf_counter() - start
-        return self._programs[key]
-
-    def update_step(self, kind: str, batch: int, way: Way = "dense") -> Callable[..., Any]:
-        """One whole update as a pure function: `experiments.train.update.update_step` of this trainer."""
-        return update_step(self, kind, batch, way)
 
 
 def _lasso_weight(prune: Any, select_step: int, steps_per_epoch: int) -> Any:
@@ -386,13 +380,5 @@ def _order(key: jax.Array, count: int) -> jax.Array:
     return jax.random.permutation(key, count)
 
 
-def update_loop(body: Callable[..., Any]) -> Callable[..., Any]:
-    """``body`` over updates [first, end), one compiled loop; its bounds are traced, so one program serves all."""
-
-    def run(state: Any, metrics: Any, data: Any, order: Any, first: Any, end: Any, key: Any, held: Any) -> Any:
-        def once(index: Any, carry: Any) -> Any:
-            return body(*carry, data, order, index, key, held)
-
-        return jax.lax.fori_loop(first, end, once, (state, metrics))
-
-    return run
+def _shapes_of(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), tree)

@@ -28,16 +28,19 @@ def some_choice(shape, num_patterns):
 @pytest.mark.parametrize("num_patterns", [4, 255])
 def test_views(shape, num_patterns, host):
     choice = some_choice(shape, num_patterns)
-    found = (jax.device_get(choice) if host else choice).full()
+    choice = jax.device_get(choice) if host else choice
+    found, whole = choice.full(), choice.combined()
     assert choice.shape == shape and all(isinstance(part, np.ndarray) == host for part in found if part is not None)
     np.testing.assert_array_equal(found.kernel, np.broadcast_to(choice.kernel, shape))
     assert found.kernel.dtype == bool and found.kernel.shape == shape
     if shape[0] == 1:
         assert found.pattern is None
+        np.testing.assert_array_equal(whole, found.kernel)
         return
     by_indexing = np.asarray(choice.patterns)[np.asarray(choice.pattern_ids)]  # (cin, cout, kh, kw)
     np.testing.assert_array_equal(found.pattern, by_indexing.transpose(2, 3, 0, 1))
     assert found.pattern.dtype == bool
+    np.testing.assert_array_equal(whole, np.asarray(found.pattern) & np.asarray(found.kernel))
 
 
 def test_views_under_jit():

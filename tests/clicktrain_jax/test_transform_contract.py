@@ -1,4 +1,11 @@
-"""One contract over every kind of inner optimizer: all phases in an unchanged loop, compiled once, zeros held."""
+"""One contract over every kind of inner optimizer: all phases in an unchanged loop, compiled once, zeros held.
+
+Some optimizers go through it without jit and where jax is strict too, and on meshes: `test_data_parallel` runs this
+file in a process that has four devices, for the number of devices is fixed when jax starts.
+"""
+
+import contextlib
+import os
 
 import jax
 import jax.numpy as jnp
@@ -39,19 +46,59 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture(scope="module", params=OPTIMIZERS)
+@contextlib.contextmanager
+def strict():
+    with jax.numpy_rank_promotion("raise"), jax.debug_nans(True):
+        yield
+
+
+def on(size, axis, kind):
+    """Places each kernel whose axis can be cut in ``size`` so, on a mesh of that many devices."""
+
+    def place(leaf):
+        mesh = jax.make_mesh((size,), ("d",), devices=jax.devices()[:size], axis_types=(kind,))
+        cut = leaf.ndim == 4 and leaf.shape[axis] % size == 0
+        spec = jax.sharding.PartitionSpec(*["d" if cut and at == axis else None for at in range(leaf.ndim)])
+        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))
+
+    return place
+
+
+EXPLICIT, AUTO = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
+# name: (mode, where parameters lie, options of the loop)
+WAYS = {
+    "eager": (contextlib.nullcontext, None, {"jit": lambda step: step}),
+    "strict": (strict, None, {}),
+}
+MESHES = {
+    "2 devices": (contextlib.nullcontext, on(2, 3, EXPLICIT), {}),
+    "4 devices": (strict, on(4, 2, EXPLICIT), {}),
+    "4 devices, auto": (contextlib.nullcontext, on(4, 2, AUTO), {}),
+}
+JIT = (contextlib.nullcontext, None, {})
+if "host_platform_device_count=4" in os.environ.get("XLA_FLAGS", ""):
+    CASES = [(name, way) for way in MESHES for name in ("momentum", "adamw", "multi steps")]
+else:
+    CASES = [(name, "jit") for name in OPTIMIZERS]
+    CASES += [(name, way) for way in WAYS for name in ("momentum", "adamw", "multi steps")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=" ".join)
 def case(request, toy):
     """``(history sampled once per update, moments per weight)``."""
-    inner, wrap, moments, calls = OPTIMIZERS[request.param]
+    name, way = request.param
+    inner, wrap, moments, calls = OPTIMIZERS[name]
+    mode, place, options = ({"jit": JIT} | WAYS | MESHES)[way]
     tx = wrap(ct.clicktrain(inner(), toy.plan(), **toy.SCHEDULE))
-    history = toy.run(tx, steps=toy.STOP * calls)
+    tree = jax.tree.map(place, toy.params()) if place else None
+    with mode():
+        history = toy.run(tx, tree, steps=toy.STOP * calls, **options)
+    # optax makes counters of its own on one device, whatever mesh the parameters lie on: they compile it once more.
+    counters = way in MESHES and name != "momentum"
+    assert history.traces == (toy.STOP * calls if way == "eager" else 1 + counters)
     # A gradient accumulator mirrors weights too, but is the wrapper's own and empty after each whole update.
     sampled = history._replace(params=history.params[::calls], states=history.states[::calls])
     return sampled, moments
-
-
-def test_compiled_once(case):
-    assert case[0].traces == 1
 
 
 def test_all_is_kept_until_the_selection_and_nothing_changes_after(case, toy):

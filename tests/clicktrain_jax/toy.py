@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 import clicktrain_jax as ct
+from clicktrain_jax.trees import placed_like
 
 SHAPES = {
     "Conv_0": {"kernel": (3, 3, 2, 3)},
@@ -48,14 +49,15 @@ def loss(tree, step):
     """Half the squared distance to a target that differs from weight to weight and from step to step."""
 
     def distance(leaf):
-        target = jnp.sin(3.0 * jnp.arange(leaf.size) + step).reshape(leaf.shape)
+        target = placed_like(jnp.sin(3.0 * jnp.arange(leaf.size) + step).reshape(leaf.shape), leaf)
         return 0.5 * jnp.sum(jnp.square(leaf.astype(jnp.float32) - target))
 
     return sum(distance(leaf) for leaf in jax.tree.leaves(tree))
 
 
 class Run(NamedTuple):
-    """``params[t]`` and ``states[t]`` before update t; ``grads[t]`` the loss gradient of update t."""
+    """``params[t]`` and ``states[t]`` before update t; ``grads[t]`` the loss gradient of update t. Without jit every
+    step is traced."""
 
     params: list
     states: list
@@ -63,11 +65,11 @@ class Run(NamedTuple):
     traces: int
 
 
-def run(tx, tree=None, steps=STOP, grad_dtype=None, **extra):
+def run(tx, tree=None, steps=STOP, grad_dtype=None, jit=quick_jit, **extra):
     """A user's loop: grads -> update -> apply_updates, one jitted step."""
     traces = 0
 
-    @quick_jit
+    @jit
     def train_step(tree, state, step):
         nonlocal traces
         traces += 1

@@ -73,7 +73,7 @@ def test_pruning_after_training_forks_from_the_dense_run(config, trunk, tiny_dat
     trainer = Trainer(config, tiny_dataset)
     whole = loop.train(config, tmp_path / "whole", trainer=trainer)
     # All that was compiled is in the summary, what draws the first state too.
-    assert whole["compile_seconds"] == pytest.approx(trainer.compile_seconds) and ("init",) in trainer._programs
+    assert whole["compile_seconds"] == pytest.approx(trainer.compile_seconds) and ("init",) in trainer.programs
     forked = forks.train_forked(config, tmp_path / "forked", trunk, trainer=trainer)
     assert forks.fork_epoch(config, trainer.steps_per_epoch) == END
     for key in ("params_sha256", "masks_sha256", "final_top1", "conv_retained"):

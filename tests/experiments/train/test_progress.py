@@ -89,7 +89,7 @@ def test_tensorboard_gets_phase_rate_and_sparsity_by_layer(tiny_dataset, tmp_pat
         tensorboardX.SummaryWriter, "add_scalar",
         lambda self, key, value, step: written.setdefault(key, []).append((step, value)),
     )
-    config = dataclasses.replace(changed_loop(tensorboard=True), prune=None, mixup_epoch=None, epochs=2)
+    config = dataclasses.replace(changed_loop(tensorboard=True), method=None, mixup_epoch=None, epochs=2)
     loop.train(config, tmp_path / "run", trainer=Trainer(config, tiny_dataset))
     assert written["phase"] == [(0, 0.0), (1, 0.0)]
     assert {"learning_rate", "sparsity", "train_loss", "sparsity/Conv_1/kernel"} <= written.keys()
