@@ -54,8 +54,8 @@ def test_names_carry_the_compression_over_all_convolutions(config):
 
 def test_names_are_unique_and_every_pruned_config_has_its_dense_one():
     families = (
-        configs.demo, configs.slim, configs.published, configs.own, configs.price, configs.ablation, configs.deployed,
-        configs.compare,
+        configs.demo, configs.slim, configs.published, configs.own, configs.modern, configs.price, configs.ablation,
+        configs.deployed, configs.compare,
     )
     families = [config for family in families for config in family.configs()]
     assert len(ALL) == len(families)
