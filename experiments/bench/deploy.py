@@ -9,7 +9,6 @@ Nothing is timed before its logits are right.
 """
 
 import contextlib
-import json
 import os
 import statistics
 import tempfile
@@ -28,8 +27,7 @@ from clicktrain_jax.deploy.export import ONNX as EXPORTED_ONNX
 from clicktrain_jax.deploy.onnx import to_onnx
 from experiments.bench import drawn, timing
 from experiments.bench.c_library import LIBRARY, compile_c
-from experiments.bench.engines import ARRAYS, ENGINES, ONNX, ORT, PLAN, PYTORCH, Job
-from experiments.bench.torch_plan import make_plan
+from experiments.bench.engines import ENGINES, ONNX, OPENVINO, ORT, Job
 from experiments.bench.worker import Failed, Worker
 from experiments.records import setting, write_json
 from experiments.report import deploy as tables
@@ -72,7 +70,7 @@ def run(
         quick: few rounds, and no throughput.
         tuned: measure this net's ways too, for each batch size; takes minutes the first time.
         cores: that engines may use; all that this process has when None.
-        engines_python: an interpreter that has onnx, onnxruntime and PyTorch, where this one has not.
+        engines_python: an interpreter that has onnxruntime or OpenVINO, where this one has not.
         out: a JSON file.
 
     Raises:
@@ -94,7 +92,7 @@ def run(
         job = Job(path, folder, jax.default_backend(), tuned)
         hand_over(net, path, job.folder)
         loads, begin = [os.getloadavg()], time.perf_counter()
-        found = measure(net, job, sizes, dict.fromkeys((ORT, PYTORCH), engines_python), **plan)
+        found = measure(net, job, sizes, dict.fromkeys((ORT, OPENVINO), engines_python), **plan)
         layers = timing.layers(net.tuned(sizes[0]) if tuned else net, sizes[0])
         asked = "".join(
             text for text, is_asked in ((" --quick", quick), (" --tuned", tuned), (f" --cores {cores}", cores),
@@ -137,19 +135,13 @@ def _on(count: int | None) -> Iterator[None]:
 
 
 def hand_over(net: InferenceNet, path: Path, folder: Path) -> None:
-    """Write what engines without jax run: an ONNX model, a plan for PyTorch, C; where one cannot be made, why."""
+    """Write what engines without jax run: an ONNX model, C; where one cannot be made, why."""
     try:
         stored = EXPORTED_ONNX in net.manifest["files"]
         data = storage.read_file(path, EXPORTED_ONNX) if stored else to_onnx(net.folded, net.folded.image_shape)
         (folder / ONNX).write_bytes(data)
     except ValueError as error:
         (folder / f"{ONNX}.txt").write_text(str(error))
-    try:
-        plan = make_plan(net.folded)
-        np.savez(folder / ARRAYS, **plan.arrays)
-        (folder / PLAN).write_text(json.dumps({"steps": plan.steps, "image_shape": net.folded.image_shape}))
-    except ValueError as error:
-        (folder / f"{PLAN}.txt").write_text(str(error))
     try:
         compile_c(to_c(net), folder)
     except ValueError as error:

@@ -8,7 +8,6 @@ theirs, and the arithmetic is float32 where the net's is.
 import collections
 import ctypes
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from experiments.bench.c_library import LIBRARY
 
 # Files of a job's folder: what is handed to the engines.
-ONNX, PLAN, ARRAYS = "net.onnx", "plan.json", "arrays.npz"
+ONNX = "net.onnx"
 
 Call = Callable[[], Any]
 
@@ -34,7 +33,7 @@ class Job:
 
     Attributes:
         export: the export's folder.
-        folder: with `ONNX`, `PLAN` and `ARRAYS`, `LIBRARY`, as far as they could be made.
+        folder: with `ONNX` and `LIBRARY`, as far as they could be made.
         platform: of jax: "cpu", "gpu".
         is_tuned: whether this net is measured in its ways too.
     """
@@ -243,16 +242,8 @@ class OnnxRuntime(Engine):
         onnxruntime.set_default_logger_severity(3)
 
     def load(self) -> None:
-        """The model; PyTorch makes it where jax could not."""
-
-        if (self.job.folder / ONNX).exists() or not (self.job.folder / PLAN).exists():
-            self.model = _read(self.job, ONNX)
-            return
-        try:
-            from experiments.bench import torch_net
-        except ImportError as reason:
-            raise Unavailable(f"{(self.job.folder / f'{ONNX}.txt').read_text()}; {reason}") from reason
-        self.model = torch_net.to_onnx(*_plan(self.job))
+        """The model."""
+        self.model = _read(self.job, ONNX)
 
     def forms(self, images: np.ndarray) -> dict[str, Callable[[], Call]]:
         """A session for the batch size."""
@@ -305,56 +296,10 @@ class OpenVino(Engine):
             "its default precision": compiled,
         }
 
-class PyTorch(Engine):
-    """PyTorch without torch.compile; on a GPU where jax runs on one."""
-
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
-        import torch
-
-        from experiments.bench import torch_net
-
-        self.library, self.nets = torch, torch_net
-        if job.platform != "cpu" and not torch.cuda.is_available():
-            raise Unavailable("this PyTorch has no GPU")
-        self.device = "cpu" if job.platform == "cpu" else "cuda"
-        torch.set_num_threads(cores())
-
-    def load(self) -> None:
-        """The plan."""
-
-        self.steps, self.arrays, _ = _plan(self.job)
-
-    def forms(self, images: np.ndarray) -> dict[str, Callable[[], Call]]:
-        """All of `torch_net`'s."""
-
-        tensor = self.library.from_numpy(images).to(self.device)
-
-        def prepare(form: str) -> Call:
-            net = self.nets.make(form, self.steps, self.arrays, tensor)
-            if self.device == "cpu":
-                return net
-
-            def call() -> Any:
-                logits = net()
-                self.library.cuda.synchronize()
-                return logits
-
-            return call
-
-        names = self.nets.FORMS if self.device == "cpu" else self.nets.GPU_FORMS
-        return {form: lambda form=form: prepare(form) for form in names}
-
-    def device_bytes(self) -> int | None:
-        """Of the GPU."""
-
-        return None if self.device == "cpu" else self.library.cuda.max_memory_allocated()
-
-
 # By the names that stand in tables; the first is what all others are compared with.
 THIS_NET, IN_C = "this net", "this net in C"
 NATIVE, DENSE, PLAIN = "dense (native)", "dense (XLA)", "dense (XLA), as trained"
-ORT, OPENVINO, PYTORCH = "dense (onnxruntime)", "dense (OpenVINO)", "dense (PyTorch)"
+ORT, OPENVINO = "dense (onnxruntime)", "dense (OpenVINO)"
 ENGINES: Mapping[str, Callable[[Job], Engine]] = {
     THIS_NET: Pruned,
     IN_C: NetInC,
@@ -363,13 +308,11 @@ ENGINES: Mapping[str, Callable[[Job], Engine]] = {
     PLAIN: DensePlain,
     ORT: OnnxRuntime,
     OPENVINO: OpenVino,
-    PYTORCH: PyTorch,
 }
 # What pip calls the library of an engine.
 PACKAGES = dict.fromkeys((THIS_NET, IN_C, NATIVE, DENSE, PLAIN), "jax") | {
     ORT: "onnxruntime",
     OPENVINO: "openvino",
-    PYTORCH: "torch",
 }
 
 
@@ -386,13 +329,6 @@ def ways_of(sites: Any) -> str:
         for site in sites
     )
     return "; ".join(f"{count} {way}" for way, count in ways.most_common())
-
-
-def _plan(job: Job) -> tuple[list[dict[str, Any]], dict[str, np.ndarray], tuple[int, ...]]:
-    """Steps and arrays for PyTorch, and the shape of an image."""
-    plan = json.loads(_read(job, PLAN))
-    with np.load(job.folder / ARRAYS) as arrays:
-        return plan["steps"], dict(arrays), tuple(plan["image_shape"])
 
 
 def _cpu_alone(job: Job) -> None:

@@ -110,7 +110,7 @@ def _deploy() -> Command:
         engines_python: str | None = None,
         out: Path | None = None,
     ) -> int:
-        """An exported net beside itself in C and dense engines: native kernels, XLA, onnxruntime, OpenVINO and PyTorch.
+        """An exported net beside itself in C and dense engines: native kernels, XLA, onnxruntime and OpenVINO.
 
         Args:
             path: an export, or a net such as vgg13-8x-64x1.
@@ -121,7 +121,7 @@ def _deploy() -> Command:
             quick: few rounds, and no throughput.
             tuned: measure this net's own ways too, for each batch size; that takes minutes, once.
             cores: that engines may use; all by default.
-            engines_python: an interpreter that has onnx, onnxruntime and PyTorch, where this one has not.
+            engines_python: an interpreter that has onnxruntime or OpenVINO, where this one has not.
             out: a JSON file to save the record in.
         """
         print(deploy.run(

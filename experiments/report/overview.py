@@ -29,7 +29,7 @@ def overview(word: str = "") -> str:
     for config in chosen:
         net = config.net if config.width == 1 else f"{config.net} x{config.width:g}"
         lines.append(
-            f"{config.name:<37}{net:<16}{config.total_epochs:>6}  {_time(config, pace):<11}"
+            f"{config.name:<37}{net:<16}{config.total_epochs:>6}  {_time(config, pace):<10} "
             f"{config.expected}; {measured(config, records)}"
         )
     lines.append(

@@ -57,7 +57,10 @@ class Pace(NamedTuple):
 
 def hours(seconds: float) -> str:
     """``5000.0`` -> ``"1.4 h"``; below an hour in minutes."""
-    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{max(seconds / 60, 1):.0f} min"
+    whole = seconds / 3600
+    if whole < 1:
+        return f"{max(seconds / 60, 1):.0f} min"
+    return f"{whole:,.1f} h" if whole < 100 else f"{whole:,.0f} h"
 
 
 def estimate_seconds(config: TrainConfig, kind: str, device: str, found: Sequence[dict[str, Any]], cores: int) -> float:
