@@ -14,7 +14,7 @@ from clicktrain_jax import models
 from experiments import configs
 from experiments.configs import PruneConfig, compare, from_dict, to_dict
 from experiments.configs.methods import KINDS
-from experiments.records import differences, identity
+from experiments.records import differences, identity, kept
 from experiments.train.forks import dense_of
 from experiments.train.recipe import learning_rate, prune_rules
 
@@ -112,8 +112,8 @@ OLD = Path(configs.__file__).parents[1] / "results"
 def test_records_from_before_there_was_one_field_for_the_method_are_read():
     """Each says of its method what the cell of its name says today."""
     cells, kinds = {cell.config.name: cell.config for cell in compare.study("digits").cells}, set()
-    for path in sorted(OLD.glob("compare-digits/*/config.json")):
-        stored = json.loads(path.read_text())
+    for record in kept(OLD / "compare-digits" / "runs.jsonl"):
+        stored = record["config"]
         assert "method" not in stored and "sparse" in stored
         config = from_dict(stored)
         assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
