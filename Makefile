@@ -8,17 +8,20 @@ PYTHON ?= $(shell for v in 3.14 3.13 3.12 3.11; do \
 VENV ?= .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 READY := $(VENV)/.ready
 
+# What builds the pages.
+DOCS := .venv-docs
+
 # jax and its CUDA compiler, for machines without a GPU; apart from the others, as it is large and Linux only.
 GPU_COMPILE := .venv-gpu-compile
 
-.PHONY: demo test test-slow test-all test-gpu-compile gpu-compile-ready bench table lint clean
+.PHONY: demo test test-slow test-all test-gpu test-gpu-compile gpu-compile-ready docs bench table lint clean
 
 demo: $(READY)
 	$(VENV)/bin/python -m experiments demo
 
 # A worker for each core, each test file in one piece: what its tests share is made once.
 test: $(READY)
-	$(VENV)/bin/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu" --numprocesses auto --maxprocesses 8 --dist loadfile
 
 # Compiled as users' programs are; the default layer is compiled faster (tests/conftest.py).
 test-slow: $(READY)
@@ -26,10 +29,19 @@ test-slow: $(READY)
 
 test-all: test test-slow
 
+# On a machine with a GPU, in an environment whose jax sees it: make test-gpu VENV=/path/to/it
+test-gpu:
+	XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_deterministic_ops=true" $(VENV)/bin/python -m pytest -m gpu tests/gpu
+
 test-gpu-compile: gpu-compile-ready
 	JAX_PLATFORMS=cpu $(GPU_COMPILE)/bin/python -m pytest tests/gpu_compile
 
 gpu-compile-ready: $(GPU_COMPILE)/.ready
+
+# Into docs/_build; a warning is an error.
+docs: $(DOCS)/.ready
+	JAX_PLATFORMS=cpu $(DOCS)/bin/python -m sphinx -W --keep-going --quiet -b html docs docs/_build
+	@echo "docs/_build/index.html"
 
 bench: $(READY)
 	$(VENV)/bin/python -m experiments bench steps
@@ -50,6 +62,12 @@ $(READY): requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $(READY)
+
+$(DOCS)/.ready: requirements-docs.txt
+	@test -n "$(PYTHON)" || { echo "no Python between 3.11 and 3.14 with venv was found: install one, or say make PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-docs.txt
+	touch $@
 
 $(GPU_COMPILE)/.ready: requirements-gpu-compile.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { echo "compiling for a GPU wants Python 3.12 or later: make test-gpu-compile PYTHON=/path/to/python3.12"; exit 2; }

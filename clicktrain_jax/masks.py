@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.convolutions import FROM_HWIO
+from clicktrain_jax.plan.convolutions import FROM_HWIO
 from clicktrain_jax.trees import (
     Tree,
     check_same_names,
@@ -59,13 +59,18 @@ class FullMask(NamedTuple):
         """Itself."""
         return self
 
+    def transposed(self, order: tuple[int, ...]) -> "FullMask":
+        """The mask of the transposed leaf."""
+        return FullMask(*(None if part is None else part.transpose(order) for part in self))
+
 
 class LayerMask(NamedTuple):
     """The mask of one layer as it is chosen and kept.
 
     Attributes:
         pattern_ids: uint8 (cin, cout), the index of each kernel's pattern; None for 1x1 layers.
-        kernel: bool (cin, cout), True where the kernel stays; (cout, cin, 1, 1) for a leaf that is OIHW.
+        kernel: bool (cin, cout), True where the kernel stays; (cout, cin, 1, 1) for a leaf that is OIHW. Without
+            patterns it may have the leaf's own shape: then single weights stay or go.
         patterns: bool (P, kh, kw), the set that the ids index; None for 1x1 layers. Before the selection every pattern
             keeps all taps.
     """
@@ -78,6 +83,8 @@ class LayerMask(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Of the leaf: (kh, kw, cin, cout), or OIHW where ``kernel`` says so."""
         taps = (1, 1) if self.patterns is None else jnp.shape(self.patterns)[1:]
+        if np.ndim(self.kernel) == 4 and self.patterns is None:
+            return tuple(jnp.shape(self.kernel))
         if np.ndim(self.kernel) == 4:
             return (*jnp.shape(self.kernel)[:2], *taps)
         return (*taps, *jnp.shape(self.kernel))
@@ -92,9 +99,11 @@ class LayerMask(NamedTuple):
 
 
 def _full(layer: LayerMask, xp: Any) -> FullMask:
+    if layer.kernel.ndim == 4 and layer.patterns is None:
+        return FullMask(None, layer.kernel)
     if layer.kernel.ndim == 4:
         parts = _full(layer._replace(kernel=layer.kernel[:, :, 0, 0].T), xp)
-        return FullMask(*(None if part is None else part.transpose(FROM_HWIO["OIHW"]) for part in parts))
+        return parts.transposed(FROM_HWIO["OIHW"])
     kernel = xp.broadcast_to(layer.kernel[None, None], layer.shape)
     if layer.patterns is None:
         return FullMask(None, kernel)

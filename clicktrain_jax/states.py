@@ -12,7 +12,8 @@ from clicktrain_jax.trees import Tree, is_none, nest, path_keys
 
 
 class ClickTrainState(NamedTuple):
-    """The state of `clicktrain` and of `phase_updates`: arrays only, any checkpoint of the optimizer state carries it.
+    """The state of `clicktrain`, of `phase_updates` and of the methods of `clicktrain_jax.methods`: arrays only, any
+    checkpoint of the optimizer state carries it.
 
     Attributes:
         count: int32, updates done.
@@ -68,7 +69,11 @@ class Status:
         done = "nothing is selected yet"
         if self.selected is not None:
             done = f"masks were selected in update {self.selected}"
-            done += "; not pruned yet" if self.pruned is None else f", pruned in update {self.pruned}"
+            if self.pruned is None:
+                done += "; not pruned yet"
+            else:
+                done += f", pruned {'in' if self.pruned >= self.selected else 'from'} update {self.pruned}"
+                done += " on" * (self.pruned < self.selected)
         parts = [f"{self.count} updates done", done]
         if self.postponed:
             parts.append(f"put off by {self.postponed} updates whose scores were not finite")
@@ -100,9 +105,10 @@ def masks_of(opt_state: Any) -> Masks:
     """The masks inside an optimizer state.
 
     Args:
-        opt_state: any state that holds one of `clicktrain`: chained, wrapped, of an ``nnx.Optimizer``, a TrainState, an
-            ``nnx.State`` or a pure dictionary of one, replicated over devices by a leading axis, restored from a
-            checkpoint (also without a template, when NamedTuples have become dictionaries).
+        opt_state: any state that holds one of `clicktrain`, or of a method of `clicktrain_jax.methods`: chained,
+            wrapped, of an ``nnx.Optimizer``, a TrainState, an ``nnx.State`` or a pure dictionary of one, replicated
+            over devices by a leading axis, restored from a checkpoint (also without a template, when NamedTuples have
+            become dictionaries).
 
     Returns:
         `Masks` with the parameters' containers (nested dictionaries of the pruned leaves where the state's types are
@@ -130,7 +136,10 @@ def find(opt_state: Any) -> ClickTrainState:
     found = found or _by_path(opt_state)
     if len(found) != 1:
         several = "; pass the part of the state that holds the one you mean" if found else ""
-        raise ValueError(f"expected an optimizer state with one clicktrain(...) inside, found {len(found)}{several}")
+        raise ValueError(
+            "expected an optimizer state with one clicktrain(...) or one of ct.methods inside, found "
+            f"{len(found)}{several}"
+        )
     state = found[0]._replace(inner_state=None, scores={}, exponents=None, gathered=None)
     state = state._replace(**{name: jax.tree.leaves(getattr(state, name))[0] for name in _FACTS})
     if isinstance(state.count, jax.ShapeDtypeStruct):

@@ -42,6 +42,8 @@ class PhaseUpdates(NamedTuple):
         regularize: with the group lasso.
         prune: once, at prune_step.
         pruned: from then on.
+        masked: whichever of the last three the state asks for, one program for all that follows a selection; takes
+            ``prunes`` too, a bool, perhaps traced: whether this update is the one at prune_step.
     """
 
     init: Callable[..., Any]
@@ -51,6 +53,7 @@ class PhaseUpdates(NamedTuple):
     regularize: Callable[..., Any]
     prune: Callable[..., Any]
     pruned: Callable[..., Any]
+    masked: Callable[..., Any]
 
 
 class _Pieces:
@@ -240,7 +243,17 @@ def phase_updates(
     def pruned(grads: Tree, state: ClickTrainState, params: Tree, **extra: Any) -> tuple[Tree, ClickTrainState]:
         return pieces.move(grads, state, params, extra, masked=True, held=True)
 
-    return PhaseUpdates(pieces.init, dense, gather, select, regularize, prune, pruned)
+    def masked(
+        grads: Tree, state: ClickTrainState, params: Tree, prunes: Any = False, **extra: Any
+    ) -> tuple[Tree, ClickTrainState]:
+        is_pruned, prunes = state.pruned >= 0, jnp.asarray(prunes)
+        regularizes = (state.selected >= 0) & ~is_pruned & ~prunes
+        state = state._replace(pruned=jnp.where(prunes, state.count, state.pruned))
+        return pieces.move(
+            grads, state, params, extra, lasso=regularizes, masked=is_pruned, held=is_pruned | prunes
+        )
+
+    return PhaseUpdates(pieces.init, dense, gather, select, regularize, prune, pruned, masked)
 
 
 def clicktrain(
@@ -254,6 +267,7 @@ def clicktrain(
     importance: str | importance_lib.Criterion = "taylor",
     importance_steps: int = 1,
     reselect_step: int | None = None,
+    reselect_every: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Pruning during training, around any optax optimizer.
 
@@ -275,6 +289,7 @@ def clicktrain(
             being the last. More than 1 keeps a float32 number for each planned weight. 1 is the authors'; 16
             is what the importance experiment in RESULTS.md comes to.
         reselect_step: an update between the two that chooses the masks anew.
+        reselect_every: chooses them anew every so many updates between the two, instead.
 
     Returns:
         A transformation whose state is a `ClickTrainState`; `masks_of` reads the masks from it.
@@ -298,7 +313,7 @@ def clicktrain(
 
     Source: ClickTrain, arXiv 2011.10170; step semantics of the authors' code, see `clicktrain_jax.phases`.
     """
-    schedule = PhaseSchedule(select_step, prune_step, reselect_step, importance_steps)
+    schedule = PhaseSchedule(select_step, prune_step, reselect_step, importance_steps, reselect_every)
     pieces = _Pieces(inner, plan, coeff, patterns, importance, importance_steps)
 
     def whole_update(

@@ -1,1 +1,1 @@
-"""The evidence: configs, data, the training loop, records and tables."""
+"""The evidence: configs, data, the training loop, measurements, reports of their records, studies of many runs."""

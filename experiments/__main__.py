@@ -1,24 +1,28 @@
-"""The command line: ``python -m experiments COMMAND ...``.
+"""The command line: ``python -m experiments COMMAND ...``, installed ``clicktrain COMMAND ...``.
 
-Whatever a user gets wrong ends in one sentence and exit code 2 (CLICKTRAIN_TRACEBACK=1 shows where it came from).
-A run stopped by a signal exits with 128 + its
-number, a diverged one with 1.
+Whatever a user gets wrong ends in one sentence and exit code 2 (CLICKTRAIN_TRACEBACK=1 shows where it came from), a
+missing package too. A run stopped by a signal exits with 128 + its number, a diverged one with 1.
 """
 
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+
+import clicktrain_jax
+from clicktrain_jax import extras
 
 USAGE = """usage: python -m experiments COMMAND ...
 
   train NAME [--seed N] [--workdir DIR] [--data.dir DIR] [any field of the config]
                        train a named config; an existing run folder of the same config is resumed
-                       (train NAME --help lists the fields)
-  evaluate PATH        accuracy of a run's newest checkpoint, or of an export, on the run's evaluation set
-  export RUN [--out DIR] [--dtype float32|bfloat16|float16|int8] [--onnx] [--no-timing]
+                       (--lengthen --epochs N gives one more epochs)
+  evaluate PATH [--data.dir DIR]
+                       accuracy of a run's newest checkpoint, or of an export, on the run's evaluation set
+  export RUN [--out DIR] [--dtype float32|bfloat16|float16|int8] [--onnx] [--no-timing] [--data.dir DIR]
                        a finished run as a small folder, ready to be run, with a page about it
-  list                 the named configs: what each costs and is expected to reach
+  list [WORD]          the named configs: how long each takes here, and what it is expected to reach
   demo                 dense and ClickTrain on embedded images, three seeds, one table, one plot
   patterns RUN [--out FILE]
                        a picture of a finished run's pattern set, and of where each pattern is used
@@ -33,17 +37,20 @@ USAGE = """usage: python -m experiments COMMAND ...
                        what is still to be measured on a GPU, in order of worth; goes on where it stopped
   bench deploy PATH [--engines-python PYTHON] [--cores N] [--tuned] [--quick] [--out FILE]
                        an export beside dense engines: latency, throughput, memory, startup, size
-  bench dtypes RUN     what storing a run's weights in fewer bits costs
+  bench dtypes RUN [--data.dir DIR]
+                       what storing a run's weights in fewer bits costs
   bench sizes          bytes of the exports of every published recipe
   bench torch [--torch-python PYTHON] [--net NAME] [--width W] [--out FILE]
                        training in images a second beside an eager PyTorch loop with a host loader
   table [--write]      RESULTS.md, BENCHMARKS.md and CSV files from the committed records
-  table --budget KIND-Nmin [--data.dir DIR] [--workdir DIR]
+  table --budget KIND-Nmin [--dry-run] [--data.dir DIR] [--workdir DIR]
                        train what is missing of the published tables, in order of worth; KIND: gpu or cpu
   prepare-data --from FOLDER --name NAME [--data.dir DIR]
                        a TFDS data set of a folder of images, train/CLASS/FILE and test/CLASS/FILE (or val/)
   pack-data --out FILE --data.dir DIR [--data.name NAME] [--parts N]
                        a data set as one archive, readable without TFDS, whole or in parts
+
+COMMAND --help lists all options of a command; --version says the version.
 """
 
 
@@ -52,58 +59,57 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
-    commands = _commands() if arguments[:2] != ["bench", "gpu"] else {"bench": _bench_gpu}
-    name, *rest = arguments
-    if name not in commands:
-        print(f"error: unknown command {name!r}; expected one of {', '.join(commands)}", file=sys.stderr)
-        return 2
-    # Imported late: jax takes a second to import, and a wrong command should not wait for it.
-    from experiments.loop import Interrupted, NonFiniteLoss
-
+    if arguments[0] == "--version":
+        print(f"clicktrain-jax {clicktrain_jax.__version__}")
+        return 0
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    # What goes wrong in a package that we use reaches the user as an error or a warning of ours.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        return commands[name](rest)
-    except Interrupted as stop:
-        return 128 + stop.signal_number
+        return _run(*arguments)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except NonFiniteLoss as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("CLICKTRAIN_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_in_a_sentence(error)}", file=sys.stderr)
         return 2
 
 
-def _bench_gpu(arguments: list[str]) -> int:
-    """Apart from the other commands: a machine with a GPU may lack what reads their arguments."""
-    from experiments import bench_gpu
+def _run(name: str, *rest: str) -> int:
+    if (name, *rest[:1]) == ("bench", "gpu"):
+        # Apart from the other commands: a machine with a GPU may lack what reads their arguments.
+        from experiments.bench.gpu import main as command
 
-    return bench_gpu.main(arguments[1:])
+        rest = rest[1:]
+    else:
+        from experiments.commands import COMMANDS
+
+        if name not in COMMANDS:
+            raise ValueError(f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}")
+        command = COMMANDS[name]
+    from experiments.train.loop import Interrupted, NonFiniteLoss
+
+    try:
+        return command(list(rest))
+    except Interrupted as stop:
+        return 128 + stop.signal_number
+    except NonFiniteLoss as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
-def _commands() -> dict[str, Callable[[list[str]], int]]:
-    from experiments import commands
+def _in_a_sentence(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and "pip install" not in str(error):
+        return f"{error.name} is not installed: {extras.hint('experiments')}"
+    return str(error)
 
-    return {
-        "train": commands.train,
-        "evaluate": commands.evaluate,
-        "export": commands.export,
-        "list": commands.list_configs,
-        "demo": commands.demo,
-        "patterns": commands.patterns,
-        "ablation": commands.ablation,
-        "compare": commands.compare,
-        "importance": commands.importance,
-        "bench": commands.bench,
-        "table": commands.table,
-        "pack-data": commands.pack_data,
-        "prepare-data": commands.prepare_data,
-    }
+
+def program() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    program()

@@ -2,12 +2,16 @@
 
     config.json     the whole config
     setting.json    versions, device, data fingerprint, date
+    data.json       where the images were found
     metrics.jsonl   a line an epoch
     summary.json    final and best accuracy, compression, seconds; written at the end
-    checkpoints/    see `experiments.checkpoints`
+    checkpoints/    see `experiments.train.checkpoints`
+
+What is kept of runs, below experiments/results, is a line each in a runs.jsonl: `keep` and `kept`.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -15,16 +19,23 @@ import os
 import platform
 import subprocess
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from experiments.configs.base import TrainConfig, from_dict, to_dict
+from experiments.data import DataConfig, place
 
+# What is kept of the runs of a group, in its folder.
+RUNS = "runs.jsonl"
 # Fields that a resumed run may change: they decide neither data nor mathematics.
 _FREE_FIELDS = ("loop.progress", "loop.tensorboard", "loop.keep_checkpoints", "loop.checkpoint_every_epochs",
                 "data.dir", "data.cache_dir", "expected")
+_OF_A_RUN = ("name", "seed", "config", "setting", "summary", "metrics")
+# Set for runs whose cores do other work at the same time.
+SHARED_CORES = "CLICKTRAIN_SHARED_CORES"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 
 
@@ -38,6 +49,9 @@ def setting() -> dict[str, Any]:
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
         **({"driver": _driver()} if device.platform == "gpu" else {}),
         "cpu": {"model": _cpu_model(), "cores": len(os.sched_getaffinity(0))},
+        "load_average": os.getloadavg(),
+        # Whoever starts a run beside other work says so: its seconds then compare with nothing.
+        "shared_cores": bool(os.environ.get(SHARED_CORES)),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "commit": _commit(),
     }
@@ -97,6 +111,7 @@ class RunFolder:
                 raise ValueError(
                     f"{self.path} belongs to another config: {field} is {old!r} there and {new!r} here; choose another "
                     "--workdir, or ask for the same run to resume it"
+                    + (" (--lengthen gives it more epochs)" if field == "epochs" and new > old else "")
                 )
             earlier = read_json(self.path / "setting.json").get("data_fingerprint")
             if earlier != data_fingerprint:
@@ -107,7 +122,7 @@ class RunFolder:
             return True
         # A kill while the folder was being made may have left the first file, or a part of one.
         if self.path.exists() and any(
-            path.name != "setting.json" and path.suffix != ".tmp" for path in self.path.iterdir()
+            path.name not in ("setting.json", "data.json") and path.suffix != ".tmp" for path in self.path.iterdir()
         ):
             raise ValueError(f"{self.path} is not empty and holds no run: choose another --workdir")
         return False
@@ -116,16 +131,29 @@ class RunFolder:
         """Make the folder, or note in it that the run goes on; `check` comes first."""
         path = self.path / "setting.json"
         now = setting()
-        if self.check(config, data_fingerprint):
+        is_old, found = self.check(config, data_fingerprint), place(config.data)
+        self.path.mkdir(parents=True, exist_ok=True)
+        # Not in the setting: where a machine keeps its images is no part of a record.
+        write_json(self.path / "data.json", {"dir": None if found is None else str(found)})
+        if is_old:
             earlier = read_json(path)
             if any(earlier[key] != now[key] for key in ("versions", "device", "cpu")):
                 warnings.warn(f"{self.path} is resumed with other versions or on another device", stacklevel=3)
             write_json(path, earlier | {"resumed": [*earlier.get("resumed", []), now]})
             return
-        self.path.mkdir(parents=True, exist_ok=True)
         write_json(path, {**now, "data_fingerprint": data_fingerprint})
         # Last: a folder is a run once it has a config.
+        self.write_config(config)
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Make the folder that of a config."""
         write_json(self.path / "config.json", _plain(config))
+
+    def data(self, config: TrainConfig) -> DataConfig:
+        """The run's images where the run found them, if they are still there; else where its config looks for them."""
+        stored = self.path / "data.json"
+        where = read_json(stored)["dir"] if stored.exists() else None
+        return config.data if where is None or not Path(where).exists() else dataclasses.replace(config.data, dir=where)
 
     @property
     def checkpoints(self) -> Path:
@@ -140,6 +168,17 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished."""
         write_json(self.path / "summary.json", summary)
+
+    def record(self) -> dict[str, Any]:
+        """What is kept of the run: plain data, "name", "seed", and its files' contents as "config" (without the folders
+        of one machine), "setting", "summary" (None of a run that is not finished) and "metrics"."""
+        config = read_json(self.path / "config.json")
+        config["data"] |= {"dir": None, "cache_dir": None}
+        return {
+            "name": config["name"], "seed": config["seed"], "config": config,
+            "setting": read_json(self.path / "setting.json"), "summary": self.summary(),
+            "metrics": read_metrics(self.path),
+        }
 
     def keep_epochs(self, count: int) -> list[dict[str, Any]]:
         """Drop the lines of epochs that the checkpoint does not hold; returns the lines kept."""
@@ -179,6 +218,40 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def keep(file: Path, records: Iterable[dict[str, Any]]) -> int:
+    """Put records of runs, as from `RunFolder.record`, into a file of them, which is made when missing.
+
+    A record takes the place of an earlier one of the same name and seed. Returns how many were put.
+    """
+    new = {(record["name"], record["seed"]): record for record in records}
+    earlier = {(record["name"], record["seed"]): record for record in kept(file)} if Path(file).exists() else {}
+    if new:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        _replace(Path(file), "".join(json.dumps(record) + "\n" for _, record in sorted((earlier | new).items())))
+    return len(new)
+
+
+def kept(file: Path) -> list[dict[str, Any]]:
+    """The records in a file of `keep`, by name and seed; none where there is no file.
+
+    Raises:
+        ValueError: a line that is none.
+    """
+    if not Path(file).exists():
+        return []
+    found = []
+    for number, line in enumerate(Path(file).read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            found.append({name: record[name] for name in _OF_A_RUN})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file}, line {number}: is no record of a run ({type(error).__name__}: {error}); expected an object "
+                f"with {', '.join(_OF_A_RUN)}. Restore the file, or collect its runs again"
+            ) from error
+    return found
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file; a broken one is a ValueError that names it."""
     try:
@@ -213,7 +286,9 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def identity(stored: dict[str, Any]) -> str:
-    """What makes two stored configs the same run but for the seed, as text."""
+    """What makes two stored configs the same run but for the seed, as text; fields added since have their defaults."""
+    with contextlib.suppress(ValueError):
+        stored = _plain(from_dict(stored))
     fixed = {field: value for field, value in _flat(stored).items() if field not in (*_FREE_FIELDS, "seed")}
     return json.dumps(fixed, sort_keys=True)
 

@@ -13,6 +13,7 @@ from pallas_kernels.pattern_conv import (
     mask_of,
     pack,
     packed_conv,
+    scheduled,
     supported,
 )
 
@@ -29,5 +30,6 @@ __all__ = [
     "pack",
     "packed_conv",
     "pattern_conv",
+    "scheduled",
     "supported",
 ]

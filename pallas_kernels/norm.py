@@ -15,6 +15,7 @@ from pallas_kernels import native
 from pallas_kernels.pattern_conv import cpu
 
 Backend = Literal["xla", "cpu"]
+Layout = Literal["NHWC", "HWNC"]
 
 
 def batch_norm(
@@ -26,6 +27,8 @@ def batch_norm(
     epsilon: float = 1e-5,
     relu: bool = False,
     pool: bool = False,
+    around: jax.Array | None = None,
+    layout: Layout = "NHWC",
     backend: Backend | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises by the batch's statistics: y = pool(relu((x - mean) / sqrt(var + epsilon) * scale + bias + added)).
@@ -33,25 +36,29 @@ def batch_norm(
     Differentiable once, in reverse mode, in x, scale, bias and ``added``, through all three results.
 
     Args:
-        x: images (batch, height, width, channels), floating point; it has pixels.
+        x: images (batch, height, width, channels), or (height, width, batch, channels) for the layout "HWNC", floating
+            point; it has pixels.
         scale, bias: (channels,).
         added: of x's shape and dtype, as of a shortcut; None for nothing.
         epsilon: added to the variance.
         relu: whether what is negative becomes zero.
         pool: whether the largest of each 2x2 pixels side by side is taken; of equal ones the first has the gradient.
-        backend: "cpu", the native kernels, which take float32 and bfloat16 on CPUs; "xla", any device and dtype; None
-            for the first that can.
+        around: (channels,), about what the means are, such as running ones: any finite values are right, and near ones
+            precise; None to look at a pixel. Has no gradient; the native kernels look for themselves.
+        layout: of x, of ``added`` and of y.
+        backend: "cpu", the native kernels, which take float32 and bfloat16 in NHWC on CPUs; "xla", everything; None for
+            the first that can.
 
     Returns:
-        y of x's dtype, (batch, height / 2, width / 2, channels) where it is pooled; the mean and the biased variance,
+        y of x's dtype, half as high and wide where it is pooled; the mean and the biased variance,
         (channels,), in float32 or wider.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, an image of odd size or something added where it is pooled, or a
             named backend that cannot do it.
     """
-    _check(x, scale, bias, added, epsilon, pool)
-    reason = _why_not_cpu(x)
+    _check(x, scale, bias, added, epsilon, pool, layout)
+    reason = _why_not_cpu(x, layout)
     if backend not in (None, "xla", "cpu"):
         raise ValueError(f"backend must be 'xla', 'cpu' or None, got {backend!r}")
     if backend == "cpu" and reason is not None:
@@ -60,10 +67,14 @@ def batch_norm(
         backend = "cpu" if reason is None and native.is_fast() else "xla"
     wide = jnp.promote_types(x.dtype, jnp.float32)
     scale, bias = jnp.asarray(scale, wide), jnp.asarray(bias, wide)
-    return _normalise(x, scale, bias, added, (float(epsilon), bool(relu), bool(pool), backend))
+    if around is not None:
+        around = jax.lax.stop_gradient(jnp.asarray(around, wide)) if backend == "xla" else None
+    return _normalise(x, scale, bias, added, around, (float(epsilon), bool(relu), bool(pool), backend, layout))
 
 
-def _check(x: Any, scale: Any, bias: Any, added: Any, epsilon: float, pool: bool) -> None:
+def _check(x: Any, scale: Any, bias: Any, added: Any, epsilon: float, pool: bool, layout: str) -> None:
+    if layout not in ("NHWC", "HWNC"):
+        raise ValueError(f"layout must be 'NHWC' or 'HWNC', got {layout!r}")
     if x.ndim != 4 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"x must be floating-point images (batch, height, width, channels) with pixels, got {x.dtype} {x.shape}"
@@ -77,90 +88,137 @@ def _check(x: Any, scale: Any, bias: Any, added: Any, epsilon: float, pool: bool
         raise ValueError(f"added must be {x.dtype} {x.shape} as x is, got {added.dtype} {added.shape}")
     if pool and added is not None:
         raise ValueError("added and pool do not go together: pool the result")
-    if pool and (x.shape[1] % 2 or x.shape[2] % 2):
-        raise ValueError(f"pool takes images of even height and width, got {x.shape[1]}x{x.shape[2]}")
+    height, width = x.shape[_rows(layout) :][:2]
+    if pool and (height % 2 or width % 2):
+        raise ValueError(f"pool takes images of even height and width, got {height}x{width}")
 
 
-def _why_not_cpu(x: jax.Array) -> str | None:
+def _rows(layout: str) -> int:
+    """The axis of the rows; that of the columns follows."""
+    return 1 if layout == "NHWC" else 0
+
+
+def _why_not_cpu(x: jax.Array, layout: str) -> str | None:
+    if layout != "NHWC":
+        return f"it takes the layout NHWC, got {layout}"
     if x.dtype.name not in cpu.DTYPES:
         return f"it takes {' or '.join(cpu.DTYPES)}, got {x.dtype.name}"
     return cpu.why_not_here()
 
 
-Settings = tuple[float, bool, bool, str]
+_ONE_STAGE, _PARTS = 4096, 16
+Settings = tuple[float, bool, bool, str, str]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, added: jax.Array | None, settings: Settings) -> tuple:
-    return (_forward_native if settings[3] == "cpu" else _forward_xla)(x, scale, bias, added, settings)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _normalise(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, added: jax.Array | None, around: jax.Array | None,
+    settings: Settings,
+) -> tuple:
+    if settings[3] == "cpu":
+        return _forward_native(x, scale, bias, added, settings)
+    return _forward_xla(x, scale, bias, added, around, settings)
 
 
-def _forward(x: Any, scale: Any, bias: Any, added: Any, settings: Settings) -> tuple:
-    results = _normalise(x, scale, bias, added, settings)
+def _forward(x: Any, scale: Any, bias: Any, added: Any, around: Any, settings: Settings) -> tuple:
+    results = _normalise(x, scale, bias, added, around, settings)
     y, mean, var = results
     gate = y if added is not None and settings[1] else None
-    return results, (x, scale, bias, mean, var, gate, added is not None)
+    if settings[2] and settings[3] == "xla":
+        gate = _places(x, scale, bias, mean, var, settings)
+    return results, (x, scale, bias, mean, var, gate, added is not None, around is not None)
 
 
 def _backward(settings: Settings, kept: tuple, slopes: tuple) -> tuple:
-    return (_backward_native if settings[3] == "cpu" else _backward_xla)(settings, kept, slopes)
+    *kept, had_around = kept
+    slopes = (_backward_native if settings[3] == "cpu" else _backward_xla)(settings, kept, slopes)
+    return *slopes, jnp.zeros_like(kept[3]) if had_around else None
 
 
 _normalise.defvjp(_forward, _backward)
 
 
-def _forward_xla(x: jax.Array, scale: jax.Array, bias: jax.Array, added: jax.Array | None, settings: Settings) -> tuple:
-    epsilon, relu, pool, _ = settings
+def _forward_xla(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, added: jax.Array | None, around: jax.Array | None,
+    settings: Settings,
+) -> tuple:
+    epsilon, relu, pool, _, layout = settings
     wide = x.astype(scale.dtype)
-    # One pass, and right where the mean is far larger than the deviations: both are taken from some pixel.
-    shift = jnp.where(jnp.isfinite(wide[:1, :1, :1]), wide[:1, :1, :1], 0)
+    # One pass, and right where the mean is far larger than the deviations: both are taken from near the mean.
+    pixel = x[0, 0, 0].astype(scale.dtype)
+    shift = jnp.where(jnp.isfinite(pixel), pixel, 0) if around is None else around
     off = wide - shift
-    mean_off, square = off.mean((0, 1, 2)), (off * off).mean((0, 1, 2))
+    mean_off, square = (total / (x.size // x.shape[3]) for total in _sums(off, off * off))
     var = jnp.where(square < mean_off**2, 0, square - mean_off**2)
-    mean = shift[0, 0, 0] + mean_off
+    mean = shift + mean_off
     z = _affine(wide, scale, bias, mean, var, epsilon)
     z = z if added is None else z + added.astype(z.dtype)
     if pool:
-        z = functools.reduce(jnp.maximum, _pixels(z))
+        z = functools.reduce(jnp.maximum, _pixels(z, layout))
     return (jax.nn.relu(z) if relu else z).astype(x.dtype), mean, var
 
 
 def _backward_xla(settings: Settings, kept: tuple, slopes: tuple) -> tuple:
-    epsilon, relu, pool, _ = settings
+    epsilon, relu, pool, _, layout = settings
     x, scale, bias, mean, var, gate, has_added = kept
     dy, dmean, dvar = slopes
     wide, dz = x.astype(scale.dtype), dy.astype(scale.dtype)
     d = wide - mean
-    z = _affine(wide, scale, bias, mean, var, epsilon)
     if pool:
-        pixels = _pixels(z)
-        largest = functools.reduce(jnp.maximum, pixels)
-        dz = jnp.where(largest > 0, dz, 0) if relu else dz
-        parts, taken = [], jnp.zeros(largest.shape, bool)
-        for pixel in pixels:
-            first = (pixel == largest) & ~taken
-            parts.append(jnp.where(first, dz, 0))
-            taken = taken | first
-        upper, lower = (jnp.stack(pair, 3) for pair in (parts[:2], parts[2:]))
-        dz = jnp.stack([upper, lower], 2).reshape(x.shape)
-    elif relu:
-        dz = jnp.where((z if gate is None else gate) > 0, dz, 0)
+        row = _rows(layout)
+        inside = (row + 1, row + 3)  # a window's own axes, once rows and columns are split in two
+        numbers = jnp.arange(4, dtype=gate.dtype).reshape([2 if axis in inside else 1 for axis in range(6)])
+        mine = numbers == jnp.expand_dims(gate, inside)
+        dz = jnp.where(mine, jnp.expand_dims(dz, inside), 0).reshape(x.shape)
+    # Each of these is one small kernel on a GPU, unless it is cheap enough to be done anew for every pixel.
     inverse = jax.lax.rsqrt(var + epsilon)
-    pixels = x.size // x.shape[3]
-    total, product = dz.sum((0, 1, 2)), (dz * d).sum((0, 1, 2))
-    slope = (2 * dvar - scale * product * inverse**3) / pixels
-    constant = (dmean - scale * inverse * total) / pixels
-    dx = dz * (scale * inverse) + d * slope + constant
+    factor, share = scale * inverse, x.shape[3] / x.size
+    summed = dz
+    if relu and not pool:
+        # Twice the same in two expressions: a compiler that sees two users of one keeps the truth values in memory,
+        # which is dearer than to compute them again.
+        one, two = (d * factor > -bias, d * factor + bias > 0) if gate is None else (gate > 0, gate > 0)
+        summed, dz = jnp.where(one, dz, 0), jnp.where(two, dz, 0)
+    total, product = _sums(summed, summed * d)
+    slope = (2 * dvar - factor * (inverse * inverse) * product) * share
+    constant = (dmean - factor * total) * share
+    dx = dz * factor + d * slope + constant
     return dx.astype(x.dtype), product * inverse, total, dz.astype(x.dtype) if has_added else None
+
+
+def _sums(one: jax.Array, two: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of each channel, as one operation: a compiler that splits a sum in stages does both in the same kernels."""
+    zero, channels = jnp.zeros((), one.dtype), one.shape[3]
+    pixels = one.size // channels
+    # A GPU's compiler has a few of its multiprocessors sum so many rows, and more in stages: also where it need not.
+    parts = _PARTS if pixels <= _ONE_STAGE and pixels % _PARTS == 0 and pixels > _PARTS else 1
+    sums = [terms.reshape(parts, pixels // parts, channels) for terms in (one, two)]
+    for axis in (1, 0) if parts > 1 else ((0, 1),):
+        sums = jax.lax.reduce(
+            sums, [zero, zero], lambda so_far, new: [so_far[0] + new[0], so_far[1] + new[1]], np.atleast_1d(axis)
+        )
+    return tuple(sums)
 
 
 def _affine(x: Any, scale: Any, bias: Any, mean: Any, var: Any, epsilon: float) -> jax.Array:
     return (x - mean) * (scale * jax.lax.rsqrt(var + epsilon)) + bias
 
 
-def _pixels(z: jax.Array) -> list[jax.Array]:
+def _pixels(z: jax.Array, layout: str) -> list[jax.Array]:
     """The four pixels of each window, row by row."""
-    return [z[:, row::2, column::2] for row in range(2) for column in range(2)]
+    before = (slice(None),) * _rows(layout)
+    return [z[*before, row::2, column::2] for row in range(2) for column in range(2)]
+
+
+def _places(x: Any, scale: Any, bias: Any, mean: Any, var: Any, settings: Settings) -> jax.Array:
+    """int8, of the pooled shape: which pixel of a window has the gradient, the first of equal ones; 4 for none."""
+    epsilon, relu, _, _, layout = settings
+    pixels = _pixels(_affine(x.astype(scale.dtype), scale, bias, mean, var, epsilon), layout)
+    largest = functools.reduce(jnp.maximum, pixels)
+    place = jnp.full(largest.shape, 4, jnp.int8)
+    for number in reversed(range(4)):
+        place = jnp.where(pixels[number] == largest, jnp.int8(number), place)
+    return jnp.where(largest > 0, place, jnp.int8(4)) if relu else place
 
 
 def _forward_native(
@@ -188,6 +246,6 @@ def _backward_native(settings: Settings, kept: tuple, slopes: tuple) -> tuple:
 
 def _call(target: str, results: tuple, arguments: tuple, settings: Settings) -> Any:
     native.library()  # registers the handlers
-    epsilon, relu, pool, _ = settings
+    epsilon, relu, pool, *_ = settings
     how = {"epsilon": np.float32(epsilon), "relu": relu, "pool": pool}
     return jax.ffi.ffi_call(target, results, vmap_method="sequential")(*arguments, **how)

@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import clicktrain_jax.transform
 ROOT = pathlib.Path(__file__).parents[1]
 # A room may import itself and what stands before it.
 ORDER = ("pallas_kernels", "clicktrain_jax", "experiments", "tests")
+# Rooms of experiments/, from the ground up: a room imports itself and those before it.
+EVIDENCE = ("data", "configs", "records", "train", "report", "bench", "studies", "commands", "__main__")
 METHOD_NEEDS = {"jax", "optax", "numpy", "chex", "clicktrain_jax"}
 KERNELS_NEED = {"jax", "numpy", "pallas_kernels"}
-FILE_ROOMS = {"compact", "deploy"}
+FILE_ROOMS = {"storage", "deploy"}
 CLOCKS = {"time", "datetime", "timeit"}
 
 
@@ -59,6 +62,25 @@ def test_imports_run_one_way(path):
     room = path.relative_to(ROOT).parts[0]
     later = set(ORDER[ORDER.index(room) + 1 :])
     assert not imports(parse(path)) & later, f"{room} must not import what stands on it"
+
+
+@pytest.mark.parametrize("path", files_of("experiments"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_of_the_evidence_stand_on_each_other(path):
+    room = path.relative_to(ROOT / "experiments").parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    used = set()
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ImportFrom) and node.module == "experiments":
+            used |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("experiments."):
+            used.add(node.module.split(".")[1])
+    above = used - set(EVIDENCE[: EVIDENCE.index(room) + 1])
+    assert not above, f"{room} must not import {sorted(above)}"
+
+
+def test_nothing_lies_loose_in_the_evidence():
+    assert {path.name for path in (ROOT / "experiments").glob("*.py")} == {"__init__.py", "__main__.py", "records.py"}
 
 
 @pytest.mark.parametrize(
@@ -130,6 +152,19 @@ def test_no_printing_no_clock_no_files(path):
             and isinstance(node.func.value, ast.Name)
             and node.func.value.id in {"np", "jnp", "numpy"}
         }
+
+
+def test_modules_of_the_method_form_no_circle():
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files_of("clicktrain_jax")}
+    paths = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    arrows = {name: set() for name in paths}
+    for name, path in paths.items():
+        for node in parse(path).body:
+            if isinstance(node, ast.ImportFrom) and node.module in paths:
+                parts = {f"{node.module}.{alias.name}" for alias in node.names}
+                arrows[name] |= {part if part in paths else node.module for part in parts}
+    # Raises a CycleError that names it.
+    assert len(list(graphlib.TopologicalSorter(arrows).static_order())) == len(paths)
 
 
 def test_rooms_are_found():

@@ -1,4 +1,4 @@
-"""What the README says, done."""
+"""What README and the pages say, done: every snippet is run, every option, config, command and file named exists."""
 
 import inspect
 import re
@@ -9,89 +9,128 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+from flax import nnx
 
 import clicktrain_jax as ct
-from clicktrain_jax import models
 from experiments import configs
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+PAGES = [README, *sorted(DOCS.glob("*.md"))]
+BATCHES = 8
 
 
-def snippets():
-    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def snippets(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-def test_the_example_runs_and_prunes(capsys):
-    code = snippets()[0]
-    # A run of 8 updates rather than of thousands.
-    code = code.replace("2_000", "2").replace("5_000", "4")
-    key = jax.random.key(0)
-    params = {
-        f"Conv_{index}": {"kernel": jax.random.normal(jax.random.fold_in(key, index), shape)}
-        for index, shape in enumerate([(3, 3, 3, 8), (3, 3, 8, 16)])
-    }
-
-    def loss(params, images, labels):
-        return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params)) * images.mean() + labels.mean()
-
-    names = {"params": params, "loss": loss, "batches": [(jnp.ones(3), jnp.ones(3))] * 8}
-    exec(code, names)  # the README's own code
-    kernel = names["params"]["Conv_1"]["kernel"]
-    assert int((kernel != 0).sum()) == (128 - 84) * 4  # ceil(0.65 * 128) kernels go, the others keep 4 taps
-    assert "all convolutions" in capsys.readouterr().out
+def with_snippets():
+    found = [page for page in PAGES if snippets(page)]
+    return pytest.mark.parametrize("page", found, ids=lambda page: page.stem)
 
 
-def test_the_accelerated_net_computes_what_the_masked_one_does(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("CLICKTRAIN_CACHE", str(tmp_path))
-    code = snippets()[2]
-    model = nn.Conv(128, (3, 3), use_bias=False)
-    images = jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
-    params = model.init(jax.random.key(1), images)["params"]
-    plan = ct.make_plan(params, {"kernel": 0.5}, tile=(64, 1))
-    masks = ct.select_masks(jax.tree.map(jnp.abs, params), plan, ct.patterns.fixed_set(4))
+class Net(nn.Module):
+    """Three convolutions: large enough for a target of 8x with the first one dense."""
 
-    class Model:
-        @staticmethod
-        def apply(variables, x, train):
-            return model.apply(variables, x)
-
-    names = {"ct": ct, "jax": jax, "model": Model, "masks": masks, "params": params, "images": images}
-    exec(code, names)  # the README's own code
-    wanted = model.apply({"params": ct.apply_masks(params, masks)}, images)
-    assert jnp.abs(names["logits"] - wanted).max() < 1e-5
-    assert "kernel" in capsys.readouterr().out
+    @nn.compact
+    def __call__(self, x, train):
+        for width in (16, 32, 32):
+            x = nn.Conv(width, (3, 3), strides=2, use_bias=False)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        return nn.Dense(10)(x.mean(axis=(1, 2)))
 
 
-def test_the_exported_net_answers_as_the_masked_one(tmp_path, monkeypatch):
+class Stack(nnx.Module):
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(3, 8, (3, 3), strides=4, rngs=rngs)
+        self.conv = nnx.Conv(8, 8, (3, 3), rngs=rngs)
+        self.head = nnx.Linear(8, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.conv(nnx.relu(self.stem(x)))).mean(axis=(1, 2)))
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    """Variables of the net with its masks applied, and the masks."""
+    variables = Net().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+    plan = ct.make_plan(variables["params"], {"Conv_0/kernel": None, "Conv_.*/kernel": 0.5}, tile=(16, 1))
+    masks = ct.select_masks(jax.tree.map(jnp.abs, variables["params"]), plan, ct.patterns.fixed_set(4))
+    return variables | {"params": ct.apply_masks(variables["params"], masks)}, masks
+
+
+@pytest.fixture
+def run_page(pruned, tmp_path, monkeypatch):
+    """Runs a page's snippets in their order, and returns the names they end with."""
     monkeypatch.setenv("CLICKTRAIN_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    code = snippets()[3]
-    model = models.build("small", num_classes=10, width=0.25)
-    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    variables = model.init(jax.random.key(1), jnp.zeros(images.shape), train=False)
-    plan = ct.make_plan(variables["params"], {"Conv_2/kernel": 0.5}, tile=(16, 1))
-    masks = ct.select_masks(jax.tree.map(jnp.abs, variables["params"]), plan, ct.patterns.fixed_set(4))
-    variables["params"] = ct.apply_masks(variables["params"], masks)
-    names = {"ct": ct, "model": model, "masks": masks, "images": images, **variables}
-    exec(code, names)  # the README's own code
+    variables, masks = pruned
+    images = jnp.asarray(np.random.default_rng(0).random((2, 32, 32, 3)), jnp.float32)
+    labels, model = jnp.arange(2), Net()
+
+    def loss(params, images, labels):
+        logits = model.apply({"params": params, "batch_stats": variables["batch_stats"]}, images, train=False)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def run(page):
+        names = {
+            "ct": ct, "jax": jax, "optax": optax, "model": model, "masks": masks, "variables": variables, **variables,
+            "images": images, "labels": labels, "batches": [(images, labels)] * BATCHES, "loss": loss, "Stack": Stack,
+        }
+        names["plan"] = ct.make_plan(names["params"], {"Conv_0/kernel": None, "Conv_.*/kernel": 0.5})
+        names["opt_state"] = ct.clicktrain(
+            optax.sgd(0.1), names["plan"], select_step=2, prune_step=4, coeff=1e-4
+        ).init(names["params"])
+        trained = any("in batches" in code for code in snippets(page))
+        for code in snippets(page):
+            # Runs of a few updates rather than of thousands.
+            exec(code.replace("2_000", "2").replace("5_000", "4") if trained else code, names)  # the page's own code
+        return names
+
+    return run
+
+
+def check_readme(names, printed):
+    kernel = names["params"]["Conv_1"]["kernel"]
+    assert int((kernel != 0).sum()) == (512 - 333) * 4  # ceil(0.65 * 512) kernels go, the others keep 4 taps
+    assert "all convolutions" in printed
+    variables = {"params": names["params"], "batch_stats": names["batch_stats"]}
+    wanted = names["model"].apply(variables, names["images"], train=False)
+    assert jnp.abs(names["logits"] - wanted).max() < 1e-5
+    assert jnp.abs(names["net"](names["images"]) - wanted).max() < 1e-4
+
+
+def check_deploying(names, printed):
     mean, std = (np.float32(each) for each in ([0.49, 0.48, 0.45], [0.25, 0.24, 0.26]))
-    wanted = model.apply(variables, (images.astype(np.float32) / 255 - mean) / std, train=False)
+    wanted = names["model"].apply(names["variables"], (names["images"] - mean) / std, train=False)
     assert jnp.abs(names["logits"] - wanted).max() < 1e-4
-    assert jnp.abs(names["net"](images[:1]) - wanted[:1]).max() < 1e-4
+    assert jnp.abs(names["net"](names["images"][:1]) - wanted[:1]).max() < 1e-4
+    assert "kernel" in printed
 
 
-def test_the_options_example_makes_an_optimizer():
-    code = snippets()[1]
-    shapes = [(3, 3, 3, 16), (3, 3, 16, 32), (3, 3, 32, 32)]
-    params = {f"Conv_{index}": {"kernel": jnp.ones(shape)} for index, shape in enumerate(shapes)}
-    names = {"params": params, "ct": ct, "optax": optax}
-    exec(code, names)  # the README's own code
-    state = names["optimizer"].init(params)
+def check_options(names, printed):
+    state = names["optimizer"].init(names["params"])
     assert set(state.scores) == {"Conv_1/kernel", "Conv_2/kernel"} and names["plan"].target.ratio == 8
 
 
+CHECKS = {"README": check_readme, "deploying": check_deploying, "options": check_options}
+
+
+@with_snippets()
+def test_every_snippet_runs(run_page, page, capsys):
+    names = run_page(page)
+    CHECKS.get(page.stem, lambda names, printed: None)(names, capsys.readouterr().out)
+
+
+def test_readme_is_short_and_has_its_picture():
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 120
+    assert any("](docs/pictures/" in line for line in lines)
+
+
 def test_every_option_in_the_table_exists():
-    text = README.read_text()
+    text = (DOCS / "options.md").read_text()
     table = text[text.index("| to choose | option |") : text.index("`python -m experiments patterns RUN`")]
     known = {
         name
@@ -102,16 +141,39 @@ def test_every_option_in_the_table_exists():
     assert named and named <= known, named - known
 
 
-def test_every_config_it_names_exists():
-    named = set(re.findall(r"\b(?:vgg|resnet|slim|digits)[\w.]*-\w+-[\d.]+x\b", README.read_text()))
-    assert named and all(name in configs.all_configs() for name in named)
+def test_every_config_named_exists():
+    text = "\n".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"\b(?:vgg|resnet|slim|digits)[\w.]*-\w+-(?:[\d.]+x|dense)\b", text))
+    assert named and all(name in configs.all_configs() for name in named), named
 
 
-def test_every_room_it_names_exists():
-    text = README.read_text()
-    for room in ("clicktrain_jax/", "clicktrain_jax/compact/", "clicktrain_jax/deploy/", "clicktrain_jax/models/",
-                 "clicktrain_jax/patterns/", "clicktrain_jax/selection/", "pallas_kernels/", "experiments/", "tests/"):
-        assert f"`{room}`" in text and (README.parent / room).is_dir()
-    for module in ("plan", "targets", "importance", "masks", "states", "shares", "convolutions", "regularization",
-                   "phases", "transform", "channels", "accounting"):
-        assert f"`{module}`" in text and (README.parent / "clicktrain_jax" / f"{module}.py").exists()
+def test_every_file_named_exists():
+    for page in PAGES:
+        text = page.read_text()
+        for name in re.findall(r"`((?:tests|examples|experiments|docs|clicktrain_jax|pallas_kernels)/[\w/.]*)`", text):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_command_named_exists():
+    from experiments.__main__ import USAGE
+
+    for page in PAGES:
+        for command in re.findall(r"python -m experiments ([a-z][a-z-]*)", page.read_text()):
+            assert re.search(rf"^  {command}\b", USAGE, re.MULTILINE), f"{page.name}: {command}"
+        for target in re.findall(r"\bmake ([a-z-]+)\b(?!_)", page.read_text()):
+            if f"make {target}`" in page.read_text() or f"    make {target}" in page.read_text():
+                assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def test_every_page_is_in_the_contents():
+    listed = re.findall(r"^([\w-]+)$", (DOCS / "index.md").read_text(), re.MULTILINE)
+    assert {page.stem for page in DOCS.glob("*.md")} - {"index"} == set(listed)
+
+
+def test_every_public_name_is_in_the_reference():
+    text = (DOCS / "api.md").read_text()
+    listed = set(re.findall(r":: (?:clicktrain_jax\.)?(?:methods\.)?(\w+)$", text, re.MULTILINE))
+    missing = (set(ct.__all__) | set(ct.methods.__all__)) - listed
+    assert not missing, f"docs/api.md lacks {sorted(missing)}"

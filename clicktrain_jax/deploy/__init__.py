@@ -11,6 +11,7 @@ from clicktrain_jax.deploy.inference import InferenceNet
 from clicktrain_jax.deploy.load import inference_net, load
 from clicktrain_jax.deploy.portable import PortableNet
 from clicktrain_jax.deploy.structures import structures
+from clicktrain_jax.deploy.timing import layer_times
 
 __all__ = [
     "AccelerateReport",
@@ -21,6 +22,7 @@ __all__ = [
     "accelerate",
     "export",
     "inference_net",
+    "layer_times",
     "load",
     "structures",
 ]

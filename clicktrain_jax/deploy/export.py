@@ -1,13 +1,12 @@
 """From masked variables to a folder: small, checked, and ready to run."""
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from clicktrain_jax import compact
+from clicktrain_jax.deploy import storage
 from clicktrain_jax.deploy.arguments import check_function
 from clicktrain_jax.deploy.load import inference_net, located, masks_by_leaf, zoo
 from clicktrain_jax.deploy.portable import STABLEHLO, to_stablehlo
@@ -74,6 +73,9 @@ def export(
             a function in training mode; convolutions that read a parameter from several places.
     """
     check_function(apply_fn)
+    if opset is not None and not (onnx and isinstance(opset, int) and opset > 0):
+        said = f"opset={opset!r}, onnx={onnx!r}"
+        raise ValueError(f"{said}: expected a version of ONNX's operators, such as 17, and onnx=True")
     facts = {
         **(facts or {}),
         "net": None if net is None else dict(net),
@@ -89,19 +91,18 @@ def export(
         if prune or not pending:
             variables = zeroed(variables, keep)
         check_zeros(by_name(variables), keep, "export with prune=True")
-    with tempfile.TemporaryDirectory() as temporary:
-        # Read back, so that what else is made holds the weights as they are stored, rounded if they are.
-        compact.write(temporary, variables, masks, facts=facts, dtype=dtype)
-        stored = compact.read(temporary, like=variables)
+    packed = storage.pack(variables, masks, dtype)
+    # What else is made holds the weights as they are stored, rounded if they are.
+    stored_variables, stored_masks = storage.unpack(packed, like=variables)
     # A net that will be loaded by name must be the one of that name.
     ready = inference_net(
         apply_fn if net is None else zoo(net),
-        stored.variables,
-        stored.masks,
+        stored_variables,
+        stored_masks,
         image_shape=tuple(image_shape),
         normalise=facts["normalise"],
     )
-    check_is_inference(ready.folded)
+    facts["probe"] = check_is_inference(ready.folded)
     files = {}
     if stablehlo:
         files[STABLEHLO] = to_stablehlo(ready)
@@ -113,4 +114,4 @@ def export(
         from clicktrain_jax.deploy.c_net import to_c
 
         files.update(to_c(ready))
-    return compact.write(path, variables, masks, facts=facts, dtype=dtype, files=files)
+    return storage.write_packed(path, packed, facts=facts, files=files)

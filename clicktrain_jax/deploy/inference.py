@@ -49,6 +49,7 @@ class Site:
         if self.layer is None:
             return plain(self.step, images, prepared, bias)
         if self.plan.backend != "cpu":
+            structure = self.structure if structure is None else structure
             y = self.layer.convolve_prepared(images, prepared, structure, self.plan)
         elif self.step.dtype == images.dtype:
             more = {"bias": bias, "relu": self.step.relu}
@@ -164,8 +165,8 @@ class InferenceNet:
             if key not in self._prepared:
                 self._prepared[key] = site.layer.prepared(self._kernels[name], site.structure, site.plan)
             arrays[name] = self._prepared[key]
-            # The native kernels find the lists in what was packed.
-            if site.plan.run != "dense" and site.plan.backend != "cpu":
+            # The native kernels find the lists in what was packed, and a GPU's work is dealt by lists that are known.
+            if site.plan.run != "dense" and site.plan.backend not in ("cpu", "mosaic_gpu"):
                 structures[name] = site.structure
         return {"arrays": arrays, "structures": structures}
 
@@ -173,16 +174,29 @@ class InferenceNet:
         """The convolutions for a batch size, in order, as they run."""
         return tuple(self._sites(batch, self._choice(batch)).values())
 
-    def tuned(self, batch: Any) -> "InferenceNet":
+    def ways(self, batch: int) -> dict[str, dict[str, Site]]:
+        """The convolutions that have a choice, by kernel name, in each way in which they can run."""
+        steps = {step.name: step for step in self.folded.steps(batch).convolutions}
+        return {
+            name: {run: self._site(steps[name], run) for run in layers.can_run(layer, structure, self._backend)}
+            for name, layer, structure in self._tunable(batch)
+        }
+
+    def tuned(self, batch: Any, images: Any = None) -> "InferenceNet":
         """Measure the whole net on this device, dense and by patterns, and keep what is fastest.
 
         Args:
-            batch: number of images a call, or the images.
+            batch: number of images a call, or the images; or, as for `Accelerated.tuned`, the variables, which are not
+                looked at: the net has its own.
+            images: where ``batch`` is the variables.
 
         Returns:
             The same net; the choice for other batch sizes stays. What was measured before is taken from the cache.
+
+        Raises:
+            ValueError: no number above 0, and no images of the net's.
         """
-        batch = _count(batch)
+        batch = self._count(batch, images)
         rng = np.random.default_rng(0)
         images = jnp.asarray(rng.random((batch, *self.folded.image_shape), np.float32))
 
@@ -230,9 +244,9 @@ class InferenceNet:
         net.convolutions(batch)  # refuses what cannot be
         return net
 
-    def report(self, batch: Any) -> AccelerateReport:
-        """How each convolution runs for a batch size, or for these images, and what was measured."""
-        batch = _count(batch)
+    def report(self, batch: Any, images: Any = None) -> AccelerateReport:
+        """How each convolution runs for a batch size, or for these images, and what was measured; as `tuned`."""
+        batch = self._count(batch, images)
         rows = []
         for site in self.convolutions(batch):
             by_pattern = site.plan.run != "dense"
@@ -264,6 +278,20 @@ class InferenceNet:
         )
         net._kernels, net._planner, net._prepared = self._kernels, self._planner, self._prepared
         return net
+
+    def _count(self, batch: Any, images: Any) -> int:
+        """A number of images, given itself, as images, or as images behind variables."""
+        given = batch if images is None else images
+        if isinstance(given, numbers.Integral) and not isinstance(given, bool) and given > 0:
+            return int(given)
+        shape = tuple(getattr(given, "shape", ()))
+        if len(shape) != 4 or shape[1:] != self.folded.image_shape or shape[0] < 1:
+            sizes = ", ".join(map(str, self.folded.image_shape))
+            what = f"an array {shape}" if shape else type(given).__name__
+            raise ValueError(
+                f"expected a number of images, or images (batch, {sizes}), alone or behind the variables; got {what}"
+            )
+        return shape[0]
 
     def _choice(self, batch: int) -> whole_net.Choice:
         if batch not in self._choices:
@@ -323,11 +351,6 @@ class InferenceNet:
                     "255, and do not normalise, the net does"
                 )
         return images if dtype == np.float32 else images.astype(np.float32)
-
-
-def _count(batch: Any) -> int:
-    """A number of images, given itself or as images."""
-    return int(batch) if isinstance(batch, numbers.Integral) else int(np.shape(batch)[0])
 
 
 def _is_on_host(images: Any) -> bool:

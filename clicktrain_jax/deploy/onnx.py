@@ -17,6 +17,7 @@ import numpy as np
 
 from clicktrain_jax.deploy.channels_first import channels_first
 from clicktrain_jax.deploy.jaxprs import CONVOLUTION, bind, flattened, unknown_parameters, walk
+from clicktrain_jax.extras import hint
 
 if TYPE_CHECKING:
     from clicktrain_jax.deploy.fold import Folded
@@ -45,7 +46,7 @@ def to_onnx(folded: "Folded", image_shape: Sequence[int], opset: int | None = No
             import flax.linen  # noqa: F401  (it takes pooling from there)
             import jax2onnx
     except ImportError as error:
-        raise ValueError(f"the converter to ONNX cannot be imported ({error}): pip install jax2onnx") from error
+        raise ValueError(f"the converter to ONNX cannot be imported ({error}): {hint('onnx')}") from error
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
     # Traced here, not by jax2onnx: it puts other functions in the place of many of jax's while it traces.

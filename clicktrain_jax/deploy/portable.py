@@ -19,6 +19,7 @@ import jax.export
 import numpy as np
 
 from clicktrain_jax.deploy.inference import InferenceNet
+from clicktrain_jax.extras import hint
 
 STABLEHLO = "net.stablehlo"
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -44,7 +45,7 @@ def to_stablehlo(net: InferenceNet) -> bytes:
     try:
         return bytes(exported.serialize())
     except ImportError as error:
-        raise ValueError(f"jax wants flatbuffers for {STABLEHLO}: pip install flatbuffers, or leave it out") from error
+        raise ValueError(f"jax wants flatbuffers for {STABLEHLO}: {hint('deploy')}, or leave it out") from error
 
 
 @contextlib.contextmanager
@@ -78,7 +79,7 @@ class PortableNet:
         try:
             self._exported = jax.export.deserialize(bytearray(data))
         except ImportError as error:
-            raise ValueError(f"jax wants flatbuffers to read {STABLEHLO}: pip install flatbuffers") from error
+            raise ValueError(f"jax wants flatbuffers to read {STABLEHLO}: {hint('deploy')}") from error
         except Exception as error:  # whatever another version's bytes make jax raise
             raise ValueError(f"{STABLEHLO} cannot be read by jax {jax.__version__}: {error}") from error
         self.manifest = manifest

@@ -9,10 +9,23 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax.numpy as jnp
 
-from clicktrain_jax.models.conv import NarrowConv, PatchConv, PatternConv, patch_convolution, xla_convolution
+try:
+    import flax.linen as nn
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"clicktrain_jax.models needs {error.name}: pip install 'clicktrain-jax[models]'", name=error.name
+    ) from error
+
+from clicktrain_jax.models.conv import (
+    NarrowConv,
+    PatchConv,
+    PatternConv,
+    gpu_convolution,
+    patch_convolution,
+    xla_convolution,
+)
 from clicktrain_jax.models.layout import Layout, conv_in_layout
 from clicktrain_jax.models.norm import Norm
 from clicktrain_jax.models.resnet import ResNet
@@ -44,6 +57,7 @@ __all__ = [
     "build",
     "conv_layers",
     "default_image_shape",
+    "gpu_convolution",
     "names",
     "output_sizes",
     "parameter_count",

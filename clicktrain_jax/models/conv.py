@@ -12,13 +12,14 @@ the backward pass. On a GPU, cuDNN is the right choice: hand `flax.linen.Conv` t
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clicktrain_jax.models.layout import Layout, per_axis, spatial_axes
+from clicktrain_jax.models.layout import Layout, Pads, per_axis, spatial_axes
 
 STRUCTURES = "structures"  # the variable collection that PatternConv reads its structure from
 
@@ -44,6 +45,57 @@ def xla_convolution(
     """XLA's own convolution. Arguments are those of `DenseConvolution`."""
     spatial_axes(layout)  # refuses an unknown one
     return jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=(layout, "HWIO", layout))
+
+
+def gpu_convolution(
+    x: jax.Array, w: jax.Array, *, strides: Sequence[int], padding: Sequence[tuple[int, int]], layout: Layout
+) -> jax.Array:
+    """XLA's own convolution, but for the weights' gradient where a kernel reaches every pixel from every pixel.
+
+    Of 2x2 images under 3x3 kernels XLA's GPU compiler makes no call of the library's weight gradient but a convolution
+    by the slopes, between transposes of the weights' size. Here it is one product of whole images, all pixels of one by
+    all pixels of the other, and sums of its parts. Arguments are those of `DenseConvolution`.
+    """
+    (height, width), (kh, kw) = (x.shape[axis] for axis in spatial_axes(layout)), w.shape[:2]
+    sides = ((height, kh, padding[0]), (width, kw, padding[1]))
+    reaches = all(size - 1 <= before and size + before <= taps for size, taps, (before, _) in sides)
+    same = all(before + after == taps - 1 for _, taps, (before, after) in sides)
+    if layout != "NHWC" or tuple(strides) != (1, 1) or not (reaches and same):
+        return xla_convolution(x, w, strides=strides, padding=padding, layout=layout)
+    return _tiny_images(x, w, tuple(map(tuple, padding)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _tiny_images(x: jax.Array, w: jax.Array, padding: Pads) -> jax.Array:
+    return xla_convolution(x, w, strides=(1, 1), padding=padding, layout="NHWC")
+
+
+def _tiny_images_forward(x: jax.Array, w: jax.Array, padding: Pads) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _tiny_images(x, w, padding), (x, w)
+
+
+def _tiny_images_backward(padding: Pads, kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple:
+    x, w = kept
+    (kh, kw, cin, cout), (top, left) = w.shape, (before for before, _ in padding)
+    height, width = x.shape[1:3]
+    products = jnp.einsum("nijc,nklf->klfijc", x, dy)
+    wide = jnp.promote_types(w.dtype, jnp.float32)
+
+    def tap(row: int, column: int) -> jax.Array:
+        parts = [
+            products[r, c, :, r + row - top, c + column - left].astype(wide)
+            for r in range(height)
+            for c in range(width)
+            if 0 <= r + row - top < height and 0 <= c + column - left < width
+        ]
+        return sum(parts) if parts else jnp.zeros((cout, cin), wide)
+
+    dw = jnp.stack([jnp.stack([tap(row, column) for column in range(kw)], 1) for row in range(kh)], 1)
+    (dx,) = jax.linear_transpose(lambda x: xla_convolution(x, w, strides=(1, 1), padding=padding, layout="NHWC"), x)(dy)
+    return dx, jnp.transpose(dw.astype(w.dtype), (1, 2, 3, 0))
+
+
+_tiny_images.defvjp(_tiny_images_forward, _tiny_images_backward)
 
 
 def patch_convolution(

@@ -21,7 +21,8 @@ class Norm(nn.BatchNorm):
         pool: whether the largest of each 2x2 pixels is taken.
         layout: of the maps.
         normalise: None, or computes all of it in training: called as ``normalise(x, scale, bias, added=, epsilon=,
-            relu=, pool=)`` on NHWC, returns (y, mean, biased variance); such as `pallas_kernels.batch_norm`.
+            relu=, pool=, around=, layout=)``, ``around`` being the running mean; returns (y, mean, biased variance);
+            such as `pallas_kernels.batch_norm`.
     """
 
     relu: bool = False
@@ -43,10 +44,11 @@ class Norm(nn.BatchNorm):
         scale = self.param("scale", self.scale_init, width, self.param_dtype)
         bias = self.param("bias", self.bias_init, width, self.param_dtype)
         even = not any(x.shape[axis] % 2 for axis in spatial_axes(self.layout))
-        inside = self.pool and self.layout == "NHWC" and even and added is None
+        inside = self.pool and even and added is None
         x, added = (None if maps is None else maps.astype(self.dtype) for maps in (x, added))
         y, *now = self.normalise(
-            x, scale, bias, added=added, epsilon=self.epsilon, relu=self.relu, pool=inside
+            x, scale, bias, added=added, epsilon=self.epsilon, relu=self.relu, pool=inside,
+            around=mean.value, layout=self.layout,
         )
         for running, found in zip((mean, var), now):
             running.value = self.momentum * running.value + (1 - self.momentum) * found

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax.importance import rescaled
-from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.masks import LayerMask, Masks, build_masks
 from clicktrain_jax.patterns import Generated, check_set
 from clicktrain_jax.patterns.kernels import ordered_sum
 from clicktrain_jax.plan import Plan
+from clicktrain_jax.plan.layer_plan import LayerPlan
+from clicktrain_jax.plan.targets import in_seconds, resolve
 from clicktrain_jax.selection.kernel_choice import keep, protect, rows_of
 from clicktrain_jax.selection.pattern_choice import check_quads, choose_patterns, retained_by
 from clicktrain_jax.selection.tiles import tile_sums
-from clicktrain_jax.targets import resolve
 from clicktrain_jax.trees import Tree, has_negative, has_non_finite, named_leaves, replicated
 
 
@@ -179,14 +179,16 @@ def _resolve(plan: Plan, drafts: dict[str, _Draft], levels: dict[str, int]) -> d
     """Levels of the layers that the target decides."""
     current, rows = jnp.float32(0), {}
     for layer in plan.layers:
-        weights = layer.cost * layer.kept_taps
         units = drafts[layer.name].units
         if layer.fraction is None:
-            rows[layer.name] = rows_of(units, layer)
-            current += float(weights * math.prod(layer.shape[2:]))
+            found, kept = rows_of(units, layer), float(math.prod(layer.shape[2:]))
+            rows[layer.name] = found if layer.times is None else in_seconds(found, layer)
         else:
-            kept = keep(protect(units, layer), layer, levels[layer.name])
-            current += weights * kept.sum(dtype=jnp.float32)
+            kept = keep(protect(units, layer), layer, levels[layer.name]).sum(dtype=jnp.float32)
+        if layer.times is None:
+            current += layer.cost * layer.kept_taps * kept
+        else:
+            current += layer.times.at(kept / math.prod(layer.shape[2:]))
     return resolve(plan.target, current, rows)
 
 

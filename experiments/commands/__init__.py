@@ -1,32 +1,28 @@
-"""What each command of the command line does. Each takes its arguments and returns the exit code."""
+"""What each command of the command line does: from its arguments to the exit code."""
 
-from experiments.commands.benches import bench
-from experiments.commands.runs import (
-    demo,
-    describe,
-    evaluate,
-    export,
-    list_configs,
-    pack_data,
-    patterns,
-    prepare_data,
-    train,
-)
-from experiments.commands.studies import ablation, compare, importance, table
+import functools
+from collections.abc import Callable
 
-__all__ = [
-    "ablation",
-    "bench",
-    "compare",
-    "demo",
-    "describe",
-    "evaluate",
-    "export",
-    "importance",
-    "list_configs",
-    "pack_data",
-    "patterns",
-    "prepare_data",
-    "table",
-    "train",
-]
+from experiments.commands import benches, runs, studies
+from experiments.commands.arguments import call
+
+_PLAIN = {
+    "evaluate": runs.evaluate,
+    "export": runs.export,
+    "list": runs.list_configs,
+    "demo": runs.demo,
+    "patterns": runs.patterns,
+    "ablation": studies.ablation,
+    "compare": studies.compare,
+    "table": studies.table,
+    "pack-data": runs.pack_data,
+    "prepare-data": runs.prepare_data,
+}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": runs.train,
+    "bench": benches.bench,
+    "importance": studies.importance,
+    **{name: functools.partial(call, function, command=name) for name, function in _PLAIN.items()},
+}
+
+__all__ = ["COMMANDS"]

@@ -1,17 +1,62 @@
-"""How commands read their arguments."""
+"""How commands read their arguments: a command is a function, its parameters are the fields, its docstring the help."""
 
-from typing import Any
+import contextlib
+import functools
+import io
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
+PROGRAM = "python -m experiments"
+# A parameter data_dir is asked for as the config's field is.
+Run = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+DataDir = Annotated[str | None, tyro.conf.arg(name="data.dir")]
+
+
+def call(function: Callable[..., int], arguments: list[str], command: str) -> int:
+    """Call a function with what the arguments say; returns what it returns.
+
+    Args:
+        function: its parameters are annotated, and explained in its docstring.
+        arguments: of the command line, after the command.
+        command: what came before them.
+
+    Raises:
+        ValueError: arguments that it does not take, in one sentence.
+        SystemExit: help was asked for and printed.
+    """
+
+    @functools.wraps(function)
+    def take(*given: Any, **named: Any) -> tuple[tuple, dict[str, Any]]:
+        return given, named
+
+    given, named = parse(take, arguments, command)
+    return function(*given, **named)
+
 
 def parse(kind: Any, arguments: list[str], command: str, **options: Any) -> Any:
-    """A dataclass from arguments; mistakes end the program with a message."""
-    return tyro.cli(kind, args=arguments, prog=f"python -m experiments {command}", **options)
+    """What `tyro.cli` makes of a class or function; mistakes are a ValueError in one sentence."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=arguments, prog=f"{PROGRAM} {command}", **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(f"{_sentence(said.getvalue())} (all fields: {PROGRAM} {command} --help)") from None
+
+
+def _sentence(box: str) -> str:
+    """What a box of tyro's says up to its first rule."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    return " ".join(itertools.takewhile(lambda line: not line.startswith("──"), lines)).rstrip(". ")
 
 
 def name_argument(arguments: list[str], command: str, what: str) -> tuple[str, list[str]]:
     """``(the first argument, the rest)``; a ValueError that says ``what`` is missing."""
     if not arguments or arguments[0].startswith("-"):
-        raise ValueError(f"{command} needs {what} first: python -m experiments {command} {what.split()[-1]} ...")
+        raise ValueError(f"{command} needs {what} first: {PROGRAM} {command} {what.split()[-1]} ...")
     return arguments[0], arguments[1:]

@@ -1,151 +1,205 @@
 """Commands that measure side by side."""
 
-import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from tyro.conf import Positional
 
-from experiments.commands.arguments import name_argument, parse
+from experiments.commands.arguments import PROGRAM, DataDir, Run, call
+
+Command = Callable[..., int]
+USAGE = f"""usage: {PROGRAM} bench WHAT ...
+
+  collectives  bytes of an update's all-reduce, whole gradients against retained weights
+  steps        VGG-16 updates of every phase against the plain optax step, and the selection
+  step         whole training updates, dense against pruned by patterns
+  loop         an epoch as one compiled loop against one call an update
+  selection    the choice of the masks alone, with each option
+  conv         convolutions and their gradients by patterns against the dense ones, layer by layer
+  gpu          what is still to be measured on a GPU, in order of worth; goes on where it stopped
+  deploy PATH  an export beside dense engines: latency, throughput, memory, startup, size
+  dtypes RUN   what storing a run's weights in fewer bits costs
+  sizes        bytes of the exports of every published recipe
+  torch        training in images a second beside an eager PyTorch loop with a host loader
+
+`{PROGRAM} bench WHAT --help` lists the options of each.
+"""
 
 
 def bench(arguments: list[str]) -> int:
     """Measure ratios side by side, and save them as a record when asked to."""
-    from experiments import bench as benches
-    from experiments import bench_conv
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE, end="")
+        return 0
+    what, *rest = arguments or ["steps"]
+    if what.startswith("-"):
+        what, rest = "steps", arguments
+    made = {"deploy": _deploy, "torch": _torch}
+    made |= {name: functools.partial(_updates, name) for name in ("steps", "step", "loop", "selection")}
+    plain = {"collectives": _collectives, "conv": _conv, "dtypes": _dtypes, "sizes": _sizes}
+    if what not in made | plain:
+        raise ValueError(f"unknown bench {what!r}: expected one of gpu, {', '.join(sorted(made | plain))}")
+    return call(plain[what] if what in plain else made[what](), rest, f"bench {what}")
 
-    others = {"deploy": _bench_deploy, "dtypes": _bench_dtypes, "sizes": _bench_sizes, "torch": _bench_torch}
-    if arguments and arguments[0] in others:
-        return others[arguments[0]](arguments[1:])
 
-    @dataclasses.dataclass(frozen=True)
-    class Bench:
-        """Measure side by side in one process."""
+def _updates(what: str) -> Command:
+    from experiments.bench import updates
 
-        what: tyro.conf.Positional[Literal["steps", "step", "loop", "selection", "conv"]] = "steps"
-        """steps: VGG-16 updates of every phase against the plain optax step, and the selection.
-        step: whole training updates, dense against pruned by patterns.
-        loop: an epoch as one compiled loop against one call an update.
-        selection: the choice of the masks alone, with each option.
-        conv: convolutions and their gradients by patterns against the dense ones, layer by layer."""
-        net: str | None = None
-        """Of steps, step, loop and selection, as the next three: vgg16 of width 1 in batches of 64 by default; step
-        measures a slim VGG-11, VGG-13 and ResNet-18 when no net is named."""
-        width: float | None = None
-        batch_size: int | None = None
-        repeats: int = 7
-        which: Literal["cpu", "portable", "gpu", "auto"] = "auto"
-        """Of conv, as the next three: which list of layers; cpu is that of the native kernels."""
-        filter: str = ""
-        """Only layers whose name holds this regular expression."""
-        rounds: int = 20
-        """Samples of each function."""
-        engines_python: str | None = None
-        """With --which cpu, an interpreter that has onnx, onnxruntime and PyTorch, to be compared with."""
-        chain: int = 1
-        """With --which cpu, calls of a layer one after the other in one program, as in a net."""
-        out: Path | None = None
-        """A JSON file to save the record in."""
+    def run(
+        net: str | None = None,
+        width: float | None = None,
+        batch_size: int | None = None,
+        repeats: int = 7,
+        out: Path | None = None,
+    ) -> int:
+        """Measure whole updates side by side in one process.
 
-    asked = parse(Bench, arguments, "bench")
-    if asked.what == "conv":
-        print(bench_conv.run(
-            asked.which, asked.filter, asked.rounds, asked.out, asked.engines_python, asked.chain
+        Args:
+            net: vgg16 of width 1 in batches of 64 by default; step measures a slim VGG-11, VGG-13 and ResNet-18 when no
+                net is named.
+            width: of the net.
+            batch_size: images an update.
+            repeats: samples of each function.
+            out: a JSON file to save the record in.
+        """
+        print(updates.run(what, net, width, batch_size, repeats, out))
+        return 0
+
+    return run
+
+
+def _conv(
+    which: Literal["cpu", "portable", "gpu", "auto"] = "auto",
+    filter: str = "",
+    rounds: int = 20,
+    engines_python: str | None = None,
+    chain: int = 1,
+    out: Path | None = None,
+) -> int:
+    """Convolutions and their gradients by patterns against the dense ones, layer by layer.
+
+    Args:
+        which: list of layers; cpu is that of the native kernels.
+        filter: only layers whose name holds this regular expression.
+        rounds: samples of each function.
+        engines_python: with --which cpu, an interpreter that has onnx, onnxruntime and PyTorch, to be compared with.
+        chain: with --which cpu, calls of a layer one after the other in one program, as in a net.
+        out: a JSON file to save the record in.
+    """
+    from experiments.bench import conv
+
+    print(conv.run(which, filter, rounds, out, engines_python, chain))
+    return 0
+
+
+def _deploy() -> Command:
+    from experiments.bench import deploy
+
+    def run(
+        path: Positional[Annotated[str, tyro.conf.arg(metavar="PATH")]],
+        latency: tuple[int, ...] = deploy.LATENCY,
+        throughput: tuple[int, ...] = deploy.THROUGHPUT,
+        rounds: int = deploy.ROUNDS,
+        starts: int = deploy.STARTS,
+        quick: bool = False,
+        tuned: bool = False,
+        cores: int | None = None,
+        engines_python: str | None = None,
+        out: Path | None = None,
+    ) -> int:
+        """An exported net beside itself in C and dense engines: native kernels, XLA, onnxruntime and OpenVINO.
+
+        Args:
+            path: an export, or a net such as vgg13-8x-64x1.
+            latency: batch sizes for which seconds a call are of interest.
+            throughput: batch sizes for which images a second are.
+            rounds: samples of every form of every engine.
+            starts: how often each engine is started anew.
+            quick: few rounds, and no throughput.
+            tuned: measure this net's own ways too, for each batch size; that takes minutes, once.
+            cores: that engines may use; all by default.
+            engines_python: an interpreter that has onnxruntime or OpenVINO, where this one has not.
+            out: a JSON file to save the record in.
+        """
+        print(deploy.run(
+            path, latency=latency, throughput=throughput, rounds=rounds, starts=starts, quick=quick, tuned=tuned,
+            cores=cores, engines_python=engines_python, out=out,
         ))
-    else:
-        sizes = (asked.net, asked.width, asked.batch_size, asked.repeats)
-        print(benches.run(asked.what, *sizes, asked.out))
+        return 0
+
+    return run
+
+
+def _collectives(out: Path | None = None) -> int:
+    """Bytes of an update's all-reduce, whole gradients against retained weights, recipe by recipe. Nothing is trained.
+
+    Args:
+        out: a JSON file to save the record in.
+    """
+    from experiments.bench import collectives
+
+    print(collectives.run(out))
     return 0
 
 
-def _bench_deploy(arguments: list[str]) -> int:
-    from experiments.deployment import bench as deployed
+def _sizes(out: Path | None = None) -> int:
+    """Bytes of the exports of every published recipe; nothing is trained. Takes 20 minutes.
 
-    path, rest = name_argument(arguments, "bench deploy", "an export PATH, or a net such as vgg13-8x-64x1")
+    Args:
+        out: a JSON file to save the record in.
+    """
+    from experiments.bench import sizes
 
-    @dataclasses.dataclass(frozen=True)
-    class BenchDeploy:
-        """An exported net beside itself in C and dense engines: the native kernels, XLA, and whichever of onnxruntime,
-        OpenVINO and PyTorch are here."""
-
-        latency: tuple[int, ...] = deployed.LATENCY
-        """Batch sizes for which seconds a call are of interest."""
-        throughput: tuple[int, ...] = deployed.THROUGHPUT
-        """Batch sizes for which images a second are."""
-        rounds: int = deployed.ROUNDS
-        """Samples of every form of every engine."""
-        starts: int = deployed.STARTS
-        """How often each engine is started anew."""
-        quick: bool = False
-        """Few rounds, and no throughput."""
-        tuned: bool = False
-        """Measure this net's own ways too, for each batch size; that takes minutes, once."""
-        cores: int | None = None
-        """That engines may use; all by default."""
-        engines_python: str | None = None
-        """An interpreter that has onnx, onnxruntime and PyTorch, where this one has not."""
-        out: Path | None = None
-        """A JSON file to save the record in."""
-
-    asked = parse(BenchDeploy, rest, f"bench deploy {path}")
-    print(deployed.run(path, **dataclasses.asdict(asked)))
+    print(sizes.run(out))
     return 0
 
 
-def _bench_sizes(arguments: list[str]) -> int:
-    from experiments.deployment import sizes
+def _dtypes(run: Run, data_dir: DataDir = None, out: Path | None = None) -> int:
+    """Accuracy and size of a finished run's weights, stored in each dtype.
 
-    @dataclasses.dataclass(frozen=True)
-    class BenchSizes:
-        """Bytes of the exports of every published recipe; nothing is trained. Takes 20 minutes."""
+    Args:
+        run: the run folder.
+        data_dir: where the images are now, if not where they were.
+        out: a JSON file to save the record in.
+    """
+    from experiments.studies import dtypes
 
-        out: Path | None = None
-        """A JSON file to save the record in."""
-
-    print(sizes.run(parse(BenchSizes, arguments, "bench sizes").out))
+    print(dtypes.run(run, data_dir, out))
     return 0
 
 
-def _bench_dtypes(arguments: list[str]) -> int:
-    from experiments.deployment import dtypes
+def _torch() -> Command:
+    from experiments.bench import torch_epochs
 
-    run, rest = name_argument(arguments, "bench dtypes", "a run folder RUN")
+    def run(
+        torch_python: str | None = None,
+        net: str = "vgg13",
+        width: float = 0.25,
+        batch_size: int = 128,
+        images: int = 2560,
+        rounds: int = torch_epochs.ROUNDS,
+        workers: int | None = None,
+        out: Path | None = None,
+    ) -> int:
+        """The training loop beside an eager PyTorch loop with a host loader, in images a second.
 
-    @dataclasses.dataclass(frozen=True)
-    class BenchDtypes:
-        """Accuracy and size of a finished run's weights, stored in each dtype."""
+        Args:
+            torch_python: an interpreter that has PyTorch, NumPy and Pillow, where this one has not.
+            net: which is trained.
+            width: of the net.
+            batch_size: images an update.
+            images: of an epoch.
+            rounds: epochs of each that count.
+            workers: processes of PyTorch's loader; one for each core by default.
+            out: a JSON file to save the record in.
+        """
+        print(torch_epochs.run(
+            torch_python=torch_python, net=net, width=width, batch_size=batch_size, images=images, rounds=rounds,
+            workers=workers, out=out,
+        ))
+        return 0
 
-        data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
-        """Where the images are now, if not where they were."""
-        out: Path | None = None
-        """A JSON file to save the record in."""
-
-    asked = parse(BenchDtypes, rest, f"bench dtypes {run}")
-    print(dtypes.run(Path(run), asked.data_dir, asked.out))
-    return 0
-
-
-def _bench_torch(arguments: list[str]) -> int:
-    from experiments import bench_torch
-
-    @dataclasses.dataclass(frozen=True)
-    class BenchTorch:
-        """The training loop beside an eager PyTorch loop with a host loader, in images a second."""
-
-        torch_python: str | None = None
-        """An interpreter that has PyTorch, NumPy and Pillow, where this one has not."""
-        net: str = "vgg13"
-        width: float = 0.25
-        batch_size: int = 128
-        images: int = 2560
-        """Of an epoch."""
-        rounds: int = bench_torch.ROUNDS
-        """Epochs of each that count."""
-        workers: int | None = None
-        """Processes of PyTorch's loader; one for each core by default."""
-        out: Path | None = None
-        """A JSON file to save the record in."""
-
-    asked = parse(BenchTorch, arguments, "bench torch")
-    print(bench_torch.run(**dataclasses.asdict(asked)))
-    return 0
+    return run

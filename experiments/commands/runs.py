@@ -7,42 +7,85 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.conf import Positional
 
 from experiments import configs
-from experiments.commands.arguments import name_argument, parse
+from experiments.commands.arguments import PROGRAM, DataDir, Run, name_argument, parse
 from experiments.configs import TrainConfig
-from experiments.data import DataConfig
-from experiments.tables.overview import overview
+from experiments.data import DataConfig, load
+from experiments.records import RunFolder, read_metrics, setting
+from experiments.report import results
+from experiments.report.overview import overview
+from experiments.report.pace import Pace, hours
+
+_EXAMPLE = "digits-clicktrain"
 
 
 def train(arguments: list[str]) -> int:
-    """Train a named config, or resume it."""
-    from experiments import loop
+    """Train a named config, resume it, or lengthen it."""
+    from experiments.train import lengthen, loop
 
+    if arguments[:1] in (["-h"], ["--help"]):
+        parse(_train_fields(configs.get(_EXAMPLE)), ["--help"], "train NAME", config=(tyro.conf.AvoidSubcommands,))
     name, rest = name_argument(arguments, "train", "a config NAME")
-    default = configs.get(name)
+    fields = _train_fields(configs.get(name))
+    asked = parse(fields, rest, f"train {name}", config=(tyro.conf.AvoidSubcommands,))
+    config = asked.config
+    workdir = asked.workdir or Path("runs") / f"{config.name}-seed{config.seed}"
+    folder = RunFolder(workdir)
+    if asked.lengthen:
+        # A missing data set is said before the folder is changed.
+        load(config.data)
+        lengthen.lengthen(folder, config)
+    was_finished = folder.summary() is not None
+    if not was_finished:
+        _say_if_long(config, done=len(read_metrics(workdir)))
+    try:
+        summary = loop.train(config, workdir)
+    except loop.Interrupted as stop:
+        # Given again it would ask for what is done by then.
+        again = shlex.join(argument for argument in arguments if argument != "--lengthen")
+        saved = f"{stop.epochs_saved} whole epochs are saved in {workdir}"
+        print(f"{stop}: {saved}; to resume: {PROGRAM} train {again}", file=sys.stderr)
+        raise
+    if was_finished:
+        print(
+            f"{workdir} is finished: all {config.total_epochs} epochs were trained before, nothing was done now "
+            f"(--lengthen --epochs N trains it further)"
+        )
+    print(describe(summary))
+    print(f"run folder: {workdir}")
+    return 0
 
+
+def _train_fields(default: TrainConfig) -> type:
     @dataclasses.dataclass(frozen=True)
     class Train:
-        """Train a named config; every field can be changed."""
+        """Train a named config; every field can be changed. Defaults are those of the config that is named; without a
+        name they are those of digits-clicktrain."""
 
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default
         workdir: Path | None = None
         """Run folder; by default runs/NAME-seedN."""
+        lengthen: bool = False
+        """Give the run in the folder more epochs (--epochs N): it goes on from its newest checkpoint under the schedule
+        of the longer run, and what it recorded so far is kept in before-N-epochs."""
 
-    asked = parse(Train, rest, f"train {name}", config=(tyro.conf.AvoidSubcommands,))
-    config = asked.config
-    workdir = asked.workdir or Path("runs") / f"{config.name}-seed{config.seed}"
-    try:
-        summary = loop.train(config, workdir)
-    except loop.Interrupted as stop:
-        again = shlex.join(["python", "-m", "experiments", "train", *arguments])
-        saved = f"{stop.epochs_saved} whole epochs are saved in {workdir}"
-        print(f"{stop}: {saved}; to resume: {again}", file=sys.stderr)
-        raise
-    print(describe(summary))
-    print(f"run folder: {workdir}")
-    return 0
+    return Train
+
+
+def _say_if_long(config: TrainConfig, done: int) -> None:
+    """A line about a run that will take more than an hour."""
+    pace = Pace.of(results.records(), setting())
+    seconds = pace.seconds(config)
+    left = None if seconds is None else seconds * (1 - done / config.total_epochs)
+    if left is not None and left > 3600:
+        source = "as measured here before" if pace.has(config) else f"an estimate: {pace.source}"
+        print(
+            f"{config.name} takes about {hours(left)} on this machine ({source}). It may be stopped at any time, the "
+            "same command goes on.",
+            file=sys.stderr,
+        )
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -57,25 +100,21 @@ def describe(summary: dict[str, Any]) -> str:
     )
 
 
-def evaluate(arguments: list[str]) -> int:
-    """Evaluate a run folder's newest checkpoint, or an export, on the run's own evaluation set."""
-    from experiments.deployment import export as exports
+def evaluate(path: Annotated[Run, tyro.conf.arg(metavar="PATH")], data_dir: DataDir = None) -> int:
+    """Accuracy of a run folder's newest checkpoint, or of an export, on the run's own evaluation set.
 
-    path, rest = name_argument(arguments, "evaluate", "a run folder or an export PATH")
+    Args:
+        path: a run folder or an export.
+        data_dir: where the images are now, if not where the run found them; an export outside its run's folder does not
+            know.
+    """
+    from experiments.studies import export as exports
 
-    @dataclasses.dataclass(frozen=True)
-    class Evaluate:
-        """Evaluate a run folder's newest checkpoint, or an export."""
-
-        data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
-        """Where the images are now; a run folder knows where they were, an export does not."""
-
-    asked = parse(Evaluate, rest, f"evaluate {path}")
-    if exports.is_export(Path(path)):
-        found = exports.evaluate_export(Path(path), asked.data_dir)
+    if exports.is_export(path):
+        found = exports.evaluate_export(path, data_dir)
         print(exports.describe_evaluation(found))
         return 0 if found["top1"] == found["exported_top1"] else 1
-    run = exports.restore(Path(path), asked.data_dir)
+    run = exports.restore(path, data_dir)
     loss, top1 = run.trainer.evaluate(run.state)
     split = f"{run.dataset.eval_split} set of {len(run.dataset.eval_labels)}"
     done = f"{run.config.name} after {run.epochs_done} of {run.config.total_epochs} epochs"
@@ -83,140 +122,110 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
-def export(arguments: list[str]) -> int:
-    """Export a finished run: compact weights, StableHLO, and a page about it."""
-    from experiments.deployment import export as exports
+def export(
+    run: Run,
+    out: Path | None = None,
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
+    stablehlo: bool = True,
+    onnx: bool = False,
+    c: bool = False,
+    timing: bool = True,
+    data_dir: DataDir = None,
+) -> int:
+    """Export a finished run: compact weights, StableHLO, and a page about it.
 
-    run, rest = name_argument(arguments, "export", "a run folder RUN")
+    Args:
+        run: the run folder.
+        out: the export's folder; by default RUN/export.
+        dtype: of the stored weights; what it costs in accuracy is measured.
+        stablehlo: add net.stablehlo; layers that run dense are dense in it.
+        onnx: add net.onnx (dense; wants jax2onnx).
+        c: add net.c and net.h: the net in C for one image a call, patterns compiled in.
+        timing: measure the net on this machine, for the page and for later loads.
+        data_dir: where the images are now, if not where the run found them.
+    """
+    from experiments.studies import export as exports
 
-    @dataclasses.dataclass(frozen=True)
-    class Export:
-        """Export a finished run: compact weights, StableHLO, and a page about it."""
-
-        out: Path | None = None
-        """The export's folder; by default RUN/export."""
-        dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
-        """Of the stored weights; what it costs in accuracy is measured."""
-        stablehlo: bool = True
-        """Add net.stablehlo; layers that run dense are dense in it."""
-        onnx: bool = False
-        """Add net.onnx (dense; wants jax2onnx)."""
-        c: bool = False
-        """Add net.c and net.h: the net in C for one image a call, patterns compiled in."""
-        timing: bool = True
-        """Measure the net on this machine, for the page and for later loads."""
-        data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
-        """Where the images are now, if not where they were."""
-
-    asked = parse(Export, rest, f"export {run}")
-    out = asked.out or Path(run) / "export"
+    out = out or run / "export"
     manifest = exports.export_run(
-        Path(run),
-        out,
-        dtype=asked.dtype,
-        data_dir=asked.data_dir,
-        stablehlo=asked.stablehlo,
-        onnx=asked.onnx,
-        c=asked.c,
-        is_timed=asked.timing,
+        run, out, dtype=dtype, data_dir=data_dir, stablehlo=stablehlo, onnx=onnx, c=c, is_timed=timing
     )
     print(exports.describe(out, manifest))
     print(f"  page: {out / exports.REPORT}")
     return 0
 
 
-def list_configs(arguments: list[str]) -> int:
-    """Print the named configs."""
+def list_configs(word: Positional[Annotated[str, tyro.conf.arg(metavar="WORD")]] = "") -> int:
+    """The named configs, a line each: how long it takes on this machine, what it is expected to reach and what it did.
 
-    @dataclasses.dataclass(frozen=True)
-    class List:
-        """List the named configs."""
-
-    parse(List, arguments, "list")
-    print(overview())
+    Args:
+        word: only those that have it in their name, net or data set.
+    """
+    print(overview(word))
     return 0
 
 
-def demo(arguments: list[str]) -> int:
-    """Dense and ClickTrain on digits, three seeds: a table and a plot."""
-    from experiments.tables import demo as demo_table
+def demo(workdir: Path = Path("demo"), seeds: int = 3) -> int:
+    """Dense and ClickTrain on scikit-learn's digits: a table, a plot, an export and its page.
 
-    @dataclasses.dataclass(frozen=True)
-    class Demo:
-        """Dense and ClickTrain on scikit-learn's digits."""
+    Args:
+        workdir: where the runs, the table and the plot go; an earlier demo's are replaced.
+        seeds: how many.
+    """
+    from experiments.studies import demo as studies_demo
 
-        workdir: Path = Path("demo")
-        """Where the runs, the table and the plot go; an earlier demo's are replaced."""
-        seeds: int = 3
-        """How many seeds."""
-
-    asked = parse(Demo, arguments, "demo")
-    print(demo_table.run(asked.workdir, asked.seeds))
+    print(studies_demo.run(workdir, seeds))
     return 0
 
 
-def patterns(arguments: list[str]) -> int:
-    """Draw a finished run's patterns, and where each is used."""
-    from experiments.records import RunFolder
-    from experiments.tables import pattern_sheet
+def patterns(run: Run, out: Path | None = None) -> int:
+    """Draw a finished run's patterns, and where each is used.
 
-    run, rest = name_argument(arguments, "patterns", "a run folder RUN")
+    Args:
+        run: the run folder.
+        out: the PNG to write; by default RUN/patterns.png.
+    """
+    from experiments.report import pattern_sheet
 
-    @dataclasses.dataclass(frozen=True)
-    class Patterns:
-        """Draw a finished run's patterns, and where each is used."""
-
-        out: Path | None = None
-        """The PNG to write; by default RUN/patterns.png."""
-
-    asked = parse(Patterns, rest, f"patterns {run}")
-    summary = RunFolder(Path(run)).summary()
+    summary = RunFolder(run).summary()
     if summary is None:
         raise ValueError(f"{run} holds no summary.json: give the folder of a finished run")
-    path = asked.out or Path(run) / "patterns.png"
+    path = out or run / "patterns.png"
     pattern_sheet.draw(summary, path)
     print(f"patterns: {path}")
     return 0
 
 
-def pack_data(arguments: list[str]) -> int:
-    """Pack a TFDS data set into one archive."""
+def pack_data(out: Path, parts: int = 1, data: DataConfig = DataConfig("cifar10")) -> int:  # noqa: B008  (frozen)
+    """Pack a data set's encoded images into one file, losslessly; it is readable without TFDS.
+
+    Args:
+        out: the archive to write.
+        parts: cut it into so many files of one size, OUT.part0 and so on.
+        data: which data set.
+    """
     from experiments.data import pack
 
-    @dataclasses.dataclass(frozen=True)
-    class PackData:
-        """Pack a data set's encoded images into one file, losslessly."""
-
-        out: Path
-        """The archive to write."""
-        parts: int = 1
-        """Cut it into so many files of one size, OUT.part0 and so on."""
-        data: DataConfig = DataConfig("cifar10")
-
-    asked = parse(PackData, arguments, "pack-data")
-    for path in pack(asked.data, asked.out, asked.parts):
+    for path in pack(data, out, parts):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return 0
 
 
-def prepare_data(arguments: list[str]) -> int:
-    """Make a TFDS data set of a folder of images."""
-    from experiments.data import is_lossy, prepare_folder
-    from experiments.data.tfds_source import data_dir
+def prepare_data(
+    source: Annotated[Path, tyro.conf.arg(name="from")],
+    name: str,
+    data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir", aliases=["--out"])] = None,
+) -> int:
+    """Make a TFDS data set of a folder of images, file by file as they are.
 
-    @dataclasses.dataclass(frozen=True)
-    class PrepareData:
-        """Make a TFDS data set of a folder of images, file by file as they are."""
+    Args:
+        source: holds train/CLASS/FILE and test/CLASS/FILE (or val/): PNG, JPEG, WebP, BMP or PPM, all of one size.
+        name: of the data set, as data.name says it later.
+        data_dir: the TFDS directory to write NAME into; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+    """
+    from experiments.data import is_lossy, prepare_folder, tfds_source
 
-        source: Annotated[Path, tyro.conf.arg(name="from")]
-        """Holds train/CLASS/FILE and test/CLASS/FILE (or val/): PNG, JPEG, WebP, BMP or PPM, all of one size."""
-        name: str
-        """Of the data set, as data.name says it later."""
-        data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir", aliases=["--out"])] = None
-        """The TFDS directory to write NAME into; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-
-    asked = parse(PrepareData, arguments, "prepare-data")
-    folder, images = prepare_folder(asked.source, asked.name, data_dir(asked.data_dir))
+    folder, images = prepare_folder(source, name, tfds_source.data_dir(data_dir))
     counts = ", ".join(f"{len(files):,} {split}" for split, files in images.files.items())
     height, width, channels = images.image_shape
     decoded = sum(map(len, images.files.values())) * height * width * channels
@@ -224,9 +233,9 @@ def prepare_data(arguments: list[str]) -> int:
         f"{folder}: {counts} images of {len(images.classes)} classes, {width}x{height}, "
         f"{'grey' if channels == 1 else 'colour'}, {images.encoding}; {decoded / 1e6:.0f} MB in memory"
     )
-    if asked.name.startswith("cifar") and is_lossy(images.encoding):
+    if name.startswith("cifar") and is_lossy(images.encoding):
         print(f"{images.encoding} is lossy, CIFAR's originals are not: accuracies do not compare with published ones")
     for unused in images.left_out:
         print(f"{unused} is left out")
-    print(f"train on it: --data.name {asked.name} --data.dir {folder.parent.parent}")
+    print(f"train on it: --data.name {name} --data.dir {folder.parent.parent}")
     return 0

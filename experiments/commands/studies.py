@@ -1,92 +1,87 @@
 """Commands about many runs: the ablation, the comparison, the importance study, and the tables."""
 
-import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.conf import Positional
 
-from experiments.commands.arguments import name_argument, parse
+from experiments.commands.arguments import PROGRAM, DataDir, call
 
 
-def ablation(arguments: list[str]) -> int:
-    """Run the ablation of the selection, and collect its records."""
-    from experiments import ablation as harness
+def ablation(
+    data_dir: DataDir = None,
+    workdir: Path = Path("runs/ablation"),
+    records: Path | None = None,
+    family: Literal["ablation", "ablation-full"] = "ablation",
+    seeds: tuple[int, ...] = (0, 1, 2),
+    minutes: float | None = None,
+    workers: int = 1,
+) -> int:
+    """Run the ablation of the selection, by successive halving; a second call goes on.
+
+    Args:
+        data_dir: where the images are.
+        workdir: run folders.
+        records: copy the records of finished runs into this folder.
+        family: the slim net, or the full width for a GPU.
+        seeds: of the runs.
+        minutes: start no new run after so many.
+        workers: processes at a time; several get one core each.
+    """
     from experiments.configs.ablation import families
+    from experiments.studies import ablation as harness
 
-    known = {family.prefix: family for family in families()}
-
-    @dataclasses.dataclass(frozen=True)
-    class Ablation:
-        """Run the ablation of the selection, by successive halving; a second call goes on."""
-
-        data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
-        """Where the images are."""
-        workdir: Path = Path("runs/ablation")
-        """Run folders."""
-        records: Path | None = None
-        """Copy the records of finished runs into this folder."""
-        family: Literal["ablation", "ablation-full"] = "ablation"
-        """The slim net, or the full width for a GPU."""
-        seeds: tuple[int, ...] = (0, 1, 2)
-        minutes: float | None = None
-        """Start no new run after so many."""
-        workers: int = 1
-        """Processes at a time; several get one core each."""
-
-    asked = parse(Ablation, arguments, "ablation")
+    known = {one.prefix: one for one in families()}
     result = harness.run(
-        known[asked.family], asked.workdir, seeds=asked.seeds, minutes=asked.minutes, workers=asked.workers,
-        data_dir=asked.data_dir,
+        known[family], workdir, seeds=seeds, minutes=minutes, workers=workers, data_dir=data_dir
     )
-    if asked.records is not None:
-        harness.collect(asked.workdir, asked.records)
-    print(f"{result['finished']} runs finished, {result['missing']} to do")
-    for run, error in result["failed"].items():
-        print(f"{run} failed: {error}", file=sys.stderr)
-    return 1 if result["failed"] else 0
+    if records is not None:
+        harness.collect(workdir, records)
+    return _say(result)
 
 
-def compare(arguments: list[str]) -> int:
-    """Train the methods of a study, each tuned alike, and time their nets side by side."""
-    from experiments.comparison import run as harness
-    from experiments.configs.compare import study
+def compare(
+    study: Positional[Annotated[str, tyro.conf.arg(metavar="STUDY")]],
+    data_dir: DataDir = None,
+    workdir: Path | None = None,
+    records: Path | None = None,
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    tuning_seeds: tuple[int, ...] = (100, 101, 102),
+    only: str = "",
+    minutes: float | None = None,
+    workers: int = 1,
+    timing: bool = True,
+) -> int:
+    """Tune every method of a study, train every cell with every seed, time the nets; a second call goes on.
 
-    name, rest = name_argument(arguments, "compare", "a STUDY")
-    asked_study = study(name)
+    Args:
+        study: digits, slim or vgg13.
+        data_dir: where the images are.
+        workdir: run folders; by default runs/compare-STUDY.
+        records: copy the records of each run into this folder as it finishes, below compare-STUDY.
+        seeds: of the final runs.
+        tuning_seeds: of the trials on validation data.
+        only: only cells whose name holds this regular expression, and the dense one.
+        minutes: start no new run after so many.
+        workers: processes at a time; several get one core each.
+        timing: measure the latency of the first seed's nets.
+    """
+    from experiments.configs import compare as comparisons
+    from experiments.studies import comparison as harness
 
-    @dataclasses.dataclass(frozen=True)
-    class Compare:
-        """Tune every method of a study, train every cell with every seed, time the nets; a second call goes on."""
+    asked = comparisons.study(study)
+    workdir = workdir or Path("runs") / f"compare-{study}"
+    result = harness.run(
+        asked, workdir, data_dir=data_dir, seeds=seeds, tuning_seeds=tuning_seeds, only=only, minutes=minutes,
+        workers=workers, timing=timing, records=records,
+    )
+    return _say(result)
 
-        data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
-        """Where the images are."""
-        workdir: Path | None = None
-        """Run folders; by default runs/compare-STUDY."""
-        records: Path | None = None
-        """Copy the records of finished runs into this folder, below compare-STUDY."""
-        seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-        """Of the final runs."""
-        tuning_seeds: tuple[int, ...] = (100, 101, 102)
-        """Of the trials on validation data."""
-        only: str = ""
-        """Only cells whose name holds this regular expression, and the dense one."""
-        minutes: float | None = None
-        """Start no new run after so many."""
-        workers: int = 1
-        """Processes at a time; several get one core each."""
-        timing: bool = True
-        """Measure the latency of the first seed's nets."""
 
-    asked = parse(Compare, rest, f"compare {name}")
-    workdir = asked.workdir or Path("runs") / f"compare-{name}"
-    options = {
-        field: value for field, value in dataclasses.asdict(asked).items() if field not in ("workdir", "records")
-    }
-    result = harness.run(asked_study, workdir, **options)
-    if asked.records is not None:
-        harness.collect(asked_study, workdir, asked.records)
+def _say(result: Mapping[str, Any]) -> int:
     print(f"{result['finished']} runs finished, {result['missing']} to do")
     for run, error in result["failed"].items():
         print(f"{run} failed: {error}", file=sys.stderr)
@@ -94,66 +89,75 @@ def compare(arguments: list[str]) -> int:
 
 
 def importance(arguments: list[str]) -> int:
-    """Measure how well each criterion predicts the true change of loss."""
-    from experiments import importance_study
-    from experiments.tables import importance as importance_table
+    """How well each criterion predicts what removing a kernel does to the loss."""
+    from experiments.report import importance as importance_table
+    from experiments.studies import importance as importance_study
 
-    @dataclasses.dataclass(frozen=True)
-    class Importance:
-        """Remove single kernels of a trained net, and compare the change of loss with each criterion."""
+    def run(
+        out: Path,
+        data_dir: DataDir = None,
+        workdir: Path | None = None,
+        quick: bool = False,
+        study: importance_study.Study = importance_study.Study(),  # noqa: B008  (frozen)
+    ) -> int:
+        """Remove single kernels of a trained net, and compare the change of loss with each criterion.
 
-        out: Path
-        """The record to write, a JSON file."""
-        data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
-        """Where the images are."""
-        workdir: Path | None = None
-        """Parts already measured; by default runs/importance-NAME."""
-        quick: bool = False
-        """A small part on few images, to see that it works; the study's numbers are then its own."""
-        study: importance_study.Study = importance_study.Study()
+        Args:
+            out: the record to write, a JSON file.
+            data_dir: where the images are.
+            workdir: parts already measured; by default runs/importance-NAME.
+            quick: a small part on few images, to see that it works; the study's numbers are then its own.
+            study: what is measured.
+        """
+        record = importance_study.run(data_dir, out, workdir=workdir, study=None if quick else study, quick=quick)
+        print(importance_table.generate(record))
+        return 0
 
-    asked = parse(Importance, arguments, "importance")
-    record = importance_study.run(
-        asked.data_dir, asked.out, workdir=asked.workdir, study=None if asked.quick else asked.study, quick=asked.quick
-    )
-    print(importance_table.generate(record))
-    return 0
+    return call(run, arguments, "importance")
 
 
-def table(arguments: list[str]) -> int:
-    """Generate RESULTS.md, BENCHMARKS.md and the CSV files from records; first run what is missing, when asked to."""
-    from experiments import gpu_plan
-    from experiments.tables import documents, results
+def table(
+    write: bool = False,
+    budget: str | None = None,
+    dry_run: bool = False,
+    data_dir: DataDir = None,
+    workdir: Path | None = None,
+) -> int:
+    """Tables from committed records; first run what is missing of the published ones, when asked to.
 
-    @dataclasses.dataclass(frozen=True)
-    class Table:
-        """Tables from committed records."""
+    Args:
+        write: write RESULTS.md, BENCHMARKS.md, their CSV files and pictures instead of printing the texts.
+        budget: run what is missing of the plan for so long first, as gpu-30min or cpu-10min; a second call goes on.
+        dry_run: of a budget only show the plan, on any machine: what is done, what is missing, how long it should take.
+        data_dir: where the images are, for a budget.
+        workdir: run folders of a budget; by default runs/plan-KIND.
+    """
+    from experiments.report import documents, results
+    from experiments.studies import gpu_plan
 
-        write: bool = False
-        """Write RESULTS.md, BENCHMARKS.md, their CSV files and pictures instead of printing the texts."""
-        budget: str | None = None
-        """Run what is missing of the plan for so long first, as gpu-30min or cpu-10min; a second call goes on."""
-        data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
-        """Where the images are, for a budget."""
-        workdir: Path | None = None
-        """Run folders of a budget; by default runs/plan-KIND."""
-
-    asked = parse(Table, arguments, "table")
+    if budget is None and (data_dir, workdir, dry_run) != (None, None, False):
+        raise ValueError("--data.dir, --workdir and --dry-run are for --budget: without it nothing is run")
+    if dry_run:
+        print(gpu_plan.shown(budget, workdir))
+        return 0
     failed = {}
-    if asked.budget is not None:
-        result = gpu_plan.run(asked.budget, asked.workdir, data_dir=asked.data_dir)
+    if budget is not None:
+        result = gpu_plan.run(budget, workdir, data_dir=data_dir)
         failed = result["failed"]
         print(f"{result['finished']} runs finished, {result['missing']} to do; {result['collected']} records collected")
-        if not asked.write:
+        if not write:
             if result["collected"]:
-                print("python -m experiments table --write puts them into the tables")
+                print(f"{PROGRAM} table --write puts them into the tables")
             return 1 if failed else 0
-    elif asked.data_dir is not None or asked.workdir is not None:
-        raise ValueError("--data.dir and --workdir are for --budget: without it nothing is run")
-    if asked.write:
+    if not results.RECORDS.is_dir():
+        raise ValueError(
+            f"there are no records in {results.RECORDS}: tables are made in a checkout of the repository, whose "
+            "experiments/results holds them"
+        )
+    if write:
         documents.draw()
     for path, text in documents.generate().items():
-        if asked.write:
+        if write:
             print(f"{path.name}: {'written' if results.write(text, path) else 'unchanged'}")
         elif path.suffix == ".md":
             print(text)

@@ -5,7 +5,7 @@ or, for any cell alone: python -m experiments train ablation-cov8 --data.dir DIR
 Two families of the same cells: ``ablation-...``, a quarter-width VGG-11 for 2 CPU cores, and
 ``ablation-full-...``, the authors' VGG-13 recipe of 9.0x for a GPU. Both are read on validation data: the test set
 is for what is chosen here. All cells of a family share every setting but those of the pruning, mixup's epoch included,
-so that equal seeds are equal up to the selection; `experiments.ablation` trains those epochs once.
+so that equal seeds are equal up to the selection; `experiments.studies.ablation` trains those epochs once.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ QUESTIONS = {
     "removal": "Kernels to remove: score and scope",
     "pattern tiles": "Price of tiles for patterns (removal per kernel)",
     "removal tiles": "Price of tiles for removal (patterns per kernel)",
-    "hardware": "Shapes for hardware: both in tiles, reordering, two levels, quads",
+    "hardware": "Shapes for hardware: both in tiles, two levels, quads",
     "target": "One target instead of fractions by hand",
     "when": "When: epochs of selection and prune, re-selection",
     "lasso": "Weight of the group lasso",
@@ -57,13 +57,11 @@ class Family:
         prefix: of the configs' names.
         dense: the same recipe without pruning.
         cells: in the order in which they run; "base" and every other reference stand among them.
-        dropped: cells of options that were measured and did not stay; their records are shown, they run no more.
     """
 
     prefix: str
     dense: TrainConfig
     cells: tuple[Cell, ...]
-    dropped: tuple[Cell, ...] = ()
 
     def cell(self, name: str) -> Cell:
         """The cell of this name.
@@ -131,7 +129,7 @@ def slim_family() -> Family:
     base = dataclasses.replace(
         recipe,
         data=DataConfig("cifar10", eval_split="validation", train_examples=5_000),
-        prune=prune,
+        method=prune,
         loop=LoopConfig(eval_every_epochs=10, keep_checkpoints=1),
         expected="a cell of the ablation",
     )
@@ -145,11 +143,7 @@ def slim_family() -> Family:
         ("reselect", "when", "base", False, {"reselect_epoch": 3}),
         ("lasso-x4", "lasso", "base", False, {"coeff": 4 * prune.coeff}),
     )
-    family = _family("ablation", base, (*_BOTH, *_SLIM_ONLY, *own))
-    # Filters assigned to tiles by likeness (commit ab6715b): the rule was to keep it if it won back half of the gap
-    # between tiles (32, 1) and none.
-    reorder = Cell("reorder-32x1", "hardware", "cov8", False, dataclasses.replace(base, name="ablation-reorder-32x1"))
-    return dataclasses.replace(family, dropped=(reorder,))
+    return _family("ablation", base, (*_BOTH, *_SLIM_ONLY, *own))
 
 
 def full_family() -> Family:
@@ -185,9 +179,9 @@ def configs() -> list[TrainConfig]:
 def _family(prefix: str, base: TrainConfig, rows: tuple[tuple[str, str, str, bool, dict[str, Any]], ...]) -> Family:
     cells = tuple(
         Cell(name, question, reference, must, dataclasses.replace(
-            base, name=f"{prefix}-{name}", prune=dataclasses.replace(base.prune, **changes)
+            base, name=f"{prefix}-{name}", method=dataclasses.replace(base.prune, **changes)
         ))
         for name, question, reference, must, changes in rows
     )
-    dense = dataclasses.replace(base, name=f"{prefix}-dense", prune=None, expected="the dense run beside the ablation")
+    dense = dataclasses.replace(base, name=f"{prefix}-dense", method=None, expected="the dense run beside the ablation")
     return Family(prefix, dense, cells)

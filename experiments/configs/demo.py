@@ -24,4 +24,4 @@ def configs() -> list[TrainConfig]:
         loop=LoopConfig(checkpoint_every_epochs=5),
     )
     prune = PruneConfig(fractions=(0.72,), coeff=1e-3, select_epoch=6, prune_epoch=12)
-    return [dense, dataclasses.replace(dense, name="digits-clicktrain", prune=prune)]
+    return [dense, dataclasses.replace(dense, name="digits-clicktrain", method=prune)]

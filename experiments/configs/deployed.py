@@ -29,11 +29,11 @@ def configs() -> list[TrainConfig]:
     recipe = next(config for config in published.configs() if config.name == "vgg13-cifar10-9.0x")
     return [
         dense,
-        dataclasses.replace(dense, name="vgg13-short-8x-64x1", prune=tiled),
-        dataclasses.replace(dense, name="vgg13-short-8x-1x1", prune=dataclasses.replace(tiled, tile=(1, 1))),
+        dataclasses.replace(dense, name="vgg13-short-8x-64x1", method=tiled),
+        dataclasses.replace(dense, name="vgg13-short-8x-1x1", method=dataclasses.replace(tiled, tile=(1, 1))),
         dataclasses.replace(
             dense,
             name="vgg13-short-9.0x-64x1",
-            prune=dataclasses.replace(tiled, target=None, fractions=recipe.prune.fractions),
+            method=dataclasses.replace(tiled, target=None, fractions=recipe.prune.fractions),
         ),
     ]

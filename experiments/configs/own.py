@@ -39,8 +39,8 @@ def configs() -> list[TrainConfig]:
             importance_steps=16,
         )
         own = dataclasses.replace(
-            base, name=f"{net}-{dataset}-own-{compression}", prune=prune, expected="our own recipe"
+            base, name=f"{net}-{dataset}-own-{compression}", method=prune, expected="our own recipe"
         )
-        tiles = dataclasses.replace(own, name=f"{own.name}-64x1", prune=dataclasses.replace(prune, tile=(64, 1)))
+        tiles = dataclasses.replace(own, name=f"{own.name}-64x1", method=dataclasses.replace(prune, tile=(64, 1)))
         made += [own, tiles]
     return made

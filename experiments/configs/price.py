@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.configs import own, published
 from experiments.configs.base import LoopConfig, TrainConfig
-from experiments.costs import conv_work
+from experiments.configs.work import conv_work, stretched
 
 GROUP = "price"
 EPOCHS = 60
@@ -30,7 +30,7 @@ def configs() -> list[TrainConfig]:
         wide = tile[1] > 1
         prune = dataclasses.replace(base.prune, tile=tile, floor=False if wide else None)
         name = f"{GROUP}-vgg13-own-9.0x-{tile[0]}x{tile[1]}"
-        made.append(dataclasses.replace(base, name=name, prune=prune))
+        made.append(dataclasses.replace(base, name=name, method=prune))
     weights, _ = conv_work(dense.net, 1.0)
     return [*made, narrow("weights", round(weights / base.prune.target))]
 
@@ -67,14 +67,7 @@ def _shortened(family: Any, name: str) -> TrainConfig:
     """
     config = next(config for config in family.configs() if config.name == name)
 
-    def at(epoch: int | None) -> int | None:
-        return None if epoch is None else max(1, round(epoch * EPOCHS / config.epochs))
-
-    prune = config.prune and dataclasses.replace(
-        config.prune, select_epoch=at(config.prune.select_epoch), prune_epoch=at(config.prune.prune_epoch)
-    )
     return dataclasses.replace(
-        config, epochs=EPOCHS, lr_milestones=tuple(map(at, config.lr_milestones)), mixup_epoch=at(config.mixup_epoch),
-        prune=prune, precision="bfloat16", partial_batch="drop", expected="the price of a shape",
+        stretched(config, EPOCHS), precision="bfloat16", partial_batch="drop", expected="the price of a shape",
         loop=LoopConfig(eval_every_epochs=5, checkpoint_every_epochs=EPOCHS),
     )

@@ -113,5 +113,5 @@ def configs() -> list[TrainConfig]:
             )
             expected = "not published" if best is None else f"best test top-1 {best:.2f} published"
             name = f"{net}-{dataset}-{compression}"
-            made.append(dataclasses.replace(dense, name=name, prune=prune, expected=expected))
+            made.append(dataclasses.replace(dense, name=name, method=prune, expected=expected))
     return made

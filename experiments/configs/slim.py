@@ -30,4 +30,4 @@ def configs() -> list[TrainConfig]:
     # The fractions of the authors' 8.7x recipe for the full width.
     fractions = (0.45, 0.55, 0.55, 0.65, 0.65, 0.85, 0.85)
     prune = PruneConfig(fractions, coeff=2.5e-4, select_epoch=3, prune_epoch=4)
-    return [dense, dataclasses.replace(dense, name="slim-vgg11-cifar10-8.6x", learning_rate=0.1, prune=prune)]
+    return [dense, dataclasses.replace(dense, name="slim-vgg11-cifar10-8.6x", learning_rate=0.1, method=prune)]

@@ -4,7 +4,7 @@ from experiments.data.augment import augment, mixup, normalise
 from experiments.data.dataset import DataConfig, Dataset, DatasetMissing
 from experiments.data.decode import is_lossy
 from experiments.data.image_folder import prepare_folder
-from experiments.data.loading import load
+from experiments.data.loading import load, place
 from experiments.data.packed import load_packed, pack
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "mixup",
     "normalise",
     "pack",
+    "place",
     "prepare_folder",
 ]

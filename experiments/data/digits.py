@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from clicktrain_jax.extras import hint
 from experiments.data import splits
 from experiments.data.dataset import RawArrays
 
@@ -26,8 +27,7 @@ def read() -> RawArrays:
         from sklearn import datasets
     except ImportError as error:
         raise ValueError(
-            f"name='digits' needs scikit-learn ({error}); expected it installed: "
-            "pip install scikit-learn"
+            f"name='digits' needs scikit-learn ({error}): {hint('experiments')}"
         ) from error
     source = datasets.load_digits()
     # 17 grey levels, 0..16, spread over the bytes so that digits go the way of other images.

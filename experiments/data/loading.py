@@ -83,6 +83,11 @@ def _check_config(config: DataConfig) -> None:
         )
 
 
+def place(config: DataConfig) -> Path | None:
+    """Where the images of a config are looked for, as an absolute path; None for embedded ones."""
+    return None if config.name == "digits" else tfds_source.data_dir(config.dir).resolve()
+
+
 def default_cache_dir() -> str:
     """Where decoded images are kept: $CLICKTRAIN_CACHE, else ~/.cache/clicktrain_jax."""
     return os.environ.get("CLICKTRAIN_CACHE") or "~/.cache/clicktrain_jax"

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from clicktrain_jax.extras import hint
+
 
 def import_tfds() -> ModuleType:
     """tensorflow_datasets; ValueError if it, or array_record, is not installed."""
@@ -20,7 +22,7 @@ def import_tfds() -> ModuleType:
     except ImportError as error:
         raise ValueError(
             f"a TFDS directory needs tensorflow-datasets and array-record ({error}): "
-            "pip install them, or point data.dir at a file made by experiments.data.pack"
+            f"{hint('experiments')}, or point data.dir at a file made by experiments.data.pack"
         ) from error
     return tensorflow_datasets
 

@@ -19,6 +19,7 @@ from pallas_kernels.pattern_conv.api import (
     pattern_conv,
     supported,
 )
+from pallas_kernels.pattern_conv.launches import scheduled
 from pallas_kernels.pattern_conv.structure import Structure, make_structure, mask_of
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "pack",
     "packed_conv",
     "pattern_conv",
+    "scheduled",
     "supported",
 ]
 

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import native
-from pallas_kernels.pattern_conv import cpu, dense, xla
+from pallas_kernels import compat, native
+from pallas_kernels.pattern_conv import cpu, dense, mosaic_gpu, xla
 from pallas_kernels.pattern_conv.geometry import Geometry, Padding, make_geometry
+from pallas_kernels.pattern_conv.launches import for_batch, is_scheduling
 from pallas_kernels.pattern_conv.pieces import Direction, dense_work, work
 from pallas_kernels.pattern_conv.structure import Structure
 from pallas_kernels.pattern_conv.vjp import differentiable, epilogue, with_epilogue
@@ -85,6 +86,10 @@ def pattern_conv(
         reason = module.why_not(structure, geometry, x.dtype, batch) if reason is None else reason
         if reason is not None:
             raise ValueError(f"backend {backend!r} cannot do this convolution: {reason}")
+    if module is mosaic_gpu:
+        structure = for_batch(structure, geometry, batch, compat.multiprocessors(x))
+        if is_scheduling():  # for shapes alone: tracing the kernels would take seconds
+            return jnp.zeros(geometry.shape(batch, geometry.output, w.shape[3]), x.dtype)
     if getattr(module, "FUSES_EPILOGUE", False) and (relu or scale is not None or bias is not None):
         return with_epilogue(x, w, scale, bias, structure, relu, geometry, module)
     return epilogue(differentiable(x, w, structure, geometry, module), scale, bias, relu)

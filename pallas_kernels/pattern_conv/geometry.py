@@ -5,6 +5,8 @@ import numbers
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 Layout = Literal["NHWC", "HWNC"]
 Padding = str | Sequence[tuple[int, int]]
 
@@ -53,6 +55,21 @@ class Geometry:
     def dimension_numbers(self) -> tuple[str, str, str]:
         """As `jax.lax.conv_general_dilated` takes them."""
         return self.layout, "HWIO", self.layout
+
+    def reached(self, axis: int, transposed: bool = False) -> np.ndarray:
+        """Along one axis, bool (output positions, taps): whether a tap looks inside the input.
+
+        Transposed, of the input gradient: bool (input positions, taps), whether an output is there that looks by it.
+        """
+        sizes = self.image[axis], self.output[axis]
+        to, there = sizes if transposed else sizes[::-1]
+        place, tap = np.arange(to)[:, None], np.arange(self.window[axis])
+        stride, begin = self.strides[axis], self.padding[axis][0]
+        if not transposed:
+            looked = place * stride + tap - begin
+            return (looked >= 0) & (looked < there)
+        shifted = place + begin - tap
+        return (shifted >= 0) & (shifted % stride == 0) & (shifted // stride < there)
 
     def shape(self, batch: int, size: tuple[int, int], channels: int) -> tuple[int, int, int, int]:
         """An array's shape in this layout."""

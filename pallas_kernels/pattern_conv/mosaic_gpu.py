@@ -5,16 +5,14 @@ a tile of filters retains of a block of channels is then a list of dense product
 compiled program: new masks of like size do not compile anything.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import compat
-from pallas_kernels.pattern_conv import config
 from pallas_kernels.pattern_conv.config import ProductTiles, StripTiles, WeightTiles
 from pallas_kernels.pattern_conv.geometry import Geometry
-from pallas_kernels.pattern_conv.structure import Structure, mask_of
+from pallas_kernels.pattern_conv.launches import launch, weight_plan
+from pallas_kernels.pattern_conv.structure import Structure
 
 DTYPES = ("bfloat16", "float16")
 # `forward` takes scale, bias and relu.
@@ -97,7 +95,7 @@ def forward(
         scale: (cout,), multiplies; None for 1.
         bias: (cout,), is added after; None for 0.
         relu: whether negative outputs become 0.
-        tiles: how to cut the work; None for a choice by shape.
+        tiles: how to cut the work; None for what was tuned, else a choice by what is read.
 
     Returns:
         (rows, columns, batch, cout) of x's dtype.
@@ -106,15 +104,13 @@ def forward(
         ValueError: the convolution is not supported (`why_not`), or the tiles do not fit it.
     """
     batch = _supported(x, structure, geometry)
-    filters, channels = structure.tile
+    filters, cout = structure.tile[0], structure.shape[3]
     lists = structure.pairs, structure.pair_counts
-    cout = structure.shape[3]
     padded = [
         None if vector is None else jnp.pad(vector.astype(jnp.float32), (0, _up(cout, filters) - cout))
         for vector in (scale, bias)
     ]
-    tiles = tiles or config.product_tiles(batch, geometry.output, cout, filters, channels)
-    return _products(x, w, lists, geometry, tiles, False, filters, channels, cout, *padded, relu)
+    return _run(x, w, launch(structure, geometry, batch, False, compat.multiprocessors(x), tiles), lists, *padded, relu)
 
 
 def input_gradient(
@@ -132,7 +128,7 @@ def input_gradient(
         w: (kh, kw, cin, cout) of dy's dtype; what is not retained is never read.
         structure: of `make_structure`; its arrays may be traced.
         geometry: of the convolution.
-        tiles: how to cut the work; None for a choice by shape.
+        tiles: how to cut the work; None for what was tuned, else a choice by what is read.
 
     Returns:
         (height, width, batch, cin) of dy's dtype.
@@ -141,11 +137,8 @@ def input_gradient(
         ValueError: the convolution is not supported (`why_not`), or the tiles do not fit it.
     """
     batch = _supported(dy, structure, geometry)
-    filters, channels = structure.tile
     lists = structure.pairs_by_channel, structure.pair_counts_by_channel
-    cin = structure.shape[2]
-    tiles = tiles or config.product_tiles(batch, geometry.image, cin, channels, filters)
-    return _products(dy, w, lists, geometry, tiles, True, channels, filters, cin)
+    return _run(dy, w, launch(structure, geometry, batch, True, compat.multiprocessors(dy), tiles), lists)
 
 
 def weight_gradient(
@@ -158,7 +151,7 @@ def weight_gradient(
         dy: (rows, columns, batch, cout) of x's dtype.
         structure: of `make_structure`; its arrays may be traced.
         geometry: of the convolution.
-        tiles: how to cut the work; None for a choice by shape.
+        tiles: how to cut the work; None for what was tuned, else a choice by what is read.
 
     Returns:
         (kh, kw, cin, cout) float32, exact zeros where nothing is retained.
@@ -166,53 +159,28 @@ def weight_gradient(
     Raises:
         ValueError: the convolution is not supported (`why_not`), or the tiles do not fit it.
     """
-    from pallas_kernels.pattern_conv.mosaic.ring import blocks_for
-    from pallas_kernels.pattern_conv.mosaic.weights import WeightPlan, partial_sums
+    from pallas_kernels.pattern_conv.mosaic.added import added
+    from pallas_kernels.pattern_conv.mosaic.weights import partial_sums
 
     batch = _supported(x, structure, geometry)
-    lists, room = structure.pairs.shape
-    tiles = tiles or config.weight_tiles(batch, geometry.output, lists, room, structure.tile)
-    fits = structure.tile[0] % tiles.filters == 0 and structure.tile[1] % tiles.channels == 0
-    if not fits:
-        raise ValueError(f"tiles of {tiles.filters} filters, {tiles.channels} channels do not divide {structure.tile}")
+    plan = weight_plan(structure, geometry, batch, compat.multiprocessors(x), tiles)
     # A step sums at least 16 images.
-    more = max(0, tiles.images - batch)
+    more = plan.batch - batch
     if more:
         x, dy = (jnp.pad(array, ((0, 0), (0, 0), (0, more), (0, 0))) for array in (x, dy))
     if geometry.image == (1, 1):
         # What lies past a single pixel could not be told from it (see `mosaic.ring`): give it a neighbour.
         x = jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)))
-    plan = WeightPlan(geometry, tiles, structure.tile, structure.shape, batch + more, lists, room, 1)
-    plan = dataclasses.replace(plan, blocks=blocks_for(x, plan.items, tiles.warpgroups))
-    parts = partial_sums(x, dy, structure.pairs, structure.pair_counts, plan)
-    return jnp.where(mask_of(structure), jnp.sum(parts, axis=0), 0.0)
+    lists = structure.pairs, structure.pair_counts
+    return added(partial_sums(x, dy, *lists, plan), *lists, plan)
 
 
-def _products(
-    x, w, lists, geometry, tiles, transposed, output_tile, depth_tile, outputs, scale=None, bias=None, relu=False
-):
-    from pallas_kernels.pattern_conv.mosaic.products import Plan, products
-    from pallas_kernels.pattern_conv.mosaic.ring import blocks_for
-    from pallas_kernels.pattern_conv.mosaic.strips import StripPlan, strips
+def _run(x, w, work, lists, scale=None, bias=None, relu=False):
+    from pallas_kernels.pattern_conv.mosaic.products import products
+    from pallas_kernels.pattern_conv.mosaic.strips import strips
 
-    batch = x.shape[geometry.batch_axis]
-    strip = isinstance(tiles, StripTiles)
-    if strip and (geometry.strides != (1, 1) or tiles.window != geometry.window[1]):
-        raise ValueError(f"strips of a window {tiles.window} wide at stride 1 do not fit {geometry}")
-    # A strip reads columns outside as a pixel past the end, which a single pixel has none of (see `mosaic.ring`).
-    if strip and (1, 1) in (geometry.image, geometry.output):
-        raise ValueError(f"strips want images of more than one pixel, got {geometry}")
-    # A tile over a list's end would take another list's weights. Images past the batch are read as zeros only where the
-    # batch is longer than a tile: the copy's box is no larger than the array.
-    if output_tile % tiles.outputs or depth_tile % tiles.depth or tiles.images > batch:
-        raise ValueError(
-            f"tiles of {tiles.images} images, {tiles.outputs} outputs, {tiles.depth} deep do not fit {batch} images "
-            f"and lists for {output_tile} outputs with {depth_tile} channels an entry"
-        )
-    make, run = (StripPlan, strips) if strip else (Plan, products)
-    plan = make(geometry, tiles, transposed, output_tile, depth_tile, batch, outputs, 1)
-    plan = dataclasses.replace(plan, blocks=blocks_for(x, plan.items, tiles.warpgroups))
-    return run(x, w, *lists, plan, scale, bias, relu)
+    run = strips if isinstance(work.plan.tiles, StripTiles) else products
+    return run(x, w, *lists, work, scale, bias, relu)
 
 
 def _supported(x: jax.Array, structure: Structure, geometry: Geometry) -> int:

@@ -22,7 +22,7 @@ _MOST_TAPS = 62
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["pattern_ids", "pieces", "pairs", "pair_counts", "pairs_by_channel", "pair_counts_by_channel"],
+    data_fields=["pattern_ids", "pieces", "pairs", "pair_counts", "pairs_by_channel", "pair_counts_by_channel", "work"],
     meta_fields=["shape", "tile", "patterns"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Structure:
         pair_counts: int32 (T,): how many are to be read.
         pairs_by_channel: int32 (B, room): for each channel block its retained (tile, tap) as tile * kh * kw + tap.
         pair_counts_by_channel: int32 (B,).
+        work: worklists of a GPU's launches for batches of one shape, of `launches.for_batch`; empty until then.
     """
 
     shape: tuple[int, int, int, int]
@@ -54,6 +55,7 @@ class Structure:
     pair_counts: jax.Array | np.ndarray
     pairs_by_channel: jax.Array | np.ndarray
     pair_counts_by_channel: jax.Array | np.ndarray
+    work: tuple = ()
 
     @property
     def grid(self) -> tuple[int, int]:

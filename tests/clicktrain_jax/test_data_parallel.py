@@ -22,9 +22,10 @@ CONTRACT = ["-m", "pytest", "-q", "-k", "devices", str(HERE / "test_transform_co
     [
         (script("two_devices"), 2, "two devices agree"),
         (script("meshes"), 4, "all meshes agree"),
+        (script("reductions"), 4, "what is retained travels"),
         (CONTRACT, 4, "54 passed"),
     ],
-    ids=["two devices", "meshes", "contract"],
+    ids=["two devices", "meshes", "reductions", "contract"],
 )
 def test_devices(arguments, devices, says):
     # The number of CPU devices is fixed when jax starts: a process of its own.

@@ -131,6 +131,25 @@ def test_phase_updates_are_the_transformation_bit_for_bit(toy):
             assert_equal(other_state, state)
 
 
+def test_one_update_under_masks_is_each_phases_own(toy):
+    """`PhaseUpdates.masked`, told when to prune: operation by operation what the three phases' updates do."""
+    inner, tree = INNERS["momentum"], {"Conv_1": toy.params()["Conv_1"]}
+    plan = ct.make_plan(tree, {"Conv_1/kernel": 0.55})
+    updates_of = ct.phase_updates(inner, plan, coeff=toy.SCHEDULE["coeff"])
+    with jax.disable_jit():
+        state = updates_of.init(tree)
+        for step, (other_tree, other_state) in enumerate(run_by_phase(toy, inner, tree, plan, lambda update: update)):
+            grads = jax.grad(toy.loss)(tree, jnp.float32(step))
+            if step <= toy.SELECT:
+                update = updates_of.dense if step < toy.SELECT else updates_of.select
+                updates, state = update(grads, state, tree)
+            else:
+                updates, state = updates_of.masked(grads, state, tree, step == toy.PRUNE)
+            tree = optax.apply_updates(tree, updates)
+            assert_equal(other_tree, tree)
+            assert_equal(other_state, state)
+
+
 def test_updates_by_phase_hold_no_conditional_and_the_transformation_one(toy):
     tree, plan = toy.params(), toy.plan()
 

@@ -22,6 +22,6 @@ def tiny_dataset():
 @pytest.fixture(scope="session")
 def tiny_trainer(tiny_dataset):
     """Its programs are compiled once for the whole session."""
-    from experiments.step import Trainer
+    from experiments.train.step import Trainer
 
     return Trainer(_TINY.CONFIG, tiny_dataset)

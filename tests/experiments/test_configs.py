@@ -12,9 +12,11 @@ import tiny
 import clicktrain_jax as ct
 from clicktrain_jax import models
 from experiments import configs
-from experiments.configs import PruneConfig, from_dict, to_dict
-from experiments.forks import dense_of
-from experiments.recipe import learning_rate, prune_rules
+from experiments.configs import PruneConfig, compare, from_dict, to_dict
+from experiments.configs.methods import KINDS
+from experiments.records import differences, identity, kept
+from experiments.train.forks import dense_of
+from experiments.train.recipe import learning_rate, prune_rules
 
 ALL = configs.all_configs()
 PUBLISHED = Path(
@@ -52,8 +54,8 @@ def test_names_carry_the_compression_over_all_convolutions(config):
 
 def test_names_are_unique_and_every_pruned_config_has_its_dense_one():
     families = (
-        configs.demo, configs.slim, configs.published, configs.own, configs.price, configs.ablation, configs.deployed,
-        configs.compare,
+        configs.demo, configs.slim, configs.published, configs.own, configs.modern, configs.price, configs.ablation,
+        configs.deployed, configs.compare,
     )
     families = [config for family in families for config in family.configs()]
     assert len(ALL) == len(families)
@@ -102,6 +104,36 @@ def test_every_published_recipe_is_here():
 @pytest.mark.parametrize("config", ALL.values(), ids=lambda config: config.name)
 def test_configs_survive_json(config):
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+OLD = Path(configs.__file__).parents[1] / "results"
+
+
+def test_records_from_before_there_was_one_field_for_the_method_are_read():
+    """Each says of its method what the cell of its name says today."""
+    cells, kinds = {cell.config.name: cell.config for cell in compare.study("digits").cells}, set()
+    for record in kept(OLD / "compare-digits" / "runs.jsonl"):
+        stored = record["config"]
+        assert "method" not in stored and "sparse" in stored
+        config = from_dict(stored)
+        assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+        assert identity(stored) == identity(to_dict(config))
+        ours = cells[config.name]
+        if config.admm is not None:  # its penalty was tuned
+            tuned = dataclasses.replace(ours.admm, rho=config.admm.rho)
+            ours = dataclasses.replace(ours, method=dataclasses.replace(ours.method, admm=tuned))
+        assert config.method == ours.method, config.name
+        assert not [field for field, _, _ in differences(stored, ours) if field.startswith("method")]
+        kinds.add(config.method and config.method.kind)
+    assert kinds == {None, *KINDS}
+
+
+def test_two_methods_in_an_old_record_are_refused():
+    stored = {"prune": {"fractions": [0.5]}, "channels": {}}
+    with pytest.raises(ValueError, match="prune and channels are methods of their own"):
+        from_dict(stored)
+    with pytest.raises(ValueError, match="method.kind='what': expected one of"):
+        from_dict({"name": "a", "net": "small", "epochs": 1, "method": {"kind": "what"}})
 
 
 def test_step_schedule_drops_at_its_milestones():

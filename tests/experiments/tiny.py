@@ -16,7 +16,7 @@ CONFIG = TrainConfig(
     crop_padding=1,
     flip=False,
     mixup_epoch=4,
-    prune=PruneConfig(fractions=(0.5,), coeff=1e-3, select_epoch=1, prune_epoch=3),
+    method=PruneConfig(fractions=(0.5,), coeff=1e-3, select_epoch=1, prune_epoch=3),
     loop=LoopConfig(progress=False),
 )
 

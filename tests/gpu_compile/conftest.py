@@ -30,6 +30,12 @@ def matmul():
     return _load("matmul")
 
 
+@pytest.fixture(scope="session")
+def epochs():
+    """`epochs.py`: the training loop's programs."""
+    return _load("epochs")
+
+
 def pytest_collection_modifyitems(items):
     mine = [item for item in items if HERE in item.path.parents]
     reason = _load("toolchain").why_not() if mine else None

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from pallas_kernels.pattern_conv import cases, config, mosaic_gpu
+from pallas_kernels.pattern_conv import cases, config, launches, mosaic_gpu
 from pallas_kernels.pattern_conv.cases import BLOCK, Case
 
 
@@ -52,8 +52,9 @@ every_case = pytest.mark.parametrize("case", (*cases.COMPILED, *ODD), ids=str)
 def check(program, h200):
     assert program.kernels
     for kernel in program.kernels:
-        assert kernel.tensor_core > 0, f"{kernel.name} does not use the tensor cores"
-        assert kernel.tma_loads > 0 and kernel.count("UTMASTG") > 0, f"{kernel.name} does not copy by TMA"
+        # The second kernel of the weight gradient only adds.
+        assert kernel.tensor_core > 0 or "added" in kernel.name, f"{kernel.name} does not use the tensor cores"
+        assert kernel.tma_loads > 0 and kernel.count("UTMASTG", "UBLKCP") > 0, f"{kernel.name} does not copy by TMA"
         spilled = (kernel.spill_store_bytes, kernel.spill_load_bytes, kernel.local_memory)
         assert spilled == (0, 0, 0), f"{kernel.name} spills: {spilled}"
     assert 0 < program.shared_bytes <= h200.SHARED_BYTES_LIMIT
@@ -62,9 +63,14 @@ def check(program, h200):
 
 
 def arguments(case, h200):
-    """(x, w, dy, structure) as shapes, the structure's arrays among them: new masks need no new code."""
+    """(x, w, dy, structure) as shapes, the structure's arrays among them: new masks need no new code.
+
+    Layers of real nets have worklists of the host, with the tiles that it chose; of the odd ones the program's.
+    """
     x, w, dy = (h200.shape(*shape, dtype=case.dtype) for shape in (case.x_shape, case.w_shape, case.y_shape))
     structure = cases.structure_of(case, np.random.default_rng(0))
+    if case not in ODD:
+        structure = launches.for_batch(structure, case.geometry(), case.batch)
     structure = jax.tree.map(lambda leaf: h200.shape(*leaf.shape, dtype=leaf.dtype), structure)
     reason = mosaic_gpu.why_not(structure, case.geometry(), x.dtype, case.batch)
     assert reason is None, reason

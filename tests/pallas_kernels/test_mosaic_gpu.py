@@ -97,13 +97,12 @@ TILES = {
     "images are the rows": dict(
         forward=config.ProductTiles(64, 32, 16, stages=2, warpgroups=1, outputs_first=False),
         input=config.ProductTiles(64, 16, 64, stages=3, outputs_first=False),
-        weight=config.WeightTiles(16, 16, 64, entries=3, splits=5, stages=3, warpgroups=1, filters_first=True),
+        weight=config.WeightTiles(16, 16, 64, entries=3, least=5, stages=3, warpgroups=1, filters_first=True),
     ),
     "outputs are the rows": dict(
         forward=config.ProductTiles(8, 64, 32, stages=4, warpgroups=2),
         input=config.ProductTiles(40, 64, 16, stages=2, warpgroups=1),
-        # More splits than there are steps: none may be left empty.
-        weight=config.WeightTiles(32, 64, 16, entries=1, splits=100, stages=2),
+        weight=config.WeightTiles(32, 64, 16, entries=2, least=1, stages=3),
     ),
 }
 
@@ -274,7 +273,7 @@ def test_the_cpu_and_an_old_jax_are_said():
         (lambda: config.ProductTiles(128, 128, stages=6), "bytes of shared memory"),
         (lambda: config.WeightTiles(24, 64, 64), "16, 32 or a multiple of 64 up to 256, got 24"),
         (lambda: config.WeightTiles(64, 32, 32), "channels are the rows"),
-        (lambda: config.WeightTiles(64, 64, 64, splits=0), "splits are at least 1, got 0"),
+        (lambda: config.WeightTiles(64, 64, 64, least=0), "least is at least 1, got 0"),
         (lambda: config.StripTiles(4, 128), r"pixels \* images are a multiple of 8, at most 256, got 512"),
         (lambda: config.StripTiles(8, 32, x_stages=3), "bytes of shared memory"),
         (lambda: config.product_tiles(64, (4, 4), 24, 24, 64), "no tiles for 64 images, 24 outputs"),

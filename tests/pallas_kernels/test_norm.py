@@ -169,6 +169,29 @@ def test_the_first_of_equal_pixels_takes_the_gradient(backend):
     assert slope[0] > slope[1] and slope[1] == slope[3]
 
 
+@pytest.mark.parametrize("what", WHAT)
+def test_with_the_batch_inside_it_is_the_same(what):
+    has_added, relu, pool = map(bool, what)
+    (x, scale, bias, added), (dy, dmean, dvar) = drawn((3, 4, 6, 5), "float32", has_added, pool)
+
+    def run(layout, order):
+        turned = [None if maps is None else np.transpose(maps, order) for maps in (x, added, dy)]
+
+        def function(x, scale, bias, added):
+            return pk.batch_norm(
+                x, scale, bias, added=added, relu=relu, pool=pool, layout=layout, backend="xla"
+            )
+
+        results = differentiated(function, (turned[0], scale, bias, turned[1]), (turned[2], dmean, dvar))
+        return [result if result is None or result.ndim < 4 else np.transpose(result, np.argsort(order))
+                for result in results]
+
+    for one, two in zip(run("HWNC", (1, 2, 0, 3)), run("NHWC", (0, 1, 2, 3))):
+        assert (one is None) == (two is None)
+        if one is not None:
+            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
+
+
 def test_only_the_first_derivative_in_reverse_mode():
     (x, scale, bias, _), _ = drawn((2, 4, 4, 8), "float32", False, False)
     with pytest.raises(TypeError, match="forward-mode"):
@@ -195,6 +218,9 @@ def test_mapped():
         ({"added": np.zeros((2, 4, 4, 7), np.float32)}, "added must be float32 .2, 4, 4, 8."),
         ({"added": np.zeros((2, 4, 4, 8), np.float32), "pool": True}, "do not go together"),
         ({"x": np.zeros((2, 3, 4, 8), np.float32), "pool": True}, "even height and width, got 3x4"),
+        ({"layout": "NCHW"}, "layout must be 'NHWC' or 'HWNC', got 'NCHW'"),
+        ({"layout": "HWNC", "x": np.zeros((2, 3, 4, 8), np.float32), "pool": True}, "even height and width, got 2x3"),
+        ({"layout": "HWNC", "backend": "cpu"}, "takes the layout NHWC, got HWNC"),
         ({"backend": "gpu"}, "backend must be 'xla', 'cpu' or None, got 'gpu'"),
         ({"x": np.zeros((2, 4, 4, 8), np.float16), "backend": "cpu"}, "takes float32 or bfloat16, got float16"),
     ],

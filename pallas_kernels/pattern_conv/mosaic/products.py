@@ -5,9 +5,9 @@ retained. It is the sum, over the list, of dense products on the tensor cores: t
 tap points to, by the weights of that tap. A tap that points outside the image is passed over, so padding costs
 nothing.
 
-A block of threads stays on its multiprocessor and takes output tiles in turn. One warpgroup copies operands into
-rings of slots in shared memory; each of the others works off a ring of its own, tile after tile: while one writes
-its tile out, the next one's products run.
+A block of threads stays on its multiprocessor and takes the output tiles of its worklist (see `schedule`). One
+warpgroup copies operands into rings of slots in shared memory; each of the others works off a ring of its own, tile
+after tile: while one writes its tile out, the next one's products run.
 """
 
 import dataclasses
@@ -16,12 +16,14 @@ import functools
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.pattern_conv.config import ProductTiles
 from pallas_kernels.pattern_conv.geometry import Geometry
 from pallas_kernels.pattern_conv.mosaic.ring import COPY_REGISTERS, compute_registers, digits, swizzle_of, swizzled
+from pallas_kernels.pattern_conv.schedule import Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,11 @@ class Plan:
         """Steps of one entry."""
         return self.depth_tile // self.tiles.depth
 
+    def serves(self, geometry: Geometry, batch: int, transposed: bool) -> bool:
+        """Whether this is a launch for such a convolution; its precision is none of the tensor cores' business."""
+        asked = dataclasses.replace(geometry, precision=None), batch, transposed
+        return (self.geometry, self.batch, self.transposed) == asked
+
     def place(self, item: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """(image block, row, column, channel tile) of an output tile."""
         return digits(item, self.grid)
@@ -89,6 +96,21 @@ class Plan:
         there = place * stride + tap - begin
         return there, (there >= 0) & (there < self.source_size[axis])
 
+    @property
+    def inside(self) -> np.ndarray:
+        """bool (rows * columns of the grid, kh * kw): whether a tap points inside the image there."""
+        rows, columns = (self.geometry.reached(axis, self.transposed) for axis in (0, 1))
+        return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(-1, rows.shape[1] * columns.shape[1])
+
+    def read_by_entries(self, pairs):
+        """int32 (lists, room): the numbers that each entry of a list reads for one output tile."""
+        return pairs * 0 + (self.tiles.images + self.tiles.outputs) * self.depth_tile
+
+    @property
+    def written(self) -> int:
+        """The numbers that are written of one output tile."""
+        return self.tiles.images * self.tiles.outputs
+
     def inner(self, axis: int, place: jax.Array) -> jax.Array | bool:
         """Whether all taps point inside along one axis; False where that is not known at once."""
         stride, begin = self.geometry.strides[axis], self.geometry.padding[axis][0]
@@ -100,7 +122,7 @@ class Plan:
 
 
 def products(
-    x: jax.Array, w: jax.Array, pairs: jax.Array, counts: jax.Array, plan: Plan, scale=None, bias=None, relu=False
+    x: jax.Array, w: jax.Array, pairs: jax.Array, counts: jax.Array, work: Work, scale=None, bias=None, relu=False
 ) -> jax.Array:
     """Sum what is retained.
 
@@ -109,7 +131,7 @@ def products(
         w: (kh, kw, cin, cout) of x's dtype.
         pairs: int32 (lists, room) of block * kh * kw + tap.
         counts: int32 (lists,).
-        plan: the static facts.
+        work: the worklist, with the plan.
         scale: float32 (at least all lists' output channels,), multiplies the sums; None for 1.
         bias: likewise, is added after; None for 0.
         relu: whether negative results become 0.
@@ -117,7 +139,7 @@ def products(
     Returns:
         (rows, columns, batch, outputs) of x's dtype, summed in float32.
     """
-    tiles = plan.tiles
+    plan, tiles = work.plan, work.plan.tiles
     rings = tiles.warpgroups
     transforms = swizzled(swizzle_of(tiles.depth, tiles.outputs, *w.shape[2:]), x.dtype)
     w_slot = (tiles.outputs, tiles.depth) if plan.transposed else (tiles.depth, tiles.outputs)
@@ -131,11 +153,11 @@ def products(
     }
     vectors = [vector for vector in (scale, bias) if vector is not None]
 
-    def pattern_conv_products(pairs_ref, counts_ref, x_ref, w_ref, *refs, **allocated):
+    def pattern_conv_products(pairs_ref, counts_ref, order_ref, starts_ref, x_ref, w_ref, *refs, **allocated):
         vector_refs, y_ref = list(refs[:-1]), refs[-1]
         scale_ref = vector_refs.pop(0) if scale is not None else None
         bias_ref = vector_refs.pop(0) if bias is not None else None
-        lists = (pairs_ref, counts_ref)
+        lists = (pairs_ref, counts_ref, order_ref, starts_ref)
         warpgroup = lax.axis_index("warpgroup")
         lax.cond(
             warpgroup < rings,
@@ -153,16 +175,13 @@ def products(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    return kernel(pairs, counts, x, w, *vectors)
+    return kernel(pairs, counts, work.order, work.starts, x, w, *vectors)
 
 
-def _rounds(plan: Plan) -> int:
-    return -(-plan.items // (plan.blocks * plan.tiles.warpgroups))
-
-
-def _item(plan: Plan, turn: jax.Array, ring: jax.Array | int) -> jax.Array:
-    """The output tile of a ring in a turn; from ``plan.items`` on there is none."""
-    return (turn * plan.tiles.warpgroups + ring) * plan.blocks + lax.axis_index("block")
+def lane_of(plan: Plan, starts: jax.Array, ring: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """Where a ring's output tiles begin and end in the worklist."""
+    lane = lax.axis_index("block") * plan.tiles.warpgroups + ring
+    return starts[lane], starts[lane + 1]
 
 
 def _list_of(plan: Plan, channel_tile: jax.Array) -> jax.Array:
@@ -182,11 +201,15 @@ def _entry(plan: Plan, pairs: jax.Array, index: jax.Array, k: jax.Array, row: ja
 
 def _copy(plan: Plan, lists, x, w, *, x_slots, w_slots, out, full, empty) -> None:
     """The copying warpgroup: fills the rings in the order in which their slots come free."""
-    tiles, (pairs, counts) = plan.tiles, lists
+    tiles, (pairs, counts, order, starts) = plan.tiles, lists
     plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
 
-    def fill(ring: int, item: jax.Array, issued: jax.Array) -> jax.Array:
-        block, row, column, channel_tile = plan.place(item)
+    lanes = [lane_of(plan, starts, ring) for ring in range(tiles.warpgroups)]
+
+    def fill(ring: int, turn: jax.Array, issued: jax.Array) -> jax.Array:
+        begin, end = lanes[ring]
+        there = begin + turn < end
+        block, row, column, channel_tile = plan.place(order[jnp.where(there, begin + turn, 0)])
         index = _list_of(plan, channel_tile)
 
         def entry(k, issued):
@@ -214,13 +237,14 @@ def _copy(plan: Plan, lists, x, w, *, x_slots, w_slots, out, full, empty) -> Non
 
             return issued + jnp.where(inside, plan.steps, 0)
 
-        count = jnp.where(item < plan.items, counts[index], 0)
+        count = jnp.where(there, counts[index], 0)
         return lax.fori_loop(0, count, entry, issued)
 
     def turn(number, issued):
-        return tuple(fill(ring, _item(plan, number, ring), issued[ring]) for ring in range(tiles.warpgroups))
+        return tuple(fill(ring, number, issued[ring]) for ring in range(tiles.warpgroups))
 
-    issued = lax.fori_loop(0, _rounds(plan), turn, (jnp.int32(0),) * tiles.warpgroups)
+    turns = functools.reduce(jnp.maximum, (end - begin for begin, end in lanes))
+    issued = lax.fori_loop(0, turns, turn, (jnp.int32(0),) * tiles.warpgroups)
     # Every slot's release is waited for, so that no barrier is left half way.
     for ring in range(tiles.warpgroups):
 
@@ -231,7 +255,7 @@ def _copy(plan: Plan, lists, x, w, *, x_slots, w_slots, out, full, empty) -> Non
 
 def _compute(plan: Plan, lists, y, scale, bias, relu, *, x_slots, w_slots, out, full, empty) -> None:
     """A computing warpgroup: its ring's steps, one output tile after the other."""
-    tiles = plan.tiles
+    tiles, (pairs, counts, order, starts) = plan.tiles, lists
     ring = lax.axis_index("warpgroup")
     plgpu.set_max_registers(compute_registers(tiles.warpgroups), action="increase")
     shape = (tiles.outputs, tiles.images) if tiles.outputs_first else (tiles.images, tiles.outputs)
@@ -240,9 +264,8 @@ def _compute(plan: Plan, lists, y, scale, bias, relu, *, x_slots, w_slots, out, 
         return ring * tiles.stages + lax.rem(step, tiles.stages)
 
     def turn(number, used):
-        item = _item(plan, number, ring)
-        block, row, column, channel_tile = plan.place(item)
-        steps = jnp.where(item < plan.items, _steps(plan, lists, row, column, channel_tile), 0)
+        block, row, column, channel_tile = plan.place(order[number])
+        steps = _steps(plan, pairs, counts, row, column, channel_tile)
 
         def summed(sums):
             def step(number, _):
@@ -287,21 +310,17 @@ def _compute(plan: Plan, lists, y, scale, bias, relu, *, x_slots, w_slots, out, 
             else:
                 out[ring] = sums[images].astype(y.dtype)
             plgpu.commit_smem()
-
-            @pl.when(item < plan.items)
-            def _(begin=begin):
-                images = pl.ds(block * tiles.images + begin, tiles.stored)
-                plgpu.copy_smem_to_gmem(out.at[ring], y.at[row, column, images, channels])
+            images = pl.ds(block * tiles.images + begin, tiles.stored)
+            plgpu.copy_smem_to_gmem(out.at[ring], y.at[row, column, images, channels])
 
         return used + steps
 
-    lax.fori_loop(0, _rounds(plan), turn, jnp.int32(0))
+    lax.fori_loop(*lane_of(plan, starts, ring), turn, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 
-def _steps(plan: Plan, lists, row: jax.Array, column: jax.Array, channel_tile: jax.Array) -> jax.Array:
+def _steps(plan: Plan, pairs, counts, row: jax.Array, column: jax.Array, channel_tile: jax.Array) -> jax.Array:
     """How many steps the copying warpgroup issues for an output tile: entries that point inside."""
-    pairs, counts = lists
     index = _list_of(plan, channel_tile)
     inner = functools.reduce(jnp.logical_and, (plan.inner(0, row), plan.inner(1, column)))
 

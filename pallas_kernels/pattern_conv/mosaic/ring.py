@@ -11,20 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import compat
-
 # Registers of a thread that copies; the others share the rest of the multiprocessor's.
 COPY_REGISTERS = 40
 
 
-def compute_registers(warpgroups: int) -> int:
+def compute_registers(warpgroups: int, copying: int = COPY_REGISTERS) -> int:
     """Registers a computing thread may have, a multiple of 8: what the copying ones leave."""
-    return min(240, (512 - COPY_REGISTERS) // warpgroups // 8 * 8)
-
-
-def blocks_for(x: jax.Array, items: int, warpgroups: int) -> int:
-    """Thread blocks to launch: one a multiprocessor, fewer where there is less work."""
-    return max(1, min(compat.multiprocessors(x), -(-items // warpgroups)))
+    return min(240, (512 - copying) // warpgroups // 8 * 8)
 
 
 def swizzle_of(*lengths: int) -> int:

@@ -9,16 +9,19 @@ For the rest it is `products`: one warpgroup copies, the others each work off ri
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.pattern_conv.config import StripTiles
-from pallas_kernels.pattern_conv.mosaic.products import Plan
+from pallas_kernels.pattern_conv.mosaic.products import Plan, lane_of
 from pallas_kernels.pattern_conv.mosaic.ring import COPY_REGISTERS, compute_registers, digits, swizzle_of, swizzled
+from pallas_kernels.pattern_conv.schedule import Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,33 @@ class StripPlan(Plan):
         """Pixels of an input row that a strip may look at."""
         return self.tiles.pixels + self.geometry.window[1] - 1
 
+    @property
+    def inside(self) -> np.ndarray:
+        """bool (rows * strips, kh * kw): whether a tap is multiplied there; columns outside are, as zeros."""
+        rows = self.geometry.reached(0, self.transposed)
+        columns = np.ones((self.grid[2], self.geometry.window[1]), bool)
+        return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(-1, rows.shape[1] * columns.shape[1])
+
+    def read_by_entries(self, pairs):
+        """int32 (lists, room): the numbers that each entry of a list reads for one strip.
+
+        The first of a row of the window reads the strip, and each that follows the columns that it looks further;
+        those lie outside of the image where the strip is as long as a row.
+        """
+        tiles, kw, width = self.tiles, self.geometry.window[1], self.source_size[1]
+        further = pairs[:, 1:] - pairs[:, :-1]
+        follows = pairs[:, 1:] // kw == pairs[:, :-1] // kw
+        more = further if tiles.pixels < width else 0 * further
+        pixels = follows * more + ~follows * min(tiles.pixels, width)
+        first = pairs[:, :1] * 0 + min(tiles.pixels, width)
+        xp = np if isinstance(pairs, np.ndarray) else jnp
+        return (xp.concatenate([first, pixels], axis=1) * tiles.images + tiles.outputs) * self.depth_tile
+
+    @property
+    def written(self) -> int:
+        """The numbers that are written of one strip."""
+        return self.tiles.pixels * self.tiles.images * self.tiles.outputs
+
     def offset(self, axis: int, tap: jax.Array) -> jax.Array:
         """How far a tap looks from the first input row or column that any tap of the tile looks at."""
         return self.geometry.window[axis] - 1 - tap if self.transposed else tap
@@ -61,10 +91,10 @@ class StripPlan(Plan):
 
 
 def strips(
-    x: jax.Array, w: jax.Array, pairs: jax.Array, counts: jax.Array, plan: StripPlan, scale=None, bias=None, relu=False
+    x: jax.Array, w: jax.Array, pairs: jax.Array, counts: jax.Array, work: Work, scale=None, bias=None, relu=False
 ) -> jax.Array:
     """Sum what is retained; arguments and result as of `products.products`, strides 1."""
-    tiles = plan.tiles
+    plan, tiles = work.plan, work.plan.tiles
     rings = tiles.warpgroups
     transforms = swizzled(swizzle_of(tiles.depth, tiles.outputs, *w.shape[2:]), x.dtype)
     w_slot = (tiles.outputs, tiles.depth) if plan.transposed else (tiles.depth, tiles.outputs)
@@ -81,11 +111,11 @@ def strips(
     }
     vectors = [vector for vector in (scale, bias) if vector is not None]
 
-    def pattern_conv_strips(pairs_ref, counts_ref, x_ref, w_ref, *refs, **allocated):
+    def pattern_conv_strips(pairs_ref, counts_ref, order_ref, starts_ref, x_ref, w_ref, *refs, **allocated):
         vector_refs, y_ref = list(refs[:-1]), refs[-1]
         scale_ref = vector_refs.pop(0) if scale is not None else None
         bias_ref = vector_refs.pop(0) if bias is not None else None
-        lists = (pairs_ref, counts_ref)
+        lists = (pairs_ref, counts_ref, order_ref, starts_ref)
         lax.cond(
             lax.axis_index("warpgroup") < rings,
             lambda: _compute(plan, lists, y_ref, scale_ref, bias_ref, relu, **allocated),
@@ -102,16 +132,14 @@ def strips(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    return kernel(pairs, counts, x, w, *vectors)
+    return kernel(pairs, counts, work.order, work.starts, x, w, *vectors)
 
 
-def _place(plan: StripPlan, counts, turn: jax.Array, ring: jax.Array | int):
-    """Of a ring's tile in a turn: (item, image block, row, first column, channel tile, list, its entries)."""
-    item = (turn * plan.tiles.warpgroups + ring) * plan.blocks + lax.axis_index("block")
+def _place(plan: StripPlan, item: jax.Array):
+    """(image block, row, first column, channel tile, list) of an output tile."""
     block, row, strip, channel_tile = digits(item, plan.grid)
     index = lax.div(channel_tile, plan.output_tile // plan.tiles.outputs)
-    count = jnp.where(item < plan.items, counts[index], 0)
-    return item, block, row, strip * plan.tiles.pixels, channel_tile, index, count
+    return block, row, strip * plan.tiles.pixels, channel_tile, index
 
 
 def _unit(plan: StripPlan, pairs, index: jax.Array, count: jax.Array, k: jax.Array, row: jax.Array):
@@ -131,13 +159,9 @@ def _unit(plan: StripPlan, pairs, index: jax.Array, count: jax.Array, k: jax.Arr
     return code, there, jnp.where(inside, taps, 0)
 
 
-def _rounds(plan: StripPlan) -> int:
-    return -(-plan.items // (plan.blocks * plan.tiles.warpgroups))
-
-
 def _copy(plan: StripPlan, lists, x, w, *, x_slots, w_slots, out, x_full, x_empty, w_full, w_empty) -> None:
     """The copying warpgroup: fills the rings in the order in which their slots come free."""
-    tiles, (pairs, counts) = plan.tiles, lists
+    tiles, (pairs, counts, order, starts) = plan.tiles, lists
     kh, kw = plan.geometry.window
     height, width = plan.source_size
     plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
@@ -151,8 +175,13 @@ def _copy(plan: StripPlan, lists, x, w, *, x_slots, w_slots, out, x_full, x_empt
 
         return slot
 
+    lanes = [lane_of(plan, starts, ring) for ring in range(tiles.warpgroups)]
+
     def fill(ring: int, turn: jax.Array, issued):
-        _, block, row, column, channel_tile, index, count = _place(plan, counts, turn, ring)
+        begin, end = lanes[ring]
+        there = begin + turn < end
+        block, row, column, channel_tile, index = _place(plan, order[jnp.where(there, begin + turn, 0)])
+        count = jnp.where(there, counts[index], 0)
         images = pl.ds(block * tiles.images, tiles.images)
         kept = pl.ds(channel_tile * tiles.outputs, tiles.outputs)
 
@@ -170,7 +199,10 @@ def _copy(plan: StripPlan, lists, x, w, *, x_slots, w_slots, out, x_full, x_empt
                 for part in range(plan.parts):
                     summed = pl.ds(source * plan.depth_tile + part * tiles.depth, tiles.depth)
                     slot = slot_of(ring, x_issued + part, tiles.x_stages, x_empty)
-                    for pixel in range(plan.read):
+
+                    # In a loop of its own: unrolled, the places of all pixels would not fit a copying thread.
+                    @pl.loop(0, plan.read)
+                    def _(pixel, slot=slot, summed=summed):
                         here = plan.first(1, column) + pixel
                         read = (here >= 0) & (here < width) & (pixel >= least) & (pixel < most)
                         read_row, read_column = jnp.where(read, there, height), jnp.where(read, here, width)
@@ -194,7 +226,8 @@ def _copy(plan: StripPlan, lists, x, w, *, x_slots, w_slots, out, x_full, x_empt
     def turn(number, issued):
         return tuple(fill(ring, number, issued[ring]) for ring in range(tiles.warpgroups))
 
-    issued = lax.fori_loop(0, _rounds(plan), turn, ((jnp.int32(0), jnp.int32(0)),) * tiles.warpgroups)
+    turns = functools.reduce(jnp.maximum, (end - begin for begin, end in lanes))
+    issued = lax.fori_loop(0, turns, turn, ((jnp.int32(0), jnp.int32(0)),) * tiles.warpgroups)
     # Every slot's release is waited for, so that no barrier is left half way.
     for ring, rings_issued in enumerate(issued):
         for total, stages, empty in zip(rings_issued, (tiles.x_stages, tiles.w_stages), (x_empty, w_empty)):
@@ -208,7 +241,7 @@ def _compute(
     plan: StripPlan, lists, y, scale, bias, relu, *, x_slots, w_slots, out, x_full, x_empty, w_full, w_empty
 ) -> None:
     """A computing warpgroup: its rings' steps, one output tile after the other."""
-    tiles, (pairs, counts) = plan.tiles, lists
+    tiles, (pairs, counts, order, starts) = plan.tiles, lists
     kw = plan.geometry.window[1]
     ring = lax.axis_index("warpgroup")
     plgpu.set_max_registers(compute_registers(tiles.warpgroups), action="increase")
@@ -221,7 +254,8 @@ def _compute(
         return ring * tiles.w_stages + lax.rem(step, tiles.w_stages)
 
     def turn(number, used):
-        item, block, row, column, channel_tile, index, count = _place(plan, counts, number, ring)
+        block, row, column, channel_tile, index = _place(plan, order[number])
+        count = counts[index]
         x_begin, w_begin = used
 
         def summed(sums):
@@ -280,25 +314,22 @@ def _compute(
         # short, since what is then not copied would be counted.
         short = plan.size[1] % tiles.pixels != 0
         pending = 0 if short else 1
+        for pixel in range(tiles.pixels):
+            slot = 2 * ring + pixel % 2
+            plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
+            begin = pixel * tiles.images
+            out.at[slot].transpose((1, 0))[...] = sums[:, begin : begin + tiles.images].astype(y.dtype)
+            plgpu.commit_smem()
 
-        @pl.when(item < plan.items)
-        def _():
-            for pixel in range(tiles.pixels):
-                slot = 2 * ring + pixel % 2
-                plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
-                begin = pixel * tiles.images
-                out.at[slot].transpose((1, 0))[...] = sums[:, begin : begin + tiles.images].astype(y.dtype)
-                plgpu.commit_smem()
+            @pl.when(jnp.logical_or(not short, column + pixel < plan.size[1]))
+            def _(pixel=pixel, slot=slot):
+                plgpu.copy_smem_to_gmem(out.at[slot], y.at[row, column + pixel, images, channels])
 
-                @pl.when(jnp.logical_or(not short, column + pixel < plan.size[1]))
-                def _(pixel=pixel, slot=slot):
-                    plgpu.copy_smem_to_gmem(out.at[slot], y.at[row, column + pixel, images, channels])
-
-            if tiles.pixels % 2:
-                # The next tile begins with the buffer that this one ended with.
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if tiles.pixels % 2:
+            # The next tile begins with the buffer that this one ended with.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         return x_end, w_end
 
-    lax.fori_loop(0, _rounds(plan), turn, (jnp.int32(0), jnp.int32(0)))
+    lax.fori_loop(*lane_of(plan, starts, ring), turn, (jnp.int32(0), jnp.int32(0)))
     plgpu.wait_smem_to_gmem(0)

@@ -1,5 +1,6 @@
 """An export gives what the masked net gave: loaded by name, by a user's own code, or from StableHLO alone."""
 
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -75,6 +76,24 @@ def images(count, dtype=np.uint8, seed=0):
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CLICKTRAIN_CACHE", str(tmp_path / "cache"))
+
+
+def test_each_file_is_written_once_and_none_is_read(case, tmp_path, monkeypatch):
+    written, write = [], pathlib.Path.write_bytes
+
+    def counted(path, data):
+        written.append(path.name)
+        return write(path, data)
+
+    def refused(path):
+        raise AssertionError(f"{path} is read")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "read_bytes", refused)
+        manifest = case.export(tmp_path / "net", dtype="int8", stablehlo=False)
+    assert sorted(written) == ["manifest.json", "weights.safetensors"]
+    assert ct.load(tmp_path / "net").manifest == manifest
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
@@ -260,9 +279,9 @@ def test_a_dense_net_can_be_exported_too(case, tmp_path):
 
 
 def test_masks_of_an_export_are_the_runs(case, path):
-    from clicktrain_jax import compact
+    from clicktrain_jax.deploy import storage
 
-    stored = compact.read(path, like=case.variables)
+    stored = storage.read(path, like=case.variables)
     jax.tree.map(np.testing.assert_array_equal, combine(stored.masks), combine(case.masks))
     jax.tree.map(np.testing.assert_array_equal, stored.variables, case.variables)
 

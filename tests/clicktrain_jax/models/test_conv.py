@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clicktrain_jax.models import PatchConv
+from clicktrain_jax.models import PatchConv, gpu_convolution, xla_convolution
 
 
 @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1), (7, 7)])
@@ -38,3 +38,24 @@ def test_bfloat16_and_no_bias():
     assert conv.apply(variables, x).dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="no bias"):
         PatchConv(3, (1, 1), use_bias=True).init(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "strides", "is_product"),
+    [((2, 2), (3, 3), (1, 1), True), ((1, 2), (3, 3), (1, 1), True), ((3, 3), (5, 5), (1, 1), True),
+     ((4, 4), (3, 3), (1, 1), False), ((2, 2), (3, 3), (2, 2), False)],
+)
+def test_the_weights_gradient_is_a_product_where_a_kernel_reaches_every_pixel(size, kernel, strides, is_product):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((5, *size, 6)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((*kernel, 6, 7)), jnp.float32)
+    how = {"strides": strides, "padding": [(side // 2, side // 2) for side in kernel], "layout": "NHWC"}
+
+    def both(convolve):
+        y, pull = jax.vjp(lambda x, w: convolve(x, w, **how), x, w)
+        return y, *pull(jnp.cos(y))
+
+    for one, two in zip(both(gpu_convolution), both(xla_convolution)):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
+    slope = jax.grad(lambda x, w: gpu_convolution(x, w, **how).sum(), 1)
+    assert ("stablehlo.dot_general" in jax.jit(slope).lower(x, w).as_text()) == is_product

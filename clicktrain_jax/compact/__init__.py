@@ -1,7 +1,0 @@
-"""Compact storage: a masked tree and its masks in a folder of few bytes, each of them checked."""
-
-from clicktrain_jax.compact.containers import masks_from_zeros
-from clicktrain_jax.compact.sizes import Bytes, Sizes, sizes
-from clicktrain_jax.compact.storage import Stored, read, read_file, read_manifest, write
-
-__all__ = ["Bytes", "Sizes", "Stored", "masks_from_zeros", "read", "read_file", "read_manifest", "sizes", "write"]

@@ -1,1 +1,0 @@
-"""Exported runs: made, timed beside other engines, and shown on a page."""

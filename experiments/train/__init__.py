@@ -1,0 +1,1 @@
+"""The training loop: the host side, the device side, and what a run is made of."""

@@ -1,0 +1,296 @@
+"""The host side of a run: epochs, evaluation, records, checkpoints, resuming and stopping."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import clicktrain_jax as ct
+from clicktrain_jax import models
+from experiments.configs.base import TrainConfig, to_dict
+from experiments.data import Dataset, load
+from experiments.records import RunFolder, differences, read_metrics
+from experiments.train.checkpoints import Checkpoints, digest
+from experiments.train.costs import multiply_adds
+from experiments.train.programs import keep_on_disk
+from experiments.train.progress import Hook, ask, telling
+from experiments.train.signals import Interrupted, heeded
+from experiments.train.state import NonFinite, TrainState
+from experiments.train.step import Trainer
+
+__all__ = ["Interrupted", "NonFiniteLoss", "summarise", "template", "train"]
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss, a weight or a score became NaN or infinite; the last good checkpoint is kept."""
+
+
+def train(
+    config: TrainConfig,
+    workdir: Path,
+    *,
+    dataset: Dataset | None = None,
+    trainer: Trainer | None = None,
+    on_epoch: Hook | None = None,
+) -> dict[str, Any]:
+    """Train one run to its end, from wherever its folder stands.
+
+    Args:
+        config: the run.
+        workdir: its folder. One of the same config is resumed from its last saved epoch; a finished one is
+            returned as it is.
+        dataset: what `experiments.data.load` returns for the config; loaded when None.
+        trainer: compiled programs to share between seeds, of the same config but for the seed; made when None.
+        on_epoch: called after every epoch with its line of metrics.jsonl (``epoch`` from 0, ``phases``, ``train_loss``,
+            ``train_top1``, ``sparsity``, ``learning_rate``, seconds, and ``eval_loss``, ``eval_top1`` where it was
+            evaluated) and ``layers``, the share of zeros by convolution. Returning True stops the run, and so does an
+            exception, which is raised again; the epoch is saved first, and the same call goes on after it.
+
+    Returns:
+        The summary, as in summary.json; of a run that its hook stopped, the same of the epochs so far, which is not
+        written, with ``stopped_after_epochs``.
+
+    Raises:
+        ValueError: bad config, missing data, a folder of another run, a trainer of another config, checkpoints
+            none of which can be read.
+        Interrupted: SIGINT or SIGTERM came.
+        NonFiniteLoss: training diverged.
+        Exception: whatever ``on_epoch`` raises.
+    """
+    if trainer is not None and any(field != "seed" for field, _, _ in differences(to_dict(trainer.config), config)):
+        raise ValueError(f"the trainer was made for another config, {trainer.config.name!r}: make one for this run")
+    if dataset is None:
+        dataset = trainer.dataset if trainer is not None else load(config.data)
+    folder = RunFolder(workdir)
+    if folder.check(config, dataset.fingerprint):
+        finished = folder.summary()
+        if finished is not None:
+            return finished
+    if jax.default_backend() != "cpu":
+        keep_on_disk()
+    # Whatever is wrong with the config shows here, before anything is written.
+    trainer = trainer or Trainer(config, dataset)
+    compiled_before = trainer.compile_seconds
+    state = trainer.init(config.seed)
+    compiled_for_init = trainer.compile_seconds - compiled_before
+    folder.open(config, dataset.fingerprint)
+    with contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(folder.checkpoints, config.loop.keep_checkpoints)
+        stack.callback(checkpoints.close)
+        saved = 0
+        restored = checkpoints.restore_newest(template(trainer, folder, state))
+        if restored is not None:
+            saved, state = restored
+        lines = folder.keep_epochs(saved)
+        # A resumed run goes on in the way that it began, whatever would be measured now.
+        before = _pruned_convolution(lines)
+        trainer.pruned.begin(None if before is None else before["way"])
+        progress = stack.enter_context(telling(config, trainer, saved, folder.path))
+        stop = stack.enter_context(heeded())
+
+        def on_step(count: int) -> None:
+            progress.step(count)
+            # After an epoch's last update the epoch is finished and saved first.
+            if count < trainer.steps_per_epoch:
+                stop.check(saved)
+
+        for epoch in range(saved, config.total_epochs):
+            progress.begin(epoch)
+            try:
+                state, line = _epoch(trainer, state, epoch, config, on_step)
+            except NonFinite as error:
+                raise NonFiniteLoss(
+                    f"{config.name}: {error} in epoch {epoch}. The newest checkpoint, of {saved} whole epochs, is kept "
+                    f"in {folder.checkpoints}. Lower learning_rate, or look at the data"
+                ) from error
+            if epoch == 0:
+                line["compile_seconds"] += compiled_for_init
+            facts, layers = progress.facts(epoch, state)
+            line |= facts
+            folder.append_metrics(line)
+            lines.append(line)
+            progress.end(line, layers)
+            asked = ask(on_epoch, line | {"layers": layers})
+            if asked or stop.signal_number is not None or _due(epoch, config.loop.checkpoint_every_epochs, config):
+                checkpoints.save(epoch + 1, state)
+                saved = epoch + 1
+            if isinstance(asked, Exception):
+                raise asked
+            if epoch + 1 < config.total_epochs:
+                stop.check(saved)
+                if asked:
+                    if not any("eval_top1" in one for one in lines):
+                        line["eval_loss"], line["eval_top1"] = trainer.evaluate(state)
+                    return summarise(trainer, config, state, lines) | {"stopped_after_epochs": saved}
+        summary = summarise(trainer, config, state, lines)
+        folder.write_summary(summary)
+        # One that came during the last epoch: the run is complete, but whoever sent it wants no further one.
+        stop.check(saved)
+    return summary
+
+
+def template(trainer: Trainer, folder: RunFolder, fresh: TrainState) -> Any:
+    """What `experiments.train.checkpoints.Checkpoints.restore_newest` wants for a run.
+
+    Args:
+        trainer: of the run.
+        folder: where its epochs' lines tell how a net became smaller.
+        fresh: what `Trainer.init` returns.
+    """
+    channels = trainer.channels
+    if channels is None:
+        return fresh
+    facts = {line["epoch"]: line["channels"] for line in read_metrics(folder.path) if "channels" in line}
+
+    def shaped(epochs_done: int) -> TrainState:
+        past = [epoch for epoch in facts if epoch < epochs_done]
+        return channels.template(fresh, facts[max(past)]) if past else fresh
+
+    return shaped
+
+
+def _due(epoch: int, every: int, config: TrainConfig) -> bool:
+    return (epoch + 1) % every == 0 or epoch + 1 == config.total_epochs
+
+
+def _epoch(
+    trainer: Trainer, state: TrainState, epoch: int, config: TrainConfig, on_step: Callable[[int], None]
+) -> tuple[TrainState, dict[str, Any]]:
+    compiled_before, start, cpu_start = trainer.compile_seconds, time.perf_counter(), time.process_time()
+    state, reconfigured = trainer.between_epochs(state, epoch)
+    state, metrics = trainer.run_epoch(state, epoch, config.seed, on_step)
+    state = trainer.settled(state, epoch)
+    compiled = trainer.compile_seconds - compiled_before
+    line: dict[str, Any] = {
+        "epoch": epoch,
+        "phases": list(dict.fromkeys(phase.name.lower() for phase, *_ in trainer.ran)),
+        "train_loss": float(metrics[:, 0].mean()),
+        "train_top1": float(metrics[:, 1].mean()),
+        "train_seconds": time.perf_counter() - start - compiled,
+        # All threads', compiling among it.
+        "cpu_seconds": time.process_time() - cpu_start,
+    }
+    line["training_multiply_adds"] = multiply_adds(trainer, state)
+    if "select" in line["phases"]:
+        line["selection"] = _selection(state)
+    if reconfigured is not None:
+        line["channels"] = reconfigured
+    if trainer.pruned.choice is not None and "pruned" in line["phases"]:
+        line["convolution"] = trainer.pruned.choice.record()
+    if not np.isfinite(metrics[:, 0]).all():
+        raise NonFinite(f"the loss of update {np.flatnonzero(~np.isfinite(metrics[:, 0]))[0]} is not finite")
+    # The last update may be the one that diverged: its loss was taken before it.
+    if not _all_finite(state.params, state.batch_stats):
+        raise NonFinite("a weight is not finite after the last update")
+    if _due(epoch, config.loop.eval_every_epochs, config):
+        compiled_before, start = trainer.compile_seconds, time.perf_counter()
+        line["eval_loss"], line["eval_top1"] = trainer.evaluate(state)
+        eval_compiled = trainer.compile_seconds - compiled_before
+        if not math.isfinite(line["eval_loss"]):
+            raise NonFinite("the evaluation loss is not finite")
+        line["eval_seconds"] = time.perf_counter() - start - eval_compiled
+        compiled += eval_compiled
+    line["compile_seconds"] = compiled
+    return state, line
+
+
+def summarise(
+    trainer: Trainer, config: TrainConfig, state: TrainState, lines: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The facts of a finished run. Accuracies are fractions, times are seconds."""
+    masks = trainer.masks(state)
+    sizes = models.output_sizes(trainer.model, trainer.image_shape)
+    report = ct.report(state.params, masks, output_sizes=sizes)
+    evaluated = [line for line in lines if "eval_top1" in line]
+    # One-shot pruning falls on the last updates of the last epoch.
+    prune_epoch = min(config.prune.prune_epoch, config.total_epochs - 1) if config.prune else 0
+    train_seconds = sum(line["train_seconds"] for line in lines)
+    compile_seconds = sum(line["compile_seconds"] for line in lines)
+    dataset = trainer.dataset
+    return {
+        "name": config.name,
+        "net": config.net,
+        "width": config.width,
+        "seed": config.seed,
+        "epochs": config.total_epochs,
+        "dataset": dataset.name,
+        "encoding": dataset.encoding,
+        "eval_split": dataset.eval_split,
+        "train_examples": len(dataset.train_labels),
+        "eval_examples": len(dataset.eval_labels),
+        "method": method_name(config),
+        "final_top1": evaluated[-1]["eval_top1"],
+        "best_top1": max(line["eval_top1"] for line in evaluated),
+        "best_pruned_top1": max(
+            (line["eval_top1"] for line in evaluated if line["epoch"] >= prune_epoch), default=None
+        ),
+        "final_loss": evaluated[-1]["eval_loss"],
+        "conv_compression": report.conv_compression,
+        "conv_compression_without_shortcuts": report.compression_without("shortcut"),
+        "model_compression": report.model_compression,
+        "conv_weights": report.conv_weights,
+        "conv_retained": report.conv_retained,
+        "model_weights": report.model_weights,
+        "model_retained": report.model_retained,
+        "multiply_adds": report.multiply_adds,
+        "retained_multiply_adds": report.retained_multiply_adds,
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "retained": layer.retained,
+                "kernels_removed": layer.kernels_removed,
+                "pattern_counts": _pattern_counts(masks, layer.name),
+            }
+            for layer in report.convs
+        ],
+        "train_seconds": train_seconds,
+        "compile_seconds": compile_seconds,
+        "train_and_compile_seconds": train_seconds + compile_seconds,
+        "cpu_seconds": sum(line.get("cpu_seconds", 0.0) for line in lines),
+        "eval_seconds": sum(line.get("eval_seconds", 0.0) for line in lines),
+        "training_multiply_adds": sum(line.get("training_multiply_adds", 0) for line in lines),
+        "training_bytes": trainer.program_bytes,
+        "pruned_convolution": _pruned_convolution(lines),
+        "params_sha256": digest(state.params),
+        "masks_sha256": None if masks is None else digest(masks),
+        "selection": None if trainer.updates is None else _selection(state),
+    }
+
+
+def method_name(config: TrainConfig) -> str:
+    """What a config does, in a word."""
+    return "dense" if config.method is None else config.method.kind
+
+
+def _selection(state: TrainState) -> dict[str, Any]:
+    """`clicktrain_jax.status` as plain data."""
+    status = ct.status(state.opt_state)
+    return dataclasses.asdict(status) | {"by_magnitude": list(status.by_magnitude)}
+
+
+def _pruned_convolution(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """How the pruned phase was run from its begin on, and what was measured for it; None before."""
+    return next((line["convolution"] for line in lines if "convolution" in line), None)
+
+
+def _pattern_counts(masks: ct.Masks | None, name: str) -> dict[str, int] | None:
+    """How many of a layer's kept kernels use each pattern, by the pattern's text."""
+    layer = None if masks is None else masks.layers.get(name)
+    if getattr(layer, "pattern_ids", None) is None:
+        return None
+    ids, kernel, patterns = jax.device_get(layer)
+    counts = np.bincount(ids[kernel], minlength=len(patterns)).tolist()
+    return dict(zip(map(ct.patterns.to_text, patterns), counts))
+
+
+@jax.jit
+def _all_finite(*trees: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(trees)]))

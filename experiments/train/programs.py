@@ -1,0 +1,101 @@
+"""Programs that are compiled once: by whoever needs one, or ahead of that in the background."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+
+from experiments.train.costs import bytes_of
+from pallas_kernels.tuning import cache_folder
+
+
+class Programs:
+    """Compiled programs by key. What two threads ask for is compiled once, and the second one waits.
+
+    Args:
+        options: for the compiler.
+
+    Attributes:
+        seconds: what the run has waited for tracing and compiling so far.
+        bytes: memory that the largest update compiled so far asks for.
+        large: keys of the programs compiled so far that hold a net's backward pass.
+    """
+
+    def __init__(self, options: dict[str, str]) -> None:
+        self.options = options
+        self.seconds, self.bytes = 0.0, 0
+        self.large: list[Any] = []
+        self._futures: dict[Any, Future] = {}
+        self._lock = threading.Lock()
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._futures
+
+    def get(
+        self, key: Any, build: Callable[[], Callable[..., Any]], args: tuple, donate: tuple[int, ...] = (), *,
+        counts: bool = True, large: bool = False, beside: int = 0, ahead: bool = False,
+    ) -> Callable[..., Any]:
+        """The program of a key.
+
+        Args:
+            key: that tells it from all others.
+            build: makes the function that is compiled.
+            args: what it is compiled for, arrays or `jax.ShapeDtypeStruct`.
+            donate: which of them it may overwrite.
+            counts: whether it belongs to an update, for ``bytes``.
+            large: whether it holds a net's backward pass.
+            beside: bytes that live while it runs and are none of its arguments.
+            ahead: called where nobody waits for it.
+
+        Raises:
+            Whatever compiling it raised, in whichever thread.
+        """
+        start = time.perf_counter()
+        with self._lock:
+            future = self._futures.get(key)
+            is_mine = future is None
+            if is_mine:
+                future = self._futures[key] = Future()
+        if is_mine:
+            try:
+                program = jax.jit(build(), donate_argnums=donate).lower(*args).compile(self.options)
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+            if counts:
+                self.bytes = max(self.bytes, bytes_of(program) + beside)
+            if large:
+                self.large.append(key)
+            future.set_result(program)
+        waits = not future.done() or is_mine
+        program = future.result()
+        if waits and not ahead:
+            self.seconds += time.perf_counter() - start
+        return program
+
+
+def in_background(work: Callable[[], None], name: str) -> threading.Thread | None:
+    """Do it beside the run; at once, and without a thread, on one core, where nothing is won beside training."""
+    if len(os.sched_getaffinity(0)) == 1:
+        work()
+        return None
+    thread = threading.Thread(target=work, name=name)
+    thread.start()
+    return thread
+
+
+def keep_on_disk() -> None:
+    """Have jax keep what it compiles, and XLA what it tunes, in the project's cache folder for the next process.
+
+    A folder that jax was told of before stays.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
+    # Small programs are many: together they take longer than a run should need to begin.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "xla_gpu_per_fusion_autotune_cache_dir")

@@ -1,0 +1,384 @@
+"""The device side of a run: one update, one evaluation, as compiled programs for each phase.
+
+The whole training set lies on the device as uint8; an update gathers its batch, augments, normalises and
+mixes it up, so the host sends one index a step and fetches one array of metrics an epoch.
+
+Where epochs are compiled loops, three of them serve a run: dense updates, updates under masks in any phase, updates by
+pattern. A loop has one length; updates that it does not fit, such as those of the epoch of a selection and a smaller
+last batch, are called one by one. All programs but the first one are compiled while others train.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import clicktrain_jax as ct
+import pallas_kernels as pk
+from clicktrain_jax import models
+from clicktrain_jax.methods import random_scores
+from clicktrain_jax.phases import Phase
+from experiments.configs.base import TrainConfig
+from experiments.data import Dataset
+from experiments.train.channel_pruning import ChannelPruning
+from experiments.train.compiled import Updates
+from experiments.train.methods import make_method
+from experiments.train.programs import Programs, in_background
+from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of, scheduled
+from experiments.train.recipe import make_models, make_optimizer, make_plan, pattern_source
+from experiments.train.state import Images, TrainState
+from experiments.train.update import evaluation_of
+from pallas_kernels.pattern_conv import mosaic_gpu
+
+# Streams of random numbers, each folded into the run's key.
+_INIT, _ORDER = range(2)  # experiments.train.update has the third
+EVAL_BATCH = 500
+# Updates that a compiled loop does at most: the host shows progress and heeds signals between loops.
+LONGEST_LOOP = 512
+
+
+# (phase, gathers scores, first, end), updates counted from an epoch's start.
+Segment = tuple[Phase, bool, int, int]
+
+
+class Trainer(Updates):
+    """Model, optimizer and compiled programs of one config; serves any number of seeds.
+
+    Attributes:
+        steps_per_epoch: updates an epoch.
+        loop_length: updates of a compiled loop.
+        schedule: phases in updates; None for a dense run.
+        ran: the segments of the last epoch, as they were run.
+        images_by_pattern: images of the last epoch whose convolutions ran by pattern.
+        compile_seconds: host seconds that a run waited for tracing, compiling and choosing so far.
+        programs: what was compiled so far.
+
+    Args:
+        config: of the runs, but for the seed.
+        dataset: what they train on.
+        platform: "cpu" or "gpu", that programs are made for; jax's own when None.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, platform: str | None = None) -> None:
+        self.config = config
+        self.dataset = dataset
+        image_shape = tuple(dataset.train_images.shape[1:])
+        self.image_shape = image_shape
+        on_cpu = (platform or jax.default_backend()) == "cpu"
+        convolution, program = config.loop.convolution, config.loop.epoch_program
+        self.scan = not on_cpu if program == "auto" else program == "scan"
+        if convolution == "auto":
+            convolution = ("patches" if self.scan else "direct") if on_cpu else "xla"
+        self.models = make_models(config, dataset.num_classes, convolution, on_cpu=on_cpu)
+        self.model = self.models["dense"]
+        abstract = models.abstract_variables(self.model, image_shape)
+        self.abstract_params = abstract["params"]
+        self.train_data = Images(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels))
+        self.eval_data = Images(jnp.asarray(dataset.eval_images), jnp.asarray(dataset.eval_labels))
+
+        count = len(dataset.train_images)
+        full, self.tail = divmod(count, config.batch_size)
+        self.fills = config.partial_batch == "fill" or config.partial_batch == "keep" and not on_cpu
+        if self.fills and full:
+            full, self.tail = full + bool(self.tail), 0
+        if config.partial_batch == "drop":
+            self.tail = 0
+        self.steps_per_epoch = full + bool(self.tail)
+        self.loop_length = full // max(1, -(-full // LONGEST_LOOP)) if self.scan else 0
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"batch_size={config.batch_size} is larger than the {count} training images and partial_batch is "
+                "'drop': nothing would be trained; lower the batch size"
+            )
+        self.plan, self.schedule, self.updates = None, None, None
+        if config.prune is not None:
+            self.plan = make_plan(config.prune, self.model, self.abstract_params, image_shape, config.net)
+        self.method = make_method(
+            config, make_optimizer(config, self.steps_per_epoch), self.model, abstract, image_shape,
+            self.steps_per_epoch, self.plan,
+        )
+        self.optimizer = self.method.optimizer
+        self.channels = None
+        if config.channels is not None:
+            self.channels = ChannelPruning(self.model, abstract, image_shape, config.channels)
+        if config.prune is not None:
+            self._set_up_pruning()
+        self.pruned = PrunedPhase(
+            config.loop.pruned_convolution, self.plan, facts_of(config, self.plan), hwnc=not on_cpu,
+            deal=self.scheduled,
+            portable=on_cpu or config.precision not in mosaic_gpu.DTYPES or mosaic_gpu.why_not_here() is not None,
+        )
+        self.ran: list[Segment] = []
+        self.images_by_pattern = 0
+        self.programs = Programs(pk.compiler_options(config.precision))
+        self._is_prepared = False
+
+    def _set_up_pruning(self) -> None:
+        prune = self.config.prune
+        self.patterns = pattern_source(prune)
+        per_epoch = self.steps_per_epoch
+        last = self.config.total_epochs * per_epoch - 1
+        # The prune is the update after the selection at the earliest, and the run's last one at the latest.
+        select = min(prune.select_epoch * per_epoch, last - 1)
+        self.schedule = ct.PhaseSchedule(
+            select,
+            min(max(prune.prune_epoch * per_epoch, select + 1), last),
+            None if prune.reselect_epoch is None else prune.reselect_epoch * per_epoch,
+            prune.importance_steps,
+            None if prune.reselect_every_epochs is None else prune.reselect_every_epochs * per_epoch,
+        )
+        self.updates = ct.phase_updates(
+            self.optimizer,
+            self.plan,
+            coeff=_lasso_weight(prune, select, per_epoch),
+            patterns=self.patterns,
+            importance=random_scores if prune.importance == "random" else prune.importance,
+            importance_steps=prune.importance_steps,
+        )
+
+    def scheduled(self, structures: dict[str, Any]) -> dict[str, Any]:
+        """The structures with worklists for this batch size; as they are on a CPU, which has no use for any."""
+        if not structures or "pattern_hwnc" not in self.pruned.ways:
+            return structures
+        batch = min(self.config.batch_size, len(self.train_data.labels))
+        return scheduled(self.models["pattern_hwnc"], (batch, *self.image_shape), structures)
+
+    def fresh(self, key: jax.Array) -> TrainState:
+        """The state before the first update, as a pure function."""
+        variables = self.model.init(key, jnp.zeros((1, *self.image_shape), jnp.float32), train=False)
+        params = variables["params"]
+        begin = self.optimizer.init if self.updates is None else self.updates.init
+        stats = variables.get("batch_stats", {})
+        # Copies: a buffer that stands in a state twice cannot be donated.
+        average = jax.tree.map(jnp.copy, (params, stats)) if self.config.ema_epochs else ()
+        return TrainState(jnp.zeros([], jnp.int32), params, stats, begin(params), average)
+
+    def init(self, seed: int) -> TrainState:
+        """What `fresh` makes of a run's seed."""
+        key = jax.random.fold_in(jax.random.key(seed), _INIT)
+        return self.programs.get(("init",), lambda: self.fresh, (key,), counts=False)(key)
+
+    def segments(self, epoch: int, done: int = 0, facts: tuple[int, int, int] | None = None) -> list[Segment]:
+        """The phases of an epoch after its first ``done`` updates.
+
+        Args:
+            epoch: from 0.
+            done: updates.
+            facts: ``(selected, pruned, gathered)`` of the state then; as planned when None.
+        """
+        start = epoch * self.steps_per_epoch
+        if self.schedule is None:
+            return [(Phase.DENSE, False, done, self.steps_per_epoch)]
+        runs = self.schedule.segments(start + done, start + self.steps_per_epoch, facts)
+        return [(phase, gathers, first - start, end - start) for phase, gathers, first, end in runs]
+
+    def _facts(self, state: TrainState) -> tuple[int, int, int] | None:
+        """What has happened, on the host."""
+        if self.schedule is None:
+            return None
+        held = state.opt_state
+        return tuple(int(fact) for fact in jax.device_get((held.selected, held.pruned, held.gathered)))
+
+    def run_epoch(
+        self, state: TrainState, epoch: int, seed: int, on_step: Callable[[int], None] = lambda _: None
+    ) -> tuple[TrainState, np.ndarray]:
+        """Train one epoch. ``state`` is donated: its buffers are gone afterwards.
+
+        Args:
+            state: at the epoch's start.
+            epoch: from 0.
+            seed: the run's.
+            on_step: called on the host with the number of updates dispatched, between updates ("steps") or
+                between segments ("scan"); may raise to stop.
+
+        Returns:
+            ``(state, metrics)``, metrics float32 (steps, 2): loss without group lasso, top-1.
+        """
+        key = jax.random.key(seed)
+        order = self._order(key, epoch)
+        metrics = jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
+        self.ran, facts, self.images_by_pattern = [], self._facts(state), 0
+        segments = self.segments(epoch, 0, facts)
+        while segments:
+            known = seed, facts and facts[0]
+            first = segments[0][2]
+            kind = self._looped(segments, first)
+            if kind is not None:
+                state, metrics = self._run_loop(kind, first, known, state, metrics, order, key)
+                end = first + self.loop_length
+                self.ran += [(*what, begin, min(stop, end)) for *what, begin, stop in segments if begin < end]
+                segments = [(*what, max(begin, end), stop) for *what, begin, stop in segments if stop > end]
+                on_step(end)
+                continue
+            segment = segments.pop(0)
+            self.ran.append(segment)
+            state, metrics = self._run_segment(segment, known, state, metrics, order, key, on_step)
+            if segment[0] == Phase.SELECT:
+                # Scores that are not finite put it off: what follows depends on whether masks stand.
+                facts = self._facts(state)
+                segments = self.segments(epoch, segment[3], facts)
+        return state, np.asarray(metrics)
+
+    def _order(self, key: jax.Array, epoch: int) -> jax.Array:
+        """Which images, one after the other; beyond the epoch's own those of the next one, as far as a batch goes."""
+        count = len(self.train_data.labels)
+        wanted = max(count, self.steps_per_epoch * self.config.batch_size) if self.fills and not self.tail else count
+        orders = [
+            _order(jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch + later), count)
+            for later in range(-(-wanted // count))
+        ]
+        return orders[0] if wanted == count else jnp.concatenate(orders)[:wanted]
+
+    def _looped(self, segments: list[Segment], first: int) -> str | None:
+        """Which loop does the next updates in one piece: "dense", "masked" or "pruned"; None if none does."""
+        end = first + self.loop_length
+        if self.loop_length < 2 or end > self.steps_per_epoch - bool(self.tail):
+            return None
+        inside = [(phase, gathers) for phase, gathers, begin, _ in segments if begin < end]
+        phases = {phase for phase, _ in inside}
+        if any(gathers for _, gathers in inside) or Phase.SELECT in phases or segments[-1][3] < end:
+            return None
+        if phases == {Phase.PRUNED}:
+            return "pruned"
+        return "dense" if phases == {Phase.DENSE} else None if Phase.DENSE in phases else "masked"
+
+    def _run_loop(
+        self, kind: str, first: int, known: Any, state: TrainState, metrics: Any, order: Any, key: Any
+    ) -> tuple[TrainState, Any]:
+        way, structures = "dense", {}
+        args = (state, metrics, self.train_data, order, np.int32(first), key)
+        if kind == "dense" and self.schedule is not None:
+            self._prepare_masked(args)
+        if kind != "dense":
+            self._prepare_pruned(known, state, metrics, order, key)
+        if kind == "pruned":
+            choice = self._choose_pruned(state, metrics, order, key)
+            way, structures = choice.way, choice.structures
+            kind = "masked" if way == "dense" else "pruned"
+            self.images_by_pattern += self.loop_length * self.config.batch_size * bool(structures)
+        return self._loop(kind, way, (*args, structures))(*args, structures)
+
+    def _run_segment(
+        self, segment: Segment, known: Any, state: TrainState, metrics: Any, order: Any, key: Any,
+        on_step: Callable[[int], None],
+    ) -> tuple[TrainState, Any]:
+        phase, gathers, first, end = segment
+        way, structures = "dense", {}
+        if phase >= Phase.REGULARIZE:
+            self._prepare_pruned(known, state, metrics, order, key)
+        # Where there are loops, updates that fit none share the dense gradient: no program for a few updates.
+        if phase == Phase.PRUNED and not self.loop_length:
+            choice = self._choose_pruned(state, metrics, order, key)
+            way, structures = choice.way, choice.structures
+        kind = "gather" if gathers else phase.name.lower()
+        for begin, stop, batch in self.by_batch_size(first, end):
+            self.images_by_pattern += (stop - begin) * batch * bool(structures)
+            for index in range(begin, stop):
+                args = (state, metrics, self.train_data, order, np.int32(index), key, structures)
+                state, metrics = self._program(kind, batch, way, args)(*args)
+                on_step(index + 1)
+        return state, metrics
+
+    def evaluate(self, state: TrainState) -> tuple[float, float]:
+        """``(mean loss, top-1)`` on the evaluation set, in float32 sums."""
+        count = len(self.eval_data.labels)
+        totals = []
+        for begin in range(0, count, EVAL_BATCH):
+            end = min(begin + EVAL_BATCH, count)
+            args = (state.params, state.batch_stats, self.eval_data, np.int32(begin))
+            build = functools.partial(evaluation_of, self, end - begin)
+            key = ("eval", end - begin, *self._shapes(state.params))
+            totals.append(self.programs.get(key, build, args, counts=False)(*args))
+        loss, correct = np.sum([np.asarray(total) for total in totals], axis=0, dtype=np.float64)
+        return loss / count, correct / count
+
+    def between_epochs(self, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, Any] | None]:
+        """What happens before an epoch's first update: PruneTrain's smaller net, and facts about it."""
+        channels = self.channels
+        if channels is None or not channels.is_due(epoch):
+            return state, None
+        return channels.reconfigure(state)
+
+    def settled(self, state: TrainState, epoch: int) -> TrainState:
+        """The state after an epoch: after the last one the averaged weights and statistics are the net's."""
+        if not self.config.ema_epochs or epoch + 1 < self.config.total_epochs:
+            return state
+        params, stats = jax.tree.map(jnp.copy, state.average)
+        return state._replace(params=params, batch_stats=stats)
+
+    def masks(self, state: TrainState) -> ct.Masks | None:
+        """The masks of a run in any phase, of whichever method; None for a dense one."""
+        if self.updates is not None:
+            return ct.masks_of(state.opt_state)
+        return self.method.masks(state.params, state.opt_state)
+
+    def variables(self, state: TrainState) -> dict[str, Any]:
+        """What the net answers with, as for `flax.linen.Module.apply`: 2:4 keeps more weights than it computes with."""
+        stats = {"batch_stats": state.batch_stats} if state.batch_stats else {}
+        return {"params": self.method.forward(state.params), **stats}
+
+    def by_batch_size(self, first: int, end: int) -> list[tuple[int, int, int]]:
+        """Split updates [first, end) of an epoch by batch size, (first, end, batch): the last one may be smaller."""
+        full = self.steps_per_epoch - bool(self.tail)
+        parts = [(first, min(end, full), self.config.batch_size), (max(first, full), end, self.tail)]
+        return [(begin, stop, batch) for begin, stop, batch in parts if begin < stop]
+
+    def _prepare_masked(self, args: tuple) -> None:
+        """Have what the selection and the loops after it need compiled in the background."""
+        if self._is_prepared:
+            return
+        self._is_prepared = True
+        # The one that is waited for comes first; shapes alone, as the arrays themselves are donated meanwhile.
+        self._loop("dense", "dense", (*args, {}))
+        shapes = (*_shapes_of(args), {})
+
+        def work() -> None:
+            self._program("select", self._batch, "dense", shapes, ahead=True)
+            self._loop("masked", "dense", shapes, ahead=True)
+
+        in_background(work, "compile for the selection")
+
+    def _prepare_pruned(self, known: Any, state: Any, metrics: Any, order: Any, key: Any) -> None:
+        """Have the pruned phase's programs compiled in the background, while the phases before it train."""
+        if self.schedule.prune_step + 1 >= self.config.total_epochs * self.steps_per_epoch:
+            return  # no update follows the prune
+
+        def compile_way(way: Way, structures: dict[str, Any]) -> None:
+            self._pruned_program(way, (*shapes, structures), ahead=True)
+
+        shapes = _shapes_of((state, metrics, self.train_data, order, np.int32(0), key))
+        before = self.pruned.waited_seconds
+        self.pruned.prepare(known, self.masks(state), compile_way)
+        self.programs.seconds += self.pruned.waited_seconds - before
+
+    def _choose_pruned(self, state: Any, metrics: Any, order: Any, key: Any) -> Choice:
+        def run(way: Way, structures: dict[str, Any]) -> None:
+            copies = jax.tree.map(jnp.copy, (state, metrics))
+            args = (*copies, self.train_data, order, np.int32(0), key, structures)
+            jax.block_until_ready(self._pruned_program(way, args, ahead=True)(*args))
+
+        before = self.pruned.waited_seconds
+        choice = self.pruned.choose(run)
+        self.programs.seconds += self.pruned.waited_seconds - before
+        return choice
+
+
+def _lasso_weight(prune: Any, select_step: int, steps_per_epoch: int) -> Any:
+    """The lasso's weight: a number, or a function of the updates done where it rises after the selection."""
+    if not prune.coeff_ramp_epochs:
+        return prune.coeff
+    length = prune.coeff_ramp_epochs * steps_per_epoch
+    return optax.linear_schedule(0.0, prune.coeff, length, transition_begin=select_step)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _order(key: jax.Array, count: int) -> jax.Array:
+    return jax.random.permutation(key, count)
+
+
+def _shapes_of(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), tree)

@@ -1,0 +1,300 @@
+"""One update of a run, in pure functions: the gradient on a batch, what it says of importance, what a phase does."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from clicktrain_jax.methods import Method
+from experiments.configs.base import TrainConfig
+from experiments.data import normalise
+from experiments.data.augment import Crops, Mixture, crop, draw_crops, draw_mixture, mix
+from experiments.train.state import Images, TrainState
+
+# Entries of an array that a kernel of its own would be more trouble than work for.
+SMALL = 2**13
+# Of the run's key: experiments.train.step has the streams before it.
+_STEP = 2
+
+
+class Gradient(NamedTuple):
+    """What a batch says.
+
+    Attributes:
+        grads: tree like the parameters.
+        batch_stats: BatchNorm's new statistics.
+        loss: float32 scalar, without group lasso.
+        top1: float32 scalar, share of the batch that was classified as labelled.
+    """
+
+    grads: Any
+    batch_stats: Any
+    loss: jax.Array
+    top1: jax.Array
+
+
+def mixes(config: TrainConfig, epoch: int) -> bool:
+    """Whether an epoch's images are mixed up."""
+    if config.mixup_epoch is None or config.mixup_alpha == 0:
+        return False
+    if epoch >= config.epochs:  # after the dense run: none in ADMM's epochs, the dense schedule's tail afterwards
+        after = epoch - config.epochs - (config.admm.epochs if config.admm else 0)
+        if after < 0:
+            return False
+        epoch = config.epochs - config.retrain.epochs + after
+    return epoch >= config.mixup_epoch
+
+
+class Drawn(NamedTuple):
+    """What chance decides in an update; of many updates, with an axis for them before the others.
+
+    Attributes:
+        crops: None where images are neither cropped nor flipped.
+        mixture: None in a run that never mixes images; in its epochs that do not, each image keeps all of itself.
+        dropout: a key.
+    """
+
+    crops: Crops | None
+    mixture: Mixture | None
+    dropout: jax.Array
+
+
+def draw_of(trainer: Any, batch: int) -> Callable[[Any, Any], Drawn]:
+    """``(key of the run, updates done) -> Drawn``, a pure function. The sampler of mixup's lambda has loops in it."""
+    config = trainer.config
+    mixed_epochs = np.asarray([mixes(config, epoch) for epoch in range(config.total_epochs)])
+
+    def draw(key: Any, step: Any) -> Drawn:
+        step_key = jax.random.fold_in(jax.random.fold_in(key, _STEP), step)
+        augment_key, mixup_key, dropout_key = jax.random.split(step_key, 3)
+        crops = mixture = None
+        if config.crop_padding or config.flip:
+            crops = draw_crops(augment_key, batch, pad=config.crop_padding, flip=config.flip)
+        if mixed_epochs.any():
+            now = jnp.asarray(mixed_epochs).at[step // trainer.steps_per_epoch].get(mode="clip")
+            mixture = draw_mixture(mixup_key, batch, config.mixup_alpha)
+            mixture = mixture._replace(lam=jnp.where(now, mixture.lam, 1))
+        return Drawn(crops, mixture, dropout_key)
+
+    return draw
+
+
+def gradient_of(trainer: Any, batch: int, way: str) -> Callable[..., Gradient]:
+    """The gradient on one batch, as a pure function.
+
+    ``(params, batch_stats, step, data, order, index, key, structures) -> Gradient``; ``index`` counts updates in the
+    epoch and the batch is ``order[index * batch_size:][:batch]``; ``way`` says how the convolutions are run. One
+    program serves epochs with mixup and without: compiling it is most of what a short run waits for.
+    """
+    draw, of_drawn = draw_of(trainer, batch), gradient_of_drawn(trainer, batch, way)
+
+    def gradient(
+        params: Any, batch_stats: Any, step: Any, data: Images, order: Any, index: Any, key: Any, structures: Any
+    ) -> Gradient:
+        return of_drawn(params, batch_stats, data, order, index, draw(key, step), structures)
+
+    return gradient
+
+
+def gradient_of_drawn(trainer: Any, batch: int, way: str) -> Callable[..., Gradient]:
+    """`gradient_of` with what was drawn before: ``(params, batch_stats, data, order, index, drawn, structures)``."""
+    config, dataset, model, forward = trainer.config, trainer.dataset, trainer.models[way], trainer.method.forward
+
+    def loss_of(params: Any, batch_stats: Any, structures: Any, images: Any, labels: tuple, key: jax.Array) -> Any:
+        held = {"structures": structures} if structures else {}
+        logits, new = model.apply(
+            {"params": forward(params), "batch_stats": batch_stats, **held},
+            images,
+            train=True,
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
+        )
+        first, second, lam = labels
+        losses = functools.partial(cross_entropy, smoothing=config.label_smoothing)
+        loss = losses(logits, first).mean()
+        guess = logits.argmax(-1)
+        top1 = (guess == first).mean()
+        if lam is not None:
+            loss = lam * loss + (1 - lam) * losses(logits, second).mean()
+            top1 = lam * top1 + (1 - lam) * (guess == second).mean()
+        return loss, (new["batch_stats"], top1)
+
+    def gradient(
+        params: Any, batch_stats: Any, data: Images, order: Any, index: Any, drawn: Drawn, structures: Any
+    ) -> Gradient:
+        chosen = jax.lax.dynamic_slice(order, (index * config.batch_size,), (batch,))
+        images = data.images[chosen]
+        images = images if drawn.crops is None else crop(drawn.crops, images, pad=config.crop_padding)
+        images = normalise(images, dataset.mean, dataset.std)
+        label = data.labels[chosen]
+        labels = (label, label, None)
+        if drawn.mixture is not None:
+            images, labels = mix(drawn.mixture, images, label)
+        (loss, (batch_stats, top1)), grads = jax.value_and_grad(loss_of, has_aux=True)(
+            params, batch_stats, structures, images, labels, drawn.dropout
+        )
+        return Gradient(grads, batch_stats, loss, top1)
+
+    return gradient
+
+
+def change_of(trainer: Any, kind: str) -> Callable[..., Any]:
+    """What an update does with a gradient, ``(state, metrics, index, gradient) -> (state, metrics)``, a pure function.
+
+    ``kind`` is a field of `clicktrain_jax.PhaseUpdates`; a run without them has the optimizer's own update.
+    """
+    plain = optax.with_extra_args_support(trainer.optimizer).update
+    update = plain if trainer.updates is None else getattr(trainer.updates, kind)
+    if kind == "masked":
+        update = _as_due(update, trainer.schedule)
+
+    def change(state: TrainState, metrics: Any, index: Any, gradient: Gradient) -> tuple[TrainState, Any]:
+        loss = gradient.loss
+        moved, opt_state = update(gradient.grads, state.opt_state, state.params, value=loss)
+        params = optax.apply_updates(state.params, moved)
+        metrics = metrics.at[index].set(jnp.stack([loss, gradient.top1]).astype(jnp.float32))
+        average = ()
+        if trainer.config.ema_epochs:
+            first = (trainer.config.total_epochs - trainer.config.ema_epochs) * trainer.steps_per_epoch
+            average = averaged(
+                state.average, (params, gradient.batch_stats), state.step - first, trainer.config.ema_decay
+            )
+        return TrainState(state.step + 1, params, gradient.batch_stats, opt_state, average), metrics
+
+    return change
+
+
+def averaged(average: Any, now: Any, done: Any, decay: float) -> Any:
+    """An exponential moving average, one update on.
+
+    Args:
+        average: tree, before.
+        now: tree like it: what the update made.
+        done: int scalar, updates averaged so far; below 1 the average begins, as ``now``.
+        decay: weight of what was; of the first updates less, so that where it began counts no more than others.
+    """
+    held = jnp.minimum(decay, (1.0 + done) / (10.0 + done)).astype(jnp.float32)
+    held = jnp.where(done < 1, 0.0, held)
+    return jax.tree.map(lambda old, new: held * old + (1 - held) * new, average, now)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """Losses (batch,) of logits (batch, classes) and int labels (batch,), a share of which is spread evenly."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if not smoothing:
+        return loss
+    return (1 - smoothing) * loss - smoothing * jax.nn.log_softmax(logits).mean(-1)
+
+
+def _as_due(masked: Callable[..., Any], schedule: Any) -> Callable[..., Any]:
+    def update(grads: Any, held: Any, params: Any, **extra: Any) -> Any:
+        due = schedule.due(held.count, held.selected, held.pruned, held.gathered)
+        return masked(grads, held, params, due.prunes, **extra)
+
+    return update
+
+
+def evaluation_of(trainer: Any, batch: int) -> Callable[..., jax.Array]:
+    """Evaluation on so many images: ``(params, batch_stats, data, begin) -> float32 [sum of losses, correct ones]``."""
+
+    def evaluate(params: Any, batch_stats: Any, data: Images, begin: Any) -> jax.Array:
+        images = jax.lax.dynamic_slice_in_dim(data.images, begin, batch)
+        labels = jax.lax.dynamic_slice_in_dim(data.labels, begin, batch)
+        images = normalise(images, trainer.dataset.mean, trainer.dataset.std)
+        variables = {"params": trainer.method.forward(params), "batch_stats": batch_stats}
+        logits = trainer.model.apply(variables, images, train=False)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.stack([losses.sum(), (logits.argmax(-1) == labels).sum().astype(jnp.float32)])
+
+    return evaluate
+
+
+def update_step(trainer: Any, kind: str, batch: int, way: str = "dense") -> Callable[..., Any]:
+    """One whole update, ``(state, metrics, data, order, index, key, structures) -> (state, metrics)``, a pure function.
+
+    ``structures`` is empty when dense; the other arguments are those of `gradient_of` and `change_of`.
+    """
+    gradient, change = gradient_of(trainer, batch, way), change_of(trainer, kind)
+
+    def step(
+        state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, structures: Any
+    ) -> tuple[TrainState, Any]:
+        found = gradient(state.params, state.batch_stats, state.step, data, order, index, key, structures)
+        return change(state, metrics, index, found)
+
+    return step
+
+
+def update_loop(trainer: Any, kind: str, batch: int, way: str, count: int) -> Callable[..., Any]:
+    """So many updates in one compiled loop, ``(state, metrics, data, order, first, key, structures) -> ...``.
+
+    The arguments are those of `update_step`, ``first`` being the first update's index. What chance decides is drawn
+    before the loop, and ``count`` is no argument: a loop whose end a GPU has to look up waits for the host each time.
+    Between updates small arrays lie side by side, so that one kernel writes them all, and the convolutions' weights are
+    kept in the net's short dtype too, so that what changes a weight writes both.
+    """
+    draw, gradient = draw_of(trainer, batch), gradient_of_drawn(trainer, batch, way)
+    change, dtype = change_of(trainer, kind), jnp.dtype(trainer.config.precision)
+    # Not where a method computes the weights that the net sees, nor where they are not rounded.
+    rounds = dtype.itemsize < 4 and trainer.method.forward is Method.forward
+
+    def rounded(params: Any) -> dict[int, jax.Array]:
+        """By their place among the leaves."""
+        leaves = enumerate(jax.tree.leaves(params))
+        return {place: leaf.astype(dtype) for place, leaf in leaves if rounds and leaf.ndim == 4}
+
+    def run(
+        state: TrainState, metrics: Any, data: Images, order: Any, first: Any, key: Any, structures: Any
+    ) -> tuple[TrainState, Any]:
+        drawn = jax.vmap(draw, (None, 0))(key, state.step + jnp.arange(count))
+
+        def once(number: Any, carry: Any) -> Any:
+            packed, short, metrics = carry
+            state, index = unpack(packed), first + number
+            now = jax.tree.map(lambda leaf: leaf[number], drawn)
+            # What is rounded has a gradient of its own dtype, as it has where the net does the rounding.
+            leaves, structure = jax.tree.flatten(state.params)
+            params = structure.unflatten(short.get(place, leaf) for place, leaf in enumerate(leaves))
+            found = gradient(params, state.batch_stats, data, order, index, now, structures)
+            grads = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), found.grads, state.params)
+            state, metrics = change(state, metrics, index, found._replace(grads=grads))
+            return pack(state)[0], rounded(state.params), metrics
+
+        packed, unpack = pack(state)
+        start = packed, rounded(state.params), metrics
+        packed, _, metrics = jax.lax.fori_loop(0, count, once, start)
+        return unpack(packed), metrics
+
+    return run
+
+
+def pack(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """``(packed, unpack)``: small floating-point arrays of a tree in one vector for each dtype, the others as they are.
+
+    Args:
+        tree: of arrays.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    shapes = [jnp.shape(leaf) for leaf in leaves]
+    small: dict[Any, list[int]] = {}
+    for place, leaf in enumerate(leaves):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and 0 < leaf.size <= SMALL:
+            small.setdefault(jnp.dtype(leaf.dtype).name, []).append(place)
+    flat = {name: jnp.concatenate([leaves[place].reshape(-1) for place in places]) for name, places in small.items()}
+    whole = {place: leaf for place, leaf in enumerate(leaves) if all(place not in places for places in small.values())}
+
+    def unpack(packed: Any) -> Any:
+        flat, found = packed[0], dict(packed[1])
+        for name, places in small.items():
+            sizes = [math.prod(shapes[place]) for place in places]
+            for place, part in zip(places, jnp.split(flat[name], list(itertools.accumulate(sizes))[:-1])):
+                found[place] = part.reshape(shapes[place])
+        return structure.unflatten(found[place] for place in range(len(leaves)))
+
+    return (flat, whole), unpack

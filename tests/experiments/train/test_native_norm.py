@@ -1,0 +1,62 @@
+"""Updates with the native normalisation follow those with flax's."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import pallas_kernels as pk
+from clicktrain_jax import models
+from experiments.train.step import Trainer
+from experiments.train.update import update_step
+from pallas_kernels import native
+
+
+@pytest.mark.parametrize("net", ["vgg11", "resnet18", "small"])
+def test_a_gradient_follows_flax_s(net):
+    shape = models.default_image_shape(net)
+    images = np.random.default_rng(0).standard_normal((8, *shape)).astype(np.float32)
+
+    def run(normalise):
+        dropout = {"dropout": 0.0} if net == "vgg11" else {}
+        norm = functools.partial(models.Norm, normalise=normalise)
+        model = models.build(net, num_classes=10, width=0.25, norm=norm, **dropout)
+        variables = model.init(jax.random.key(0), images, train=False)
+
+        def loss(params):
+            logits, new = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+            return (logits**2).mean(), new
+
+        return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+
+    results, wanted = run(functools.partial(pk.batch_norm, backend="cpu")), run(None)
+    assert jax.tree.structure(results) == jax.tree.structure(wanted)
+    for result, exact in zip(jax.tree.leaves(results), jax.tree.leaves(wanted)):
+        assert result.shape == exact.shape and result.dtype == exact.dtype
+        # Rounding decides some maxima and ReLUs otherwise.
+        assert np.linalg.norm(result - exact) <= 2e-3 * max(np.linalg.norm(exact), 1e-3)
+
+
+def test_an_update_follows_the_one_without_the_library(tiny_dataset, monkeypatch):
+    def update():
+        trainer = Trainer(tiny.changed(method=None), tiny_dataset)
+        before = trainer.init(0)
+        step = jax.jit(update_step(trainer, "dense", trainer.config.batch_size))
+        metrics = jnp.zeros((trainer.steps_per_epoch, 2))
+        order = jnp.arange(len(trainer.train_data.labels))
+        args = (before, metrics, trainer.train_data, order, 0, jax.random.key(0), {})
+        after, metrics = step(*args)
+        moved = jax.tree.map(lambda new, old: np.asarray(new) - old, after.params, before.params)
+        return step.lower(*args).as_text(), (moved, after.batch_stats, metrics)
+
+    text, results = update()
+    assert "clicktrain_batch_norm" in text
+    monkeypatch.setenv(native.ENVIRONMENT, "0")
+    text, wanted = update()
+    assert "clicktrain" not in text
+    assert jax.tree.structure(results) == jax.tree.structure(wanted)
+    for result, exact in zip(jax.tree.leaves(results), jax.tree.leaves(wanted)):
+        assert np.linalg.norm(result - exact) <= 1e-3 * np.linalg.norm(exact)

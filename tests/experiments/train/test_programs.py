@@ -1,0 +1,85 @@
+"""Programs are compiled once, in whichever thread, and kept for the next process."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.train.programs import Programs, in_background, keep_on_disk
+
+
+def test_a_program_is_compiled_once_and_who_waits_for_it_is_timed():
+    programs, built = Programs({}), []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def build():
+        built.append(1)
+        begun.set()
+        go_on.wait(30)
+        return lambda x: x + 1
+
+    args = (jnp.float32(1),)
+    thread = threading.Thread(target=lambda: programs.get("key", build, args, large=True, ahead=True))
+    thread.start()
+    assert begun.wait(30)
+    waiting = []
+    other = threading.Thread(target=lambda: waiting.append(programs.get("key", build, args)))
+    other.start()
+    go_on.set()
+    thread.join(), other.join()
+    assert waiting[0](*args) == 2 and built == [1] and programs.large == ["key"] and "key" in programs
+    assert programs.seconds > 0
+    waited = programs.seconds
+    programs.get("key", build, args)
+    assert programs.seconds == waited and programs.bytes > 0
+
+
+def test_what_fails_is_raised_where_the_program_is_asked_for():
+    programs = Programs({})
+
+    def build():
+        raise ValueError("no such net")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no such net"):
+            programs.get("key", build, ())
+
+
+def test_one_core_does_it_at_once(monkeypatch):
+    done = []
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    assert in_background(lambda: done.append(1), "work") is None and done == [1]
+
+
+def test_programs_are_kept_for_the_next_process(tmp_path, monkeypatch):
+    from jax.experimental.compilation_cache import compilation_cache
+
+    monkeypatch.setenv("CLICKTRAIN_CACHE", str(tmp_path))
+    names = [
+        f"jax_{name}" for name in (
+            "compilation_cache_dir", "persistent_cache_min_compile_time_secs", "persistent_cache_enable_xla_caches"
+        )
+    ]
+    before = {name: getattr(jax.config, name) for name in names}
+    seen = []
+    jax.monitoring.register_event_listener(lambda event, **_: seen.append(event))
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        keep_on_disk()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        compilation_cache.reset_cache()
+        for _ in range(2):
+            # New objects, as in another process: only what is on disk can be found.
+            Programs({}).get("key", lambda: lambda x: jnp.sin(x) * 3, (jnp.ones(7),))
+            jax.clear_caches()
+        assert any((tmp_path / "programs").iterdir())
+        assert "/jax/compilation_cache/cache_hits" in seen
+        jax.config.update("jax_compilation_cache_dir", "elsewhere")
+        keep_on_disk()
+        assert jax.config.jax_compilation_cache_dir == "elsewhere"
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

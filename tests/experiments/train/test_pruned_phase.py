@@ -1,0 +1,193 @@
+"""The pruned phase by pattern: the same training, in the way that is measured the fastest, resumed in the same way."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import clicktrain_jax as ct
+import pallas_kernels as pk
+from experiments import configs
+from experiments.bench import step as bench_step
+from experiments.configs.base import PruneConfig
+from experiments.data import load
+from experiments.train import pruned_phase
+from experiments.train.loop import train
+from experiments.train.pruned_phase import PrunedPhase, gaining_structures
+from experiments.train.step import Trainer
+from pallas_kernels import native
+
+DENSE = configs.get("digits-dense")
+PRUNE = PruneConfig(fractions=(), target=4.0, coeff=1e-3, select_epoch=1, prune_epoch=2, tile=(64, 1), floor=False)
+CONFIG = dataclasses.replace(
+    DENSE,
+    name="by-pattern",
+    epochs=4,
+    learning_rate=0.003,
+    method=PRUNE,
+    loop=dataclasses.replace(DENSE.loop, checkpoint_every_epochs=1),
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    whole = load(DENSE.data)
+    return dataclasses.replace(
+        whole,
+        train_images=whole.train_images[:256],
+        train_labels=whole.train_labels[:256],
+        eval_images=whole.eval_images[:64],
+        eval_labels=whole.eval_labels[:64],
+    )
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLICKTRAIN_CACHE", str(tmp_path / "cache"))
+
+
+def asked(way, **changes):
+    return dataclasses.replace(CONFIG, loop=dataclasses.replace(CONFIG.loop, pruned_convolution=way), **changes)
+
+
+def selected(shape, **options):
+    """Masks of one layer, and their plan."""
+    params = {"Conv_0": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
+    plan = ct.make_plan(params, {".*": 0.6}, **options)
+    scores = {"Conv_0": {"kernel": jax.random.uniform(jax.random.key(0), shape)}}
+    return ct.select_masks(scores, plan, ct.patterns.fixed_set(4)), plan
+
+
+@pytest.mark.parametrize(
+    "precision, tolerance", [("float32", 1e-4), pytest.param("bfloat16", 5e-2, marks=pytest.mark.slow)]
+)
+def test_a_hundred_updates_by_pattern_follow_the_dense_masked_ones(digits, precision, tolerance):
+    # At larger rates two dense forms part by more than this: a max pool that decides otherwise is enough.
+    config = dataclasses.replace(CONFIG, precision=precision, learning_rate=0.001, epochs=30)
+    losses = bench_step.follow(config, digits, 100 if precision == "float32" else 30)
+    dense, pattern = np.asarray(losses["dense"]), np.asarray(losses["pattern"])
+    assert dense[-1] < 0.97 * dense[0]
+    np.testing.assert_allclose(pattern, dense, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("tile", "is_fast", "gains"),
+    [
+        ((64, 1), False, True),
+        ((1, 1), False, False),  # the portable form gathers for each kernel alone
+        ((64, 1), True, True),
+        ((1, 1), True, True),
+    ],
+)
+def test_layers_without_gain_stay_dense(tile, is_fast, gains, monkeypatch):
+    monkeypatch.setattr(native, "is_fast", lambda: is_fast)
+    masks, plan = selected((3, 3, 32, 64), tile=tile)
+    assert bool(gaining_structures(masks, plan)) == gains
+
+
+def test_a_structure_retains_what_the_masks_retain_and_with_supersets_no_less():
+    mask, plan = selected((3, 3, 32, 64), tile=(64, 1))
+    structure = gaining_structures(mask, plan)["Conv_0"]["kernel"]
+    kept = np.asarray(mask.pattern["Conv_0"]["kernel"] & mask.kernel["Conv_0"]["kernel"])
+    np.testing.assert_array_equal(np.asarray(pk.mask_of(structure)), kept)
+
+    mask, plan = selected((3, 3, 32, 64), tile=(64, 1), superset=6)
+    kept = np.asarray(mask.pattern["Conv_0"]["kernel"] & mask.kernel["Conv_0"]["kernel"])
+    retained = np.asarray(pk.mask_of(gaining_structures(mask, plan)["Conv_0"]["kernel"]))
+    assert (retained >= kept).all() and kept.sum() < retained.sum() < 0.5 * retained.size
+
+
+def phase_for(asked="auto"):
+    masks, plan = selected((3, 3, 32, 64), tile=(64, 1))
+    return PrunedPhase(asked, plan, {"net": "one layer"}, hwnc=False), masks
+
+
+def test_the_fastest_way_is_measured_once_and_remembered(monkeypatch):
+    compiled, ran = [], []
+    phase, masks = phase_for()
+    phase.prepare(5, masks, lambda way, structures: compiled.append((way, bool(structures))))
+    phase._wait()
+    assert compiled == [("dense", False), ("pattern", True)]
+    times = {"dense": 2.0, "pattern": 1.0}
+    now = [0.0]
+
+    def run(way, structures):
+        ran.append(way)
+        now[0] += times[way]
+
+    monkeypatch.setattr(pruned_phase.time, "perf_counter", lambda: now[0])
+    choice = phase.choose(run)
+    assert (choice.way, choice.source, choice.layers) == ("pattern", "measured", ["Conv_0/kernel"])
+    assert choice.seconds == {"dense": 2.0, "pattern": 1.0}
+    assert phase.choose(run) is choice and len(ran) == 8
+
+    again, masks = phase_for()
+    again.prepare(5, masks, lambda way, structures: compiled.append(way))
+    choice = again.choose(lambda way, structures: pytest.fail("measured again"))
+    assert (choice.way, choice.source) == ("pattern", "cached") and compiled[2:] == ["pattern"]
+
+
+def test_a_way_that_is_hardly_faster_is_not_taken(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(pruned_phase.time, "perf_counter", lambda: now[0])
+    phase, masks = phase_for()
+    phase.prepare(5, masks, lambda way, structures: None)
+
+    def run(way, structures):
+        now[0] += {"dense": 1.0, "pattern": 0.99}[way]
+
+    choice = phase.choose(run)
+    assert choice.way == "dense" and choice.structures == {}
+
+
+def test_what_fails_in_the_background_is_raised_where_it_is_waited_for():
+    phase, masks = phase_for("pattern")
+
+    def fail(way, structures):
+        raise MemoryError("no room")
+
+    phase.prepare(5, masks, fail)
+    with pytest.raises(MemoryError, match="no room"):
+        phase.choose(lambda way, structures: None)
+
+
+@pytest.mark.slow
+def test_a_whole_run_by_pattern_prunes_and_learns_like_the_dense_one(tmp_path, digits):
+    by_pattern = train(asked("pattern"), tmp_path / "pattern", dataset=digits)
+    dense = train(asked("dense"), tmp_path / "dense", dataset=digits)
+    assert by_pattern["pruned_convolution"]["way"] == "pattern" and by_pattern["pruned_convolution"]["layers"]
+    assert dense["pruned_convolution"]["way"] == "dense"
+    assert by_pattern["masks_sha256"] == dense["masks_sha256"]
+    assert abs(by_pattern["final_loss"] - dense["final_loss"]) < 1e-3 * dense["final_loss"]
+    assert by_pattern["conv_retained"] == dense["conv_retained"]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_in_its_way(tmp_path, digits):
+    """Whatever the cache says by now: a run is not half one program and half another."""
+    folder = tmp_path / "halved"
+    config = asked("auto")
+    trainer = Trainer(config, digits)
+    trainer.pruned.asked = trainer.pruned.configured = "pattern"
+
+    class Stop(Exception):
+        pass
+
+    original = trainer.run_epoch
+
+    def until_three(state, epoch, *rest):
+        if epoch == 3:
+            raise Stop
+        return original(state, epoch, *rest)
+
+    trainer.run_epoch = until_three
+    with pytest.raises(Stop):
+        train(config, folder, dataset=digits, trainer=trainer)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("convolution", {}).get("way") for line in lines] == [None, None, "pattern"]
+    pruned_phase.Cache().put(pruned_phase.facts_of(config, trainer.plan), {"way": "dense"})
+    resumed = train(config, folder, dataset=digits)
+    assert resumed["pruned_convolution"]["way"] == "pattern"
