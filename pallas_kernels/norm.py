@@ -173,13 +173,14 @@ def _backward_xla(settings: Settings, kept: tuple, slopes: tuple) -> tuple:
     # Each of these is one small kernel on a GPU, unless it is cheap enough to be done anew for every pixel.
     inverse = jax.lax.rsqrt(var + epsilon)
     factor, share = scale * inverse, x.shape[3] / x.size
-    summed = dz
+    passed = (dz, dz, dz)
     if relu and not pool:
-        # Twice the same in two expressions: a compiler that sees two users of one keeps the truth values in memory,
-        # which is dearer than to compute them again.
-        one, two = (d * factor > -bias, d * factor + bias > 0) if gate is None else (gate > 0, gate > 0)
-        summed, dz = jnp.where(one, dz, 0), jnp.where(two, dz, 0)
-    total, product = _sums(summed, summed * d)
+        # The same in three expressions, one for each use: of one that has several a GPU's compiler keeps the truth
+        # values in memory, which is dearer than to compute them again.
+        gates = (d * factor > -bias, d * -factor < bias, d * factor + bias > 0) if gate is None else (gate > 0,) * 3
+        passed = [jnp.where(is_open, dz, 0) for is_open in gates]
+    total, product = _sums(passed[0], passed[1] * d)
+    dz = passed[2]
     slope = (2 * dvar - factor * (inverse * inverse) * product) * share
     constant = (dmean - factor * total) * share
     dx = dz * factor + d * slope + constant
