@@ -53,9 +53,9 @@ def main():
     parser.add_argument("--epochs", type=int, default=12)
     epochs = parser.parse_args().epochs
     recipe = configs.get("digits-clicktrain")
-    prune = dataclasses.replace(recipe.prune, select_epoch=epochs // 4, prune_epoch=epochs // 2)
+    method = dataclasses.replace(recipe.method, select_epoch=epochs // 4, prune_epoch=epochs // 2)
     loop = dataclasses.replace(recipe.loop, progress=False)
-    config = dataclasses.replace(recipe, epochs=epochs, method=prune, loop=loop)
+    config = dataclasses.replace(recipe, epochs=epochs, method=method, loop=loop)
     with tempfile.TemporaryDirectory() as folder:
         summary = train(config, pathlib.Path(folder) / "run", on_epoch=patient())
     print(f"top-1 {100 * summary['final_top1']:.1f}%, {summary['conv_compression']:.1f}x fewer convolution weights")

@@ -76,7 +76,8 @@ def gaining_structures(masks: Masks, plan: Plan) -> dict[str, Any]:
                 kept[key] = inner
         return kept
 
-    return gaining(structures(map_named(widened, combine(masks))))
+    candidates = map_named(widened, combine(masks))
+    return gaining(structures(candidates)) if jax.tree.leaves(candidates) else {}
 
 
 def _shared(mask: np.ndarray, tile: tuple[int, int]) -> np.ndarray:

@@ -30,7 +30,7 @@ from clicktrain_jax.plan import Plan
 from clicktrain_jax.plan.layer_plan import LayerPlan
 from clicktrain_jax.selection import check_patterns, select_layers
 from clicktrain_jax.transform import clicktrain
-from clicktrain_jax.trees import Tree, map_named
+from clicktrain_jax.trees import Tree, map_named, spread_like
 
 Arrays = dict[str, jax.Array]
 
@@ -169,9 +169,8 @@ def admm(
             return {name: jnp.zeros(weights[name].shape, weights[name].dtype) for name in names}
 
         both, removed = _with_patterns(plan), _with_removal(plan)
-        return AdmmState(
-            jnp.zeros([], jnp.int32), zeros(both), zeros(both), zeros(removed), zeros(removed), inner.init(params)
-        )
+        variables = jnp.zeros([], jnp.int32), zeros(both), zeros(both), zeros(removed), zeros(removed)
+        return AdmmState(*spread_like(variables, params), inner.init(params))
 
     def renew(state: AdmmState, weights: Arrays) -> tuple[Arrays, Arrays, Arrays, Arrays]:
         first = state.count == begin_step

@@ -12,7 +12,7 @@ from clicktrain_jax.importance import NO_SCORE
 from clicktrain_jax.masks import LayerMask
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.states import ClickTrainState, fill_masks
-from clicktrain_jax.trees import Tree, named_leaves
+from clicktrain_jax.trees import Tree, named_leaves, spread_like
 
 MaskDict = dict[str, jax.Array]
 
@@ -27,7 +27,7 @@ def first_state(params: Tree, masks: MaskDict, inner_state: Any, *, selected: in
         selected: 0 where these masks are the method's choice already; -1 where they keep all.
         pruned: 0 where no weight has to be zero for them; -1 where weights will be.
     """
-    return ClickTrainState(
+    state = ClickTrainState(
         count=jnp.zeros([], jnp.int32),
         selected=jnp.full([], selected, jnp.int32),
         pruned=jnp.full([], pruned, jnp.int32),
@@ -37,8 +37,9 @@ def first_state(params: Tree, masks: MaskDict, inner_state: Any, *, selected: in
         gathered=jnp.zeros([], jnp.int32),
         scores={},
         exponents=jnp.full(len(masks), NO_SCORE, jnp.int32),
-        inner_state=inner_state,
+        inner_state=None,
     )
+    return spread_like(state, params)._replace(inner_state=inner_state)
 
 
 def masks_tree(like: Tree, masks: MaskDict) -> Tree:

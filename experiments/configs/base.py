@@ -87,6 +87,10 @@ class TrainConfig:
         mixup_alpha: of mixup's Beta distribution; 0 for no mixup.
         mixup_epoch: mixup is on from this epoch, in pruned and in dense runs alike; None for never.
         precision: what the net computes in; parameters, optimizer and losses stay float32.
+        label_smoothing: share of each label that is spread over all classes, in training.
+        ema_epochs: the run ends with an exponential moving average of weights and statistics over so many last epochs,
+            in which no mask changes; 0 for none. Epochs before the last are evaluated without it.
+        ema_decay: of that average, an update.
         seed: decides initialisation, order of images, augmentation, dropout and mixup.
         method: how it is pruned: one of the configs of `experiments.configs.methods`; None trains dense.
         loop: how the host runs it.
@@ -112,6 +116,9 @@ class TrainConfig:
     mixup_alpha: float = 0.3
     mixup_epoch: int | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
+    label_smoothing: float = 0.0
+    ema_epochs: int = 0
+    ema_decay: float = 0.998
     seed: int = 0
     method: MethodConfig | None = None
     loop: LoopConfig = LoopConfig()
@@ -136,8 +143,29 @@ class TrainConfig:
             raise ValueError(f"mixup_epoch={self.mixup_epoch}: expected 0 or more, or None for never")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: expected 0 to 2**32 - 1")
+        if not 0 <= self.label_smoothing < 1 or not 0 <= self.ema_decay < 1:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing}, ema_decay={self.ema_decay}: expected shares in [0, 1)"
+            )
         if self.method is not None:
             self.method.check(self.epochs)
+        self._check_average()
+
+    def _check_average(self) -> None:
+        if not 0 <= self.ema_epochs <= self.total_epochs:
+            raise ValueError(f"ema_epochs={self.ema_epochs}: expected 0 to the run's {self.total_epochs} epochs")
+        if not self.ema_epochs or self.method is None:
+            return
+        begin = self.total_epochs - self.ema_epochs
+        # The epoch from which masks stand; None for a method that goes on changing them, or the net.
+        fixed = self.prune.prune_epoch + 1 if self.prune else getattr(self.method, "end_epoch", None)
+        if fixed is None:
+            raise ValueError(f"ema_epochs={self.ema_epochs} with {self.method.kind}: its masks never stand still")
+        if begin < fixed:
+            raise ValueError(
+                f"ema_epochs={self.ema_epochs} begins in epoch {begin}, and the masks change until epoch {fixed}: "
+                f"average over at most {self.total_epochs - fixed} epochs"
+            )
 
     @property
     def prune(self) -> PruneConfig | None:

@@ -1,13 +1,11 @@
 """A comparison's part of RESULTS.md and its joint.csv: one row a cell, what is claimed, and how it was tuned."""
 
-import csv
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 
 from experiments.report import claims
 from experiments.report.claims import UNKNOWN, spread
-from experiments.report.statistics import coding, markdown_table
+from experiments.report.statistics import coding, csv_text, markdown_table
 from experiments.report.studies import BATCHES, Cell, Study, mean
 
 CSV, PLOT, WIDE, TUNING = "joint.csv", "joint.png", "wide.csv", "tuning.csv"
@@ -102,13 +100,6 @@ def to_csv(study: Study) -> str:
     return csv_text(header, rows)
 
 
-def csv_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A CSV file's text."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    return text.getvalue()
-
-
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
@@ -148,7 +139,7 @@ def verdicts(compared: Sequence[Study]) -> str:
     doubtful = sum("too short" in study.doubts() for study in compared)
     short = f"; the records of {doubtful} of them are too short to count" if doubtful else ""
     held = f"**{found.count(claims.HOLDS)} of {len(found)} claims hold**"
-    return f"{held}; {others} ({len(compared)} comparisons{short})."
+    return f"{held}; {others} (comparisons: {len(compared)}{short})."
 
 
 def _joint(study: Study) -> str:

@@ -51,11 +51,13 @@ def generate(records: Path = results.RECORDS) -> dict[Path, str]:
         for record in _with_sheet(of_ablation):
             path = ablation.PLOT.with_name(_sheet_name(record))
             parts.append(f"![Patterns of {record['name']}, and where they are used]({_link(path)})\n")
+    price_csv = records / price.GROUP / gpu.PRICE_CSV
     return {
         results.RESULTS_FILE: "\n".join(part for part in parts if part),
         benchmarks.BENCHMARKS_FILE: benchmarks.generate(),
         front.README: front.generate(front.README.read_text(), records),
         records / published.CSV: published.to_csv(found),
+        **({price_csv: gpu.price_csv(price_csv.parent)} if price_csv.parent.exists() else {}),
         **{study.folder / name: text for study in compared for name, text in comparison.files(study).items()},
     }
 

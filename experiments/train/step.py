@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import clicktrain_jax as ct
 import pallas_kernels as pk
@@ -128,11 +129,12 @@ class Trainer(Updates):
             min(max(prune.prune_epoch * per_epoch, select + 1), last),
             None if prune.reselect_epoch is None else prune.reselect_epoch * per_epoch,
             prune.importance_steps,
+            None if prune.reselect_every_epochs is None else prune.reselect_every_epochs * per_epoch,
         )
         self.updates = ct.phase_updates(
             self.optimizer,
             self.plan,
-            coeff=prune.coeff,
+            coeff=_lasso_weight(prune, select, per_epoch),
             patterns=self.patterns,
             importance=random_scores if prune.importance == "random" else prune.importance,
             importance_steps=prune.importance_steps,
@@ -150,7 +152,10 @@ class Trainer(Updates):
         variables = self.model.init(key, jnp.zeros((1, *self.image_shape), jnp.float32), train=False)
         params = variables["params"]
         begin = self.optimizer.init if self.updates is None else self.updates.init
-        return TrainState(jnp.zeros([], jnp.int32), params, variables.get("batch_stats", {}), begin(params))
+        stats = variables.get("batch_stats", {})
+        # Copies: a buffer that stands in a state twice cannot be donated.
+        average = jax.tree.map(jnp.copy, (params, stats)) if self.config.ema_epochs else ()
+        return TrainState(jnp.zeros([], jnp.int32), params, stats, begin(params), average)
 
     def init(self, seed: int) -> TrainState:
         """What `fresh` makes of a run's seed."""
@@ -298,6 +303,13 @@ class Trainer(Updates):
             return state, None
         return channels.reconfigure(state)
 
+    def settled(self, state: TrainState, epoch: int) -> TrainState:
+        """The state after an epoch: after the last one the averaged weights and statistics are the net's."""
+        if not self.config.ema_epochs or epoch + 1 < self.config.total_epochs:
+            return state
+        params, stats = jax.tree.map(jnp.copy, state.average)
+        return state._replace(params=params, batch_stats=stats)
+
     def masks(self, state: TrainState) -> ct.Masks | None:
         """The masks of a run in any phase, of whichever method; None for a dense one."""
         if self.updates is not None:
@@ -353,6 +365,14 @@ class Trainer(Updates):
         choice = self.pruned.choose(run)
         self.programs.seconds += self.pruned.waited_seconds - before
         return choice
+
+
+def _lasso_weight(prune: Any, select_step: int, steps_per_epoch: int) -> Any:
+    """The lasso's weight: a number, or a function of the updates done where it rises after the selection."""
+    if not prune.coeff_ramp_epochs:
+        return prune.coeff
+    length = prune.coeff_ramp_epochs * steps_per_epoch
+    return optax.linear_schedule(0.0, prune.coeff, length, transition_begin=select_step)
 
 
 @functools.partial(jax.jit, static_argnums=1)

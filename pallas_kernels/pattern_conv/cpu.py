@@ -211,7 +211,15 @@ def _call(
     is_divided = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
     is_whole = is_divided or not jax.config.jax_use_shardy_partitioner
     arrays = [jnp.asarray(argument) for argument in arguments]
-    result = _mappable(call if is_whole else _divisible(call, images), images)(*arrays)
+    function = _mappable(call if is_whole else _divisible(call, images), images)
+    place = jax.typeof(arrays[0]).sharding
+    kinds = zip(place.mesh.axis_names, place.mesh.axis_types)
+    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    if explicit:
+        # The type says where the images are, and so where the result is.
+        spec = PartitionSpec(*(place.spec[:1] if images else ()), *[None] * (len(out.shape) - images))
+        function = jax.sharding.auto_axes(function, axes=explicit, out_sharding=NamedSharding(place.mesh, spec))
+    result = function(*arrays)
     # A call's own type says nothing of it, and what does not vary is taken for the same on all devices.
     return compat.varying_like(result, *arrays)
 

@@ -16,11 +16,11 @@ from experiments.train.step import Trainer
 def config(small):
     """All phases in five epochs of the small net, scores of several updates and a second selection among them."""
     config = configs.get("digits-clicktrain")
-    prune = dataclasses.replace(
-        config.prune, select_epoch=1, reselect_epoch=2, prune_epoch=3, importance_steps=3, patterns="coverage"
+    method = dataclasses.replace(
+        config.method, select_epoch=1, reselect_epoch=2, prune_epoch=3, importance_steps=3, patterns="coverage"
     )
     return dataclasses.replace(
-        config, epochs=5, width=0.125 if small else 1.0, batch_size=32, mixup_epoch=4, method=prune,
+        config, epochs=5, width=0.125 if small else 1.0, batch_size=32, mixup_epoch=4, method=method,
         loop=dataclasses.replace(config.loop, progress=False, checkpoint_every_epochs=1),
     )
 

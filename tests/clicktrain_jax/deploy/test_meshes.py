@@ -12,6 +12,7 @@ PROGRAM = r"""
     import re
     import jax, jax.numpy as jnp, numpy as np
     import clicktrain_jax as ct
+    import pallas_kernels as pk
     from clicktrain_jax.deploy.load import inference_net
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     from pallas_kernels import native
@@ -69,11 +70,20 @@ PROGRAM = r"""
     pulled = jax.shard_map(jax.grad(lambda params, x: jax.lax.psum(loss(fast, params, x), "d")), mesh=auto,
                            in_specs=(P(), P("d")), out_specs=P())
     jax.tree.map(close, jax.jit(pulled)(params, x), gradient)
-    on_x = jax.device_put(x, NamedSharding(auto, P("d")))
     loaded = inference_net(net, zeroed, masks, image_shape=x.shape[1:], normalise=None)
-    close(loaded(on_x), wanted)
     function, prepared = loaded.program(batch)
-    check_shares(function.lower(prepared, on_x).compile(), 2, size)
+    structure = pk.make_structure(masks["pruned"])
+    def alone(kernel, x):
+        return pk.pattern_conv(x, kernel, structure)
+    for each in mesh.values():
+        on_x, kernel = (jax.device_put(array, NamedSharding(each, spec))
+                        for array, spec in ((x, P("d")), (params["pruned"], P())))
+        result = loaded(on_x)
+        close(result, wanted)
+        assert result.sharding.spec[0] == "d" or not is_native
+        check_shares(function.lower(prepared, on_x).compile(), 2, size)
+        check_shares(jax.jit(alone).lower(kernel, on_x).compile(), 1, size)
+        close(jax.jit(jax.vmap(lambda image: alone(kernel, image[None])[0]))(on_x), alone(params["pruned"], x))
     # A share that cannot be whole: all images on each device, none summed twice.
     def uneven(params, x):
         return ct.accelerate(net, masks)(params, jax.lax.with_sharding_constraint(x, NamedSharding(auto, P("d"))))
