@@ -76,4 +76,4 @@ $(GPU_COMPILE)/.ready: requirements-gpu-compile.txt
 	touch $@
 
 clean:
-	rm -rf .venv-*
+	rm -rf .venv-* docs/_build

@@ -11,10 +11,9 @@ from clicktrain_jax.deploy.storage import masks_from_zeros
 from clicktrain_jax.latency import LayerTime, LayerTimes
 from clicktrain_jax.masks import LayerMask, Masks, apply_masks
 from clicktrain_jax.phases import Phase, PhaseSchedule
-from clicktrain_jax.plan import Plan, make_plan
+from clicktrain_jax.plan import Plan, make_plan, schedule
 from clicktrain_jax.regularization import add_group_lasso, group_lasso
 from clicktrain_jax.selection import select_masks
-from clicktrain_jax.shares import schedule
 from clicktrain_jax.states import ClickTrainState, Status, masks_of, status
 from clicktrain_jax.transform import PhaseUpdates, clicktrain, phase_updates
 

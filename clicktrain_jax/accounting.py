@@ -1,6 +1,6 @@
 """How many weights and multiply-adds a pruned net keeps: plain data, no arrays.
 
-"Conv" counts every leaf that is pruned or looks like a convolution's kernel (`clicktrain_jax.convolutions`), first
+"Conv" counts every leaf that is pruned or looks like a convolution's kernel (`clicktrain_jax.plan.convolutions`), first
 convolution and shortcuts included; "model" counts all leaves (BatchNorm scale and bias are parameters, its statistics
 are not). Retained is what the masks keep and, between the selection and the prune, what they mark and is not yet zero;
 a weight that the masks keep counts, whatever its value. Of parameters without values the masks alone are counted.
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.convolutions import Axes, check_axes, convolutions, in_hwio
 from clicktrain_jax.masks import Masks, layers_for
+from clicktrain_jax.plan.convolutions import Axes, check_axes, convolutions, in_hwio
 from clicktrain_jax.trees import Tree, named_leaves
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clicktrain_jax.convolutions import Axes, tap_axes
+from clicktrain_jax.plan.convolutions import Axes, tap_axes
 from clicktrain_jax.trees import Tree, is_kernel_shape, map_named, named_leaves
 
 Criterion = Callable[[Tree, Tree], Tree]

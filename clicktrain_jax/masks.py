@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.convolutions import FROM_HWIO
+from clicktrain_jax.plan.convolutions import FROM_HWIO
 from clicktrain_jax.trees import (
     Tree,
     check_same_names,
@@ -59,6 +59,10 @@ class FullMask(NamedTuple):
         """Itself."""
         return self
 
+    def transposed(self, order: tuple[int, ...]) -> "FullMask":
+        """The mask of the transposed leaf."""
+        return FullMask(*(None if part is None else part.transpose(order) for part in self))
+
 
 class LayerMask(NamedTuple):
     """The mask of one layer as it is chosen and kept.
@@ -99,7 +103,7 @@ def _full(layer: LayerMask, xp: Any) -> FullMask:
         return FullMask(None, layer.kernel)
     if layer.kernel.ndim == 4:
         parts = _full(layer._replace(kernel=layer.kernel[:, :, 0, 0].T), xp)
-        return FullMask(*(None if part is None else part.transpose(FROM_HWIO["OIHW"]) for part in parts))
+        return parts.transposed(FROM_HWIO["OIHW"])
     kernel = xp.broadcast_to(layer.kernel[None, None], layer.shape)
     if layer.patterns is None:
         return FullMask(None, kernel)

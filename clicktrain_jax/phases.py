@@ -6,8 +6,9 @@
     prune        t = prune_step               gradient at the unpruned weights; afterwards masked weights are 0
     pruned       t > prune_step               gradient, optimizer state and weights are masked
 
-Two additions of this project: scores may be gathered over the ``importance_steps`` updates that end with a
-selection, and masks may be selected a second time, at ``reselect_step``, while the lasso is on.
+Additions of this project: scores may be gathered over the ``importance_steps`` updates that end with a selection, and
+masks may be selected anew while the lasso is on: at ``reselect_step``, or every ``reselect_every`` updates, so that
+what was marked and has grown since is kept after all.
 
 That is how a run goes as planned. Whether masks stand is a fact of the run, not arithmetic on its step: a selection is
 due from its step on until it is done. An update whose scores are not finite adds none and selects nothing, so it
@@ -66,6 +67,8 @@ class PhaseSchedule:
         prune_step: the update after which the masked weights are zero, > select_step.
         reselect_step: the update that chooses the masks anew, between the two; None for never.
         importance_steps: scores are the mean over so many updates, a selecting one being the last.
+        reselect_every: masks are chosen anew so many updates after each selection, as long as the prune is later;
+            None for never. Instead of ``reselect_step``.
 
     Raises:
         ValueError: not integers, negative, out of order, or fewer updates than the scores need.
@@ -75,14 +78,15 @@ class PhaseSchedule:
     prune_step: int
     reselect_step: int | None = None
     importance_steps: int = 1
+    reselect_every: int | None = None
 
     def __post_init__(self) -> None:
-        steps = ("select_step", "prune_step", "reselect_step", "importance_steps")
+        steps = ("select_step", "prune_step", "reselect_step", "importance_steps", "reselect_every")
         if any(isinstance(getattr(self, field), Tracer) for field in steps):
             return  # hyperparameters that optax has injected: nothing can be said of them
         for field in steps:
             value = getattr(self, field)
-            if value is None and field == "reselect_step":
+            if value is None and field.startswith("reselect"):
                 continue
             if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise ValueError(f"{field}={value!r}: expected an integer number of updates")
@@ -98,6 +102,13 @@ class PhaseSchedule:
             raise ValueError(
                 f"importance_steps={self.importance_steps}: expected 1 to {self.select_step + 1}, the updates up to "
                 f"select_step={self.select_step}; select later or take fewer"
+            )
+        if self.reselect_every is not None and (
+            self.reselect_step is not None or self.reselect_every < self.importance_steps
+        ):
+            raise ValueError(
+                f"reselect_every={self.reselect_every}: expected at least importance_steps={self.importance_steps}, "
+                f"and no reselect_step beside it, got {self.reselect_step}"
             )
         if self.reselect_step is not None and not (
             self.select_step + self.importance_steps <= self.reselect_step < self.prune_step
@@ -118,12 +129,17 @@ class PhaseSchedule:
         """
         chosen, is_pruned = selected >= 0, pruned >= 0
         first = (selected < 0) & (count > self.select_step - self.importance_steps)
-        again, waits = False, False
+        again, waits, coming = False, False, 0
         if self.reselect_step is not None:
-            waits = chosen & (selected < self.reselect_step) & (pruned < 0)
-            again = waits & (count > self.reselect_step - self.importance_steps)
+            coming = self.reselect_step
+            waits = chosen & (selected < coming) & (pruned < 0)
+        elif self.reselect_every is not None:
+            coming = selected + self.reselect_every
+            waits = chosen & (coming < self.prune_step) & (pruned < 0)
+        if waits is not False:
+            again = waits & (count > coming - self.importance_steps)
         full = gathered + 1 >= self.importance_steps
-        selects = full & (first & (count >= self.select_step) | again & (count >= (self.reselect_step or 0)))
+        selects = full & (first & (count >= self.select_step) | again & (count >= coming))
         prunes = chosen & (pruned < 0) & (count >= self.prune_step) & (waits ^ True)
         ordinary = selects | prunes | is_pruned
         # Not ~, which makes -2 of Python's True.
@@ -132,6 +148,8 @@ class PhaseSchedule:
     def planned(self, step: int) -> tuple[int, int, int]:
         """``(selected, pruned, gathered)`` before update ``step`` of a run that goes as planned."""
         selections = [at for at in (self.select_step, self.reselect_step) if at is not None]
+        if self.reselect_every is not None:
+            selections = list(range(self.select_step, self.prune_step, self.reselect_every))
         selected = max((at for at in selections if at < step), default=-1)
         coming = min((at for at in selections if at >= step), default=step + self.importance_steps)
         return (

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clicktrain_jax.convolutions import Axes, cout_axis, tap_axes
 from clicktrain_jax.masks import Masks, layers_for
+from clicktrain_jax.plan.convolutions import Axes, cout_axis, tap_axes
 from clicktrain_jax.trees import Tree, map_named, named_leaves, placed_like
 
 EPSILON = 1e-8

@@ -272,6 +272,7 @@ def clicktrain(
     importance: str | importance_lib.Criterion = "taylor",
     importance_steps: int = 1,
     reselect_step: int | None = None,
+    reselect_every: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Pruning during training, around any optax optimizer.
 
@@ -293,6 +294,7 @@ def clicktrain(
             being the last. More than 1 keeps a float32 number for each planned weight. 1 is the authors'; 16
             is what the importance experiment in RESULTS.md comes to.
         reselect_step: an update between the two that chooses the masks anew.
+        reselect_every: chooses them anew every so many updates between the two, instead.
 
     Returns:
         A transformation whose state is a `ClickTrainState`; `masks_of` reads the masks from it.
@@ -316,7 +318,7 @@ def clicktrain(
 
     Source: ClickTrain, arXiv 2011.10170; step semantics of the authors' code, see `clicktrain_jax.phases`.
     """
-    schedule = PhaseSchedule(select_step, prune_step, reselect_step, importance_steps)
+    schedule = PhaseSchedule(select_step, prune_step, reselect_step, importance_steps, reselect_every)
     pieces = _Pieces(inner, plan, coeff, patterns, importance, importance_steps)
 
     def whole_update(

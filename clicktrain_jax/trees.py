@@ -141,7 +141,7 @@ def spread_like(tree: Tree, like: Tree) -> Tree:
         if AxisType.Manual in kinds:
             break
         constrain = jax.sharding.reshard if AxisType.Explicit in kinds else jax.lax.with_sharding_constraint
-        return jax.tree.map(lambda array: (constrain if traced else jax.device_put)(array, whole), tree)
+        return (constrain if traced else jax.device_put)(tree, whole)
     return tree
 
 

@@ -39,6 +39,7 @@ USAGE = """usage: python -m experiments COMMAND ...
                        an export beside dense engines: latency, throughput, memory, startup, size
   bench dtypes RUN [--data.dir DIR]
                        what storing a run's weights in fewer bits costs
+  bench latency        whole nets as fast as a target in time asked
   bench sizes          bytes of the exports of every published recipe
   bench torch [--torch-python PYTHON] [--net NAME] [--width W] [--out FILE]
                        training in images a second beside an eager PyTorch loop with a host loader

@@ -55,6 +55,16 @@ def platform() -> str:
     return named or jax.default_backend()
 
 
+def varying_like(array: jax.Array, *others: jax.Array) -> jax.Array:
+    """``array`` with a type that says along which axes of a `jax.shard_map` it varies: those of the others."""
+    axes = frozenset[str]().union(*(_varying(other) for other in others)) - _varying(array)
+    return jax.lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array
+
+
+def _varying(array: jax.Array) -> frozenset[str]:
+    return getattr(getattr(jax.typeof(array), "manual_axis_type", None), "varying", frozenset())
+
+
 def compiler_options(dtype: jax.typing.DTypeLike) -> dict[str, str]:
     """For ``jax.jit(..., compiler_options=)`` of a net that computes in ``dtype``.
 

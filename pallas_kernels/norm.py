@@ -106,6 +106,7 @@ def _why_not_cpu(x: jax.Array, layout: str) -> str | None:
     return cpu.why_not_here()
 
 
+_ONE_STAGE, _PARTS = 4096, 16
 Settings = tuple[float, bool, bool, str, str]
 
 
@@ -161,8 +162,6 @@ def _backward_xla(settings: Settings, kept: tuple, slopes: tuple) -> tuple:
     epsilon, relu, pool, _, layout = settings
     x, scale, bias, mean, var, gate, has_added = kept
     dy, dmean, dvar = slopes
-    # So that the compiler computes again what it would otherwise keep from the forward pass: reading is dearer.
-    mean, var = jax.lax.optimization_barrier((mean, var))
     wide, dz = x.astype(scale.dtype), dy.astype(scale.dtype)
     d = wide - mean
     if pool:
@@ -171,24 +170,35 @@ def _backward_xla(settings: Settings, kept: tuple, slopes: tuple) -> tuple:
         numbers = jnp.arange(4, dtype=gate.dtype).reshape([2 if axis in inside else 1 for axis in range(6)])
         mine = numbers == jnp.expand_dims(gate, inside)
         dz = jnp.where(mine, jnp.expand_dims(dz, inside), 0).reshape(x.shape)
-    elif relu:
-        gate = _affine(wide, scale, bias, mean, var, epsilon) if gate is None else gate
-        dz = jnp.where(gate > 0, dz, 0)
+    # Each of these is one small kernel on a GPU, unless it is cheap enough to be done anew for every pixel.
     inverse = jax.lax.rsqrt(var + epsilon)
-    pixels = x.size // x.shape[3]
-    total, product = _sums(dz, dz * d)
-    slope = (2 * dvar - scale * product * inverse**3) / pixels
-    constant = (dmean - scale * inverse * total) / pixels
-    dx = dz * (scale * inverse) + d * slope + constant
+    factor, share = scale * inverse, x.shape[3] / x.size
+    passed = (dz, dz, dz)
+    if relu and not pool:
+        # The same in three expressions, one for each use: of one that has several a GPU's compiler keeps the truth
+        # values in memory, which is dearer than to compute them again.
+        gates = (d * factor > -bias, d * -factor < bias, d * factor + bias > 0) if gate is None else (gate > 0,) * 3
+        passed = [jnp.where(is_open, dz, 0) for is_open in gates]
+    total, product = _sums(passed[0], passed[1] * d)
+    dz = passed[2]
+    slope = (2 * dvar - factor * (inverse * inverse) * product) * share
+    constant = (dmean - factor * total) * share
+    dx = dz * factor + d * slope + constant
     return dx.astype(x.dtype), product * inverse, total, dz.astype(x.dtype) if has_added else None
 
 
 def _sums(one: jax.Array, two: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Of each channel, as one operation: a compiler that splits a sum in stages does both in the same kernels."""
-    zero = jnp.zeros((), one.dtype)
-    return jax.lax.reduce(
-        (one, two), (zero, zero), lambda so_far, new: (so_far[0] + new[0], so_far[1] + new[1]), (0, 1, 2)
-    )
+    zero, channels = jnp.zeros((), one.dtype), one.shape[3]
+    pixels = one.size // channels
+    # A GPU's compiler has a few of its multiprocessors sum so many rows, and more in stages: also where it need not.
+    parts = _PARTS if pixels <= _ONE_STAGE and pixels % _PARTS == 0 and pixels > _PARTS else 1
+    sums = [terms.reshape(parts, pixels // parts, channels) for terms in (one, two)]
+    for axis in (1, 0) if parts > 1 else ((0, 1),):
+        sums = jax.lax.reduce(
+            sums, [zero, zero], lambda so_far, new: [so_far[0] + new[0], so_far[1] + new[1]], np.atleast_1d(axis)
+        )
+    return tuple(sums)
 
 
 def _affine(x: Any, scale: Any, bias: Any, mean: Any, var: Any, epsilon: float) -> jax.Array:

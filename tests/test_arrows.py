@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -151,6 +152,19 @@ def test_no_printing_no_clock_no_files(path):
             and isinstance(node.func.value, ast.Name)
             and node.func.value.id in {"np", "jnp", "numpy"}
         }
+
+
+def test_modules_of_the_method_form_no_circle():
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files_of("clicktrain_jax")}
+    paths = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    arrows = {name: set() for name in paths}
+    for name, path in paths.items():
+        for node in parse(path).body:
+            if isinstance(node, ast.ImportFrom) and node.module in paths:
+                parts = {f"{node.module}.{alias.name}" for alias in node.names}
+                arrows[name] |= {part if part in paths else node.module for part in parts}
+    # Raises a CycleError that names it.
+    assert len(list(graphlib.TopologicalSorter(arrows).static_order())) == len(paths)
 
 
 def test_rooms_are_found():

@@ -23,6 +23,7 @@ EXPECTED = {
     "hooks": (80, 7.9),
 }
 EPOCHS = 4
+SLOW = ("pretrained", "several_devices", "deploy")
 
 
 def run(command, tmp_path):
@@ -45,7 +46,13 @@ def test_all_are_expected_and_short():
     assert all(f"`{name}.py`" in listed for name in scripts)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+def named(names):
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
+    )
+
+
+@named(EXPECTED)
 def test_scripts(name, tmp_path):
     if name == "equinox_net" and importlib.util.find_spec("equinox") is None:
         pytest.skip("equinox is not installed: pip install equinox")
@@ -60,7 +67,7 @@ def test_scripts(name, tmp_path):
         assert float(difference) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["getting_started", "deploy"])
+@named(["getting_started", "deploy"])
 def test_notebooks(name, tmp_path):
     notebook = json.loads((EXAMPLES / f"{name}.ipynb").read_text())
     assert (notebook["nbformat"], notebook["metadata"]["language_info"]["name"]) == (4, "python")

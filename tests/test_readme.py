@@ -170,3 +170,10 @@ def test_every_command_named_exists():
 def test_every_page_is_in_the_contents():
     listed = re.findall(r"^([\w-]+)$", (DOCS / "index.md").read_text(), re.MULTILINE)
     assert {page.stem for page in DOCS.glob("*.md")} - {"index"} == set(listed)
+
+
+def test_every_public_name_is_in_the_reference():
+    text = (DOCS / "api.md").read_text()
+    listed = set(re.findall(r":: (?:clicktrain_jax\.)?(?:methods\.)?(\w+)$", text, re.MULTILINE))
+    missing = (set(ct.__all__) | set(ct.methods.__all__)) - listed
+    assert not missing, f"docs/api.md lacks {sorted(missing)}"

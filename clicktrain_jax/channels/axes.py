@@ -14,11 +14,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.extend.core
 import numpy as np
 
-from clicktrain_jax.deploy.jaxprs import traced
+from clicktrain_jax.deploy.jaxprs import CALLS, traced, walk
 from clicktrain_jax.trees import Tree, named_leaves
 
 Role = Literal["writer", "reader"]
@@ -35,11 +33,6 @@ _ELEMENTWISE = frozenset(
 # The result does not depend on the order along the axes that are reduced.
 _REDUCTIONS = frozenset("reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor".split())
 _WINDOWS = frozenset("reduce_window_max reduce_window_min reduce_window_sum".split())
-_CALLS = frozenset(
-    """checkpoint closed_call core_call core_closed_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr jit pjit
-    remat remat2""".split()
-)
-
 
 @dataclasses.dataclass(eq=False)
 class Part:
@@ -97,7 +90,7 @@ def trace_axes(apply_fn: Callable[..., Any], variables: Tree, example: Any) -> T
         else:
             axes = _fixed_axes(variable.aval.shape, "it is an axis of the network's input", from_input=True)
             arguments.append(Value(axes, None))
-    for result in tracer.run(closed, arguments):
+    for result in walk(closed, arguments, tracer.step, tracer.constant):
         tracer.fix(result.axes, "it is an axis of the network's output")
     axes = {(name, index): expand(axis) for name, axes in tracer.leaves.items() for index, axis in enumerate(axes)}
     return TracedAxes(axes, tracer.roles)
@@ -149,25 +142,14 @@ def _join(first: Part, second: Part) -> Part:
 
 
 class _Tracer:
-    """Runs through a jaxpr with `Value`s in place of arrays."""
+    """What a walk through a jaxpr does with `Value`s in place of arrays; a rule is ``(params, values, shape) -> axes``.
+
+    A rule gives None where it cannot say: the order must stay then.
+    """
 
     def __init__(self):
         self.leaves: dict[str, tuple[Axis, ...]] = {}
         self.roles: dict[tuple[str, int], Role] = {}
-
-    def run(self, closed: Any, arguments: Sequence[Value]) -> list[Value]:
-        """The values of a (closed) jaxpr's results. A jaxpr may be shared by several calls: each has its own values."""
-        jaxpr = getattr(closed, "jaxpr", closed)
-        # The values of constants are not looked at: reordering an axis might change them.
-        env = {variable: self._constant(variable.aval.shape) for variable in jaxpr.constvars}
-        env.update(zip(jaxpr.invars, arguments, strict=True))
-
-        def read(atom: Any) -> Value:
-            return self._constant(np.shape(atom.val)) if isinstance(atom, jax.extend.core.Literal) else env[atom]
-
-        for equation in jaxpr.eqns:
-            env.update(zip(equation.outvars, self._apply(equation, [read(atom) for atom in equation.invars])))
-        return [read(atom) for atom in jaxpr.outvars]
 
     def fix(self, axes: Iterable[Axis], why: str) -> None:
         """Forbid to reorder these axes."""
@@ -197,32 +179,22 @@ class _Tracer:
             joined.append(_join(one, other))
         return expand(joined)
 
-    def _constant(self, shape: Sequence[int]) -> Value:
-        return Value(_fixed_axes(shape, "it meets an array of constants"), frozenset())
+    def constant(self, value: Any) -> Value:
+        """A constant, whose values are not looked at: reordering an axis might change them."""
+        return Value(_fixed_axes(np.shape(value), "it meets an array of constants"), frozenset())
 
-    def _apply(self, equation: Any, values: list[Value]) -> list[Value]:
+    def step(self, equation: Any, values: list[Value]) -> list[Value] | None:
+        """The values of an equation's results; None for a call, which is walked through."""
         name, params = equation.primitive.name, equation.params
-        shapes = [getattr(variable.aval, "shape", ()) for variable in equation.outvars]
-        if name in _CALLS:
-            inner = next((params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params), None)
-            if inner is not None and len(getattr(inner, "jaxpr", inner).invars) == len(values):
-                return self.run(inner, values)
+        if name in CALLS:
+            return None
         if name == "optimization_barrier":
-            return list(values)
-        axes = None
-        if name in _ELEMENTWISE:
-            axes = self._elementwise(values, shapes[0])
-        elif name in _REDUCTIONS:
-            axes = tuple(axis for index, axis in enumerate(values[0].axes) if index not in params["axes"])
-        elif name in _WINDOWS:
-            axes = self._window(params, values[0], shapes[0])
-        elif rule := getattr(self, f"_rule_{name}", None):
-            axes = rule(params, values, shapes[0])
-        leaves = (
-            None
-            if any(value.leaves is None for value in values)
-            else frozenset[str]().union(*(value.leaves for value in values))
-        )
+            return values
+        shapes = [getattr(variable.aval, "shape", ()) for variable in equation.outvars]
+        rule = _RULES.get(name)
+        axes = None if rule is None else rule(self, params, values, shapes[0])
+        known = [value.leaves for value in values]
+        leaves = None if None in known else frozenset[str]().union(*known)
         if axes is not None:
             return [Value(axes, leaves)]
         why = f"{name!r} may depend on its order"
@@ -247,7 +219,7 @@ class _Tracer:
         self.fix((axis,), why)
         return _new_axis(length, fixed=why)
 
-    def _elementwise(self, values: list[Value], shape: Sequence[int]) -> tuple[Axis, ...] | None:
+    def _elementwise(self, params, values, shape):
         axes = [_new_axis(length, uniform=True) for length in shape]
         for value in values:  # a scalar has no axes
             for index, axis in enumerate(value.axes):
@@ -255,58 +227,55 @@ class _Tracer:
                     axes[index] = self.unify(axes[index], axis)
         return tuple(axes)
 
-    def _window(self, params: dict[str, Any], value: Value, shape: Sequence[int]) -> tuple[Axis, ...]:
+    def _reduction(self, params, values, shape):
+        return tuple(axis for index, axis in enumerate(values[0].axes) if index not in params["axes"])
+
+    def _window(self, params, values, shape):
         keys = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
         settings = zip(*(params[key] for key in keys))
         return tuple(
             axis
             if (size, stride, tuple(pad), *dilations) == (1, 1, (0, 0), 1, 1)
             else self._resized(axis, length, _POSITION)
-            for axis, length, (size, stride, pad, *dilations) in zip(value.axes, shape, settings)
+            for axis, length, (size, stride, pad, *dilations) in zip(values[0].axes, shape, settings)
         )
 
-    def _rule_broadcast_in_dim(self, params, values, shape):
+    def _broadcast_in_dim(self, params, values, shape):
         axes = [_new_axis(length, uniform=True) for length in shape]
         for index, axis in zip(params["broadcast_dimensions"], values[0].axes):
             axes[index] = axis or axes[index]
         return tuple(axes)
 
-    def _rule_iota(self, params, values, shape):
+    def _iota(self, params, values, shape):
         return tuple(
             _new_axis(n, fixed="it meets an iota") if index == params["dimension"] else _new_axis(n, uniform=True)
             for index, n in enumerate(shape)
         )
 
-    def _rule_transpose(self, params, values, shape):
+    def _transpose(self, params, values, shape):
         return tuple(values[0].axes[index] for index in params["permutation"])
 
-    def _rule_squeeze(self, params, values, shape):
+    def _squeeze(self, params, values, shape):
         return tuple(axis for index, axis in enumerate(values[0].axes) if index not in params["dimensions"])
 
-    def _rule_rev(self, params, values, shape):
+    def _rev(self, params, values, shape):
         self.fix((values[0].axes[index] for index in params["dimensions"]), "it is reversed")
         return values[0].axes
 
-    def _rule_slice(self, params, values, shape):
-        return self._cut(values[0], shape)
-
-    def _rule_dynamic_slice(self, params, values, shape):
-        return self._cut(values[0], shape)
-
-    def _cut(self, value: Value, shape: Sequence[int]) -> tuple[Axis, ...]:
+    def _cut(self, params, values, shape):
         # A slice as long as the axis is the whole of it.
         return tuple(
             axis if _length(expand(axis)) == length else self._resized(axis, length, "a slice picks places of it")
-            for axis, length in zip(value.axes, shape)
+            for axis, length in zip(values[0].axes, shape)
         )
 
-    def _rule_pad(self, params, values, shape):
+    def _pad(self, params, values, shape):
         return tuple(
             axis if tuple(pad) == (0, 0, 0) else self._resized(axis, length, "it is padded")
             for axis, length, pad in zip(values[0].axes, shape, params["padding_config"])
         )
 
-    def _rule_concatenate(self, params, values, shape):
+    def _concatenate(self, params, values, shape):
         joined = params["dimension"]
         axes = list(values[0].axes)
         for value in values[1:]:
@@ -323,14 +292,14 @@ class _Tracer:
             axes[joined] = _new_axis(shape[joined], fixed=why)
         return tuple(axes)
 
-    def _rule_stack(self, params, values, shape):
+    def _stack(self, params, values, shape):
         axes = list(values[0].axes)
         for value in values[1:]:
             axes = [self.unify(*pair) for pair in zip(axes, value.axes)]
         axes.insert(params["axis"], _new_axis(len(values), fixed=_POSITION))
         return tuple(axes)
 
-    def _rule_reshape(self, params, values, shape):
+    def _reshape(self, params, values, shape):
         if params.get("dimensions") is not None or 0 in shape:
             return None
         rest = [part for axis in values[0].axes for part in expand(axis)][::-1]
@@ -352,7 +321,7 @@ class _Tracer:
             axes.append(tuple(axis))
         return tuple(axes)
 
-    def _rule_dot_general(self, params, values, shape):
+    def _dot_general(self, params, values, shape):
         (summed, batch) = params["dimension_numbers"]
         left, right = values
         for one, other in zip(*summed):
@@ -371,7 +340,7 @@ class _Tracer:
             free += others
         return (*shared, *free)
 
-    def _rule_conv_general_dilated(self, params, values, shape):
+    def _conv_general_dilated(self, params, values, shape):
         numbers, groups = params["dimension_numbers"], params["feature_group_count"]
         if params["batch_group_count"] != 1:
             return None
@@ -397,3 +366,24 @@ class _Tracer:
         axes[numbers.out_spec[0]] = images.axes[numbers.lhs_spec[0]]
         axes[numbers.out_spec[1]] = filters
         return tuple(axes)
+
+
+# What each primitive says; one that has no rule fixes all that it meets.
+_RULES: dict[str, Callable[..., tuple[Axis, ...] | None]] = {
+    **dict.fromkeys(_ELEMENTWISE, _Tracer._elementwise),
+    **dict.fromkeys(_REDUCTIONS, _Tracer._reduction),
+    **dict.fromkeys(_WINDOWS, _Tracer._window),
+    "broadcast_in_dim": _Tracer._broadcast_in_dim,
+    "concatenate": _Tracer._concatenate,
+    "conv_general_dilated": _Tracer._conv_general_dilated,
+    "dot_general": _Tracer._dot_general,
+    "dynamic_slice": _Tracer._cut,
+    "iota": _Tracer._iota,
+    "pad": _Tracer._pad,
+    "reshape": _Tracer._reshape,
+    "rev": _Tracer._rev,
+    "slice": _Tracer._cut,
+    "squeeze": _Tracer._squeeze,
+    "stack": _Tracer._stack,
+    "transpose": _Tracer._transpose,
+}

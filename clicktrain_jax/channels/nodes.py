@@ -1,27 +1,23 @@
-"""Channels and their order: who writes, follows and reads them, and how to reorder them.
+"""Channels: who writes, follows and reads them.
 
-The channels between two layers have no natural order. Reorder the filters of a convolution, the BatchNorm behind it
-and the input channels of the next convolution alike, and the net computes the same function. Filters that keep the
-same weights can so be brought next to each other, to share a tile. The same groups of axes are what pruning whole
-channels needs. They are found by tracing the net (`clicktrain_jax.channels.axes`), not from layer names.
+The channels between two layers have no natural order: the filters of a convolution, the BatchNorm behind it and the
+input channels of the next convolution may be reordered alike, and the net computes the same function. Such groups of
+axes are what pruning whole channels needs. They are found by tracing the net (`clicktrain_jax.channels.axes`), not from
+layer names.
 
     nodes = channel_nodes(lambda variables, x: model.apply(variables, x, train=False), variables, (32, 32, 3))
-    order = filter_order(mask)
-    variables = permute(variables, {"params/Conv_1/kernel": order}, nodes)
-    momentum = permute_tree(momentum, {"params/Conv_1/kernel": order}, nodes)
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from clicktrain_jax.channels.axes import Part, TracedAxes, trace_axes
-from clicktrain_jax.trees import KERNEL_AXES, Tree, map_named, named_leaves
+from clicktrain_jax.trees import Tree
 
 _PARAMS = "params"
 _Parts = tuple[Part, ...]
@@ -97,7 +93,7 @@ def _length(parts: _Parts) -> int:
 def _groups(traced: TracedAxes) -> dict[Part, _Parts]:
     """The parts that make one node, by part: one alone, or all of a divided axis of a writer or follower.
 
-    A divided axis (by a group norm, by heads) makes one node whose order stays: `permute` knows whole axes there.
+    A divided axis (by a group norm, by heads) makes one node whose order stays.
     """
     groups: dict[Part, _Parts] = {}
     for key, axis in traced.axes.items():
@@ -136,132 +132,8 @@ def find_node(name: str, nodes: Sequence[ChannelNode]) -> ChannelNode:
     for full in (name, f"{_PARAMS}/{name}"):
         found = [node for node in nodes if any(writer == full for writer, _ in node.writers)]
         if len(found) > 1:
-            raise ValueError(f"{full!r} writes {len(found)} groups of channels: give the order for a ChannelNode")
+            raise ValueError(f"{full!r} writes {len(found)} groups of channels: it names none of them")
         if found:
             return found[0]
     known = [writer for node in nodes for writer, _ in node.writers]
     raise ValueError(f"{name!r} writes no group of channels; expected the name of a kernel such as {known[:4]}")
-
-
-def permute(variables: Tree, orders: Mapping[ChannelNode | str, Any], nodes: Sequence[ChannelNode]) -> Tree:
-    """Reorder channels in all the leaves that know of them, so that the net computes the same function.
-
-    Args:
-        variables: the tree that `channel_nodes` saw, or one with the same leaf names and shapes; numpy or jax arrays.
-        orders: ``{node or name of a kernel that writes it: order}``; an order is an int (size,) permutation, and
-            channel i becomes what channel ``order[i]`` was. An order for one of several writers is for all of them.
-        nodes: from `channel_nodes`.
-
-    Returns:
-        A tree with the same containers. Leaves that no order touches are the same objects.
-
-    Raises:
-        ValueError: an unknown key; an order that is no permutation; two different orders for one group; an order for
-            a fixed group; a leaf that is missing or has another shape.
-    """
-    return _permute(variables, _orders_by_node(orders, nodes), "")
-
-
-def permute_tree(
-    tree: Tree, orders: Mapping[ChannelNode | str, Any], nodes: Sequence[ChannelNode], collection: str = _PARAMS
-) -> Tree:
-    """Reorder a tree that mirrors one collection of the variables: masks, momentum, gradients.
-
-    Args:
-        tree: leaf names are those of ``variables[collection]``, shapes too; a ``None`` leaf stays None.
-        orders: as for `permute`.
-        nodes: from `channel_nodes` on the variables.
-        collection: the first key of the variables that the tree mirrors.
-
-    Returns:
-        A tree with the same containers.
-
-    Raises:
-        ValueError: as `permute`; no group has a leaf in the collection.
-    """
-    prefix = f"{collection}/"
-    if not any(name.startswith(prefix) for node in nodes for name, *_ in _leaf_axes(node)):
-        raise ValueError(f"collection={collection!r}: no group has a leaf in it; for all variables, use permute")
-    return _permute(tree, _orders_by_node(orders, nodes), prefix)
-
-
-def filter_order(mask: Any) -> np.ndarray:
-    """An order of filters that puts those with the same mask next to each other.
-
-    Args:
-        mask: concrete bool (kh, kw, cin, cout).
-
-    Returns:
-        int64 (cout,), for `permute`. Groups stand in the order of their first filters, and filters in their own
-        order inside a group: where all masks differ, or all are equal, the order is 0, 1, 2, ...
-
-    Raises:
-        ValueError: the mask is traced, not boolean or not 4-D.
-    """
-    if isinstance(mask, jax.core.Tracer):
-        raise ValueError("mask is traced: the order of filters is chosen from values; call filter_order outside jit")
-    mask = np.asarray(mask)
-    if mask.dtype != bool or mask.ndim != len(KERNEL_AXES):
-        raise ValueError(f"mask is {mask.dtype} {mask.shape}: expected bool {KERNEL_AXES}")
-    columns = np.packbits(mask.reshape(-1, mask.shape[-1]), axis=0).T
-    _, first, group = np.unique(columns, axis=0, return_index=True, return_inverse=True)
-    return np.argsort(first[group.reshape(-1)], kind="stable")
-
-
-def _leaf_axes(node: ChannelNode) -> list[tuple[str, int, int | None]]:
-    """(name, axis, outer) of all leaves of a node; outer is None where the axis is the channels alone."""
-    return [(*entry, None) for entry in (*node.writers, *node.followers)] + list(node.readers)
-
-
-def _orders_by_node(
-    orders: Mapping[ChannelNode | str, Any], nodes: Sequence[ChannelNode]
-) -> dict[ChannelNode, np.ndarray]:
-    checked: dict[ChannelNode, np.ndarray] = {}
-    for key, given in orders.items():
-        node = find_node(key, nodes) if isinstance(key, str) else key
-        if node not in nodes:
-            raise ValueError(
-                f"orders: {key!r} is none of the {len(nodes)} groups; take it from nodes, or name a kernel"
-            )
-        label = key if isinstance(key, str) else f"the group written by {[name for name, _ in node.writers]}"
-        order = np.asarray(given)
-        is_order = order.dtype.kind in "iu" and order.shape == (node.size,)
-        if not is_order or not np.array_equal(np.sort(order), np.arange(node.size)):
-            raise ValueError(
-                f"{label}: the order, {order.dtype} {order.shape}, is no permutation of 0 ... {node.size - 1}; "
-                "every channel must come once"
-            )
-        if node.fixed:
-            raise ValueError(f"{label}: its {node.size} channels must stay in order, because {node.fixed}")
-        if not np.array_equal(checked.setdefault(node, order), order):
-            raise ValueError(
-                f"{label}: another order was given for the same channels, which {[name for name, _ in node.writers]} "
-                "write together; give one"
-            )
-    return checked
-
-
-def _permute(tree: Tree, orders: Mapping[ChannelNode, np.ndarray], prefix: str) -> Tree:
-    steps: dict[str, list[tuple[int, int | None, np.ndarray]]] = {}
-    for node, order in orders.items():
-        for name, axis, outer in _leaf_axes(node):
-            if name.startswith(prefix):
-                steps.setdefault(name.removeprefix(prefix), []).append((axis, outer, order))
-    missing = sorted(steps.keys() - {name for name, _ in named_leaves(tree)})
-    if missing:
-        raise ValueError(f"the tree has no leaf {missing[0]!r}, which holds reordered channels: pass the whole tree")
-
-    def reorder(name: str, leaf: Any) -> Any:
-        for axis, outer, order in steps.get(name, ()) if leaf is not None else ():
-            shape = jnp.shape(leaf)
-            block = (outer or 1) * order.size
-            if len(shape) <= axis or shape[axis] % block or (outer is None and shape[axis] != block):
-                raise ValueError(
-                    f"{name!r} has shape {shape}; axis {axis} was expected to hold {order.size} channels: "
-                    "the tree must be like the one that was traced"
-                )
-            places = np.arange(shape[axis]).reshape(outer or 1, order.size, -1)[:, order].reshape(-1)
-            leaf = leaf[(slice(None),) * axis + (places,)]
-        return leaf
-
-    return map_named(reorder, tree)

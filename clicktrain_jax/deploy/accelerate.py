@@ -49,7 +49,7 @@ class ConvolutionReport:
     why: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class AccelerateReport:
     """What runs how.
 
@@ -65,6 +65,11 @@ class AccelerateReport:
 
     def __str__(self) -> str:
         return self.to_text()
+
+    def __repr__(self) -> str:
+        sparse = sum(conv.runs == "sparse" for conv in self.convolutions)
+        times = "" if self.seconds is None else f", measured on {self.device}"
+        return f"AccelerateReport({len(self.convolutions)} convolutions, {sparse} by patterns{times}; print it)"
 
     def to_text(self) -> str:
         """A table, one line a convolution."""
@@ -279,9 +284,11 @@ class Accelerated:
             return site.layer.convolve(x, kernel, site.structure, site.plan)
 
         mesh = getattr(conv.sharding, "mesh", None)
-        if mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types:
+        types = {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types))
+        explicit = tuple(name for name, kind in types.items() if kind == jax.sharding.AxisType.Explicit)
+        if explicit:
             # Shardings are part of types there, and not every operation of the kernels' says that of its result.
-            convolve = jax.sharding.auto_axes(convolve, out_sharding=conv.sharding)
+            convolve = jax.sharding.auto_axes(convolve, axes=explicit, out_sharding=conv.sharding)
         return convolve(x, kernel)
 
     def _check_met(self, met: Mapping[str, bool], seen: list, names: list[str]) -> None:

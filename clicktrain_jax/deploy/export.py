@@ -73,6 +73,9 @@ def export(
             a function in training mode; convolutions that read a parameter from several places.
     """
     check_function(apply_fn)
+    if opset is not None and not (onnx and isinstance(opset, int) and opset > 0):
+        said = f"opset={opset!r}, onnx={onnx!r}"
+        raise ValueError(f"{said}: expected a version of ONNX's operators, such as 17, and onnx=True")
     facts = {
         **(facts or {}),
         "net": None if net is None else dict(net),
@@ -99,7 +102,7 @@ def export(
         image_shape=tuple(image_shape),
         normalise=facts["normalise"],
     )
-    check_is_inference(ready.folded)
+    facts["probe"] = check_is_inference(ready.folded)
     files = {}
     if stablehlo:
         files[STABLEHLO] = to_stablehlo(ready)

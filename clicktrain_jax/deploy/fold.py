@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax.deploy import host
-from clicktrain_jax.deploy.jaxprs import CONVOLUTION, bind, flattened, is_literal
+from clicktrain_jax.deploy.jaxprs import CONVOLUTION, bind, flattened, is_literal, walk
 from clicktrain_jax.deploy.kernels import PASSING, Moves, factor_of, moves_of
 from clicktrain_jax.trees import named_leaves
 
@@ -253,44 +253,45 @@ class _Pending:
 
 
 class _Folding:
-    """One walk through a jaxpr without calls: what is known is computed, the rest becomes steps."""
+    """One walk through a jaxpr without calls: what is known is computed, the rest becomes steps.
 
-    def __init__(self, jaxpr: Any, computable: Sequence[bool]) -> None:
-        self.known: dict[Any, _Known] = {}
+    In the walk a `_Known` stands for what is known, and a variable for itself.
+    """
+
+    def __init__(self, closed: Any, computable: Sequence[bool]) -> None:
         self.arrays: Arrays = {}
         self.steps: list[Any] = []
-        self._equations = list(zip(jaxpr.eqns, computable, strict=True))
-        self._output = jaxpr.outvars[0]
+        self._closed, self._computable = closed, iter(computable)
         self._pending: dict[Any, _Pending] = {}
         self._stored: dict[Any, str] = {}
-        atoms = [atom for equation in jaxpr.eqns for atom in equation.invars] + list(jaxpr.outvars)
+        atoms = [atom for equation in closed.jaxpr.eqns for atom in equation.invars] + list(closed.jaxpr.outvars)
         self._uses = collections.Counter(atom for atom in atoms if not is_literal(atom))
 
-    def run(self) -> tuple[str, Any]:
+    def run(self, arguments: Sequence[Any]) -> tuple[str, Any]:
         """Walk; returns the operand that is the result."""
-        for equation, is_computable in self._equations:
-            knowns = [self._known(atom) for atom in equation.invars]
-            if None not in knowns and is_computable:
-                self._compute(equation, knowns)
-            elif equation.primitive.name == CONVOLUTION and knowns[0] is None and knowns[1] is not None:
-                images, result = self._value(equation.invars[0]), equation.outvars[0]
-                self._pending[result] = _Pending(equation, images, knowns[1], None, None, result.aval.dtype)
-            elif not self._absorb(equation, knowns):
-                self.steps.append(_Step(equation, tuple(self._operand(atom) for atom in equation.invars)))
-        return self._operand(self._output)
+        result = walk(self._closed, arguments, self._step, _Known)[0]
+        return self._operand(self._closed.jaxpr.outvars[0], result)
 
-    def _known(self, atom: Any) -> _Known | None:
-        return _Known(atom.val) if is_literal(atom) else self.known.get(atom)
+    def _step(self, equation: Any, values: list[Any]) -> list[Any]:
+        knowns = [value if isinstance(value, _Known) else None for value in values]
+        is_computable = next(self._computable)
+        if None not in knowns and is_computable:
+            return self._compute(equation, knowns)
+        if equation.primitive.name == CONVOLUTION and knowns[0] is None and knowns[1] is not None:
+            images, result = self._value(values[0]), equation.outvars[0]
+            self._pending[result] = _Pending(equation, images, knowns[1], None, None, result.aval.dtype)
+        elif not self._absorb(equation, knowns):
+            self.steps.append(_Step(equation, tuple(map(self._operand, equation.invars, values))))
+        return equation.outvars
 
-    def _operand(self, atom: Any) -> tuple[str, Any]:
+    def _operand(self, atom: Any, value: Any) -> tuple[str, Any]:
         if is_literal(atom):
             return "literal", atom.val
-        known = self.known.get(atom)
-        if known is None:
-            return "value", self._value(atom)
+        if not isinstance(value, _Known):
+            return "value", self._value(value)
         if atom not in self._stored:
-            name = known.leaf if known.leaf and not known.moves else f"value {len(self._stored)}"
-            self._stored[atom] = self._store(name, known.value)
+            name = value.leaf if value.leaf and not value.moves else f"value {len(self._stored)}"
+            self._stored[atom] = self._store(name, value.value)
         return "array", self._stored[atom]
 
     def _value(self, var: Any) -> Any:
@@ -310,7 +311,7 @@ class _Folding:
         self.arrays[free] = value
         return free
 
-    def _compute(self, equation: Any, knowns: list[_Known]) -> None:
+    def _compute(self, equation: Any, knowns: list[_Known]) -> list[_Known]:
         values = bind(equation, [known.value for known in knowns])
         name, moves = equation.primitive.name, moves_of(equation)
         is_leaf = [bool(known.leaf) for known in knowns]
@@ -319,7 +320,7 @@ class _Folding:
             place = factor_of(equation, is_leaf, [np.shape(known.value) for known in knowns])
         leaf, before = ("", ()) if place is None else (knowns[place].leaf, knowns[place].moves)
         moves = (*before, *(moves or ())) if leaf else ()
-        self.known.update((var, _Known(value, leaf, moves)) for var, value in zip(equation.outvars, values))
+        return [_Known(value, leaf, moves) for value in values]
 
     def _absorb(self, equation: Any, knowns: list[_Known | None]) -> bool:
         """Take a step into the convolution before it, if it is one that can be."""
@@ -389,15 +390,10 @@ def _per_filter(value: Any, rank: int, axis: int) -> Any:
     return jnp.asarray(value).reshape(-1)
 
 
-def _take_apart(
-    traced: tuple[Any, list[str]], variables: Any, computable: Sequence[bool]
-) -> tuple[Arrays, Steps]:
+def _take_apart(traced: tuple[Any, list[str]], variables: Any, computable: Sequence[bool]) -> tuple[Arrays, Steps]:
     """The arrays, computed, and the steps that are left; ``computable`` tells which equations may be computed."""
     closed, names = traced
-    *own, images = closed.jaxpr.invars
-    folding = _Folding(closed.jaxpr, computable)
-    folding.known.update((var, _Known(value)) for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    for var, name, leaf in zip(own, names, jax.tree.leaves(variables), strict=True):
-        folding.known[var] = _Known(leaf, name)
-    output = folding.run()
+    images = closed.jaxpr.invars[-1]
+    folding = _Folding(closed, computable)
+    output = folding.run([*map(_Known, jax.tree.leaves(variables), names), images])
     return folding.arrays, Steps(images, tuple(folding.steps), output)

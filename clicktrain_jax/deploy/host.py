@@ -1,12 +1,12 @@
 """A few small sums on the host: what is computed once with a net's variables is not worth an XLA program."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from clicktrain_jax.deploy.jaxprs import is_literal
+from clicktrain_jax.deploy.jaxprs import walk
 
 
 class _Unknown(Exception):
@@ -24,34 +24,26 @@ def evaluate(function: Callable[[Any], dict[str, Any]], variables: Any) -> dict[
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(variables)
     try:
-        results = _run(closed.jaxpr, closed.consts, [np.asarray(leaf) for leaf in jax.tree.leaves(variables)])
+        results = walk(closed, [np.asarray(leaf) for leaf in jax.tree.leaves(variables)], _step)
     except _Unknown:
         return jax.jit(function)(variables)
-    return jax.device_put(jax.tree.unflatten(jax.tree.structure(shapes), results))
+    return jax.device_put(jax.tree.unflatten(jax.tree.structure(shapes), list(map(np.asarray, results))))
 
 
-def _run(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*map(np.asarray, consts), *arguments), strict=True))
-
-    def read(atom: Any) -> np.ndarray:
-        return np.asarray(atom.val, atom.aval.dtype) if is_literal(atom) else values[atom]
-
-    for equation in jaxpr.eqns:
-        name, operands = equation.primitive.name, [read(atom) for atom in equation.invars]
-        if name in ("jit", "pjit"):
-            inner = equation.params["jaxpr"]
-            results = _run(inner.jaxpr, inner.consts, operands)
-        else:
-            # In 16 bits XLA keeps more digits between two steps than NumPy does.
-            if name not in _STEPS or any(operand.dtype != np.float32 for operand in operands):
-                raise _Unknown
-            result = np.asarray(_STEPS[name](equation.params, *operands))
-            aval = equation.outvars[0].aval
-            if (result.shape, result.dtype) != (aval.shape, aval.dtype):
-                raise _Unknown
-            results = [result]
-        values.update(zip(equation.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+def _step(equation: Any, operands: list[Any]) -> list[np.ndarray] | None:
+    name = equation.primitive.name
+    if name in ("jit", "pjit"):
+        return None
+    # A literal may be a number without a dtype.
+    arrays = [np.asarray(value, atom.aval.dtype) for value, atom in zip(operands, equation.invars)]
+    # In 16 bits XLA keeps more digits between two steps than NumPy does.
+    if name not in _STEPS or any(array.dtype != np.float32 for array in arrays):
+        raise _Unknown
+    result = np.asarray(_STEPS[name](equation.params, *arrays))
+    aval = equation.outvars[0].aval
+    if (result.shape, result.dtype) != (aval.shape, aval.dtype):
+        raise _Unknown
+    return [result]
 
 
 def _broadcast(params: Mapping[str, Any], x: np.ndarray) -> np.ndarray:

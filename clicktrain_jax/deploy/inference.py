@@ -182,16 +182,21 @@ class InferenceNet:
             for name, layer, structure in self._tunable(batch)
         }
 
-    def tuned(self, batch: Any) -> "InferenceNet":
+    def tuned(self, batch: Any, images: Any = None) -> "InferenceNet":
         """Measure the whole net on this device, dense and by patterns, and keep what is fastest.
 
         Args:
-            batch: number of images a call, or the images.
+            batch: number of images a call, or the images; or, as for `Accelerated.tuned`, the variables, which are not
+                looked at: the net has its own.
+            images: where ``batch`` is the variables.
 
         Returns:
             The same net; the choice for other batch sizes stays. What was measured before is taken from the cache.
+
+        Raises:
+            ValueError: no number above 0, and no images of the net's.
         """
-        batch = _count(batch)
+        batch = self._count(batch, images)
         rng = np.random.default_rng(0)
         images = jnp.asarray(rng.random((batch, *self.folded.image_shape), np.float32))
 
@@ -239,9 +244,9 @@ class InferenceNet:
         net.convolutions(batch)  # refuses what cannot be
         return net
 
-    def report(self, batch: Any) -> AccelerateReport:
-        """How each convolution runs for a batch size, or for these images, and what was measured."""
-        batch = _count(batch)
+    def report(self, batch: Any, images: Any = None) -> AccelerateReport:
+        """How each convolution runs for a batch size, or for these images, and what was measured; as `tuned`."""
+        batch = self._count(batch, images)
         rows = []
         for site in self.convolutions(batch):
             by_pattern = site.plan.run != "dense"
@@ -273,6 +278,20 @@ class InferenceNet:
         )
         net._kernels, net._planner, net._prepared = self._kernels, self._planner, self._prepared
         return net
+
+    def _count(self, batch: Any, images: Any) -> int:
+        """A number of images, given itself, as images, or as images behind variables."""
+        given = batch if images is None else images
+        if isinstance(given, numbers.Integral) and not isinstance(given, bool) and given > 0:
+            return int(given)
+        shape = tuple(getattr(given, "shape", ()))
+        if len(shape) != 4 or shape[1:] != self.folded.image_shape or shape[0] < 1:
+            sizes = ", ".join(map(str, self.folded.image_shape))
+            what = f"an array {shape}" if shape else type(given).__name__
+            raise ValueError(
+                f"expected a number of images, or images (batch, {sizes}), alone or behind the variables; got {what}"
+            )
+        return shape[0]
 
     def _choice(self, batch: int) -> whole_net.Choice:
         if batch not in self._choices:
@@ -332,11 +351,6 @@ class InferenceNet:
                     "255, and do not normalise, the net does"
                 )
         return images if dtype == np.float32 else images.astype(np.float32)
-
-
-def _count(batch: Any) -> int:
-    """A number of images, given itself or as images."""
-    return int(batch) if isinstance(batch, numbers.Integral) else int(np.shape(batch)[0])
 
 
 def _is_on_host(images: Any) -> bool:

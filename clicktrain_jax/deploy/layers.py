@@ -5,6 +5,7 @@ import functools
 import math
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -340,13 +341,28 @@ def _dense_plan(layer: Layer, why: str, wanted: Run | None, is_prepared: bool) -
     return Plan("dense", "cpu" if is_native else "", why)
 
 
-def portable_plan(structure: Any) -> Plan:
-    """How a layer runs where nothing is known of the device and of the number of images; structure as `plan_layer`."""
+def gains(structure: Any, direction: str = "forward", backend: str = "xla") -> bool:
+    """Whether a layer should be faster by its structure than dense, by an estimate; as `pallas_kernels.estimated_gain`.
+
+    Where nothing is measured, a portable net and a training loop decide by it.
+    """
     import pallas_kernels
 
+    return pallas_kernels.estimated_gain(structure, direction, backend=backend) > pallas_kernels.LEAST_GAIN
+
+
+def own_backend() -> str:
+    """The backend that runs by structures in plain programs on this device."""
+    from pallas_kernels import native
+
+    return "cpu" if jax.default_backend() == "cpu" and native.is_fast() else "xla"
+
+
+def portable_plan(structure: Any) -> Plan:
+    """How a layer runs where nothing is known of the device and of the number of images; structure as `plan_layer`."""
     if structure is None:
         return Plan("dense", "", "nothing of it is removed")
-    if pallas_kernels.estimated_gain(structure) > pallas_kernels.LEAST_GAIN:
+    if gains(structure):
         return Plan("NHWC", "xla", "estimated, for any device")
     return Plan("dense", "", "its pattern promises no gain on any device")
 

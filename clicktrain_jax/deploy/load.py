@@ -17,6 +17,7 @@ from clicktrain_jax.deploy.inference import InferenceNet
 from clicktrain_jax.deploy.interception import read_by_convolutions
 from clicktrain_jax.deploy.jaxprs import traced
 from clicktrain_jax.deploy.portable import STABLEHLO, PortableNet
+from clicktrain_jax.deploy.pruned import check_is_inference, check_probe
 from clicktrain_jax.deploy.storage.containers import find_prefix, nest
 from clicktrain_jax.masks import Masks, combine
 from clicktrain_jax.trees import Tree, named_leaves
@@ -51,11 +52,12 @@ def load(
             what is best for each.
 
     Returns:
-        An `InferenceNet`; a `PortableNet` for a user's own net without ``apply_fn``.
+        An `InferenceNet`; a `PortableNet` for a user's own net without ``apply_fn``. A warning says so where
+        ``apply_fn`` does not answer as the exported function did.
 
     Raises:
         ValueError: a file that is missing or was changed, or a manifest that this version cannot follow; ``like`` of
-            another net.
+            another net; an ``apply_fn`` in training mode, or one that cannot take the variables as they are.
     """
     if apply_fn is None:
         manifest = storage.read_manifest(path)
@@ -64,7 +66,7 @@ def load(
                 raise ValueError(f"{path} is no net known by name and has no {STABLEHLO}: give load its apply_fn")
             return PortableNet(storage.read_file(path, STABLEHLO), manifest)
     stored = storage.read(path, like)
-    facts = stored.manifest["facts"]
+    facts, is_own = stored.manifest["facts"], apply_fn is not None
     if apply_fn is None:
         apply_fn = zoo(facts["net"], layout)
     elif layout != "NHWC":
@@ -72,7 +74,7 @@ def load(
     settings = {"image_shape": _fact(stored.manifest, "image_shape"), "normalise": facts.get("normalise")}
     settings |= {"backend": backend, "manifest": stored.manifest}
     try:
-        return inference_net(apply_fn, stored.variables, stored.masks, **settings)
+        net = inference_net(apply_fn, stored.variables, stored.masks, **settings)
     except Exception as error:  # whatever a user's function raises for containers that it does not know
         if like is not None or facts["net"] is not None:
             raise
@@ -80,6 +82,9 @@ def load(
             "apply_fn cannot take the variables as nested dictionaries of their names "
             f"({type(error).__name__}: {error}): give like=, a tree with the containers that it wants"
         ) from error
+    if is_own:
+        check_probe(check_is_inference(net.folded), facts.get("probe", []))
+    return net
 
 
 def inference_net(
@@ -172,7 +177,11 @@ def located(
     paths, shapes = [name for name, _ in leaves], [np.shape(leaf) for _, leaf in leaves]
     found = places_of(paths, shapes, named, read, None if at is None else (at,))
     # Masks of another tree are told by the storage.
-    return nest({found[0] + name: mask for name, mask in named.items()}) if len(found) == 1 else masks
+    if len(found) != 1:
+        return masks
+    layers = {name: masks.layers.get(name) for name in named} if isinstance(masks, Masks) else named
+    whole = nest({found[0] + name: layer for name, layer in layers.items()})
+    return Masks.of(whole) if isinstance(masks, Masks) else whole
 
 
 def masks_by_leaf(masks: Masks | Tree | None, variables: Tree) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """Whether weights have the zeros that their masks tell of."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from clicktrain_jax.trees import Tree, map_named, named_leaves
 
 # Largest difference of the same image's answers, against the largest number.
 _SAME = 0.05
+# How many numbers of an answer are kept.
+_PROBED = 16
 
 
 def check_zeros(arrays: Mapping[str, Any], masks: Mapping[str, np.ndarray | None], advice: str) -> None:
@@ -46,17 +49,36 @@ def zeroed(tree: Tree, masks: Mapping[str, np.ndarray]) -> Tree:
     return map_named(zero, tree)
 
 
-def check_is_inference(folded: Folded) -> None:
-    """Raise a ValueError if an image's answer depends on the other images of its batch, as in training mode."""
+def check_is_inference(folded: Folded) -> list[float]:
+    """Raise a ValueError if an image's answer depends on the other images of its batch, as in training mode.
+
+    Returns:
+        The first numbers that the net answers to an image that is always the same one, for `check_probe`; none where
+        they are not finite.
+    """
     images = np.random.default_rng(0).random((3, *folded.image_shape), np.float32)
     function = jax.jit(folded.function)
     one, other = (np.asarray(function(folded.arrays, images[begin : begin + 2]), np.float32) for begin in (0, 1))
-    if len(one) != 2:
-        return
-    if np.abs(one[1] - other[0]).max() > _SAME * max(float(np.abs(one[1]).max()), 1e-3):
+    if len(one) == 2 and np.abs(one[1] - other[0]).max() > _SAME * max(float(np.abs(one[1]).max()), 1e-3):
         raise ValueError(
-            "an image's answer depends on the images beside it: apply_fn runs in training mode. Export it as in "
+            "an image's answer depends on the images beside it: apply_fn runs in training mode. Give it as in "
             "evaluation, BatchNorm by its running statistics and without dropout (train=False, model.eval())"
+        )
+    probe = one[0].ravel()[:_PROBED]
+    return [float(f"{value:.4g}") for value in probe] if np.isfinite(probe).all() else []
+
+
+def check_probe(found: list[float], exported: list[float]) -> None:
+    """Warn where a loaded function does not answer as the one that was exported did."""
+    if not (found and exported):
+        return
+    largest = max(map(abs, exported))
+    if len(found) != len(exported) or np.abs(np.subtract(found, exported)).max() > _SAME * largest:
+        warnings.warn(
+            "apply_fn does not answer as the function that was exported did: it is another one, or it takes the "
+            "variables in another order or as other containers than nested dictionaries of their names. Give like=, a "
+            "tree with its containers, or the same function",
+            stacklevel=3,
         )
 
 

@@ -20,10 +20,10 @@ from clicktrain_jax.deploy import layers
 from clicktrain_jax.deploy.inference import InferenceNet
 from clicktrain_jax.deploy.load import ApplyFn, inference_net
 from clicktrain_jax.latency import LayerTime, LayerTimes
-from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.masks import Masks, apply_masks
 from clicktrain_jax.patterns import fixed_set
 from clicktrain_jax.plan import Plan
+from clicktrain_jax.plan.layer_plan import LayerPlan
 from clicktrain_jax.selection import select_masks
 from clicktrain_jax.trees import Tree, named_leaves
 
@@ -52,7 +52,7 @@ def layer_times(
         apply_fn: ``apply_fn(variables, images)`` -> logits, in evaluation mode, as for `clicktrain_jax.export`.
         variables: what it takes; their ``params`` (or they themselves) are what the plan was made for. Values are
             irrelevant.
-        images: float32 (batch, height, width, channels); only the shape counts.
+        images: float32 (batch, height, width, channels), or a ``jax.ShapeDtypeStruct``; only the shape counts.
         plan: of the layers to be measured, in the shapes in which they will be pruned; how much it removes is
             irrelevant.
         patterns: the set that masks will be made of, as for `clicktrain_jax.select_masks`; None for the authors' four.
@@ -67,7 +67,7 @@ def layer_times(
         ValueError: images that are not 4-D; shares outside (0, 1], or none; what `export` refuses; a planned layer
             that is no convolution of the net.
     """
-    shape = tuple(np.shape(images))
+    shape = tuple(getattr(images, "shape", ()))
     if len(shape) != 4:
         raise ValueError(f"images have shape {shape}; expected (batch, height, width, channels)")
     if not shares or not all(0 < share <= 1 for share in shares):

@@ -24,13 +24,13 @@ import jax.numpy as jnp
 import optax
 
 from clicktrain_jax.eager import compiled
-from clicktrain_jax.layer_plan import LayerPlan
-from clicktrain_jax.methods.states import check_integer, check_update, find_state, planned
+from clicktrain_jax.methods.states import check_axes, check_integer, check_update, find_state, planned
 from clicktrain_jax.patterns import Generated
 from clicktrain_jax.plan import Plan
+from clicktrain_jax.plan.layer_plan import LayerPlan
 from clicktrain_jax.selection import check_patterns, select_layers
 from clicktrain_jax.transform import clicktrain
-from clicktrain_jax.trees import Tree, map_named
+from clicktrain_jax.trees import Tree, map_named, spread_like
 
 Arrays = dict[str, jax.Array]
 
@@ -151,6 +151,7 @@ def admm(
     every = check_integer("every", every, 1)
     if end_step is not None and check_integer("end_step", end_step, 0) <= begin_step:
         raise ValueError(f"end_step={end_step}: expected more than begin_step={begin_step}, or None for no end")
+    check_axes("admm", plan)
     rho_at = _schedule(rho)
     if isinstance(patterns, Generated):
         raise ValueError(
@@ -168,9 +169,8 @@ def admm(
             return {name: jnp.zeros(weights[name].shape, weights[name].dtype) for name in names}
 
         both, removed = _with_patterns(plan), _with_removal(plan)
-        return AdmmState(
-            jnp.zeros([], jnp.int32), zeros(both), zeros(both), zeros(removed), zeros(removed), inner.init(params)
-        )
+        variables = jnp.zeros([], jnp.int32), zeros(both), zeros(both), zeros(removed), zeros(removed)
+        return AdmmState(*spread_like(variables, params), inner.init(params))
 
     def renew(state: AdmmState, weights: Arrays) -> tuple[Arrays, Arrays, Arrays, Arrays]:
         first = state.count == begin_step

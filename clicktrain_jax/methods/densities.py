@@ -4,8 +4,8 @@ import numbers
 from collections.abc import Mapping
 from typing import Literal
 
-from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.plan import Plan
+from clicktrain_jax.plan.layer_plan import LayerPlan
 
 _DISTRIBUTIONS = ("uniform", "erk")
 

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import optax
 
 from clicktrain_jax.eager import compiled
-from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.masks import Masks, build_masks
 from clicktrain_jax.methods.sparse import one_shot
 from clicktrain_jax.methods.states import (
@@ -30,8 +29,9 @@ from clicktrain_jax.methods.states import (
     planned,
 )
 from clicktrain_jax.plan import Plan
+from clicktrain_jax.plan.layer_plan import LayerPlan
 from clicktrain_jax.states import ClickTrainState, check_state
-from clicktrain_jax.trees import Tree, map_named, placed_like, replicated
+from clicktrain_jax.trees import Tree, map_named, placed_like, replicated, spread_like
 
 
 def n_of_m_mask(w: jax.Array, n: int = 2, m: int = 4, axis: int = 2) -> jax.Array:
@@ -64,7 +64,8 @@ def n_of_m_mask(w: jax.Array, n: int = 2, m: int = 4, axis: int = 2) -> jax.Arra
     # With so few members every one is held against every other: no sort is needed.
     mine, other = groups[..., :, None], groups[..., None, :]
     place = jnp.arange(m)
-    before = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))
+    earlier = jnp.broadcast_to(place[None, :] < place[:, None], (*groups.shape, m))
+    before = (other > mine) | ((other == mine) & earlier)
     return jnp.moveaxis((before.sum(axis=-1) < n).reshape(moved), -1, axis)
 
 
@@ -184,7 +185,7 @@ def sr_ste(
         return updates, state._replace(
             count=optax.safe_increment(state.count),
             selected=state.count,
-            masks=masks_tree(state.masks, _choose(after, plan, n, m)),
+            masks=spread_like(masks_tree(state.masks, _choose(after, plan, n, m)), params),
             inner_state=inner_state,
         )
 

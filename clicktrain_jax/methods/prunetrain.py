@@ -30,12 +30,12 @@ import optax
 from clicktrain_jax.channels import ChannelNode
 from clicktrain_jax.channels.narrowing import channels_of, check_leaves, is_written_by_convolutions, leaf_shapes
 from clicktrain_jax.eager import compiled
-from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.methods.sparse import all_kept, sparse_training
 from clicktrain_jax.methods.states import MaskDict, check_integer
 from clicktrain_jax.plan import Plan
+from clicktrain_jax.plan.layer_plan import LayerPlan
 from clicktrain_jax.regularization import EPSILON
-from clicktrain_jax.trees import Tree, is_kernel_shape, map_named, named_leaves
+from clicktrain_jax.trees import Tree, is_kernel_shape, map_named, named_leaves, spread_like
 
 
 class PruneTrainState(NamedTuple):
@@ -143,7 +143,7 @@ def add_channel_lasso(
         weight = jnp.asarray(weight, jnp.float32)
         push = jnp.zeros_like(weight)
         for slices in by_leaf[name]:
-            scaled = slices.by_channel(weight) / slices.norms(weight)[:, None]
+            scaled = slices.by_channel(weight) / slices.norms(weight)[None, :, None]
             push += scaled.reshape(weight.shape)
         wide = jnp.promote_types(grad.dtype, jnp.float32)
         return (grad.astype(wide) + coeff * push).astype(grad.dtype)
@@ -215,7 +215,8 @@ def prunetrain(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Tree) -> PruneTrainState:
-        return PruneTrainState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32), inner.init(params))
+        facts = spread_like((jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)), params)
+        return PruneTrainState(*facts, inner.init(params))
 
     def whole_update(
         grads: Tree, state: PruneTrainState, params: Tree, extra: dict[str, Any]

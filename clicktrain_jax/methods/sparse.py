@@ -20,7 +20,7 @@ from clicktrain_jax.methods.states import MaskDict, check_update, first_state, m
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.states import ClickTrainState, check_state
 from clicktrain_jax.transform import enforce
-from clicktrain_jax.trees import Tree, replicated
+from clicktrain_jax.trees import Tree, replicated, spread_like
 
 Renew = Callable[[jax.Array, MaskDict, MaskDict, MaskDict], MaskDict]
 
@@ -127,7 +127,7 @@ def sparse_training(
             count=optax.safe_increment(state.count),
             selected=selected,
             pruned=jnp.where((state.pruned < 0) & (selected >= 0), state.count, state.pruned),
-            masks=masks_tree(state.masks, new),
+            masks=spread_like(masks_tree(state.masks, new), params),
             inner_state=inner_state,
         )
 

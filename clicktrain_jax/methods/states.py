@@ -12,7 +12,7 @@ from clicktrain_jax.importance import NO_SCORE
 from clicktrain_jax.masks import LayerMask
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.states import ClickTrainState, fill_masks
-from clicktrain_jax.trees import Tree, named_leaves
+from clicktrain_jax.trees import Tree, named_leaves, spread_like
 
 MaskDict = dict[str, jax.Array]
 
@@ -27,7 +27,7 @@ def first_state(params: Tree, masks: MaskDict, inner_state: Any, *, selected: in
         selected: 0 where these masks are the method's choice already; -1 where they keep all.
         pruned: 0 where no weight has to be zero for them; -1 where weights will be.
     """
-    return ClickTrainState(
+    state = ClickTrainState(
         count=jnp.zeros([], jnp.int32),
         selected=jnp.full([], selected, jnp.int32),
         pruned=jnp.full([], pruned, jnp.int32),
@@ -37,8 +37,9 @@ def first_state(params: Tree, masks: MaskDict, inner_state: Any, *, selected: in
         gathered=jnp.zeros([], jnp.int32),
         scores={},
         exponents=jnp.full(len(masks), NO_SCORE, jnp.int32),
-        inner_state=inner_state,
+        inner_state=None,
     )
+    return spread_like(state, params)._replace(inner_state=inner_state)
 
 
 def masks_tree(like: Tree, masks: MaskDict) -> Tree:
@@ -80,6 +81,15 @@ def check_update(name: str, plan: Plan, grads: Tree, params: Tree | None) -> Non
     for layer in plan.layers:
         if layer.name not in present:
             raise ValueError(f"{layer.name!r} is in the plan, but it has no gradient")
+
+
+def check_axes(name: str, plan: Plan) -> None:
+    """Raise a ValueError for a plan of kernels that are not (kh, kw, cin, cout)."""
+    if plan.axes != "HWIO":
+        raise ValueError(
+            f"{name} takes kernels (kh, kw, cin, cout); the plan's are {plan.axes}: transpose them, "
+            "kernel.transpose(2, 3, 1, 0)"
+        )
 
 
 def planned(tree: Tree, plan: Plan) -> dict[str, Any]:

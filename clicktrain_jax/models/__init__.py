@@ -22,7 +22,7 @@ from clicktrain_jax.models.conv import (
     NarrowConv,
     PatchConv,
     PatternConv,
-    matrix_convolution,
+    gpu_convolution,
     patch_convolution,
     xla_convolution,
 )
@@ -57,7 +57,7 @@ __all__ = [
     "build",
     "conv_layers",
     "default_image_shape",
-    "matrix_convolution",
+    "gpu_convolution",
     "names",
     "output_sizes",
     "parameter_count",

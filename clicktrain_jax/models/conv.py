@@ -12,13 +12,14 @@ the backward pass. On a GPU, cuDNN is the right choice: hand `flax.linen.Conv` t
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clicktrain_jax.models.layout import Layout, per_axis, spatial_axes
+from clicktrain_jax.models.layout import Layout, Pads, per_axis, spatial_axes
 
 STRUCTURES = "structures"  # the variable collection that PatternConv reads its structure from
 
@@ -46,14 +47,14 @@ def xla_convolution(
     return jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=(layout, "HWIO", layout))
 
 
-def matrix_convolution(
+def gpu_convolution(
     x: jax.Array, w: jax.Array, *, strides: Sequence[int], padding: Sequence[tuple[int, int]], layout: Layout
 ) -> jax.Array:
-    """XLA's own, but one product of whole images where a kernel reaches every pixel from every pixel: 2x2 under 3x3.
+    """XLA's own convolution, but for the weights' gradient where a kernel reaches every pixel from every pixel.
 
-    It skips the taps that lie outside, more than half of them, and XLA's GPU compiler makes neither gradient of such a
-    convolution a call of the library's gradients but a convolution of turned weights, between transposes. Arguments
-    are those of `DenseConvolution`.
+    Of 2x2 images under 3x3 kernels XLA's GPU compiler makes no call of the library's weight gradient but a convolution
+    by the slopes, between transposes of the weights' size. Here it is one product of whole images, all pixels of one by
+    all pixels of the other, and sums of its parts. Arguments are those of `DenseConvolution`.
     """
     (height, width), (kh, kw) = (x.shape[axis] for axis in spatial_axes(layout)), w.shape[:2]
     sides = ((height, kh, padding[0]), (width, kw, padding[1]))
@@ -61,11 +62,40 @@ def matrix_convolution(
     same = all(before + after == taps - 1 for _, taps, (before, after) in sides)
     if layout != "NHWC" or tuple(strides) != (1, 1) or not (reaches and same):
         return xla_convolution(x, w, strides=strides, padding=padding, layout=layout)
-    pixels = [(row, column) for row in range(height) for column in range(width)]
-    (top, _), (left, _) = padding
-    blocks = [[w[p - q + top, o - r + left] for q, r in pixels] for p, o in pixels]
-    matrix = jnp.concatenate([jnp.concatenate(row, axis=1) for row in blocks], axis=0)
-    return (x.reshape(len(x), -1) @ matrix).reshape(len(x), height, width, -1)
+    return _tiny_images(x, w, tuple(map(tuple, padding)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _tiny_images(x: jax.Array, w: jax.Array, padding: Pads) -> jax.Array:
+    return xla_convolution(x, w, strides=(1, 1), padding=padding, layout="NHWC")
+
+
+def _tiny_images_forward(x: jax.Array, w: jax.Array, padding: Pads) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _tiny_images(x, w, padding), (x, w)
+
+
+def _tiny_images_backward(padding: Pads, kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple:
+    x, w = kept
+    (kh, kw, cin, cout), (top, left) = w.shape, (before for before, _ in padding)
+    height, width = x.shape[1:3]
+    products = jnp.einsum("nijc,nklf->klfijc", x, dy)
+    wide = jnp.promote_types(w.dtype, jnp.float32)
+
+    def tap(row: int, column: int) -> jax.Array:
+        parts = [
+            products[r, c, :, r + row - top, c + column - left].astype(wide)
+            for r in range(height)
+            for c in range(width)
+            if 0 <= r + row - top < height and 0 <= c + column - left < width
+        ]
+        return sum(parts) if parts else jnp.zeros((cout, cin), wide)
+
+    dw = jnp.stack([jnp.stack([tap(row, column) for column in range(kw)], 1) for row in range(kh)], 1)
+    (dx,) = jax.linear_transpose(lambda x: xla_convolution(x, w, strides=(1, 1), padding=padding, layout="NHWC"), x)(dy)
+    return dx, jnp.transpose(dw.astype(w.dtype), (1, 2, 3, 0))
+
+
+_tiny_images.defvjp(_tiny_images_forward, _tiny_images_backward)
 
 
 def patch_convolution(

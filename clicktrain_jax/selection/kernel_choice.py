@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.layer_plan import LayerPlan
+from clicktrain_jax.plan.layer_plan import LayerPlan
+from clicktrain_jax.plan.targets import Rows
 from clicktrain_jax.selection.tiles import tile_sizes, untile
-from clicktrain_jax.targets import Rows
 
 
 def protect(values: jax.Array, layer: LayerPlan) -> jax.Array:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.patterns.kernels import ordered_sum
+from clicktrain_jax.plan.layer_plan import LayerPlan
 from clicktrain_jax.selection.tiles import tile_sums, untile
 
 # P ** 4 combinations are listed.

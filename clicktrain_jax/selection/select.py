@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax.importance import rescaled
-from clicktrain_jax.layer_plan import LayerPlan
 from clicktrain_jax.masks import LayerMask, Masks, build_masks
 from clicktrain_jax.patterns import Generated, check_set
 from clicktrain_jax.patterns.kernels import ordered_sum
 from clicktrain_jax.plan import Plan
+from clicktrain_jax.plan.layer_plan import LayerPlan
+from clicktrain_jax.plan.targets import in_seconds, resolve
 from clicktrain_jax.selection.kernel_choice import keep, protect, rows_of
 from clicktrain_jax.selection.pattern_choice import check_quads, choose_patterns, retained_by
 from clicktrain_jax.selection.tiles import tile_sums
-from clicktrain_jax.targets import in_seconds, resolve
 from clicktrain_jax.trees import Tree, has_negative, has_non_finite, named_leaves, replicated
 
 

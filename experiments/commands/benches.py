@@ -22,6 +22,7 @@ USAGE = f"""usage: {PROGRAM} bench WHAT ...
   gpu          what is still to be measured on a GPU, in order of worth; goes on where it stopped
   deploy PATH  an export beside dense engines: latency, throughput, memory, startup, size
   dtypes RUN   what storing a run's weights in fewer bits costs
+  latency      whole nets as fast as a target in time asked, on an idle machine
   sizes        bytes of the exports of every published recipe
   torch        training in images a second beside an eager PyTorch loop with a host loader
 
@@ -39,7 +40,7 @@ def bench(arguments: list[str]) -> int:
         what, rest = "steps", arguments
     made = {"deploy": _deploy, "torch": _torch}
     made |= {name: functools.partial(_updates, name) for name in ("steps", "step", "loop", "selection")}
-    plain = {"collectives": _collectives, "conv": _conv, "dtypes": _dtypes, "sizes": _sizes}
+    plain = {"collectives": _collectives, "conv": _conv, "dtypes": _dtypes, "latency": _latency, "sizes": _sizes}
     if what not in made | plain:
         raise ValueError(f"unknown bench {what!r}: expected one of gpu, {', '.join(sorted(made | plain))}")
     return call(plain[what] if what in plain else made[what](), rest, f"bench {what}")
@@ -142,6 +143,18 @@ def _collectives(out: Path | None = None) -> int:
     from experiments.bench import collectives
 
     print(collectives.run(out))
+    return 0
+
+
+def _latency(out: Path | None = None) -> int:
+    """Ask nets for a speed, and measure what they reach. Takes a quarter of an hour on an idle machine.
+
+    Args:
+        out: a JSON file to save the record in.
+    """
+    from experiments.bench import latency_target
+
+    print(latency_target.run(out))
     return 0
 
 

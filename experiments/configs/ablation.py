@@ -22,7 +22,7 @@ QUESTIONS = {
     "removal": "Kernels to remove: score and scope",
     "pattern tiles": "Price of tiles for patterns (removal per kernel)",
     "removal tiles": "Price of tiles for removal (patterns per kernel)",
-    "hardware": "Shapes for hardware: both in tiles, reordering, two levels, quads",
+    "hardware": "Shapes for hardware: both in tiles, two levels, quads",
     "target": "One target instead of fractions by hand",
     "when": "When: epochs of selection and prune, re-selection",
     "lasso": "Weight of the group lasso",
@@ -57,13 +57,11 @@ class Family:
         prefix: of the configs' names.
         dense: the same recipe without pruning.
         cells: in the order in which they run; "base" and every other reference stand among them.
-        dropped: cells of options that were measured and did not stay; their records are shown, they run no more.
     """
 
     prefix: str
     dense: TrainConfig
     cells: tuple[Cell, ...]
-    dropped: tuple[Cell, ...] = ()
 
     def cell(self, name: str) -> Cell:
         """The cell of this name.
@@ -145,11 +143,7 @@ def slim_family() -> Family:
         ("reselect", "when", "base", False, {"reselect_epoch": 3}),
         ("lasso-x4", "lasso", "base", False, {"coeff": 4 * prune.coeff}),
     )
-    family = _family("ablation", base, (*_BOTH, *_SLIM_ONLY, *own))
-    # Filters assigned to tiles by likeness (commit ab6715b): the rule was to keep it if it won back half of the gap
-    # between tiles (32, 1) and none.
-    reorder = Cell("reorder-32x1", "hardware", "cov8", False, dataclasses.replace(base, name="ablation-reorder-32x1"))
-    return dataclasses.replace(family, dropped=(reorder,))
+    return _family("ablation", base, (*_BOTH, *_SLIM_ONLY, *own))
 
 
 def full_family() -> Family:

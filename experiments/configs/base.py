@@ -25,9 +25,10 @@ class LoopConfig:
     """How the host runs it; changes neither the data nor the mathematics.
 
     Attributes:
-        epoch_program: "scan": an epoch is one compiled loop on the device. "steps": the host calls one compiled
-            update after the other. "auto": scan, but steps on a CPU, where an epoch can take minutes: the progress
-            bar moves and Ctrl-C is heeded between updates, at no measurable cost.
+        epoch_program: "scan": an epoch is one compiled loop on the device, or several of 512 updates at most; the epoch
+            of a selection, and a smaller last batch, are called update by update. "steps": all updates are. "auto":
+            scan, but steps on a CPU, where an epoch can take minutes: the progress bar moves and Ctrl-C is heeded
+            between updates, at no measurable cost.
         convolution: "xla": `flax.linen.Conv`. "direct": `pallas_kernels.dense_conv`, XLA's without its slow cases on a
             CPU. "patches": `clicktrain_jax.models.PatchConv`, for compiled loops on a CPU, where XLA's is far slower.
             "auto": on a CPU patches in a loop and direct otherwise, elsewhere xla.
@@ -86,6 +87,10 @@ class TrainConfig:
         mixup_alpha: of mixup's Beta distribution; 0 for no mixup.
         mixup_epoch: mixup is on from this epoch, in pruned and in dense runs alike; None for never.
         precision: what the net computes in; parameters, optimizer and losses stay float32.
+        label_smoothing: share of each label that is spread over all classes, in training.
+        ema_epochs: the run ends with an exponential moving average of weights and statistics over so many last epochs,
+            in which no mask changes; 0 for none. Epochs before the last are evaluated without it.
+        ema_decay: of that average, an update.
         seed: decides initialisation, order of images, augmentation, dropout and mixup.
         method: how it is pruned: one of the configs of `experiments.configs.methods`; None trains dense.
         loop: how the host runs it.
@@ -111,6 +116,9 @@ class TrainConfig:
     mixup_alpha: float = 0.3
     mixup_epoch: int | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
+    label_smoothing: float = 0.0
+    ema_epochs: int = 0
+    ema_decay: float = 0.998
     seed: int = 0
     method: MethodConfig | None = None
     loop: LoopConfig = LoopConfig()
@@ -135,8 +143,29 @@ class TrainConfig:
             raise ValueError(f"mixup_epoch={self.mixup_epoch}: expected 0 or more, or None for never")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: expected 0 to 2**32 - 1")
+        if not 0 <= self.label_smoothing < 1 or not 0 <= self.ema_decay < 1:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing}, ema_decay={self.ema_decay}: expected shares in [0, 1)"
+            )
         if self.method is not None:
             self.method.check(self.epochs)
+        self._check_average()
+
+    def _check_average(self) -> None:
+        if not 0 <= self.ema_epochs <= self.total_epochs:
+            raise ValueError(f"ema_epochs={self.ema_epochs}: expected 0 to the run's {self.total_epochs} epochs")
+        if not self.ema_epochs or self.method is None:
+            return
+        begin = self.total_epochs - self.ema_epochs
+        # The epoch from which masks stand; None for a method that goes on changing them, or the net.
+        fixed = self.prune.prune_epoch + 1 if self.prune else getattr(self.method, "end_epoch", None)
+        if fixed is None:
+            raise ValueError(f"ema_epochs={self.ema_epochs} with {self.method.kind}: its masks never stand still")
+        if begin < fixed:
+            raise ValueError(
+                f"ema_epochs={self.ema_epochs} begins in epoch {begin}, and the masks change until epoch {fixed}: "
+                f"average over at most {self.total_epochs - fixed} epochs"
+            )
 
     @property
     def prune(self) -> PruneConfig | None:
@@ -165,8 +194,6 @@ class TrainConfig:
 
 
 _PARTS = {"data": DataConfig, "loop": LoopConfig, "prune": PruneConfig, "admm": AdmmConfig, "retrain": RetrainConfig}
-# Fields that are no more, with the value that meant nothing: records that have it stay readable.
-_RETIRED = {"PruneConfig": {"reorder": False}}
 
 
 def to_dict(config: TrainConfig) -> dict:
@@ -186,8 +213,6 @@ def from_dict(data: dict) -> TrainConfig:
 
     def build(cls: type, values: dict) -> object:
         known = {field.name for field in dataclasses.fields(cls)}
-        retired = _RETIRED.get(cls.__name__, {})
-        values = {key: value for key, value in values.items() if key not in retired or value != retired[key]}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown config field {unknown[0]!r} for {cls.__name__}; known: {sorted(known)}")

@@ -27,8 +27,13 @@ class PruneConfig:
         importance: criterion of the selection: one of `clicktrain_jax.importance.CRITERIA`, or "random".
         tile: (filters, channels) that share one pattern and one removal; None for all.
         target: compression to reach, 8.0 for 8x, instead of fractions.
-        target_of: what is counted: the weights of all convolutions, of the whole model, or multiply-adds.
+        target_of: what is counted: the weights of all convolutions, of the whole model, multiply-adds, or the
+            seconds of a call of the net for inference on this device, "latency".
         reselect_epoch: masks are chosen a second time at this epoch's first update; None for never.
+        reselect_every_epochs: masks are chosen anew so many epochs after each selection, until the prune: what was
+            marked and has grown since stays. None for never.
+        coeff_ramp_epochs: the lasso's weight rises from 0 to ``coeff`` in so many epochs after the selection.
+        latency_batch: images a call for "latency", whose layers the run measures as it begins (and caches).
         patterns: "fixed": the published set. "coverage", "frequency": generated at the selection. "all": every
             pattern of ``entries`` taps (126 of 4), whatever ``num_patterns`` says.
         entries: taps that a generated pattern keeps.
@@ -54,7 +59,7 @@ class PruneConfig:
     importance: Importance = "taylor"
     tile: tuple[int | None, int | None] = (1, 1)
     target: float | None = None
-    target_of: Literal["convolutions", "model", "multiply_adds"] = "convolutions"
+    target_of: Literal["convolutions", "model", "multiply_adds", "latency"] = "convolutions"
     reselect_epoch: int | None = None
     patterns: Literal["fixed", "coverage", "frequency", "all"] = "fixed"
     entries: int = 4
@@ -67,6 +72,9 @@ class PruneConfig:
     removal_score: Literal["whole", "retained"] = "whole"
     removal_scope: Literal["layer", "filter", "tile"] = "layer"
     floor: bool | None = None
+    reselect_every_epochs: int | None = None
+    coeff_ramp_epochs: int = 0
+    latency_batch: int = 8
 
     def __post_init__(self) -> None:
         if bool(self.fractions) == (self.target is not None):
@@ -83,6 +91,18 @@ class PruneConfig:
             raise ValueError(
                 f"prune.reselect_epoch={self.reselect_epoch}: expected it between select_epoch={self.select_epoch} "
                 f"and prune_epoch={self.prune_epoch}"
+            )
+        if self.reselect_every_epochs is not None and (
+            self.reselect_every_epochs < 1 or self.reselect_epoch is not None
+        ):
+            raise ValueError(
+                f"prune.reselect_every_epochs={self.reselect_every_epochs}: expected 1 or more, and no reselect_epoch "
+                f"beside it, got {self.reselect_epoch}"
+            )
+        if self.coeff_ramp_epochs < 0 or self.latency_batch < 1:
+            raise ValueError(
+                f"prune.coeff_ramp_epochs={self.coeff_ramp_epochs}, prune.latency_batch={self.latency_batch}: expected "
+                "0 or more, and 1 or more"
             )
         if not all(0 <= fraction < 1 for fraction in self.fractions):
             raise ValueError(f"prune.fractions={self.fractions}: one is outside [0, 1)")

@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.configs import own, published
 from experiments.configs.base import LoopConfig, TrainConfig
-from experiments.configs.work import conv_work
+from experiments.configs.work import conv_work, stretched
 
 GROUP = "price"
 EPOCHS = 60
@@ -67,14 +67,7 @@ def _shortened(family: Any, name: str) -> TrainConfig:
     """
     config = next(config for config in family.configs() if config.name == name)
 
-    def at(epoch: int | None) -> int | None:
-        return None if epoch is None else max(1, round(epoch * EPOCHS / config.epochs))
-
-    prune = config.prune and dataclasses.replace(
-        config.prune, select_epoch=at(config.prune.select_epoch), prune_epoch=at(config.prune.prune_epoch)
-    )
     return dataclasses.replace(
-        config, epochs=EPOCHS, lr_milestones=tuple(map(at, config.lr_milestones)), mixup_epoch=at(config.mixup_epoch),
-        method=prune, precision="bfloat16", partial_batch="drop", expected="the price of a shape",
+        stretched(config, EPOCHS), precision="bfloat16", partial_batch="drop", expected="the price of a shape",
         loop=LoopConfig(eval_every_epochs=5, checkpoint_every_epochs=EPOCHS),
     )

@@ -50,14 +50,12 @@ def generate(found: Sequence[dict[str, Any]]) -> str:
             f"`python -m experiments ablation --data.dir DIR --workdir DIR`.\n{_NOTES}"
         )
         for question, title in QUESTIONS.items():
-            rows = [_row(cell, runs) for cell in _shown(family) if cell.question == question and cell.name in runs]
+            rows = [_row(cell, runs) for cell in family.cells if cell.question == question and cell.name in runs]
             if question == next(iter(QUESTIONS)) and "dense" in runs:
                 dense = Cell("dense", question, "base", True, family.dense)
                 rows.insert(0, _row(dense, runs))
             if rows:
                 parts.append(f"### {title}\n\n{markdown_table(_COLUMNS, rows)}")
-            if question == "hardware":
-                parts.extend(_reordering(family, runs))
     return "\n".join(parts)
 
 
@@ -89,10 +87,6 @@ def plot(found: Sequence[dict[str, Any]], path: Path = PLOT) -> None:
     plt.close(figure)
 
 
-def _shown(family: Family) -> tuple[Cell, ...]:
-    return (*family.cells, *family.dropped)
-
-
 def differences(cell: Cell, runs: Runs) -> dict[int, float]:
     """Top-1 of a cell less that of its reference, by seed, in points."""
     mine, reference = runs.get(cell.name, {}), runs.get(cell.reference, {})
@@ -108,13 +102,12 @@ def _by_family(found: Sequence[dict[str, Any]]) -> list[tuple[Family, Runs]]:
     for family in families():
         names[family.dense.name] = (family, "dense", family.dense)
         names |= {cell.config.name: (family, cell.name, cell.config) for cell in family.cells}
-        names |= {cell.config.name: (family, cell.name, None) for cell in family.dropped}
     grouped: dict[str, tuple[Family, dict[str, dict[int, dict[str, Any]]]]] = {}
     for record in found:
         if record["name"] not in names:
             raise ValueError(f"the record {record['name']!r} is of no cell of the ablation: remove it")
         family, cell, config = names[record["name"]]
-        if config is not None and not results.is_record_of(record, config):
+        if not results.is_record_of(record, config):
             raise ValueError(
                 f"the record of {record['name']}, seed {record['seed']}, was made with another config than the cell "
                 "has now: remove it, or measure again"
@@ -151,26 +144,8 @@ def _row(cell: Cell, runs: Runs) -> tuple[str, ...]:
     )
 
 
-def _reordering(family: Family, runs: Runs) -> list[str]:
-    """What reordering wins back of the gap between its tile and none, a sentence for each tile."""
-    sentences = []
-    for cell in _shown(family):
-        shape = cell.name.removeprefix("reorder-")
-        names = (cell.name, f"both-{shape}", cell.reference)
-        if shape == cell.name or not all(name in runs for name in names):
-            continue
-        seeds = sorted(set.intersection(*(set(runs[name]) for name in names)))
-        reordered, tiled, free = (
-            statistics.fmean(100 * runs[name][seed]["final_top1"] for seed in seeds) for name in names
-        )
-        gap, won = free - tiled, reordered - tiled
-        share = f"{won:+.2f} points of it, {100 * won / gap:.0f}%" if gap > 0 else "there is nothing to win back"
-        sentences.append(f"Tiles {shape} cost {gap:.2f} points (n={len(seeds)}); reordering: {share}.\n")
-    return sentences
-
-
 def _height(family: Family, runs: Runs) -> int:
-    drawn = [cell for cell in _shown(family) if cell.name != cell.reference and differences(cell, runs)]
+    drawn = [cell for cell in family.cells if cell.name != cell.reference and differences(cell, runs)]
     return len(drawn) + len({cell.question for cell in drawn})
 
 
@@ -180,7 +155,7 @@ def _draw(axes: Any, family: Family, runs: Runs) -> None:
     for question, title in QUESTIONS.items():
         measured = [
             (cell, list(differences(cell, runs).values()))
-            for cell in _shown(family)
+            for cell in family.cells
             if cell.question == question and cell.name != cell.reference and differences(cell, runs)
         ]
         if not measured:

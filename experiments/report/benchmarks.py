@@ -7,7 +7,7 @@ from experiments.records import read_json
 from experiments.report import deploy, gpu
 from experiments.report.conv import conv_tables, gpu_tables, sweep_table, worst_errors
 from experiments.report.exports import collectives_table, dtypes_table, sizes_table
-from experiments.report.layers import layers_tables
+from experiments.report.layers import latency_table, layers_tables
 from experiments.report.results import RECORDS, machine
 from experiments.report.statistics import markdown_table
 
@@ -39,6 +39,8 @@ def generate(folder: Path = RECORDS) -> str:
     parts += [_section(record) for record in records]
     if not any(record["what"] == "torch" for record in records):
         parts.append("## torch\n\n`python -m experiments bench torch --torch-python ...`: not measured.\n")
+    if not any(record["what"] == "latency target" for record in records):
+        parts.append("## latency target\n\n`python -m experiments bench latency`: not measured.\n")
     parts.append(deploy.generate(folder))
     parts.append(_deployed(folder / "deploy"))
     parts.append(_gpu(folder / "gpu"))
@@ -110,6 +112,8 @@ def tables_of(record: dict[str, Any]) -> str:
         return conv_tables(record)
     if record["what"] == "layers":
         return layers_tables(record)
+    if record["what"] == "latency target":
+        return latency_table(record)
     if record["what"] == "torch":
         return torch_table(record)
     return step_table(record["results"]) if record["what"] == "step" else bench_table(record["results"])

@@ -1,16 +1,14 @@
 """A comparison's part of RESULTS.md and its joint.csv: one row a cell, what is claimed, and how it was tuned."""
 
-import csv
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 
 from experiments.report import claims
 from experiments.report.claims import UNKNOWN, spread
-from experiments.report.statistics import coding, markdown_table
+from experiments.report.statistics import coding, csv_text, markdown_table
 from experiments.report.studies import BATCHES, Cell, Study, mean
 
-CSV, PLOT = "joint.csv", "joint.png"
+CSV, PLOT, WIDE, TUNING = "joint.csv", "joint.png", "wide.csv", "tuning.csv"
 NOT_RUN = "not run"
 COLUMNS = (
     "method", "cell", "n", "top-1, %", "against dense", "conv", "model", "multiply-adds", "training multiply-adds",
@@ -23,15 +21,18 @@ _FIGURES = (
     "training_multiply_adds_of_dense", "end_to_end_seconds", "end_to_end_seconds_of_dense",
     "training_seconds_of_dense", "tuning_seconds", "seconds_with_tuning_of_dense", "training_peak_mb",
 )
-_EXPLAINED = """Final top-1 on the {split} set in percent, mean ± standard deviation over the seeds; "against dense" in
-points, paired by seed. Compression: weights of all convolutions, and of the whole model, of the dense net over those
-retained. Multiply-adds of one image, and of the whole training as it was executed, are shares of dense's. End-to-end
-seconds are training, compiling and whatever a run measures to choose its ways; evaluation is apart. Their share of
-dense's is the mean of the ratios of equal seeds; a process compiles and measures once, which every seed is charged
-with. Tuning: all trials that decided a cell's settings, shared with other cells or not. Peak: the largest compiled
-update. Milliseconds a call are medians of the nets of seed {seed}, beside the dense net's: of {nets} nets masks and
-weights were checked to be those whose accuracy and training time stand in the same row.
+_EXPLAINED = """Final top-1 in percent, mean ± standard deviation over the seeds; "against dense" in points, paired by
+seed. Compression: weights of all convolutions of the dense net over those retained. Seconds are training, compiling and
+whatever a run measures to choose its ways, as the mean share of dense's in runs of equal seeds; a process compiles and
+measures once, which every seed is charged with. The wide tables have more: the whole model's compression, multiply-adds
+of one image and of the training as it was executed, seconds of tuning, the peak of memory, and milliseconds a call of
+the nets of one seed, whose weights and masks were checked to be those of the same row.
 """
+# Columns of the wide table that RESULTS.md shows, after the cell, and what they are called there.
+_SHOWN = {
+    "n": "n", "top-1, %": "top-1, %", "against dense": "against dense", "conv": "conv",
+    "of dense": "seconds, of dense",
+}
 
 
 def by_seed(study: Study, cell: Cell) -> dict[str, Mapping[int, float]]:
@@ -61,15 +62,25 @@ def generate(study: Study, plot: str | None = None) -> str:
         plot: link to its sheet; None for none.
     """
     found = claims.parts(study)
-    texts = [_head(study), _claims(found), _joint(study)]
+    texts = [_head(study), _claims(study, found), _joint(study)]
     if plot is not None and study.some_run() is not None:
         texts.append(f"![Accuracy against compression, training seconds and latency]({plot})\n")
-    for part in found:
-        if part.rows:
-            texts.append(f"#### {part.title}\n\n{part.explained}\n\n{markdown_table(part.header, part.rows)}")
-    if study.facts.get("tuning"):
-        texts.append(_tuning(study))
+        folder = plot.rpartition("/")[0]
+        links = ", ".join(f"[{name}]({folder}/{name})" if folder else f"[{name}]({name})" for name in files(study))
+        texts.append(f"Wide tables, and what the claims were read from: {links}.\n")
     return "\n".join(texts)
+
+
+def files(study: Study) -> dict[str, str]:
+    """The study's CSV files, by name: figures unrounded, the wide table, what each claim was read from, tuning."""
+    found = {CSV: to_csv(study), WIDE: csv_text(COLUMNS, [_row(study, cell) for cell in study.ordered()])}
+    for part in claims.parts(study):
+        if part.rows:
+            name = part.title.lower().replace(" ", "-")
+            found[f"{name}.csv"] = csv_text(part.header, part.rows)
+    if study.facts.get("tuning"):
+        found[TUNING] = _tuning(study)
+    return found
 
 
 def to_csv(study: Study) -> str:
@@ -87,13 +98,6 @@ def to_csv(study: Study) -> str:
             row += [_number(None if seconds is None else 1e3 * seconds), _number(study.speed_up(cell, batch))]
         rows.append(row)
     return csv_text(header, rows)
-
-
-def csv_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A CSV file's text."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    return text.getvalue()
 
 
 def _number(value: float | None) -> str:
@@ -118,21 +122,34 @@ def _head(study: Study) -> str:
     return "\n".join(lines)
 
 
-def _claims(parts: Sequence[claims.Part]) -> str:
-    return "".join(f"- **{claim.verdict}**: {claim.text}\n" for part in parts for claim in part.claims)
+def _claims(study: Study, parts: Sequence[claims.Part]) -> str:
+    doubts = study.doubts()
+    head = f"The claims count for little here; {doubts}.\n\n" if doubts else ""
+    return head + "".join(f"- **{claim.verdict}**: {claim.text}\n" for part in parts for claim in part.claims)
+
+
+def verdicts(compared: Sequence[Study]) -> str:
+    """How many claims hold, over all comparisons: the first sentence of RESULTS.md."""
+    found = [claim.verdict for study in compared for part in claims.parts(study) for claim in part.claims]
+    others = ", ".join(
+        f"{found.count(verdict)} {words}" for verdict, words in (
+            (claims.FAILS, "do not"), (claims.UNTOLD, "cannot be told"), (claims.UNKNOWN, "are not measured"),
+        )
+    )
+    doubtful = sum("too short" in study.doubts() for study in compared)
+    short = f"; the records of {doubtful} of them are too short to count" if doubtful else ""
+    held = f"**{found.count(claims.HOLDS)} of {len(found)} claims hold**"
+    return f"{held}; {others} (comparisons: {len(compared)}{short})."
 
 
 def _joint(study: Study) -> str:
-    rows = [_row(study, cell) for cell in study.ordered()]
-    run, latency = study.some_run(), study.latency
-    words = ""
-    if run is not None:
-        words = _EXPLAINED.format(
-            split=run["eval_split"],
-            seed=UNKNOWN if latency is None else latency["seed"],
-            nets="no" if latency is None else len(latency["nets"]),
-        ) + "\n"
-    return f"{words}{markdown_table(COLUMNS, rows)}"
+    places = [COLUMNS.index(name) for name in _SHOWN]
+    rows = []
+    for cell in study.ordered():
+        row = _row(study, cell)
+        label = row[1] if row[0] == row[1] else f"{row[0]}: {row[1]}"
+        rows.append((label, *(row[place] for place in places)))
+    return markdown_table(("cell", *_SHOWN.values()), rows)
 
 
 def _row(study: Study, cell: Cell) -> tuple[str, ...]:
@@ -162,15 +179,15 @@ def _row(study: Study, cell: Cell) -> tuple[str, ...]:
 
 
 def _tuning(study: Study) -> str:
+    """Final top-1 on validation data, in percent, by value tried."""
     labels = {cell.name: cell.label for cell in study.cells}
     rows = []
     for trial in study.facts["tuning"]:
         tried = ", ".join(f"{_value(one['value'])}: {_top1(one['top1'])}" for one in trial["trials"])
         label = labels.get(trial["cell"], trial["cell"])
-        rows.append((label, trial["field"], str(len(trial["trials"])), tried, _value(trial["chosen"])))
-    words = "Final top-1 on validation data, in percent, by value tried; the test set was not read.\n"
-    header = ("cell", "field", "trials", "tried", "chosen")
-    return f"#### Tuning\n\n{words}\n{markdown_table(header, rows)}"
+        epochs = str(trial.get("epochs", study.facts.get("epochs", "")))
+        rows.append((label, trial["field"], epochs, str(len(trial["trials"])), tried, _value(trial["chosen"])))
+    return csv_text(("cell", "field", "epochs", "trials", "tried", "chosen"), rows)
 
 
 def _top1(value: float | None) -> str:
@@ -186,7 +203,7 @@ def section(found: Sequence[tuple[Study, str | None]]) -> str:
     head = (
         "## Comparisons\n\nClickTrain beside dense training, narrower dense nets, pruning after training (PAT), "
         "pruning during training (PDT), one-shot pruning and random masks. Claims first, each with its verdict; where "
-        "one does not hold, it says so.\n"
+        f"one does not hold, it says so.\n\n{_EXPLAINED}"
     )
     if not found:
         return f"{head}\nNo comparison is recorded: {UNKNOWN}.\n"

@@ -33,7 +33,7 @@ def generate(records: Path = results.RECORDS) -> dict[Path, str]:
     of_studies = (folder.name for folder in records.glob(f"{studies.PREFIX}*"))
     own_tables = (ablation.GROUP, published.GROUP, price.GROUP, *of_studies)
     parts = [
-        results.HEADER,
+        results.HEADER.format(claims=comparison.verdicts(compared)),
         comparison.section([(study, _link(study.folder / comparison.PLOT)) for study in compared]),
         published.generate(found),
         gpu.price_section(records / price.GROUP),
@@ -51,12 +51,14 @@ def generate(records: Path = results.RECORDS) -> dict[Path, str]:
         for record in _with_sheet(of_ablation):
             path = ablation.PLOT.with_name(_sheet_name(record))
             parts.append(f"![Patterns of {record['name']}, and where they are used]({_link(path)})\n")
+    price_csv = records / price.GROUP / gpu.PRICE_CSV
     return {
         results.RESULTS_FILE: "\n".join(part for part in parts if part),
         benchmarks.BENCHMARKS_FILE: benchmarks.generate(),
         front.README: front.generate(front.README.read_text(), records),
         records / published.CSV: published.to_csv(found),
-        **{study.folder / comparison.CSV: comparison.to_csv(study) for study in compared},
+        **({price_csv: gpu.price_csv(price_csv.parent)} if price_csv.parent.exists() else {}),
+        **{study.folder / name: text for study in compared for name, text in comparison.files(study).items()},
     }
 
 

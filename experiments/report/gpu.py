@@ -8,7 +8,7 @@ from typing import Any
 from experiments.configs import price
 from experiments.configs.work import conv_work
 from experiments.records import RUNS, kept, read_json
-from experiments.report.statistics import coding, markdown_table, mean_spread
+from experiments.report.statistics import coding, csv_text, markdown_table, mean_spread
 
 COMMAND = "python -m experiments bench gpu --out DIR --data.dir PACKED"
 _DIRECTIONS = ("forward", "input gradient", "weight gradient")
@@ -16,6 +16,12 @@ _DIRECTIONS = ("forward", "input gradient", "weight gradient")
 _CONVOLUTION = re.compile("xmma|cutlass|cudnn|pattern_conv")
 # Epochs after which runs are compared, as far as all had got.
 _COMPARED = (40, 50, price.EPOCHS)
+PRICE_CSV = "price.csv"
+_PRICE_COLUMNS = (
+    "run", "n", *(f"after {epochs} epochs" for epochs in _COMPARED), "conv", "multiply-adds (M)", "training s",
+    "compiling s", "pruned phase",
+)
+_PRICE_SHOWN = ("run", "n", *_PRICE_COLUMNS[3:6], "training s")
 
 
 def benchmarks(folder: Path) -> str:
@@ -107,9 +113,7 @@ def price_section(folder: Path) -> str:
     Args:
         folder: of the runs, experiments/results/price. Unfinished ones count as far as they got.
     """
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for run in kept(folder / RUNS):
-        runs.setdefault(run["name"], []).append(run)
+    runs = _priced(folder)
     if not runs:
         return ""
     first = next(run for members in runs.values() for run in members if run["summary"])
@@ -125,15 +129,29 @@ def price_section(folder: Path) -> str:
         f"`experiments.configs.{price.GROUP}`: kernels removed one by one (1x1) or in tiles of (filters, channels), 9x "
         "fewer weights of convolutions, and dense nets that are narrow instead. Top-1 in percent on the "
         f"{summary['eval_split']} set; mean ± standard deviation where there are several seeds. What a run did not "
-        f"reach is left empty.{shared}\n"
+        f"reach is left empty.{shared} [{PRICE_CSV}](experiments/results/{price.GROUP}/{PRICE_CSV}) has more.\n"
     )
+    places = [_PRICE_COLUMNS.index(name) for name in _PRICE_SHOWN]
+    rows = [[row[place] for place in places] for row in _price_rows(runs)]
+    return f"{head}\n{markdown_table(_PRICE_SHOWN, rows)}"
+
+
+def price_csv(folder: Path) -> str:
+    """All that there is on the price of a shape, as a CSV file; ``folder`` as for `price_section`."""
+    return csv_text(_PRICE_COLUMNS, _price_rows(_priced(folder)))
+
+
+def _priced(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Runs by name, in the order of the configs."""
     order = [config.name for config in price.configs()]
-    names = sorted(runs, key=lambda name: order.index(name) if name in order else len(order))
-    header = (
-        "run", "n", *(f"after {epochs} epochs" for epochs in _COMPARED), "conv", "multiply-adds (M)", "training s",
-        "compiling s", "pruned phase",
-    )
-    return f"{head}\n{markdown_table(header, [_price_row(name, runs[name]) for name in names])}"
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for run in kept(folder / RUNS):
+        runs.setdefault(run["name"], []).append(run)
+    return dict(sorted(runs.items(), key=lambda one: order.index(one[0]) if one[0] in order else len(order)))
+
+
+def _price_rows(runs: dict[str, list[dict[str, Any]]]) -> list[tuple[str, ...]]:
+    return [_price_row(name, members) for name, members in runs.items()]
 
 
 def _price_row(name: str, members: Sequence[dict[str, Any]]) -> tuple[str, ...]:

@@ -163,3 +163,23 @@ def _cell(found: dict[str, float] | None) -> str:
 def _label(mask: Mask) -> str:
     (filters, channels), reduction = mask
     return f"({filters}, {channels}) {reduction:.3g}x"
+
+
+def latency_table(record: dict[str, Any]) -> str:
+    """Rows of `experiments.bench.latency_target`: what was asked, and what the whole net reached."""
+    rows = []
+    for row in record["results"]:
+        net = row["net"] if row["width"] == 1 else f"{row['net']} x{row['width']:g}"
+        start = (net, str(row["batch"]), f"{row['asked']:g}x")
+        if "refused" in row:
+            rows.append((*start, row["refused"], "", ""))
+            continue
+        off = 100 * (row["reached"] / row["asked"] - 1)
+        rows.append((*start, f"{row['reached']:.2f}x ({off:+.0f}%)", f"{row['conv_compression']:.2f}x",
+                     str(row["left_dense"])))
+    table = markdown_table(("net", "N", "asked", "reached", "conv", "layers left dense"), rows)
+    loads = " and ".join(f"{load[0]:.1f}" for load in record["load_average"])
+    return (
+        "Dense seconds over the net's, both tuned, ratio of the 20th percentiles; masks of random scores in tiles of "
+        f"{'x'.join(map(str, record['tile']))}. Load average before and after: {loads}.\n\n{table}"
+    )

@@ -11,8 +11,8 @@ from experiments.configs import published as recipes
 from experiments.data import is_lossy
 from experiments.records import differences
 from experiments.report import results
-from experiments.report.comparison import NOT_RUN, csv_text
-from experiments.report.statistics import coding, markdown_table, mean_spread, paired
+from experiments.report.comparison import NOT_RUN
+from experiments.report.statistics import coding, csv_text, markdown_table, mean_spread, paired
 
 GROUP = "published"
 CSV = "published.csv"
@@ -21,13 +21,18 @@ _COLUMNS = (
     "conv, all convolutions", "without shortcuts (their way)", "model", "seconds",
     "images/s, of peak", "precision", "hardware", "date",
 )
+# What RESULTS.md shows of them.
+_SHOWN = (
+    "run", "published (best epoch, their count)", "ours, final (n)", "drop", "conv, all convolutions", "seconds",
+)
 _HEAD = f"""## Published recipes
 
 The authors print the best test top-1 of all epochs, those before the hard prune among them, and count compression
-without shortcut convolutions. Ours: best epoch after the prune (of all for dense runs) and final epoch, in percent,
-mean ± standard deviation (n seeds); "drop" is against the dense run of the same seed, precision and hardware. Seconds
-are of training and compiling; images a second and the share of the card's peak (two operations a multiply-add, as they
-were executed) of training alone. Rows that say "{NOT_RUN}" were not run at this size:
+without shortcut convolutions. Ours: final epoch, in percent, mean ± standard deviation (n seeds); "drop" is against
+the dense run of the same seed, precision and hardware. Seconds are of training and compiling.
+[{CSV}](experiments/results/{CSV}) has more: the best epoch after the prune (of all for dense runs), compression their
+way and of the model, hardware, precision, date, images a second and the share of the card's peak (two operations a
+multiply-add, as they were executed) of training alone. Rows that say "{NOT_RUN}" were not run at this size:
 `python -m experiments table --budget gpu-30min` runs what is missing.
 """
 # From the makers' data sheets.
@@ -74,7 +79,7 @@ def generate(found: Sequence[dict[str, Any]]) -> str:
         if any(map(is_lossy, encodings)):
             mark += ": absolute accuracies not comparable with published ones"
         mark += ".\n\n" if mark else ""
-        parts.append(f"### {net} on {dataset}\n\n{mark}{markdown_table(_COLUMNS, [_cells(row) for row in rows])}")
+        parts.append(f"### {net} on {dataset}\n\n{mark}{markdown_table(_SHOWN, [_shown(row) for row in rows])}")
     return "\n".join(parts)
 
 
@@ -166,6 +171,11 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         machine,
         max(record["setting"]["date"] for record in runs)[:10],
     )
+
+
+def _shown(row: dict[str, Any]) -> list[str]:
+    cells = dict(zip(_COLUMNS, _cells(row)))
+    return [cells[name] for name in _SHOWN]
 
 
 def _speed(runs: Sequence[dict[str, Any]]) -> str:

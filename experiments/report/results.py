@@ -12,14 +12,16 @@ RECORDS = Path(__file__).parents[1] / "results"
 RESULTS_FILE = Path(__file__).parents[2] / "RESULTS.md"
 HEADER = """# Results
 
+{claims}
+
 Generated from the records in experiments/results by `python -m experiments table --write`; no figure here is typed.
 The methods that ClickTrain is compared with come first, then the authors' recipes, then single studies. Accuracies are
-top-1 in percent, mean ± standard deviation over the seeds; "drop" is against the dense run of the same seed. "Best" is
-the best epoch after the prune (of all epochs for dense runs). Compression counts all convolutions, shortcuts too, and
-all trained parameters. Every section names how its images were stored; accuracies on images that a lossy coding changed
-do not compare with published ones. Ratios of speed are in BENCHMARKS.md.
+top-1 in percent, mean ± standard deviation over the seeds; "drop" is against the dense run of the same seed.
+Compression counts all convolutions, shortcuts too; wide tables are CSV files beside their records. Every section names
+how its images were stored; accuracies on images that a lossy coding changed do not compare with published ones. Ratios
+of speed are in BENCHMARKS.md.
 """
-_COLUMNS = ("run", "n", "final", "drop", "best", "conv", "model", "machine", "date")
+_COLUMNS = ("run", "n", "final", "drop", "conv", "machine, date")
 
 
 def records(folder: Path = RECORDS) -> list[dict[str, Any]]:
@@ -115,9 +117,6 @@ def _row(name: str, members: list[dict[str, Any]], dense: Iterable[dict[str, Any
         str(len(members)),
         mean_spread(column("final_top1"), scale=100),
         "" if members[0]["method"] == "dense" else paired(*by_seed, scale=100),
-        mean_spread(column("best_pruned_top1"), scale=100),
         f"{members[0]['conv_compression']:.2f}x",
-        f"{members[0]['model_compression']:.2f}x",
-        machine(members[0]),
-        max(record["setting"]["date"] for record in members)[:10],
+        f"{machine(members[0])}, {max(record['setting']['date'] for record in members)[:10]}",
     )

@@ -1,5 +1,7 @@
 """Means with their spread, and paired differences, as text."""
 
+import csv
+import io
 import math
 import statistics
 from collections.abc import Sequence
@@ -41,3 +43,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in (header, *rows)]
     rule = " | ".join("-" * width for width in widths)
     return "\n".join(f"| {line} |" for line in (lines[0], rule, *lines[1:])) + "\n"
+
+
+def csv_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A CSV file's text."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()

@@ -35,6 +35,8 @@ def lengthen(folder: RunFolder, config: TrainConfig) -> bool:
             raise ValueError(f"{folder.path} cannot be lengthened to another config: {field} is {old!r}, not {new!r}")
     if config.epochs <= before.epochs:
         raise ValueError(f"{folder.path} has {before.epochs} epochs: expected more of them, not {config.epochs}")
+    if config.ema_epochs and done == before.total_epochs:
+        raise ValueError(f"{folder.path} ended with averaged weights (ema_epochs): it cannot be lengthened")
     if config.total_epochs != config.epochs:
         raise ValueError(f"{folder.path} is pruned after its {config.epochs} dense epochs: it cannot be lengthened")
     past = [tuple(one for one in run.lr_milestones if one < done) for run in (before, config)]

@@ -166,6 +166,7 @@ def _epoch(
     compiled_before, start, cpu_start = trainer.compile_seconds, time.perf_counter(), time.process_time()
     state, reconfigured = trainer.between_epochs(state, epoch)
     state, metrics = trainer.run_epoch(state, epoch, config.seed, on_step)
+    state = trainer.settled(state, epoch)
     compiled = trainer.compile_seconds - compiled_before
     line: dict[str, Any] = {
         "epoch": epoch,

@@ -17,12 +17,10 @@ import numpy as np
 
 import clicktrain_jax as ct
 import pallas_kernels as pk
-from clicktrain_jax.deploy.structures import structures as make_structures
-from clicktrain_jax.masks import combine
+from clicktrain_jax.deploy.structures import gaining_structures
 from clicktrain_jax.plan import Plan
-from clicktrain_jax.trees import map_named, path_keys
+from clicktrain_jax.trees import path_keys
 from experiments.train.programs import in_background
-from pallas_kernels import native
 from pallas_kernels.tuning import Cache
 
 Way = Literal["dense", "pattern", "pattern_hwnc"]
@@ -61,24 +59,6 @@ def structure_names(structures: dict[str, Any]) -> list[str]:
     """Names of the kernels that have a structure."""
     leaves = jax.tree_util.tree_flatten_with_path(structures, is_leaf=lambda x: isinstance(x, pk.Structure))[0]
     return ["/".join(path_keys(path)) for path, _ in leaves]
-
-
-def gaining_structures(masks: ct.Masks, plan: Plan) -> dict[str, Any]:
-    """The structures of all layers that should gain by them, as a linen collection.
-
-    A layer whose kernels choose their own patterns among a tile's superset is run by the superset: what it computes
-    beyond the masks is multiplied by weights that are zero.
-    """
-    layers = plan.by_name()
-
-    def widened(name: str, mask: Any) -> np.ndarray | None:
-        # A structure is long to build: not where the portable form would gather for each kernel alone.
-        if mask is None or name not in layers or layers[name].tile[0] == 1 and not _native():
-            return None
-        return _shared(np.asarray(mask), layers[name].tile if layers[name].superset is not None else (1, 1))
-
-    found = make_structures(map_named(widened, combine(masks)))
-    return _gaining(found)
 
 
 def scheduled(net: nn.Module, images: tuple[int, ...], structures: dict[str, Any]) -> dict[str, Any]:
@@ -210,36 +190,6 @@ class PrunedPhase:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
-
-
-def _shared(mask: np.ndarray, tile: tuple[int, int]) -> np.ndarray:
-    """bool (kh, kw, cin, cout) made alike in tiles of (filters, channels): what any kernel of a tile retains."""
-    filters, channels = tile
-    for axis, size in ((3, filters), (2, channels)):
-        starts = np.arange(0, mask.shape[axis], size)
-        blocks = np.logical_or.reduceat(mask, starts, axis=axis)
-        mask = np.repeat(blocks, size, axis=axis).take(np.arange(mask.shape[axis]), axis=axis)
-    return mask
-
-
-def _gain(structure: pk.Structure) -> float:
-    """How many times faster than dense an update's three convolutions should be, by the backend that is there."""
-    return pk.estimated_gain(structure, "training", backend="cpu" if _native() else "xla")
-
-
-def _native() -> bool:
-    return jax.default_backend() == "cpu" and native.is_fast()
-
-
-def _gaining(found: dict[str, Any]) -> dict[str, Any]:
-    kept = {}
-    for key, value in found.items():
-        if isinstance(value, pk.Structure):
-            if _gain(value) > pk.LEAST_GAIN:
-                kept[key] = jax.tree.map(jax.numpy.asarray, value)
-        elif inner := _gaining(value):
-            kept[key] = inner
-    return kept
 
 
 def facts_of(config: Any, plan: Plan | None) -> dict[str, Any]:

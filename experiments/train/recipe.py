@@ -1,9 +1,11 @@
 """What a config asks for, as objects: the net, the optimizer, the plan, the patterns."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -36,7 +38,7 @@ def make_models(
     )
     # By pattern where a layer has a structure, else dense in the same way as all of them are before.
     dense = models.patch_convolution if convolution == "patches" else pk.dense_conv
-    dense = dense if on_cpu or convolution == "patches" else models.matrix_convolution
+    dense = dense if on_cpu or convolution == "patches" else models.gpu_convolution
     # Layers that have a structure gain by it: left open, the choice would go by what lists have room for.
     native_serves = on_cpu and native.is_fast() and config.precision in cpu.DTYPES
     convolve = functools.partial(pk.pattern_conv, backend="cpu") if native_serves else pk.pattern_conv
@@ -100,9 +102,20 @@ def make_plan(prune: PruneConfig, model: Any, params: Any, image_shape: tuple[in
     """
     paths = models.prunable_convs(model, image_shape)
     rules = dict.fromkeys(paths, "auto") if prune.target else prune_rules(prune.fractions, paths, net)
+    costs = None
+    if prune.target_of == "latency":
+        # Of the same layers and shapes; how much it removes is irrelevant there.
+        shapes = make_plan(
+            dataclasses.replace(prune, target=None, target_of="convolutions", fractions=(0.0,)), model, params,
+            image_shape, net,
+        )
+        variables = model.init(jax.random.key(0), jnp.zeros((1, *image_shape), jnp.float32), train=False)
+        images = jax.ShapeDtypeStruct((prune.latency_batch, *image_shape), jnp.float32)
+        costs = ct.layer_times(functools.partial(model.apply, train=False), variables, images, shapes)
     return ct.make_plan(
         params,
         rules,
+        costs=costs,
         tile=prune.tile,
         removal_tile=prune.removal_tile,
         entries=prune.entries,

@@ -13,12 +13,14 @@ class TrainState(NamedTuple):
         params: the net's parameters.
         batch_stats: BatchNorm's statistics.
         opt_state: the optimizer's state; a `clicktrain_jax.ClickTrainState` where ClickTrain prunes.
+        average: ``(params, batch_stats)`` averaged over the last epochs, where a run asks for it.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    average: Any = ()
 
 
 class Images(NamedTuple):

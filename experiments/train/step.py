@@ -9,13 +9,13 @@ last batch, are called one by one. All programs but the first one are compiled w
 """
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import clicktrain_jax as ct
 import pallas_kernels as pk
@@ -25,13 +25,13 @@ from clicktrain_jax.phases import Phase
 from experiments.configs.base import TrainConfig
 from experiments.data import Dataset
 from experiments.train.channel_pruning import ChannelPruning
-from experiments.train.costs import size_of
+from experiments.train.compiled import Updates
 from experiments.train.methods import make_method
 from experiments.train.programs import Programs, in_background
 from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of, scheduled
 from experiments.train.recipe import make_models, make_optimizer, make_plan, pattern_source
 from experiments.train.state import Images, TrainState
-from experiments.train.update import change_of, evaluation_of, gradient_of, update_loop, update_step
+from experiments.train.update import evaluation_of
 from pallas_kernels.pattern_conv import mosaic_gpu
 
 # Streams of random numbers, each folded into the run's key.
@@ -45,7 +45,7 @@ LONGEST_LOOP = 512
 Segment = tuple[Phase, bool, int, int]
 
 
-class Trainer:
+class Trainer(Updates):
     """Model, optimizer and compiled programs of one config; serves any number of seeds.
 
     Attributes:
@@ -129,11 +129,12 @@ class Trainer:
             min(max(prune.prune_epoch * per_epoch, select + 1), last),
             None if prune.reselect_epoch is None else prune.reselect_epoch * per_epoch,
             prune.importance_steps,
+            None if prune.reselect_every_epochs is None else prune.reselect_every_epochs * per_epoch,
         )
         self.updates = ct.phase_updates(
             self.optimizer,
             self.plan,
-            coeff=prune.coeff,
+            coeff=_lasso_weight(prune, select, per_epoch),
             patterns=self.patterns,
             importance=random_scores if prune.importance == "random" else prune.importance,
             importance_steps=prune.importance_steps,
@@ -151,22 +152,15 @@ class Trainer:
         variables = self.model.init(key, jnp.zeros((1, *self.image_shape), jnp.float32), train=False)
         params = variables["params"]
         begin = self.optimizer.init if self.updates is None else self.updates.init
-        return TrainState(jnp.zeros([], jnp.int32), params, variables.get("batch_stats", {}), begin(params))
+        stats = variables.get("batch_stats", {})
+        # Copies: a buffer that stands in a state twice cannot be donated.
+        average = jax.tree.map(jnp.copy, (params, stats)) if self.config.ema_epochs else ()
+        return TrainState(jnp.zeros([], jnp.int32), params, stats, begin(params), average)
 
     def init(self, seed: int) -> TrainState:
         """What `fresh` makes of a run's seed."""
         key = jax.random.fold_in(jax.random.key(seed), _INIT)
         return self.programs.get(("init",), lambda: self.fresh, (key,), counts=False)(key)
-
-    @property
-    def compile_seconds(self) -> float:
-        """See the class."""
-        return self.programs.seconds
-
-    @property
-    def program_bytes(self) -> int:
-        """Memory that the largest update compiled so far asks for, data set included."""
-        return self.programs.bytes
 
     def segments(self, epoch: int, done: int = 0, facts: tuple[int, int, int] | None = None) -> list[Segment]:
         """The phases of an epoch after its first ``done`` updates.
@@ -289,19 +283,6 @@ class Trainer:
                 on_step(index + 1)
         return state, metrics
 
-    def compile_dense(self, state: TrainState) -> float:
-        """Compile the dense phase's update, for a run that begins after it; returns the seconds."""
-        start, key = time.perf_counter(), jax.random.key(0)
-        metrics = jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
-        args = (state, metrics, self.train_data, self._order(key, 0), np.int32(0), key, {})
-        if self.loop_length > 1:
-            self._loop("dense", "dense", args, ahead=True)
-        else:
-            self._program("dense", self._batch, "dense", args, ahead=True)
-        seconds = time.perf_counter() - start
-        self.programs.seconds += seconds
-        return seconds
-
     def evaluate(self, state: TrainState) -> tuple[float, float]:
         """``(mean loss, top-1)`` on the evaluation set, in float32 sums."""
         count = len(self.eval_data.labels)
@@ -315,16 +296,19 @@ class Trainer:
         loss, correct = np.sum([np.asarray(total) for total in totals], axis=0, dtype=np.float64)
         return loss / count, correct / count
 
-    def _shapes(self, params: Any) -> tuple[tuple[int, ...], ...]:
-        """What tells a narrowed net's programs apart."""
-        return () if self.channels is None else tuple(leaf.shape for leaf in jax.tree.leaves(params))
-
     def between_epochs(self, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, Any] | None]:
         """What happens before an epoch's first update: PruneTrain's smaller net, and facts about it."""
         channels = self.channels
         if channels is None or not channels.is_due(epoch):
             return state, None
         return channels.reconfigure(state)
+
+    def settled(self, state: TrainState, epoch: int) -> TrainState:
+        """The state after an epoch: after the last one the averaged weights and statistics are the net's."""
+        if not self.config.ema_epochs or epoch + 1 < self.config.total_epochs:
+            return state
+        params, stats = jax.tree.map(jnp.copy, state.average)
+        return state._replace(params=params, batch_stats=stats)
 
     def masks(self, state: TrainState) -> ct.Masks | None:
         """The masks of a run in any phase, of whichever method; None for a dense one."""
@@ -342,10 +326,6 @@ class Trainer:
         full = self.steps_per_epoch - bool(self.tail)
         parts = [(first, min(end, full), self.config.batch_size), (max(first, full), end, self.tail)]
         return [(begin, stop, batch) for begin, stop, batch in parts if begin < stop]
-
-    @property
-    def _batch(self) -> int:
-        return min(self.config.batch_size, len(self.train_data.labels))
 
     def _prepare_masked(self, args: tuple) -> None:
         """Have what the selection and the loops after it need compiled in the background."""
@@ -386,52 +366,13 @@ class Trainer:
         self.programs.seconds += self.pruned.waited_seconds - before
         return choice
 
-    def _pruned_program(self, way: Way, args: tuple, *, ahead: bool) -> Callable[..., Any]:
-        if self.loop_length > 1:
-            return self._loop("masked" if way == "dense" else "pruned", way, args, ahead=ahead)
-        return self._program("pruned", self._batch, way, args, ahead=ahead)
 
-    def _shapes_key(self, structures: Any, params: Any) -> tuple[Any, ...]:
-        """Structures of another size, and nets that became narrower, are other programs."""
-        return jax.tree.structure(structures), *self._shapes(params)
-
-    def _loop(self, kind: str, way: Way, args: tuple, *, ahead: bool = False) -> Callable[..., Any]:
-        """`experiments.train.update.update_loop` of this trainer, compiled."""
-        return self.programs.get(
-            ("loop", kind, way, *self._shapes_key(args[-1], args[0].params)),
-            lambda: update_loop(self, kind, self.config.batch_size, way, self.loop_length),
-            args, (0, 1), large=True, ahead=ahead,
-        )
-
-    def _program(self, kind: str, batch: int, way: Way, args: tuple, *, ahead: bool = False) -> Callable[..., Any]:
-        """An update, ``(state, metrics, data, order, index, key, structures) -> (state, metrics)``.
-
-        It is two programs, so that all phases share the costly one, which has the convolutions, and few have to wait
-        for a compiler.
-        """
-        narrowed, shapes = self._shapes(args[0].params), self._shapes_key(args[-1], args[0].params)
-
-        def run(state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, held: Any) -> Any:
-            inputs = (state.params, state.batch_stats, state.step, data, order, index, key, held)
-            gradient = self.programs.get(
-                ("gradient", batch, way, *shapes), lambda: gradient_of(self, batch, way), inputs,
-                large=True, beside=size_of(state.opt_state), ahead=ahead,
-            )
-            found = jax.eval_shape(gradient_of(self, batch, way), *inputs) if ahead else gradient(*inputs)
-            changed = (state, metrics, index, found)
-            change = self.programs.get(
-                ("change", kind, *narrowed), lambda: change_of(self, kind), changed, (0, 1), ahead=ahead
-            )
-            return None if ahead else change(*changed)
-
-        if ahead:
-            run(*args)
-            return self._program(kind, batch, way, args)
-        return run
-
-    def update_step(self, kind: str, batch: int, way: Way = "dense") -> Callable[..., Any]:
-        """One whole update as a pure function: `experiments.train.update.update_step` of this trainer."""
-        return update_step(self, kind, batch, way)
+def _lasso_weight(prune: Any, select_step: int, steps_per_epoch: int) -> Any:
+    """The lasso's weight: a number, or a function of the updates done where it rises after the selection."""
+    if not prune.coeff_ramp_epochs:
+        return prune.coeff
+    length = prune.coeff_ramp_epochs * steps_per_epoch
+    return optax.linear_schedule(0.0, prune.coeff, length, transition_begin=select_step)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -1,5 +1,6 @@
 """One update of a run, in pure functions: the gradient on a batch, what it says of importance, what a phase does."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -10,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from clicktrain_jax.methods import Method
 from experiments.configs.base import TrainConfig
 from experiments.data import normalise
 from experiments.data.augment import Crops, Mixture, crop, draw_crops, draw_mixture, mix
-from experiments.train.methods import Method
 from experiments.train.state import Images, TrainState
 
 # Entries of an array that a kernel of its own would be more trouble than work for.
@@ -115,7 +116,7 @@ def gradient_of_drawn(trainer: Any, batch: int, way: str) -> Callable[..., Gradi
             mutable=["batch_stats"],
         )
         first, second, lam = labels
-        losses = optax.softmax_cross_entropy_with_integer_labels
+        losses = functools.partial(cross_entropy, smoothing=config.label_smoothing)
         loss = losses(logits, first).mean()
         guess = logits.argmax(-1)
         top1 = (guess == first).mean()
@@ -158,9 +159,37 @@ def change_of(trainer: Any, kind: str) -> Callable[..., Any]:
         moved, opt_state = update(gradient.grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, moved)
         metrics = metrics.at[index].set(jnp.stack([loss, gradient.top1]).astype(jnp.float32))
-        return TrainState(state.step + 1, params, gradient.batch_stats, opt_state), metrics
+        average = ()
+        if trainer.config.ema_epochs:
+            first = (trainer.config.total_epochs - trainer.config.ema_epochs) * trainer.steps_per_epoch
+            average = averaged(
+                state.average, (params, gradient.batch_stats), state.step - first, trainer.config.ema_decay
+            )
+        return TrainState(state.step + 1, params, gradient.batch_stats, opt_state, average), metrics
 
     return change
+
+
+def averaged(average: Any, now: Any, done: Any, decay: float) -> Any:
+    """An exponential moving average, one update on.
+
+    Args:
+        average: tree, before.
+        now: tree like it: what the update made.
+        done: int scalar, updates averaged so far; below 1 the average begins, as ``now``.
+        decay: weight of what was; of the first updates less, so that where it began counts no more than others.
+    """
+    held = jnp.minimum(decay, (1.0 + done) / (10.0 + done)).astype(jnp.float32)
+    held = jnp.where(done < 1, 0.0, held)
+    return jax.tree.map(lambda old, new: held * old + (1 - held) * new, average, now)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """Losses (batch,) of logits (batch, classes) and int labels (batch,), a share of which is spread evenly."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if not smoothing:
+        return loss
+    return (1 - smoothing) * loss - smoothing * jax.nn.log_softmax(logits).mean(-1)
 
 
 def _as_due(masked: Callable[..., Any], schedule: Any) -> Callable[..., Any]:
@@ -213,7 +242,7 @@ def update_loop(trainer: Any, kind: str, batch: int, way: str, count: int) -> Ca
     draw, gradient = draw_of(trainer, batch), gradient_of_drawn(trainer, batch, way)
     change, dtype = change_of(trainer, kind), jnp.dtype(trainer.config.precision)
     # Not where a method computes the weights that the net sees, nor where they are not rounded.
-    rounds = dtype.itemsize < 4 and trainer.method.forward is Method._field_defaults["forward"]
+    rounds = dtype.itemsize < 4 and trainer.method.forward is Method.forward
 
     def rounded(params: Any) -> dict[int, jax.Array]:
         """By their place among the leaves."""

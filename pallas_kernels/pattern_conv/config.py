@@ -127,7 +127,7 @@ class WeightTiles:
     images: int
     channels: int
     filters: int
-    entries: int = 1
+    entries: int = 2
     least: int = 4
     stages: int = 2
     warpgroups: int = 2

@@ -39,7 +39,8 @@ def params():
 def transform(case, inner=None):
     plan_options, options = CASES[case]
     plan = ct.make_plan(params(), **{"rules": RULES} | plan_options)
-    return ct.clicktrain(inner or optax.adam(1e-2), plan, **{"select_step": 2, "prune_step": 5, "coeff": 1e-3} | options)
+    options = {"select_step": 2, "prune_step": 5, "coeff": 1e-3} | options
+    return ct.clicktrain(inner or optax.adam(1e-2), plan, **options)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -49,8 +50,8 @@ def test_no_rank_and_no_dtype_is_promoted(case):
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         state = jax.eval_shape(tx.init, tree)
         updates, after = jax.eval_shape(tx.update, tree, state, tree)
-        jax.eval_shape(lambda state: ct.group_lasso(ct.apply_masks(tree, ct.masks_of(state)), ct.masks_of(state)), after)
-        jax.eval_shape(lambda state: ct.masks_of(state).pattern, after)
+        for read in (lambda masks: masks.pattern, lambda masks: ct.group_lasso(ct.apply_masks(tree, masks), masks)):
+            jax.eval_shape(lambda state, read=read: read(ct.masks_of(state)), after)
     assert jax.tree.structure(updates) == jax.tree.structure(tree)
 
 

@@ -51,6 +51,34 @@ def test_no_regularized_update_when_the_prune_follows_at_once():
     assert phases == [Phase.DENSE] * 3 + [Phase.SELECT, Phase.PRUNE, Phase.PRUNED]
 
 
+@pytest.mark.parametrize(
+    ("prune_step", "every", "scores", "selected"),
+    [(9, 3, 1, [2, 5, 8]), (8, 3, 2, [2, 5]), (4, 3, 1, [2]), (6, 1, 1, [2, 3, 4, 5])],
+)
+def test_masks_are_chosen_anew_until_the_prune(prune_step, every, scores, selected):
+    schedule = PhaseSchedule(2, prune_step, importance_steps=scores, reselect_every=every)
+    phases = [schedule.phase(step) for step in range(12)]
+    assert [step for step, phase in enumerate(phases) if phase is Phase.SELECT] == selected
+    assert [step for step, phase in enumerate(phases) if phase is Phase.PRUNE] == [prune_step]
+    assert phases[:2] == [Phase.DENSE] * 2 and set(phases[prune_step + 1 :]) == {Phase.PRUNED}
+    gathers = [step for _, gathers, first, end in schedule.segments(0, 12) for step in range(first, end) if gathers]
+    assert gathers == [step - 1 for step in selected if scores == 2]
+    # On a device, and put off by scores that are not finite: the next one is so many updates after it.
+    facts = jnp.asarray([schedule.planned(step) for step in range(12)]).T
+    marks = jax.jit(schedule.due)(jnp.arange(12), *facts)
+    assert [Due(*each).phase for each in zip(*map(np.asarray, marks))] == phases
+    late = schedule.segments(4, 12, (3, -1, 0))
+    again = [first for phase, _, first, _ in late if phase is Phase.SELECT]
+    assert again[:1] == [step for step in (3 + every,) if step < prune_step]
+
+
+def test_reselecting_twice_over_is_refused():
+    with pytest.raises(ValueError, match="no reselect_step beside it, got 4"):
+        PhaseSchedule(2, 8, reselect_step=4, reselect_every=2)
+    with pytest.raises(ValueError, match="reselect_every=1: expected at least importance_steps=2"):
+        PhaseSchedule(2, 8, importance_steps=2, reselect_every=1)
+
+
 def test_steps_may_be_numpy_integers():
     assert PhaseSchedule(np.int64(1), np.int32(2)).phase(np.int64(2)) is Phase.PRUNE
 

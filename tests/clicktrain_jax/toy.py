@@ -56,8 +56,8 @@ def loss(tree, step):
 
 
 class Run(NamedTuple):
-    """``params[t]`` and ``states[t]`` before update t; ``grads[t]`` the loss gradient of update t. Without jit there is a
-    trace a step."""
+    """``params[t]`` and ``states[t]`` before update t; ``grads[t]`` the loss gradient of update t. Without jit every
+    step is traced."""
 
     params: list
     states: list

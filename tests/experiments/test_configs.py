@@ -14,7 +14,7 @@ from clicktrain_jax import models
 from experiments import configs
 from experiments.configs import PruneConfig, compare, from_dict, to_dict
 from experiments.configs.methods import KINDS
-from experiments.records import differences, identity
+from experiments.records import differences, identity, kept
 from experiments.train.forks import dense_of
 from experiments.train.recipe import learning_rate, prune_rules
 
@@ -54,8 +54,8 @@ def test_names_carry_the_compression_over_all_convolutions(config):
 
 def test_names_are_unique_and_every_pruned_config_has_its_dense_one():
     families = (
-        configs.demo, configs.slim, configs.published, configs.own, configs.price, configs.ablation, configs.deployed,
-        configs.compare,
+        configs.demo, configs.slim, configs.published, configs.own, configs.modern, configs.price, configs.ablation,
+        configs.deployed, configs.compare,
     )
     families = [config for family in families for config in family.configs()]
     assert len(ALL) == len(families)
@@ -112,8 +112,8 @@ OLD = Path(configs.__file__).parents[1] / "results"
 def test_records_from_before_there_was_one_field_for_the_method_are_read():
     """Each says of its method what the cell of its name says today."""
     cells, kinds = {cell.config.name: cell.config for cell in compare.study("digits").cells}, set()
-    for path in sorted(OLD.glob("compare-digits/*/config.json")):
-        stored = json.loads(path.read_text())
+    for record in kept(OLD / "compare-digits" / "runs.jsonl"):
+        stored = record["config"]
         assert "method" not in stored and "sparse" in stored
         config = from_dict(stored)
         assert from_dict(json.loads(json.dumps(to_dict(config)))) == config

@@ -47,7 +47,7 @@ def epoch(kind: str, batch: int, net: str = "vgg13") -> tuple[Callable[..., Any]
     prune = PruneConfig(fractions=(), target=8.0, coeff=1e-4, select_epoch=1, prune_epoch=2, tile=(64, 64), floor=False)
     loop = dataclasses.replace(config.loop, epoch_program="scan", convolution="xla")
     config = dataclasses.replace(
-        config, net=net, batch_size=batch, precision="bfloat16", prune=None if kind == "dense" else prune, loop=loop
+        config, net=net, batch_size=batch, precision="bfloat16", method=None if kind == "dense" else prune, loop=loop
     )
     # Never copied to the device: programs are compiled for shapes.
     images, labels = np.zeros((4 * batch, 32, 32, 3), np.uint8), np.zeros(4 * batch, np.int32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from pallas_kernels.pattern_conv import config, mosaic_gpu
+from pallas_kernels.pattern_conv import config, launches, mosaic_gpu
 from pallas_kernels.pattern_conv.cases import Case, resnet50, resnet50_1x1, structure_of, vgg16
 from pallas_kernels.pattern_conv.geometry import make_geometry
 from pallas_kernels.pattern_conv.structure import make_structure
@@ -97,7 +97,7 @@ def test_one_block_a_multiprocessor_is_launched():
     tiles = config.ProductTiles(64, 64)
     for size, multiprocessors in ((40, 132), (40, 78), (2, 132), (1, 132)):
         geometry = make_geometry((size, size, 64, 64), (3, 3), (1, 1), "SAME", "HWNC")
-        plan = mosaic_gpu.product_plan(structure, geometry, 64, False, multiprocessors, tiles)
+        plan = launches.product_plan(structure, geometry, 64, False, multiprocessors, tiles)
         assert plan.blocks == min(size * size, multiprocessors)
     # Where no GPU is known the kernel can be interpreted only: few blocks are quicker.
     jax.eval_shape(lambda x: None if compat.multiprocessors(x) == 2 else pytest.fail(), jnp.zeros(()))

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.masks import FullMask, Masks, build_masks, check_shape
+from clicktrain_jax.masks import FullMask, LayerMask, Masks, build_masks, check_shape
+from clicktrain_jax.plan.convolutions import Axes, check_axes, layouts, tap_axes
 from clicktrain_jax.trees import Tree, check_same_names, is_kernel_shape, key_name, map_named, named_leaves, nest
 
 
@@ -45,12 +46,15 @@ def find_prefix(names: Iterable[str], mask_names: list[str]) -> str:
     raise AssertionError("names that are the same have the prefix ''")
 
 
-def masks_by_name(masks: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> tuple[str, dict[str, FullMask | None]]:
+def masks_by_name(
+    masks: Any, shapes: Mapping[str, tuple[int, ...] | None], axes: dict[str, Axes | None]
+) -> tuple[str, dict[str, FullMask | None]]:
     """The masks' prefix (see `find_prefix`), and the masks by the variables' names; None at dense leaves.
 
     Args:
         masks: `Masks`, or one boolean tree.
         shapes: of the variables, by name; None for a leaf that is None.
+        axes: the layout that each kernel looks like; where its mask tells, that is written into it.
 
     Raises:
         ValueError: masks of another tree, of other shapes, or not bool.
@@ -63,8 +67,10 @@ def masks_by_name(masks: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> t
     found: dict[str, FullMask | None] = dict.fromkeys(prefix + name for name in masks.names)
     for name, layer in jax.device_get(masks.layers).items():
         name = prefix + name
+        if isinstance(layer, LayerMask):
+            axes[name] = "OIHW" if np.ndim(layer.kernel) == 4 else "HWIO"
         parts = FullMask(*(None if leaf is None else _bools(name, leaf, shapes) for leaf in layer.full()))
-        found[name] = split(parts.kernel) if whole else parts
+        found[name] = split(parts.kernel, axes.get(name)) if whole else parts
     return prefix, found
 
 
@@ -78,34 +84,43 @@ def _bools(name: str, leaf: Any, shapes: Mapping[str, tuple[int, ...] | None]) -
     return mask
 
 
-def split(keep: np.ndarray) -> FullMask:
-    """Pattern and kernel mask of one mask of weights: kernels without any weight are removed, patterns are the rest."""
+def split(keep: np.ndarray, axes: Axes | None = None) -> FullMask:
+    """Pattern and kernel mask of one mask of weights: kernels without any weight are removed, patterns are the rest.
+
+    Args:
+        keep: bool, of any shape.
+        axes: the layout of a kernel; None for (kh, kw, cin, cout).
+    """
     if not is_kernel_shape(keep.shape):
         return FullMask(keep, None)
-    if keep.shape[0] * keep.shape[1] == 1:
+    taps = tap_axes(keep.shape, axes or "HWIO")
+    if all(keep.shape[axis] == 1 for axis in taps):
         return FullMask(None, keep)
-    kernel = np.broadcast_to(keep.any(axis=(0, 1)), keep.shape)
+    kernel = np.broadcast_to(keep.any(axis=taps, keepdims=True), keep.shape)
     return FullMask(keep | ~kernel, kernel)
 
 
-def masks_from_zeros(params: Tree) -> Masks:
+def masks_from_zeros(params: Tree, axes: Axes | None = None) -> Masks:
     """The masks that a checkpoint's zeros tell of.
 
     Args:
         params: tree of arrays.
+        axes: the layout of the kernels, "HWIO" or "OIHW"; None goes by their shapes and biases.
 
     Returns:
         `Masks` with the containers of ``params``, bool arrays at its 4-D floating leaves that hold exact zeros and
         None elsewhere. A kernel that is zero at all taps is removed, and its pattern is all True; the others' patterns
         are their taps that are not zero (NaN is not). 1x1 leaves have no pattern.
     """
+    check_axes(axes)
     found: dict[str, FullMask] = {}
+    looks = layouts({name: jnp.shape(leaf) for name, leaf in named_leaves(params) if leaf is not None})
     for name, leaf in named_leaves(params):
         if leaf is None or not is_kernel_shape(jnp.shape(leaf)) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
         keep = np.asarray(leaf) != 0
         if not keep.all():
-            found[name] = split(keep)
+            found[name] = split(keep, axes or looks[name])
     return build_masks(params, found)
 
 

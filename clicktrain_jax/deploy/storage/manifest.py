@@ -22,6 +22,7 @@ import numpy as np
 from clicktrain_jax.deploy.storage.layers import CODINGS, Coding, stored_bytes, view_shape
 from clicktrain_jax.deploy.storage.values import DTYPES, STORABLE, num_filters
 from clicktrain_jax.masks import FullMask
+from clicktrain_jax.plan.convolutions import Axes
 from clicktrain_jax.trees import KERNEL_AXES
 
 FORMAT = "clicktrain-jax export"
@@ -41,12 +42,13 @@ class Leaf(NamedTuple):
 
     Attributes:
         name: "/"-joined keys.
-        shape: None for a leaf that is None.
+        shape: None for a leaf that is None; that of ``kernel_axes`` for a kernel, whatever its own order is.
         dtype: of the leaf.
         stored: of its values in the file.
         key: implementation of a typed random key, whose data the values are; else None.
         in_masks: the masks' tree has this leaf.
         mask: None for a dense leaf.
+        axes: the order that a kernel has in its tree.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Leaf(NamedTuple):
     key: str | None = None
     in_masks: bool = False
     mask: Coding | None = None
+    axes: Axes = "HWIO"
 
     @property
     def weights(self) -> int:
@@ -80,6 +83,8 @@ class Leaf(NamedTuple):
             entry |= {"dtype": self.dtype, "stored": self.stored}
         if self.key is not None:
             entry["key"] = self.key
+        if self.axes != "HWIO":
+            entry["axes"] = self.axes
         if self.in_masks:
             entry["mask"] = None if self.mask is None else self.mask._asdict()
         return entry
@@ -225,7 +230,7 @@ def _leaf(name: str, entry: Any) -> Leaf:
         _need(set(entry) <= {"shape", "mask"} and coding is None, f"{where} is None and has more than that")
         return Leaf(name, None, in_masks=in_masks)
     required = {"shape", "dtype", "stored"}
-    _need(required <= set(entry) <= required | {"key", "mask"}, f"{where} has bad fields")
+    _need(required <= set(entry) <= required | {"key", "mask", "axes"}, f"{where} has bad fields")
     shape, dtype, stored, key = entry["shape"], entry["dtype"], entry["stored"], entry.get("key")
     _need(isinstance(shape, list) and len(shape) <= 32 and all(map(_is_count, shape)), f"{where} has shape {shape!r}")
     # An axis of 0 must not hide others that no array can have.
@@ -234,8 +239,10 @@ def _leaf(name: str, entry: Any) -> Leaf:
         _need(isinstance(which, str) and which in STORABLE, f"{where} has dtype {which!r}")
     _need(stored == dtype or (stored in DTYPES and "float" in dtype), f"{where} of {dtype} is stored as {stored}")
     _need("key" not in entry or isinstance(key, str) and dtype == stored == "uint32", f"{where} has key {key!r}")
+    axes = entry.get("axes", "HWIO")
+    _need("axes" not in entry or (axes == "OIHW" and len(shape) == 4), f"{where} has axes {axes!r}")
     mask = None if coding is None else _coding(where, coding, tuple(shape))
-    return Leaf(name, tuple(shape), dtype, stored, key, in_masks, mask)
+    return Leaf(name, tuple(shape), dtype, stored, key, in_masks, mask, axes)
 
 
 def _coding(where: str, entry: Any, shape: tuple[int, ...]) -> Coding:

@@ -33,6 +33,7 @@ from clicktrain_jax.deploy.storage.manifest import (
 )
 from clicktrain_jax.deploy.storage.values import DTYPES, STORABLE, narrow, stored_dtype, to_numpy, widen
 from clicktrain_jax.masks import FullMask, Masks
+from clicktrain_jax.plan.convolutions import FROM_HWIO, TO_HWIO, layouts
 from clicktrain_jax.trees import KERNEL_AXES, Tree, named_leaves
 
 # As safetensors names dtypes, and as this room does.
@@ -94,6 +95,9 @@ def unpack(packed: Packed, like: Tree | None = None) -> tuple[Tree, Masks | None
     if packed.masks is None:
         return variables, None
     covered = {leaf.name: masks.get(leaf.name) for leaf in packed.leaves if leaf.in_masks}
+    for leaf in packed.leaves:
+        if leaf.axes != "HWIO" and leaf.name in masks:
+            covered[leaf.name] = masks[leaf.name].transposed(FROM_HWIO[leaf.axes])
     return variables, containers.fill_masks(like, packed.masks["prefix"], covered)
 
 
@@ -231,7 +235,8 @@ def _encode(
     containers.check_names(name for name, _ in named)
     arrays = {name: (None, None) if leaf is None else to_numpy(name, leaf) for name, leaf in named}
     shapes = {name: None if array is None else array.shape for name, (array, _) in arrays.items()}
-    prefix, by_name = ("", {}) if masks is None else containers.masks_by_name(masks, shapes)
+    axes = layouts({name: shape for name, shape in shapes.items() if shape is not None})
+    prefix, by_name = ("", {}) if masks is None else containers.masks_by_name(masks, shapes, axes)
     leaves, tensors, kept_masks = [], {}, {}
     for name, (array, key) in arrays.items():
         mask = by_name.get(name)
@@ -239,6 +244,10 @@ def _encode(
             leaves.append(Leaf(name, None, in_masks=name in by_name))
             continue
         coding, keep, found = None, None, {}
+        order = "OIHW" if axes.get(name) == "OIHW" else "HWIO"
+        if order == "OIHW":
+            array = array.transpose(TO_HWIO[order])
+            mask = mask if mask is None else mask.transposed(TO_HWIO[order])
         if mask is not None:
             keep = mask.combined()
             coding, data = encode(mask)
@@ -248,7 +257,7 @@ def _encode(
         found[name], scale = narrow(name, array, keep, stored)
         if scale is not None:
             found[name + SCALE_SUFFIX] = scale
-        leaf = Leaf(name, array.shape, array.dtype.name, stored, key, name in by_name, coding)
+        leaf = Leaf(name, array.shape, array.dtype.name, stored, key, name in by_name, coding, order)
         for tensor, value in found.items():
             if tensor in tensors:
                 raise ValueError(f"two leaves would both be stored as {tensor!r}: rename one of them")
@@ -304,6 +313,8 @@ def _decode(tensors: Mapping[str, np.ndarray], leaves: list[Leaf]) -> tuple[dict
                     raise ValueError(f"keeps {int(np.count_nonzero(keep))} weights, expected {leaf.mask.kept}")
         scale = tensors.get(leaf.name + SCALE_SUFFIX) if leaf.stored != leaf.dtype else None
         array = widen(tensors[leaf.name], scale, keep, leaf.shape, leaf.dtype)
+        if leaf.axes != "HWIO":
+            array = np.ascontiguousarray(array.transpose(FROM_HWIO[leaf.axes]))
         arrays[leaf.name] = array if leaf.key is None else _wrap_key(leaf, array)
     return arrays, masks
 

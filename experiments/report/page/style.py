@@ -123,6 +123,7 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
 @media (min-width: 46rem) { .only-wide { display: inline; } }
 @media screen and (max-width: 54rem) {
   .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .cards .what { min-height: 2.6em; } /* Two lines: figures stand side by side. */
   .bars { gap: 1.1rem; }
   .bars li { display: flex; flex-wrap: wrap; gap: .3rem .6rem; align-items: start; }
   .bars .name { flex: 1 1 5rem; } .bars .figures { text-align: right; } .bars .drawn { order: 1; width: 100%; }

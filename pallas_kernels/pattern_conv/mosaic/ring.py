@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# Registers of a thread that copies; the others share the rest of the multiprocessor's.
-COPY_REGISTERS = 40
+# Registers of a thread that copies, and of one that holds many places; the others share the multiprocessor's rest.
+COPY_REGISTERS, MANY_COPY_REGISTERS = 40, 72
 
 
 def compute_registers(warpgroups: int, copying: int = COPY_REGISTERS) -> int:

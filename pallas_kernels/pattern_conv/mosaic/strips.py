@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.pattern_conv.config import StripTiles
 from pallas_kernels.pattern_conv.mosaic.products import Plan, lane_of
-from pallas_kernels.pattern_conv.mosaic.ring import COPY_REGISTERS, compute_registers, digits, swizzle_of, swizzled
+from pallas_kernels.pattern_conv.mosaic.ring import MANY_COPY_REGISTERS, compute_registers, digits, swizzle_of, swizzled
 from pallas_kernels.pattern_conv.schedule import Work
 
 
@@ -164,7 +164,7 @@ def _copy(plan: StripPlan, lists, x, w, *, x_slots, w_slots, out, x_full, x_empt
     tiles, (pairs, counts, order, starts) = plan.tiles, lists
     kh, kw = plan.geometry.window
     height, width = plan.source_size
-    plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+    plgpu.set_max_registers(MANY_COPY_REGISTERS, action="decrease")
 
     def slot_of(ring, step, stages, empty):
         slot = ring * stages + lax.rem(step, stages)
@@ -200,7 +200,7 @@ def _copy(plan: StripPlan, lists, x, w, *, x_slots, w_slots, out, x_full, x_empt
                     summed = pl.ds(source * plan.depth_tile + part * tiles.depth, tiles.depth)
                     slot = slot_of(ring, x_issued + part, tiles.x_stages, x_empty)
 
-                    # In a loop of its own: unrolled, the places of all pixels would not fit a copying thread.
+                    # In a loop of its own: unrolled, the places of many pixels would not fit a copying thread.
                     @pl.loop(0, plan.read)
                     def _(pixel, slot=slot, summed=summed):
                         here = plan.first(1, column) + pixel
@@ -244,7 +244,7 @@ def _compute(
     tiles, (pairs, counts, order, starts) = plan.tiles, lists
     kw = plan.geometry.window[1]
     ring = lax.axis_index("warpgroup")
-    plgpu.set_max_registers(compute_registers(tiles.warpgroups), action="increase")
+    plgpu.set_max_registers(compute_registers(tiles.warpgroups, MANY_COPY_REGISTERS), action="increase")
     shape = (tiles.outputs, tiles.pixels * tiles.images)
 
     def x_slot(step):

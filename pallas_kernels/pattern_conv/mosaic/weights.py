@@ -18,11 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.pattern_conv.mosaic.ring import compute_registers, digits, swizzle_of, swizzled
+from pallas_kernels.pattern_conv.mosaic.ring import MANY_COPY_REGISTERS, compute_registers, digits, swizzle_of, swizzled
 from pallas_kernels.pattern_conv.mosaic.weight_plan import WeightPlan, groups_before
-
-# Of a thread that copies: it holds the places of all entries.
-_COPY_REGISTERS = 72
 
 
 def partial_sums(x: jax.Array, dy: jax.Array, pairs: jax.Array, counts: jax.Array, plan: WeightPlan) -> jax.Array:
@@ -115,7 +112,7 @@ def _copy(plan: WeightPlan, lists, x, dy, *, x_slots, dy_slots, out, full, empty
     tiles = plan.tiles
     (height, width), (kh, kw) = plan.geometry.image, plan.geometry.window
     strides, ((top, _), (left, _)) = plan.geometry.strides, plan.geometry.padding
-    plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+    plgpu.set_max_registers(MANY_COPY_REGISTERS, action="decrease")
     run = _run(plan, lists[1])
 
     def turn(number, issued):
@@ -170,7 +167,7 @@ def _compute(plan: WeightPlan, lists, result, *, x_slots, dy_slots, out, full, e
     """A computing warpgroup: its entries of the block's run, one item after the other."""
     tiles, columns = plan.tiles, plan.grid[-1]
     ring = lax.axis_index("warpgroup")
-    plgpu.set_max_registers(compute_registers(tiles.warpgroups, _COPY_REGISTERS), action="increase")
+    plgpu.set_max_registers(compute_registers(tiles.warpgroups, MANY_COPY_REGISTERS), action="increase")
     shape = (tiles.filters, tiles.channels) if tiles.filters_first else (tiles.channels, tiles.filters)
     mine = [ring * (tiles.entries // tiles.warpgroups) + k for k in range(tiles.entries // tiles.warpgroups)]
     run = _run(plan, lists[1])

@@ -27,7 +27,7 @@ def variables():
 @pytest.fixture
 def refused(monkeypatch):
     """Whether NumPy could not do it, of each call."""
-    found, run = [], host._run
+    found, run = [], host.walk
 
     def watched(*arguments):
         try:
@@ -37,7 +37,7 @@ def refused(monkeypatch):
             raise
         return result
 
-    monkeypatch.setattr(host, "_run", watched)
+    monkeypatch.setattr(host, "walk", watched)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from drawn import drawn
 from jax import lax
 
+import clicktrain_jax as ct
 from clicktrain_jax import models
 from clicktrain_jax.deploy import onnx
 from clicktrain_jax.deploy.channels_first import channels_first
@@ -85,6 +87,30 @@ def test_without_the_converter(pooled, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     with pytest.raises(ValueError, match=r"clicktrain-jax\[onnx\]"):
         onnx.to_onnx(pooled, (16, 16, 3))
+
+
+@pytest.mark.parametrize(("opset", "said"), [(None, {}), (19, {"opset": 19})])
+def test_the_version_of_the_operators(opset, said, monkeypatch, tmp_path):
+    """A converter in the place of jax2onnx, which is handed the version and gives a model of it."""
+    asked = []
+
+    class Model:
+        def SerializeToString(self):
+            return b"a model"
+
+    def to_onnx(function, images, **options):
+        asked.append(options)
+        return Model()
+
+    monkeypatch.setitem(sys.modules, "jax2onnx", types.SimpleNamespace(to_onnx=to_onnx))
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 3, 5)).astype(np.float32)
+    settings = {"image_shape": (16, 16, 3), "stablehlo": False}
+    ct.export(tmp_path / "net", pooling, {"kernel": kernel}, None, onnx=True, opset=opset, **settings)
+    assert asked == [{"input_names": ["images"], "output_names": ["logits"], **said}]
+    assert (tmp_path / "net" / "net.onnx").read_bytes() == b"a model"
+    for bad in ({"onnx": True, "opset": "latest"}, {"onnx": True, "opset": 0}, {"opset": 17}):
+        with pytest.raises(ValueError, match="opset=.*expected a version of ONNX's operators"):
+            ct.export(tmp_path / "net", pooling, {"kernel": kernel}, None, **bad, **settings)
 
 
 @quiet

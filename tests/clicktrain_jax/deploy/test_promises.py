@@ -148,3 +148,62 @@ def test_one_number_normalises_all_channels(tmp_path, normalise):
     assert str(net.report(X)) == net.report(4).to_text()
     assert re.match(r"InferenceNet\(2 convolutions, 1 with masks, uint8 images 8 x 8 x 3", repr(net))
     assert repr(ct.accelerate(apply, MASKS)).startswith("accelerate(apply, masks of 1 leaves")
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    path = tmp_path_factory.mktemp("nets") / "net"
+    ct.export(path, apply, PRUNED, MASKS, **SETTINGS)
+    return path, ct.load(path, apply)
+
+
+def test_a_loaded_net_takes_what_an_accelerated_one_takes(loaded):
+    _, net = loaded
+    shapes = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    wanted = net.report(len(X))
+    assert net.report(PRUNED, X) == net.report(X) == net.report(PRUNED, shapes) == net.report(batch=4) == wanted
+    tuned = [net.tuned(PRUNED, X[:1]), net.tuned(X[:1]), net.tuned(batch=1)]
+    assert tuned[0].report(1) == tuned[1].report(1) == tuned[2].report(1) and tuned[0].report(1).seconds
+    bad = ((PRUNED,), (0,), (True,), (X[0],), (X, PRUNED), ("x",), (PRUNED, X[..., :2]))
+    for given in bad:
+        for method in (net.report, net.tuned):
+            with pytest.raises(ValueError, match=r"expected a number of images, or images \(batch, 8, 8, 3\), alone"):
+                method(*given)
+
+
+def test_what_is_loaded_is_what_was_exported(loaded, tmp_path):
+    path, _ = loaded
+
+    def train(variables, x):
+        return Net().apply(variables, x, train=True, mutable=["batch_stats"])[0]
+
+    with pytest.raises(ValueError, match="training mode.*train=False"):
+        ct.load(path, train)
+    with pytest.warns(UserWarning, match="does not answer as the function that was exported"):
+        ct.load(path, lambda variables, x: apply(variables, x[:, ::-1] + 0.5))
+    # By name the eleventh stands behind the first.
+    rng = np.random.default_rng(0)
+    kernels = [rng.normal(size=(3, 3, 3, 3)).astype(np.float32) / 3 for _ in range(12)]
+    keep = [rng.random((3, 3, 3, 3)) < 0.7 for _ in kernels]
+
+    def in_turn(variables, x):
+        for index, kernel in enumerate(jax.tree.leaves(variables)):
+            x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            x = jnp.sin(x + index)
+        return x.mean((1, 2))
+
+    zeroed = [kernel * mask for kernel, mask in zip(kernels, keep)]
+    ct.export(tmp_path / "list", in_turn, kernels, keep, **SETTINGS)
+    with pytest.warns(UserWarning, match="in another order.*Give like="):
+        ct.load(tmp_path / "list", in_turn)
+    close(ct.load(tmp_path / "list", in_turn, like=kernels)(X), in_turn(zeroed, X))
+
+
+def test_what_is_printed_is_short(loaded):
+    _, net = loaded
+    plan = ct.make_plan(VARIABLES["params"], {"Conv_1/kernel": 0.5})
+    report = net.report(1)
+    for thing in (plan, ct.Masks(MASKS, MASKS), ct.report(PRUNED["params"], MASKS), net, report):
+        assert 20 < len(repr(thing)) < 400 and "array" not in repr(thing).lower()
+    assert repr(report).startswith("AccelerateReport(2 convolutions, ")
+    assert repr(plan).splitlines()[1].startswith("Conv_1/kernel")

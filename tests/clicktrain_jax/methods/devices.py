@@ -47,8 +47,12 @@ def train(place_params, place_images, gradient=GRADIENT, names=tuple(METHODS)):
     params = {name: place_params(PARAMS) for name in names}
     states = {name: METHODS[name].init(params[name]) for name in names}
 
+    traces = 0
+
     @jax.jit
     def train_step(params, states, images):
+        nonlocal traces
+        traces += 1
         new = {}
         for name in names:
             grads = gradient(params[name], images)
@@ -58,6 +62,7 @@ def train(place_params, place_images, gradient=GRADIENT, names=tuple(METHODS)):
 
     for images in IMAGES:
         params, states = train_step(params, states, place_images(images))
+    assert traces == 1
     keep = {name: np.asarray(ct.masks_of(states[name]).layers["conv/kernel"].combined()) for name in names}
     for name in names:
         assert not keep[name].all(), name

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import pkgutil
+from functools import partial
 
 import flax.linen as nn
 import flax.serialization
@@ -201,6 +202,19 @@ def test_a_state_of_another_plan_is_refused(name, toy):
     tx = METHODS[name](optax.sgd(0.1), toy.plan(wider))
     with pytest.raises(ValueError, match="the optimizer state was made for another plan: 'Conv_1/kernel' has shape"):
         tx.update(wider, state, wider)
+
+
+@every_method
+def test_strict_modes(name, toy):
+    """No dtype and no rank is promoted without a word."""
+    params = toy.params()
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        tx = METHODS[name](optax.sgd(0.1, momentum=0.9), toy.plan())
+        state = jax.eval_shape(tx.init, params)
+        _, after = jax.eval_shape(partial(tx.update, value=jnp.float32(1)), params, state, params)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        if name == "sr_ste":
+            jax.eval_shape(lambda params: methods.straight_through(params, toy.plan()), params)
 
 
 class Pair(nnx.Module):

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from experiments.records import RUNS, keep
+from experiments.records import RUNS, keep, kept
 from experiments.report import claims, comparison, comparison_plots, documents, studies
 
 SETTING = {
@@ -123,11 +123,44 @@ def rows_of(text, header):
         if not line.startswith("|"):
             break
         found.append([cell.strip() for cell in line.strip("|").split("|")])
-    return {row[1] if header == "### A made-up" else row[0]: dict(zip(found[0], row)) for row in found[2:]}
+    return {row[0]: dict(zip(found[0], row)) for row in found[2:]}
+
+
+def wide(study):
+    """The wide table by cell."""
+    return {row["cell"]: row for row in csv.DictReader(io.StringIO(comparison.files(study)[comparison.WIDE]))}
+
+
+def test_the_table_shown_has_six_columns_of_the_wide_one(study):
+    rows = rows_of(comparison.generate(study), "### A made-up")
+    whole = wide(study)
+    assert list(rows) == [f"{row['method']}: {label}" if label != "dense" else label for label, row in whole.items()]
+    for label, row in zip(whole, rows.values()):
+        assert list(row) == ["cell", "n", "top-1, %", "against dense", "conv", "seconds, of dense"]
+        for name in ("n", "top-1, %", "against dense", "conv"):
+            assert row[name] == whole[label][name]
+        assert row["seconds, of dense"] == whole[label]["of dense"]
+
+
+def test_records_that_are_too_short_say_so_and_shared_cores_have_no_seconds(make_study):
+    folder = make_study(("dense", "early-8x", "rewind-2", "gradual"))
+    study = studies.read(folder)
+    assert "too short to count: 32,000 images seen" in study.doubts() and "seconds" not in study.doubts()
+    assert "The claims count for little here; too short" in comparison.generate(study)
+    assert "records of 1 of them are too short" in comparison.verdicts([study])
+    shared = {"shared_cores": True}
+    keep(folder / RUNS, [record | {"setting": record["setting"] | shared} for record in kept(folder / RUNS)])
+    study = studies.read(folder)
+    assert "seconds are left out" in study.doubts()
+    assert wide(study)["8x, early"]["end-to-end s"] == wide(study)["8x, early"]["of dense"] == "not measured"
+    assert all(cell.seconds() == {} for cell in study.cells)
+    # What needs no seconds is told all the same.
+    assert wide(study)["8x, early"]["top-1, %"] == "79.00 ± 1.41"
+    assert claims.against_dense(study).claims[0].verdict == claims.UNKNOWN
 
 
 def test_the_joint_table_by_hand(study):
-    rows = rows_of(comparison.generate(study), "### A made-up")
+    rows = wide(study)
     assert list(rows) == [  # by method, family and compression
         "dense", "4x, early", "8x, early", "16x, early", "8x, 2 epochs", "8x, 8 epochs", "8x, 4 epochs", "20x, ADMM",
         "5.7x, gradual", "2:4", "width 0.5", "width 0.35", "8x, not retrained", "8x, random",
@@ -266,7 +299,7 @@ def test_without_latencies_or_other_methods_nothing_is_claimed(make_study):
     study = studies.read(make_study(("dense", "early-8x"), latency=False))
     verdicts = [claim.verdict for part in claims.parts(study)[1:] for claim in part.claims]
     assert set(verdicts) == {claims.UNKNOWN}
-    rows = rows_of(comparison.generate(study), "### A made-up")
+    rows = wide(study)
     assert rows["8x, early"]["ms, N=1"] == "not measured" and rows["8x, early"]["of dense"] == "0.80"
 
 
@@ -330,7 +363,7 @@ def test_the_csv_file_has_the_same_figures_unrounded(study):
 
 
 def test_tuning_is_told(study):
-    rows = rows_of(comparison.generate(study), "#### Tuning")
+    rows = {row["cell"]: row for row in csv.DictReader(io.StringIO(comparison.files(study)[comparison.TUNING]))}
     assert rows["8x, early"]["tried"] == "0.03: 75.10, 0.1: 76.25" and rows["8x, early"]["chosen"] == "0.1"
     assert rows["dense"]["tried"] == "0.03: 81.00, 0.1: failed" and rows["dense"]["trials"] == "2"
 
@@ -350,7 +383,11 @@ def test_the_documents_have_every_study_first_and_its_csv(make_study, tmp_path):
     folder = make_study()
     texts = documents.generate(tmp_path)
     [markdown] = [text for path, text in texts.items() if path.name == "RESULTS.md"]
-    assert texts[folder / comparison.CSV] == comparison.to_csv(studies.read(folder))
+    study = studies.read(folder)
+    assert texts[folder / comparison.CSV] == comparison.to_csv(study)
+    assert markdown.splitlines()[2] == comparison.verdicts([study]) and " claims hold**; " in markdown.splitlines()[2]
+    for name in comparison.files(study):
+        assert f"[{name}]({name})" in markdown and folder / name in texts
     places = [markdown.index(f"## {title}") for title in ("Comparisons", "Published recipes")]
     assert places == sorted(places) and "## compare-made" not in markdown
     assert f"]({comparison.PLOT})" in markdown

@@ -171,6 +171,17 @@ def test_two_levels_and_quads_have_their_own_words(data):
     assert "2:4 sparse at every tap" in read(data).text("shape")
 
 
+@pytest.mark.parametrize("kind", ["clicktrain", "pruning after training"])
+def test_configs_of_one_field_for_the_method_are_read(data, kind):
+    """The example has the older form, in which ClickTrain's part stood at the top."""
+    expected = read(data).text("shape")
+    part = data["config"].pop("prune")
+    data["config"]["method"] = {"kind": kind, **(part if kind == "clicktrain" else {"prune": part})}
+    assert read(data).text("shape") == expected
+    data["config"]["method"] = None
+    assert "This run pruned nothing" in read(data).text("shape")
+
+
 def test_a_dense_run_is_called_dense(data):
     data["summary"]["method"], data["config"]["prune"] = "dense", None
     for entry in data["summary"]["layers"]:

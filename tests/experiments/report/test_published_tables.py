@@ -36,8 +36,13 @@ def rows_of(text):
     return [dict(zip(header, line)) for line in lines if line != header and set(line[0]) != {"-"}]
 
 
+def wide(found):
+    """The rows of the CSV file."""
+    return list(csv.DictReader(io.StringIO(published.to_csv(found))))
+
+
 def test_every_recipe_has_a_row_that_says_it_was_not_run():
-    rows = {row["run"]: row for row in rows_of(published.generate([]))}
+    rows = {row["run"]: row for row in wide([])}
     assert set(rows) == {config.name for config in configs.published.configs()}
     assert all(row["ours, final (n)"] == row["ours, best pruned epoch"] == "not run" for row in rows.values())
     said = {name: row["published (best epoch, their count)"] for name, row in rows.items()}
@@ -54,7 +59,9 @@ def test_a_group_by_hand():
         record_of("vgg13-cifar10-9.0x", 0, 0.93), record_of("vgg13-cifar10-9.0x", 1, 0.935),
     ]
     text = published.generate(found)
-    rows = {row["run"]: row for row in rows_of(text)}
+    rows = {row["run"]: row for row in wide(found)}
+    shown = next(row for row in rows_of(text) if row["run"] == "vgg13-cifar10-9.0x")
+    assert len(shown) == 6 and all(rows["vgg13-cifar10-9.0x"][name] == value for name, value in shown.items())
     row = rows["vgg13-cifar10-9.0x"]
     assert row["published (best epoch, their count)"] == "93.52" and row["ours, final (n)"] == "93.25 ± 0.35 (n=2)"
     assert row["ours, best pruned epoch"] == "94.25 ± 0.35" and row["drop"] == "-1.25 ± 0.35"
@@ -83,7 +90,7 @@ def test_lossy_images_are_marked_in_their_group_alone(encoding):
 def test_precisions_and_machines_have_rows_of_their_own_and_are_not_paired():
     single = record_of("vgg13-cifar10-9.0x", 0, 0.93, config=configs.get("vgg13-cifar10-9.0x"))
     found = [record_of("vgg13-cifar10-dense", 0, 0.94), single, record_of("vgg13-cifar10-9.0x", 0, 0.92, kind="A card")]
-    rows = [row for row in rows_of(published.generate(found)) if row["run"] == "vgg13-cifar10-9.0x"]
+    rows = [row for row in wide(found) if row["run"] == "vgg13-cifar10-9.0x"]
     assert [(row["precision"], row["hardware"], row["drop"]) for row in rows] == [
         ("bfloat16", "A card", "not measured"), ("float32", "NVIDIA H200", "not measured"),
     ]
@@ -99,7 +106,7 @@ def test_other_methods_stand_beside_and_count_against_the_dense_net():
         record_of("vgg13-cifar10-dense", 0, 0.94),
         record_of(narrow.name, 0, 0.92, config=narrow, conv_weights=225, conv_retained=225, model_retained=250),
     ]
-    rows = {row["run"]: row for row in rows_of(published.generate(found))}
+    rows = {row["run"]: row for row in wide(found)}
     row = rows[narrow.name]
     assert (row["conv, all convolutions"], row["model"], row["drop"]) == ("4.00x", "4.00x", "-2.00")
     assert row["published (best epoch, their count)"] == "not published"

@@ -4,7 +4,7 @@ import re
 
 from experiments.bench import gpu_measures
 from experiments.records import RUNS, keep
-from experiments.report import benchmarks, documents, front, results
+from experiments.report import benchmarks, comparison, documents, front, results, studies
 from experiments.report.statistics import markdown_table, mean_spread, paired
 
 
@@ -20,8 +20,13 @@ def test_statistics_by_hand():
 def test_committed_tables_are_what_the_records_say():
     message = "run `python -m experiments table --write` and commit what it changes"
     texts = documents.generate()
-    compared = [path / "joint.csv" for path in results.RECORDS.glob("compare-*") if (path / "study.json").exists()]
-    expected = {results.RESULTS_FILE, benchmarks.BENCHMARKS_FILE, front.README, results.RECORDS / "published.csv"}
+    compared = [
+        path / name
+        for path in results.RECORDS.glob("compare-*") if (path / "study.json").exists()
+        for name in comparison.files(studies.read(path))
+    ]
+    expected = {results.RESULTS_FILE, benchmarks.BENCHMARKS_FILE, front.README, results.RECORDS / "published.csv",
+                results.RECORDS / "price" / "price.csv"}
     assert set(texts) == expected | set(compared)
     for path, text in texts.items():
         assert path.read_text() == text, message

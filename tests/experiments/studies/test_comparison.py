@@ -186,3 +186,12 @@ def test_the_named_studies_are_whole():
         compare.study("nets")
     with pytest.raises(ValueError, match="no cell 'best'"):
         compare.study("digits").cell("best")
+
+
+def test_what_is_no_field_of_a_config_is_one_of_its_method():
+    """As trials are named: "admm.rho"."""
+    config = compare.study("digits").cell("admm-20").config
+    changed = harness.with_field(config, "admm.rho", 0.5)
+    assert changed.method.admm == dataclasses.replace(config.method.admm, rho=0.5)
+    assert harness.with_field(changed, "admm.rho", config.admm.rho) == config
+    assert harness.with_field(config, "learning_rate", 0.5).learning_rate == 0.5

@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from experiments.bench.program_counts import epoch_loop
+from experiments.records import read_metrics
 from experiments.train import loop
 from experiments.train.pruned_phase import Choice
 from experiments.train.step import Trainer
@@ -19,7 +20,8 @@ SCAN = dataclasses.replace(tiny.CONFIG.loop, epoch_program="scan")
 
 @pytest.fixture(scope="module")
 def scanned(tiny_dataset):
-    return Trainer(tiny.changed(loop=SCAN, partial_batch="fill"), tiny_dataset)
+    by_pattern = dataclasses.replace(SCAN, pruned_convolution="pattern")
+    return Trainer(tiny.changed(loop=by_pattern, partial_batch="fill"), tiny_dataset)
 
 
 def arguments(trainer, kind="dense"):
@@ -39,12 +41,14 @@ def test_a_loop_knows_its_trips_and_decides_nothing_on_the_way(scanned, kind):
 
 def test_a_run_compiles_three_loops_at_most_and_one_update_for_the_selection(scanned, tmp_path):
     summary = loop.train(scanned.config, tmp_path / "run", trainer=scanned)
-    # Nothing gains by a structure here: the pruned phase has the program that the regularize phase has.
     kinds = sorted(key[:2] for key in scanned.programs.large)
-    assert kinds == [("gradient", 32), ("loop", "dense"), ("loop", "masked")]
+    assert kinds == [("gradient", 32), ("loop", "dense"), ("loop", "masked"), ("loop", "pruned")]
     again = loop.train(scanned.config, tmp_path / "again", trainer=scanned)
-    assert len(scanned.programs.large) == 3 and again["params_sha256"] == summary["params_sha256"]
-    assert scanned.ran[0][2:] == (0, 5)
+    assert len(scanned.programs.large) == 4 and again["params_sha256"] == summary["params_sha256"]
+    phases = [line["phases"] for line in read_metrics(tmp_path / "run")]
+    assert phases == [["dense"], ["select", "regularize"], ["regularize"], ["prune", "pruned"], ["pruned"]]
+    # By pattern from the first whole loop after the prune on.
+    assert scanned.images_by_pattern == 160 and summary["pruned_convolution"]["way"] == "pattern"
 
 
 def test_an_epochs_last_batch_is_filled_from_the_next_ones_order(scanned):
@@ -95,7 +99,7 @@ def test_packing_changes_nothing():
 def test_updates_that_no_loop_fits_are_called_one_by_one(tiny_dataset):
     """Those of the epoch of a selection, and of one that gathers scores for it; and all that follow a smaller batch."""
     prune = dataclasses.replace(tiny.CONFIG.prune, select_epoch=1, prune_epoch=2, importance_steps=3)
-    trainer = Trainer(tiny.changed(loop=SCAN, prune=prune, epochs=4, mixup_epoch=None), tiny_dataset)
+    trainer = Trainer(tiny.changed(loop=SCAN, method=prune, epochs=4, mixup_epoch=None), tiny_dataset)
     assert (trainer.loop_length, trainer.tail) == (4, 12)
     calls = []
 

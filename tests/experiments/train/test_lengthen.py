@@ -71,3 +71,10 @@ def test_milestones_of_epochs_that_are_trained_stay(tiny_dataset, tmp_path):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is no run folder"):
         lengthen(RunFolder(tmp_path), LONG)
+
+
+def test_a_run_that_ended_with_averaged_weights_cannot_go_on(tiny_dataset, tmp_path):
+    config = dataclasses.replace(SHORT, ema_epochs=1)
+    loop.train(config, tmp_path / "run", dataset=tiny_dataset)
+    with pytest.raises(ValueError, match="ended with averaged weights"):
+        lengthen(RunFolder(tmp_path / "run"), dataclasses.replace(config, epochs=2))

@@ -18,6 +18,7 @@ from experiments.train import pruned_phase
 from experiments.train.loop import train
 from experiments.train.pruned_phase import PrunedPhase, gaining_structures
 from experiments.train.step import Trainer
+from pallas_kernels import native
 
 DENSE = configs.get("digits-dense")
 PRUNE = PruneConfig(fractions=(), target=4.0, coeff=1e-3, select_epoch=1, prune_epoch=2, tile=(64, 1), floor=False)
@@ -82,7 +83,7 @@ def test_a_hundred_updates_by_pattern_follow_the_dense_masked_ones(digits, preci
     ],
 )
 def test_layers_without_gain_stay_dense(tile, is_fast, gains, monkeypatch):
-    monkeypatch.setattr(pruned_phase.native, "is_fast", lambda: is_fast)
+    monkeypatch.setattr(native, "is_fast", lambda: is_fast)
     masks, plan = selected((3, 3, 32, 64), tile=tile)
     assert bool(gaining_structures(masks, plan)) == gains
 

@@ -11,12 +11,12 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from clicktrain_jax import convolutions
-from clicktrain_jax import rules as rule_lib
-from clicktrain_jax.convolutions import Axes
 from clicktrain_jax.latency import LayerTimes
-from clicktrain_jax.layer_plan import LayerPlan, check_layer
-from clicktrain_jax.targets import Target, least_kernels, make_target
+from clicktrain_jax.plan import convolutions
+from clicktrain_jax.plan import rules as rule_lib
+from clicktrain_jax.plan.convolutions import Axes
+from clicktrain_jax.plan.layer_plan import LayerPlan, check_layer
+from clicktrain_jax.plan.targets import Target, least_kernels, make_target
 from clicktrain_jax.trees import Tree, check_names_of, is_kernel_shape, named_leaves
 
 Tile = tuple[int | None, int | None]

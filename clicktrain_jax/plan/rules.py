@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from clicktrain_jax.convolutions import is_shortcut
+from clicktrain_jax.plan.convolutions import is_shortcut
 
 NumberRules = list[tuple[re.Pattern[str], int | None]]
 
@@ -105,7 +105,7 @@ def default_choice(
 
     Args:
         shapes: of all leaves, kernels as (kh, kw, cin, cout).
-        doubts: from `clicktrain_jax.convolutions.convolutions`.
+        doubts: from `clicktrain_jax.plan.convolutions.convolutions`.
         groups: declared feature_group_counts.
 
     Returns:

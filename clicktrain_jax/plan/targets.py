@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax.latency import LayerTimes
-from clicktrain_jax.layer_plan import LayerPlan
+from clicktrain_jax.plan.layer_plan import LayerPlan
 
 SCOPES = ("convolutions", "model", "multiply_adds", "latency")
 

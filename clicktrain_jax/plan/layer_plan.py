@@ -5,8 +5,8 @@ import math
 import warnings
 from typing import Any
 
-from clicktrain_jax.convolutions import FROM_HWIO, TO_HWIO, Axes, permuted
 from clicktrain_jax.latency import LayerTime
+from clicktrain_jax.plan.convolutions import FROM_HWIO, TO_HWIO, Axes, permuted
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,55 @@
+"""README's table and picture: from the records, and honest where there are none."""
+
+import json
+
+import pytest
+
+from experiments.report import front
+
+
+def engine(seconds):
+    return {"forms": {}, "refused": {}, "form": "f", "median_s": seconds}
+
+
+def write_export(folder, name, tile, ours, cores=2, **dense):
+    record = {
+        "quick": False, "tile": tile, "net": {"net": {"name": name, "width": 1.0}},
+        "setting": {"device": {"platform": "cpu"}, "cpu": {"cores": cores}},
+        "batches": {"1": {"this net": engine(ours), **{f"dense ({key})": engine(one) for key, one in dense.items()}}},
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / f"bench-{name}-{cores}-{tile}.json").write_text(json.dumps(record))
+
+
+def test_without_records_it_says_so(tmp_path):
+    lines = front.status(tmp_path).splitlines()[2:]
+    assert len(lines) == 5 and all("**not measured**" in line for line in lines)
+    front.draw(tmp_path / "picture.png", tmp_path)
+    assert not (tmp_path / "picture.png").exists()
+
+
+def test_the_fastest_dense_engine_counts_and_one_core_does_not(tmp_path):
+    write_export(tmp_path / "deploy", "vgg13", [32, 1], 1.0, XLA=9.0, PyTorch=2.5)
+    write_export(tmp_path / "deploy", "vgg13", [32, 1], 1.0, cores=1, XLA=99.0)
+    assert "**on CPUs, 2.5 times**" in front.status(tmp_path)
+    front.draw(tmp_path / "pictures" / "speed.png", tmp_path)
+    assert (tmp_path / "pictures" / "speed.png").stat().st_size > 1000
+
+
+def test_cards_are_not_mixed(tmp_path):
+    (tmp_path / "gpu").mkdir()
+    for kind, dense_ms in (("NVIDIA H100 80GB HBM3", 2.0), ("NVIDIA H200", 8.0)):
+        ways = {"dense": dense_ms, "ours": 2.0}
+        steps = [{"net": "vgg13", "batch": 128, "way": way, "ms": ms} for way, ms in ways.items()]
+        record = {"ok": True, "smoke": False, "steps": steps, "setting": {"device": {"kind": kind}}}
+        (tmp_path / "gpu" / f"steps-{dense_ms:g}.json").write_text(json.dumps(record))
+    found = front.status(tmp_path)
+    assert "on an H100 1.00 times; a whole step on an H200 4.00 times" in found
+
+
+def test_what_stands_around_the_table_stays():
+    assert front.generate(f"before\n{front.BEGIN}\nold\n{front.END}\nafter\n").startswith(f"before\n{front.BEGIN}\n| ")
+    text = front.README.read_text()
+    assert front.generate(text) == text
+    with pytest.raises(ValueError, match="expected <!-- written"):
+        front.generate("no marks")
