@@ -25,7 +25,7 @@ test: $(READY)
 
 # Compiled as users' programs are; the default layer is compiled faster (tests/conftest.py).
 test-slow: $(READY)
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV)/bin/python -m pytest -m slow --numprocesses auto --maxprocesses 2 --dist loadfile
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV)/bin/python -m pytest -m "slow or gpu" --numprocesses auto --maxprocesses 2 --dist loadfile
 
 test-all: test test-slow
 

@@ -20,7 +20,7 @@ EXPECTED = {
     "pretrained": (90, 6.0),
     "several_devices": (90, 6.0),
     "deploy": (80, 6.0),
-    "hooks": (60, 7.9),
+    "hooks": (80, 7.9),
 }
 EPOCHS = 4
 SLOW = ("pretrained", "several_devices", "deploy")

@@ -70,7 +70,7 @@ def test_bad_input(tiny_config, capsys, tmp_path, monkeypatch, arguments, messag
 
 HELP = [
     *([name] for name in COMMANDS),
-    *(["bench", what] for what in "steps step loop selection conv gpu deploy dtypes sizes torch collectives".split()),
+    *(["bench", what] for what in "steps step loop selection conv gpu deploy dtypes sizes torch collectives latency".split()),
     ["train", "digits-dense"],
 ]
 
