@@ -135,8 +135,10 @@ def find(opt_state: Any) -> ClickTrainState:
     # What lies inside of the wrapped optimizer is another's.
     found = found or _by_path(opt_state)
     if len(found) != 1:
+        several = "; pass the part of the state that holds the one you mean" if found else ""
         raise ValueError(
-            f"expected an optimizer state with one clicktrain(...) or one of ct.methods inside, found {len(found)}"
+            "expected an optimizer state with one clicktrain(...) or one of ct.methods inside, found "
+            f"{len(found)}{several}"
         )
     state = found[0]._replace(inner_state=None, scores={}, exponents=None, gathered=None)
     state = state._replace(**{name: jax.tree.leaves(getattr(state, name))[0] for name in _FACTS})

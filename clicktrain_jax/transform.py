@@ -197,12 +197,7 @@ def phase_updates(
     """The updates of each phase as separate functions, without any conditional.
 
     Args:
-        inner: any optax optimizer.
-        plan: from `clicktrain_jax.make_plan`.
-        coeff: weight of the group lasso in the loss, >= 0; or a function of the updates done.
-        patterns: bool (P, kh, kw), by default the published set of 4; or a `clicktrain_jax.patterns.Generated`.
-        importance: "taylor", "group_taylor", "magnitude", or a function ``(params, grads) -> scores``.
-        importance_steps: scores are the mean over so many updates.
+        inner, plan, coeff, patterns, importance, importance_steps: as for `clicktrain`.
 
     Returns:
         `PhaseUpdates`; `PhaseSchedule` knows which is due.
@@ -286,7 +281,7 @@ def clicktrain(
         plan: from `clicktrain_jax.make_plan`.
         select_step: the update (from 0) whose gradient decides the masks.
         prune_step: the update after which every masked weight is exactly zero, to the end.
-        coeff: weight of the group lasso in the loss between the two.
+        coeff: weight of the group lasso in the loss between the two, >= 0; or a function of the updates done.
         patterns: bool (P, kh, kw), by default the published set of 4 4-of-9 patterns; or a
             `clicktrain_jax.patterns.Generated`, for sets made from the scores of the selection.
         importance: "taylor", "group_taylor", "magnitude", or a function ``(params, grads) -> scores``.

@@ -20,7 +20,6 @@ from jax.sharding import AxisType
 
 Tree = Any
 KERNEL_AXES = ("kh", "kw", "cin", "cout")
-TAP_AXES = (0, 1)
 
 
 def is_none(leaf: Any) -> bool:

@@ -25,7 +25,7 @@ from clicktrain_jax.patterns import search, tap_sets
 from clicktrain_jax.patterns.kernels import Kernels, gather, sample
 from clicktrain_jax.patterns.sets import FIXED_SIZES, check_set, fixed_set
 from clicktrain_jax.patterns.tap_sets import Size
-from clicktrain_jax.trees import Tree, has_non_finite, is_kernel_shape, named_leaves
+from clicktrain_jax.trees import Tree, has_negative, has_non_finite, is_kernel_shape, named_leaves
 
 METHODS = ("coverage", "frequency")
 MAX_PATTERNS = 255
@@ -258,7 +258,7 @@ def _counted(scores: Tree, kernel_size: Size | None, names: Collection[str] | No
         size = shape[:2]
         if math.prod(shape) == 0 or math.prod(size) == 1 or (kernel_size is not None and size != kernel_size):
             continue
-        if has_non_finite(leaf) or (not isinstance(leaf, jax.core.Tracer) and np.min(leaf) < 0):
+        if has_non_finite(leaf) or has_negative(leaf):
             raise ValueError(f"scores of {name!r} hold NaN, infinite or negative values: expected importance scores")
         layers.setdefault(size, []).append(jnp.asarray(leaf))
     if len(layers) > 1:

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import clicktrain_jax as ct
+from clicktrain_jax.importance import rescaled, times_power_of_two
 
 FOUR = ct.patterns.fixed_set(4)
 
@@ -64,6 +65,7 @@ def test_an_update_that_is_not_finite_puts_the_selection_off(value):
     history = run(transform(), 8, bad=(2, 3), value=value)
     assert [is_selected(state) for _, state in history] == [False] * 5 + [True] * 4
     same(ct.masks_of(history[-1][1]), ct.select_masks(ct.importance.taylor(history[4][0], grads(4)), plan(), FOUR))
+    assert [ct.masks_of(state).pending for _, state in history] == [False] * 5 + [True] + [False] * 3
     assert ct.status(history[4][1]) == ct.Status(4, None, None, 2, ())
     assert str(ct.status(history[4][1])) == (
         "4 updates done; nothing is selected yet; put off by 2 updates whose scores were not finite"
@@ -155,6 +157,15 @@ def test_scores_neither_underflow_nor_overflow(weights, slopes, importance):
         states.append(state)
     same(ct.masks_of(states[1]), ct.masks_of(states[0]))
     assert ct.status(states[1]) == ct.Status(4, 3, None, 0, ())
+
+
+@pytest.mark.parametrize("exponent", [-125, -7, 0, 3, 126])
+def test_scaling_by_powers_of_two_is_exact(exponent):
+    values = np.float32([1.0, 0.75, 0.0]) * np.float32(2.0**exponent)
+    scaled, left = rescaled(jnp.asarray(values), 10)
+    np.testing.assert_array_equal(scaled, np.float32([1.0, 0.75, 0.0]) * 2**10)
+    assert int(left) == exponent - 10
+    np.testing.assert_array_equal(times_power_of_two(scaled, left), values)
 
 
 def test_gathered_scores_of_very_different_scales_add_up():

@@ -54,6 +54,7 @@ def test_the_sums_are_empty_between_the_selections_and_gone_when_not_asked_for(t
         assert sums(start) == [0, 0]
         assert all(0 < one < two for one, two in zip(sums(start + 1), sums(start + 2)))
     assert sums(4) == sums(8) == sums(10) == [0, 0]
+    assert [int(state.gathered) for state in gathered.states] == [0, 0, 1, 2, 0, 0, 1, 2, 0, 0, 0]
     plain = ct.clicktrain(optax.sgd(0.1), toy.plan(), **STEPS).init(toy.params())
     assert plain.scores == {}
 

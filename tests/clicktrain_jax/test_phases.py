@@ -97,3 +97,34 @@ def test_steps_may_be_numpy_integers():
 def test_bad_steps(select_step, prune_step, message):
     with pytest.raises(ValueError, match=message):
         PhaseSchedule(select_step, prune_step)
+
+
+def due(schedule, count, selected, pruned, gathered):
+    found = schedule.due(count, selected, pruned, gathered)
+    return found.phase.name, bool(found.gathers)
+
+
+def test_what_is_due_when_a_run_does_not_go_as_planned():
+    schedule = PhaseSchedule(2, 5)
+    assert due(schedule, 4, -1, -1, 0) == ("SELECT", False)
+    assert due(schedule, 7, 6, -1, 0) == ("PRUNE", False)
+    assert due(schedule, 1, 0, 1, 0) == ("PRUNED", False)
+    schedule = PhaseSchedule(2, 8, reselect_step=5, importance_steps=2)
+    # The first window, with an update that was not finite.
+    assert [due(schedule, *facts) for facts in ((1, -1, -1, 0), (2, -1, -1, 0), (3, -1, -1, 1))] == [
+        ("DENSE", True), ("DENSE", True), ("SELECT", False)
+    ]
+    # The second one; the prune waits for it.
+    assert [due(schedule, *facts) for facts in ((3, 2, -1, 0), (4, 2, -1, 0), (8, 2, -1, 0), (9, 2, -1, 1))] == [
+        ("REGULARIZE", False), ("REGULARIZE", True), ("REGULARIZE", True), ("SELECT", False)
+    ]
+    assert due(schedule, 10, 9, -1, 0) == ("PRUNE", False)
+    # Pruned by another schedule, before this one would select anew.
+    assert due(schedule, 6, 2, 5, 0) == ("PRUNED", False)
+
+
+def test_segments_with_windows():
+    assert [(phase.name, *rest) for phase, *rest in PhaseSchedule(3, 8, 7, 3).segments(0, 10)] == [
+        ("DENSE", False, 0, 1), ("DENSE", True, 1, 3), ("SELECT", False, 3, 4), ("REGULARIZE", False, 4, 5),
+        ("REGULARIZE", True, 5, 7), ("SELECT", False, 7, 8), ("PRUNE", False, 8, 9), ("PRUNED", False, 9, 10),
+    ]  # fmt: skip
