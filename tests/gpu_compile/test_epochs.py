@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
 )
 RECORD = pathlib.Path(__file__).parents[2] / "experiments" / "results" / "gpu" / "epoch-programs.json"
 # (kind, batch): kernels at most; bytes beside the convolutions as a share of what they were, at most.
-BOUNDS = {("dense", 128): (168, 0.80)}
+BOUNDS = {("dense", 128): (168, 0.80), ("pruned", 128): (185, 0.60)}
 
 
 @pytest.mark.parametrize(("kind", "batch"), BOUNDS, ids=str)
@@ -26,4 +26,6 @@ def test_an_epoch(kind, batch, h200, epochs):
     assert loop.conditionals == loop.inner_loops == 0
     assert len(loop.kernels) <= kernels
     assert loop.bytes_beside_convolutions <= share * before["bytes_beside_convolutions"]
-    assert sum(kernel.is_convolution for kernel in loop.kernels) == 29
+    # Of ten layers all but the first have three; two weight gradients are products of matrices where all is dense, and
+    # nine have a second kernel that adds their parts where they run by pattern.
+    assert sum(kernel.is_convolution for kernel in loop.kernels) == {"dense": 27, "pruned": 38}[kind]
