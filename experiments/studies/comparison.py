@@ -256,7 +256,9 @@ def _describe(
     """study.json: every cell that has runs, and how its group was tuned, now or by an earlier call."""
     path, folder = workdir / "study.json", workdir / "tuning"
     earlier = {each["group"]: each for each in read_json(path)["tuning"]} if path.exists() else {}
-    cells = [study.cell(name) for name in _runs(study, workdir)]
+    runs = _runs(study, workdir)
+    # The dense one always: tables compare with it, finished or not.
+    cells = [cell for cell in study.cells if cell is study.dense or cell.name in runs]
     tuned = earlier | {
         tuning.group: {
             "cell": study.cell(tuning.cell).config.name, "group": tuning.group, "field": tuning.field,
