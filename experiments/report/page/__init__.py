@@ -1,27 +1,31 @@
-"""The page a person can look at: one self-contained HTML file about an exported run."""
+"""The page a person can look at: one self-contained HTML file about an exported run.
 
-from collections.abc import Callable, Mapping
+`facts` reads the data, which may be missing or broken; `words` and `charts` say and draw what follows; page.html lays
+it out, and escapes whatever it is given.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from experiments.report.page import overview, patterns, speed, usage
-from experiments.report.page.charts import hatches
-from experiments.report.page.facts import Facts
-from experiments.report.page.markup import Html, el, join
-from experiments.report.page.style import STYLE
+from clicktrain_jax import extras
+from experiments.report.page import charts, words, writing
+from experiments.report.page.facts import DENSE, MANIFEST, NET, WEIGHTS, Facts
 
-# Nothing is loaded and nothing is run, whatever the data holds.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-
-SECTIONS: dict[str, tuple[str, Callable[[Facts], Html]]] = {
-    "accuracy": ("Accuracy by epoch", overview.accuracy),
-    "sizes": ("File sizes", overview.sizes),
-    "latency": ("Latency", speed.latency),
-    "layers": ("Layer by layer", speed.layers),
-    "patterns": ("Patterns", patterns.gallery),
-    "shape": ("What this shape means for speed", speed.meaning),
-    "usage": ("How to use the files", usage.usage),
-    "provenance": ("Where it comes from", usage.provenance),
+SECTIONS = {
+    "accuracy": "Accuracy by epoch",
+    "sizes": "File sizes",
+    "latency": "Latency",
+    "layers": "Layer by layer",
+    "patterns": "Patterns",
+    "shape": "What this shape means for speed",
+    "usage": "How to use the files",
+    "provenance": "Where it comes from",
 }
+# Text of a JSON file may hold what no HTML document may: control characters, half of a surrogate pair.
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def render(data: Mapping[str, Any]) -> str:
@@ -44,25 +48,43 @@ def render(data: Mapping[str, Any]) -> str:
 
     Returns:
         The HTML document.
+
+    Raises:
+        ModuleNotFoundError: jinja2 or matplotlib is not installed; the message names the extra.
     """
-    facts = Facts(data)
-    links = (el("a", title, href=f"#{key}") for key, (title, _) in SECTIONS.items())
-    sections = (
-        el("section", el("h2", title, id=f"{key}-heading"), draw(facts), id=key, aria_labelledby=f"{key}-heading")
-        for key, (title, draw) in SECTIONS.items()
-    )
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        el("link", rel="icon", href="data:,"),
-        el("title", f"{facts.name}: exported"),
-        el("style", Html(STYLE)),
-    )
-    main = el("main", overview.head(facts), el("nav", *links, aria_label="Parts of this page"), *sections, _foot())
-    return join([Html("<!doctype html>\n"), el("html", head, el("body", hatches(), main), lang="en"), "\n"])
+    with extras.brings("experiments"):
+        return _template().render(facts=Facts(data)).lstrip()
 
 
-def _foot() -> Html:
-    return el("footer", "Made by clicktrain-jax from the run's records; this file needs no network.")
+@functools.cache
+def _template() -> Any:
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    environment.globals |= {
+        "DENSE": DENSE, "NET": NET, "MANIFEST": MANIFEST, "WEIGHTS": WEIGHTS, "sections": SECTIONS, "words": words,
+        "charts": charts, "style": Markup(charts.STYLE), "svg": Markup,
+    }
+    for name in ("figures", "percent", "times", "size", "ms", "milliseconds", "count_of"):
+        environment.filters[name] = _of_known(getattr(writing, name))
+    return environment.get_template("page.html")
+
+
+def _shown(value: Any) -> Any:
+    """What stands in the page for a value: escaped, unless it is markup, after this."""
+    if value is None:
+        return words.NOT_RECORDED
+    return _FORBIDDEN.sub("\ufffd", value) if type(value) is str else value
+
+
+def _of_known(function: Any) -> Any:
+    """A filter that leaves what is not known as it is."""
+    return lambda value, *arguments: None if value is None else function(value, *arguments)

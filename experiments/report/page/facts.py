@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from experiments.report.page.markup import items, number, pick, records, times
+from experiments.report.page.writing import times
 
+# More than any number that means something, and few enough digits to be written.
+_MOST = 1e18
 DENSE, NET = "dense (XLA)", "this net"
 # Ratios closer to 1 than this are called "as fast": medians of two runs of the same program differ as much.
 _ALIKE = 1.05
@@ -59,6 +61,69 @@ class Layer:
     def shared_filters(self) -> int | None:
         """How many filters have their whole mask in common."""
         return None if self.tile is None or self.removal_tile is None else min(self.tile[0], self.removal_tile[0])
+
+    @property
+    def tile_words(self) -> str:
+        """(filters, channels) that share a pattern and a removal."""
+        if self.tile is None:
+            return "not pruned" if self.share == 1 else "–"
+        return f"{self.tile}{'' if self.removal_tile in (None, self.tile) else f', removal {self.removal_tile}'}"
+
+    @property
+    def smaller(self) -> float | None:
+        """How many times smaller than dense float32 it is stored; None for what is stored as it is."""
+        found = ratio(4 * (self.weights or 0), self.stored)
+        return found if found is not None and found > 1.005 else None
+
+    @property
+    def comparison(self) -> "Comparison | None":
+        """By pattern against dense."""
+        if not self.dense_s or not self.pattern_s:
+            return None
+        return compare(*(Timed(seconds, seconds, seconds) for seconds in (self.dense_s, self.pattern_s)))
+
+
+def pick(data: Any, *keys: str) -> Any:
+    """``data[key][key]...``, None as soon as something is missing."""
+    for key in keys:
+        if not isinstance(data, Mapping):
+            return None
+        data = data.get(key)
+    return data
+
+
+def items(data: Any) -> dict[str, Any]:
+    """A mapping's entries; none if it is no mapping."""
+    return dict(data) if isinstance(data, Mapping) else {}
+
+
+def records(data: Any) -> list[Mapping[str, Any]]:
+    """The mappings of a list; none if it is no list."""
+    return [entry for entry in data if isinstance(entry, Mapping)] if isinstance(data, list | tuple) else []
+
+
+def number(value: Any) -> float | None:
+    """A finite number, 0 or more, as are all that the page shows; None for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and 0 <= value < _MOST else None
+
+
+def ratio(above: Any, below: Any) -> float | None:
+    """A quotient of two positive numbers, or None."""
+    above, below = number(above), number(below)
+    return above / below if above and below else None
+
+
+class Epoch(NamedTuple):
+    """What metrics.jsonl says of an epoch, from 0; None stands for what is not known."""
+
+    epoch: float
+    phases: tuple[str, ...]
+    eval_top1: float | None
+    train_top1: float | None
+    eval_loss: float | None
+    train_loss: float | None
+    train_seconds: float | None
 
 
 class Timed(NamedTuple):
@@ -116,10 +181,7 @@ class Facts:
         self.config = items(data.get("config")) or items(pick(self.exported, "run", "config"))
         self.sizes = items(data.get("sizes"))
         self.timing = items(data.get("timing"))
-        self.lines = sorted(
-            (line for line in records(data.get("metrics")) if number(line.get("epoch")) is not None),
-            key=lambda line: line["epoch"],
-        )
+        self.epochs = tuple(sorted(_epochs(data.get("metrics")), key=lambda line: line.epoch))
 
     @property
     def name(self) -> str:
@@ -147,6 +209,16 @@ class Facts:
         return items(found)
 
     @property
+    def superset(self) -> float | None:
+        """Taps that a block shares, of which every kernel's own pattern is a part."""
+        return number(self.prune.get("superset"))
+
+    @property
+    def compression(self) -> float | None:
+        """All weights of the convolutions over the kept ones, as the run counted them."""
+        return number(self.summary.get("conv_compression"))
+
+    @property
     def is_dense(self) -> bool:
         """Whether the run is known to have pruned nothing."""
         if self.summary.get("method") == "dense":
@@ -160,11 +232,21 @@ class Facts:
         return {str(name): count for name, count in files.items() if number(count) is not None and name != PAGE}
 
     @property
+    def other_files(self) -> dict[str, float]:
+        """Of these, the ones that a net is not loaded from."""
+        return {name: count for name, count in self.files.items() if name not in (MANIFEST, WEIGHTS)}
+
+    @property
     def loaded_bytes(self) -> float | None:
         """Bytes of what a net is loaded from: weights and manifest."""
         if WEIGHTS not in self.files:
             return None
         return self.files[WEIGHTS] + self.files.get(MANIFEST, 0)
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """Of the packages it was timed with."""
+        return items(self.timing.get("versions"))
 
     @property
     def device(self) -> str:
@@ -198,6 +280,37 @@ class Facts:
         names = counted or timed or {name: {} for name in stored}
         return [self._layer(name, counted.get(name, {}), timed.get(name, {}), stored.get(name)) for name in names]
 
+    @property
+    def shared_filters(self) -> list[int]:
+        """`Layer.shared_filters` of the layers where it is known."""
+        return [layer.shared_filters for layer in self.layers if layer.shared_filters is not None]
+
+    @property
+    def pattern_filters(self) -> int:
+        """How many filters share a pattern, whatever they share else."""
+        return next((layer.tile[0] for layer in self.layers if layer.tile), 1)
+
+    @property
+    def patterns(self) -> dict[str, int]:
+        """How many kept kernels of the whole net use each pattern."""
+        counts: dict[str, int] = {}
+        for layer in self.layers:
+            for text, count in (layer.patterns or {}).items():
+                counts[text] = counts.get(text, 0) + count
+        return counts
+
+    @property
+    def image_sizes(self) -> str:
+        """Of an image, as numbers where they are known."""
+        shape = self.exported.get("image_shape")
+        known = isinstance(shape, list | tuple) and len(shape) == 3
+        return ", ".join(map(str, shape)) if known else "rows, columns, channels"
+
+    @property
+    def normalises(self) -> bool:
+        """Whether the export takes pixels, and not what the net's own function takes."""
+        return self.exported.get("normalise", True) is not None
+
     def _layer(self, name: str, counted: Mapping[str, Any], timed: Mapping[str, Any], stored: Any) -> Layer:
         shape = _shape(counted.get("shape"))
         retained = number(counted.get("retained"))
@@ -216,6 +329,17 @@ class Facts:
             tile=None if tile is None else _tile(tile, shape),
             removal_tile=None if tile is None else _tile(self.prune.get("removal_tile") or tile, shape),
         )
+
+
+def _epochs(lines: Any) -> Iterable[Epoch]:
+    for line in records(lines):
+        epoch, *values = (number(line.get(key)) for key in Epoch._fields if key != "phases")
+        phases = line.get("phases")
+        known = phases if isinstance(phases, list | tuple) else ()
+        if epoch is not None:
+            # A share of more than all is no accuracy.
+            shares = (value if value is not None and value <= 1 else None for value in values[:2])
+            yield Epoch(epoch, tuple(phase for phase in known if isinstance(phase, str)), *shares, *values[2:])
 
 
 def _timed(engines: Any) -> dict[str, Timed]:

@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import re
 
+import numpy as np
 import pytest
 
 from experiments.report import page
@@ -54,17 +56,34 @@ def test_phases_and_epochs(data):
     assert "select: masks chosen, in epoch 3 prune: masked weights set to zero, in epoch 4" in words
     assert "Last 90.12, best 90.12." in words
     assert "3 select, regularize 75.00 % 50.00 % 0.5000 1.5000 61.0" in words
-    shaded = [attributes for tag, attributes in found.tags if "band-regularize" in attributes.get("class", "")]
-    assert shaded[0]["x"] == "40.000%" and shaded[0]["width"] == "20.000%"
 
 
-def test_a_curve_goes_through_its_points(data):
-    points = [attributes["points"] for tag, attributes in read(data).tags if tag == "polyline"]
-    # Of 5 epochs; the axis goes from 35 to 95 %.
-    expected = [(200 * (epoch + 1), 1000 * (95 - y) / 60) for epoch, y in enumerate((40, 80, 75, 90, 90.12))]
-    # The one that matters is drawn last, on top.
-    drawn = [tuple(map(float, pair.split(","))) for pair in points[1].split()]
-    assert drawn == pytest.approx([pytest.approx(point, abs=0.06) for point in expected])
+def drawn(found, identity):
+    """The points of the path in a drawing's part of that name, in the drawing's units."""
+    begin = next(index for index, (_, attributes) in enumerate(found.tags) if attributes.get("id") == identity)
+    path = next(attributes["d"] for tag, attributes in found.tags[begin:] if tag == "path")
+    return np.array(re.findall(r"([\d.]+) ([\d.]+)", path), float)
+
+
+@pytest.mark.parametrize("size", ["wide", "narrow"])
+def test_a_curve_goes_through_its_points(data, size):
+    found = read(data)
+    x, y = drawn(found, f"accuracy-{size}-curve-0").T
+    across, up = x[1] - x[0], (y[3] - y[0]) / (90 - 40)
+    np.testing.assert_allclose(x, x[0] + across * np.arange(5), atol=1e-3)
+    np.testing.assert_allclose(y, y[0] + up * (np.array([40, 80, 75, 90, 90.12]) - 40), atol=1e-3)
+    assert across > 0 > up
+    # Behind it, the third epoch is shaded: it begins where the second one's point stands.
+    edges = drawn(found, f"accuracy-{size}-band-2").T[0]
+    np.testing.assert_allclose((edges.min(), edges.max()), (x[1], x[2]), atol=1e-3)
+
+
+def test_drawings_follow_the_theme(data):
+    """Each colour is a variable of the style sheet, and each text is text."""
+    text = page.render(data)
+    inline = re.findall(r'<svg viewBox="[^"]*" class="drawing.*?</svg>', text, re.DOTALL)
+    assert len(inline) == 4 and not re.search("#[0-9a-f]{6}", "".join(inline))
+    assert all(word in drawing for drawing in inline[:2] for word in (">90.12 %<", ">1 dense<", ">epochs trained<"))
 
 
 def test_file_sizes(data):
@@ -74,9 +93,8 @@ def test_file_sizes(data):
     parts = ("weights: 90.0 kB", "(indices): 9.00 kB", "classifier): 25.0 kB", "manifest: 1.00 kB")
     assert all(part in words for part in parts)
     assert "net.stablehlo 333 kB" in words and "With 1 further file the folder takes 458 kB" in words
-    bars = ("bar-dense", "bar-file")
-    widths = [attributes["width"] for _, attributes in found.tags if attributes.get("class") in bars]
-    assert widths[:2] == ["100.000%", "33.300%"]
+    bars = [attributes for _, attributes in found.tags if attributes.get("class") in ("bar-dense", "bar-file")]
+    assert [bar["style"] for bar in bars[:2]] == ["width: 100.000%", "width: 33.300%"]
 
 
 def test_the_page_itself_is_no_file_of_the_export(data):
@@ -113,8 +131,8 @@ def test_patterns(data):
     assert "2 patterns in use by 3,456 kept kernels of 2 layers. 1 further pattern of the set: never used." in words
     assert "52.9 % 1,828 47.1 % 1,628" in words
     assert "Conv_2: 1,152 kept kernels, 2 patterns 91.3 % 1,052 8.7 % 100" in words
-    drawn = next(attributes["d"] for tag, attributes in found.tags if attributes.get("class") == "kept")
-    assert drawn == "".join(f"M{x} {y}h8v8h-8z" for y in (1, 11) for x in (1, 11))
+    kept = next(attributes["d"] for tag, attributes in found.tags if attributes.get("class") == "kept")
+    assert kept == "".join(f"M{x} {y}h8v8h-8z" for y in (1, 11) for x in (1, 11))
 
 
 def test_many_patterns_do_not_flood_the_page(data):
