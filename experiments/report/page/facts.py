@@ -1,9 +1,9 @@
 """What the page knows of a run, read with care: every part of the data may be missing or broken."""
 
+import collections
 import dataclasses
-import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.report.page.writing import times
@@ -19,33 +19,19 @@ MANIFEST, WEIGHTS, PAGE = "manifest.json", "weights.safetensors", "report.html"
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A convolution; None stands for what is not known.
+    """A convolution; None stands for what is not known."""
 
-    Attributes:
-        name: without "params/" and "/kernel".
-        shape: (kh, kw, cin, cout).
-        retained: weights that are kept.
-        stored: bytes in the export.
-        dense_s: seconds of its dense form.
-        pattern_s: seconds by its pattern.
-        runs: "dense", "pattern", or in the words of who timed it.
-        why: in words.
-        patterns: how many of its kept kernels use each pattern.
-        tile: (filters, channels) that share a pattern; None where nothing is pruned by the plan's tile.
-        removal_tile: (filters, channels) that are removed together.
-    """
-
-    name: str
-    shape: tuple[int, ...] | None
-    retained: int | None
-    stored: float | None
+    name: str  # without "params/" and "/kernel"
+    shape: tuple[int, ...] | None  # (kh, kw, cin, cout)
+    retained: int | None  # weights that are kept
+    stored: float | None  # bytes in the export
     dense_s: float | None
     pattern_s: float | None
-    runs: str | None
+    runs: str | None  # "dense", "pattern", or in the words of who timed it
     why: str
-    patterns: dict[str, int] | None
-    tile: tuple[int, int] | None
-    removal_tile: tuple[int, int] | None
+    patterns: dict[str, int] | None  # how many of its kept kernels use each
+    tile: tuple[int, int] | None  # (filters, channels) that share a pattern; None where the plan's tile prunes nothing
+    removal_tile: tuple[int, int] | None  # (filters, channels) that are removed together
 
     @property
     def weights(self) -> int | None:
@@ -170,146 +156,91 @@ class Facts:
 
     Args:
         data: see there.
+
+    Attributes:
+        name: of the run, else of its net.
+        net: its name.
+        config: of the run, from its folder or from the export.
+        prune: the config's pruning part; empty for a dense run, and when it is not known.
+        superset: taps that a block shares, of which every kernel's own pattern is a part.
+        is_dense: whether the run is known to have pruned nothing.
+        epochs: lines of metrics.jsonl, in order.
+        files: bytes of each file of the export; this page is none of them.
+        other_files: of these, the ones that a net is not loaded from.
+        loaded_bytes: of what a net is loaded from: weights and manifest.
+        batches: ``{batch size: {engine: seconds}}``, small batches first, the dense net and this one first.
+        device: where it was timed.
+        layers: the convolutions, in the net's order.
+        shared_filters: `Layer.shared_filters` of the layers where it is known.
+        patterns: how many kept kernels of the whole net use each pattern.
+        normalises: whether the export takes pixels, and not what the net's own function takes.
+        image_sizes: of an image, as numbers where they are known.
     """
 
     def __init__(self, data: Mapping[str, Any]) -> None:
-        self.data = items(data)
-        self.summary = items(data.get("summary"))
-        self.setting = items(data.get("setting"))
-        self.manifest = items(data.get("manifest"))
-        self.exported = items(self.manifest.get("facts"))
-        self.config = items(data.get("config")) or items(pick(self.exported, "run", "config"))
-        self.sizes = items(data.get("sizes"))
-        self.timing = items(data.get("timing"))
-        self.epochs = tuple(sorted(_epochs(data.get("metrics")), key=lambda line: line.epoch))
-
-    @property
-    def name(self) -> str:
-        """Of the run, else of its net."""
-        known = (self.summary.get("name"), self.config.get("name"), pick(self.exported, "run", "name"), self.net)
-        return str(next((name for name in known if name), "an exported net"))
-
-    @property
-    def net(self) -> str | None:
-        """Name of the net."""
-        known = (self.summary.get("net"), self.config.get("net"), pick(self.exported, "net", "name"))
-        return next((str(name) for name in known if name), None)
-
-    def anywhere(self, *keys: str) -> Any:
-        """The first of these fields in the summary, the config or the export's run."""
-        places = (self.summary, self.config, items(self.exported.get("run")))
-        return next((place[key] for place in places for key in keys if place.get(key) is not None), None)
-
-    @property
-    def prune(self) -> dict[str, Any]:
-        """The config's pruning part; empty for a dense run, and when it is not known."""
-        method = items(self.config.get("method"))
+        names = ("summary", "setting", "manifest", "config", "sizes", "timing")
+        self._data = {name: items(data.get(name)) for name in names}
+        self._data["exported"] = self.items("manifest.facts")
+        self.config = self._data["config"] = self._data["config"] or self.items("exported.run.config")
+        self.net = self.first("summary.net", "config.net", "exported.net.name")
+        self.name = self.first("summary.name", "config.name", "exported.run.name") or self.net or "an exported net"
+        method = self.items("config.method")
         # Exports from before there was one field for the method have it at the top.
-        found = method if method.get("kind") == "clicktrain" else method.get("prune") or self.config.get("prune")
-        return items(found)
+        self.prune = method if method.get("kind") == "clicktrain" else (
+            items(method.get("prune")) or self.items("config.prune")
+        )
+        self.superset = number(self.prune.get("superset"))
+        self.is_dense = self.first("summary.method") == "dense" or any(
+            key in self.config and self.config[key] is None for key in ("method", "prune")
+        )
+        self.epochs = tuple(sorted(_epochs(data.get("metrics")), key=lambda line: line.epoch))
+        files = self.items("sizes.files").items()
+        self.files = {str(name): count for name, count in files if number(count) is not None and name != PAGE}
+        self.other_files = {name: count for name, count in self.files.items() if name not in (MANIFEST, WEIGHTS)}
+        self.loaded_bytes = self.files[WEIGHTS] + self.files.get(MANIFEST, 0) if WEIGHTS in self.files else None
+        timed = {str(text): _timed(engines) for text, engines in self.items("timing.batches").items()}
+        self.batches = dict(sorted((int(text), read) for text, read in timed.items() if text.isdecimal() and read))
+        cores = self.number("timing.cores")
+        self.device = str(self.first("timing.device") or "a device that is not recorded")
+        self.device += f", {cores:g} {'core' if cores == 1 else 'cores'}" if cores else ""
+        self.layers = self._layers()
+        self.shared_filters = [layer.shared_filters for layer in self.layers if layer.shared_filters is not None]
+        self.patterns = collections.Counter()
+        for layer in self.layers:
+            self.patterns.update(layer.patterns or {})
+        shape = self.first("exported.image_shape")
+        known = isinstance(shape, list | tuple) and len(shape) == 3
+        self.normalises = self.items("exported").get("normalise", True) is not None
+        self.image_sizes = ", ".join(map(str, shape)) if known else "rows, columns, channels"
 
-    @property
-    def superset(self) -> float | None:
-        """Taps that a block shares, of which every kernel's own pattern is a part."""
-        return number(self.prune.get("superset"))
+    def _each(self, paths: Sequence[str]) -> Iterable[Any]:
+        return (pick(self._data, *path.split(".")) for path in paths)
 
-    @property
-    def compression(self) -> float | None:
-        """All weights of the convolutions over the kept ones, as the run counted them."""
-        return number(self.summary.get("conv_compression"))
+    def first(self, *paths: str) -> Any:
+        """The first that is known; a path is as ``summary.net``, ``exported`` being the manifest's facts."""
+        return next((value for value in self._each(paths) if value is not None and value != ""), None)
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether the run is known to have pruned nothing."""
-        if self.summary.get("method") == "dense":
-            return True
-        return any(key in self.config and self.config[key] is None for key in ("method", "prune"))
+    def number(self, *paths: str) -> float | None:
+        """Likewise, of those that are numbers."""
+        return next((value for value in map(number, self._each(paths)) if value is not None), None)
 
-    @property
-    def files(self) -> dict[str, float]:
-        """Bytes of each file of the export; this page is none of them."""
-        files = items(self.sizes.get("files"))
-        return {str(name): count for name, count in files.items() if number(count) is not None and name != PAGE}
-
-    @property
-    def other_files(self) -> dict[str, float]:
-        """Of these, the ones that a net is not loaded from."""
-        return {name: count for name, count in self.files.items() if name not in (MANIFEST, WEIGHTS)}
-
-    @property
-    def loaded_bytes(self) -> float | None:
-        """Bytes of what a net is loaded from: weights and manifest."""
-        if WEIGHTS not in self.files:
-            return None
-        return self.files[WEIGHTS] + self.files.get(MANIFEST, 0)
-
-    @property
-    def versions(self) -> dict[str, Any]:
-        """Of the packages it was timed with."""
-        return items(self.timing.get("versions"))
-
-    @property
-    def device(self) -> str:
-        """Where it was timed."""
-        device = str(self.timing.get("device") or "a device that is not recorded")
-        cores = number(self.timing.get("cores"))
-        return device if not cores else f"{device}, {cores:g} {'core' if cores == 1 else 'cores'}"
-
-    @functools.cached_property
-    def batches(self) -> dict[int, dict[str, Timed]]:
-        """``{batch size: {engine: seconds}}``, small batches first, the dense net and this one first."""
-        found = {}
-        for text, engines in items(self.timing.get("batches")).items():
-            if str(text).isdecimal() and (read := _timed(engines)):
-                found[int(text)] = read
-        return dict(sorted(found.items()))
+    def items(self, path: str) -> dict[str, Any]:
+        """A mapping's entries; none if it is no mapping."""
+        return items(self.first(path))
 
     def against(self, batch: int, engine: str = DENSE) -> Comparison | None:
         """This net against another engine; None where one of them was not timed."""
         timed = self.batches.get(batch, {})
         return compare(timed[engine], timed[NET]) if engine in timed and NET in timed else None
 
-    @functools.cached_property
-    def layers(self) -> list[Layer]:
-        """The convolutions, in the net's order."""
-        counted = {_short(layer.get("name")): layer for layer in records(self.summary.get("layers"))}
-        counted = counted or _stored_convolutions(self.manifest)
-        timed = {_short(layer.get("name")): layer for layer in records(self.timing.get("layers"))}
-        stored = {_short(name): count for name, count in items(self.sizes.get("layers")).items()}
+    def _layers(self) -> list[Layer]:
+        counted = {_short(layer.get("name")): layer for layer in records(self.first("summary.layers"))}
+        counted = counted or _stored_convolutions(self.items("manifest.leaves"))
+        timed = {_short(layer.get("name")): layer for layer in records(self.first("timing.layers"))}
+        stored = {_short(name): count for name, count in self.items("sizes.layers").items()}
         # Else the names come from what was timed: a file's other leaves are no convolutions.
         names = counted or timed or {name: {} for name in stored}
         return [self._layer(name, counted.get(name, {}), timed.get(name, {}), stored.get(name)) for name in names]
-
-    @property
-    def shared_filters(self) -> list[int]:
-        """`Layer.shared_filters` of the layers where it is known."""
-        return [layer.shared_filters for layer in self.layers if layer.shared_filters is not None]
-
-    @property
-    def pattern_filters(self) -> int:
-        """How many filters share a pattern, whatever they share else."""
-        return next((layer.tile[0] for layer in self.layers if layer.tile), 1)
-
-    @property
-    def patterns(self) -> dict[str, int]:
-        """How many kept kernels of the whole net use each pattern."""
-        counts: dict[str, int] = {}
-        for layer in self.layers:
-            for text, count in (layer.patterns or {}).items():
-                counts[text] = counts.get(text, 0) + count
-        return counts
-
-    @property
-    def image_sizes(self) -> str:
-        """Of an image, as numbers where they are known."""
-        shape = self.exported.get("image_shape")
-        known = isinstance(shape, list | tuple) and len(shape) == 3
-        return ", ".join(map(str, shape)) if known else "rows, columns, channels"
-
-    @property
-    def normalises(self) -> bool:
-        """Whether the export takes pixels, and not what the net's own function takes."""
-        return self.exported.get("normalise", True) is not None
 
     def _layer(self, name: str, counted: Mapping[str, Any], timed: Mapping[str, Any], stored: Any) -> Layer:
         shape = _shape(counted.get("shape"))
@@ -352,12 +283,11 @@ def _timed(engines: Any) -> dict[str, Timed]:
     return {name: read[name] for name in (*first, *(name for name in read if name not in first))}
 
 
-def _stored_convolutions(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _stored_convolutions(leaves: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """What an export says of its convolutions, for nets that were not trained by a run."""
     found = {}
-    for name, leaf in items(manifest.get("leaves")).items():
-        shape = _shape(pick(leaf, "shape"))
-        if shape is not None:
+    for name, leaf in leaves.items():
+        if (shape := _shape(pick(leaf, "shape"))) is not None:
             kept = number(pick(leaf, "mask", "kept"))
             found[_short(name)] = {"shape": shape, "retained": math.prod(shape) if kept is None else kept}
     return found

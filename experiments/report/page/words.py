@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.data import is_lossy
-from experiments.report.page.facts import DENSE, NET, Facts, Layer, items, number, pick, ratio
+from experiments.report.page.facts import DENSE, NET, Facts, Layer, ratio
 from experiments.report.page.writing import count_of, milliseconds, percent, size, times
 
 NOT_MEASURED, NOT_RECORDED = "not measured", "not recorded"
@@ -37,28 +37,28 @@ class Bar(NamedTuple):
 
 def head(facts: Facts) -> dict[str, Any]:
     """What was run."""
-    date = facts.setting.get("date")
+    date = facts.first("setting.date")
     return {
         "net": _net(facts),
         "data": _data(facts),
-        "seed": facts.anywhere("seed"),
-        "epochs": facts.anywhere("epochs"),
+        "seed": facts.first("summary.seed", "config.seed", "exported.run.seed"),
+        "epochs": facts.first("summary.epochs", "config.epochs", "exported.run.epochs"),
         "trained": None if date is None else str(date).replace("T", " ").replace("+00:00", " UTC"),
     }
 
 
 def _net(facts: Facts) -> str | None:
     if facts.net is None:
-        return "a net of the user's own" if "net" in facts.exported else None
-    width = number(facts.anywhere("width") or pick(facts.exported, "net", "width"))
+        return "a net of the user's own" if "net" in facts.items("exported") else None
+    width = facts.number("summary.width", "config.width", "exported.run.width", "exported.net.width")
     width_words = "" if width in (None, 1) else f", {width:g} of its full width"
-    kept = facts.manifest.get("dtype")
+    kept = facts.first("manifest.dtype")
     return f"{facts.net}{width_words}{f', stored as {kept}' if kept else ''}"
 
 
 def _data(facts: Facts) -> str | None:
-    name = facts.summary.get("dataset") or pick(facts.exported, "data", "name") or pick(facts.config, "data", "name")
-    encoding = facts.summary.get("encoding") or pick(facts.exported, "data", "encoding")
+    name = facts.first("summary.dataset", "exported.data.name", "config.data.name")
+    encoding = facts.first("summary.encoding", "exported.data.encoding")
     if name is None:
         return None
     if encoding is None:
@@ -75,10 +75,10 @@ def cards(facts: Facts) -> list[Card]:
 
 
 def _accuracy_card(facts: Facts) -> Card:
-    top1, examples = (number(pick(facts.exported, "accuracy", key)) for key in ("top1", "examples"))
-    trained = number(facts.summary.get("final_top1")) or number(pick(facts.exported, "accuracy", "run_top1"))
-    split = pick(facts.exported, "accuracy", "split") or facts.summary.get("eval_split")
-    examples = examples or number(facts.summary.get("eval_examples"))
+    top1 = facts.number("exported.accuracy.top1")
+    trained = facts.number("summary.final_top1", "exported.accuracy.run_top1")
+    split = facts.first("exported.accuracy.split", "summary.eval_split")
+    examples = facts.number("exported.accuracy.examples", "summary.eval_examples")
     on = "" if split is None else f"{split} set" + ("" if not examples else f" of {count_of(int(examples), 'image')}")
     masked = f"masked net in training: {NOT_RECORDED if trained is None else percent(trained)}"
     if None not in (trained, top1):
@@ -87,9 +87,9 @@ def _accuracy_card(facts: Facts) -> Card:
 
 
 def _conv_card(facts: Facts) -> Card:
-    dense, stored = (number(facts.sizes.get(key)) for key in ("conv_dense_bytes", "conv_bytes"))
+    dense, stored = facts.number("sizes.conv_dense_bytes"), facts.number("sizes.conv_bytes")
     # Headers count in full: what tells where the convolutions are belongs to them.
-    stored = None if stored is None else stored + (number(facts.sizes.get("header_bytes")) or 0)
+    stored = None if stored is None else stored + (facts.number("sizes.header_bytes") or 0)
     smaller, fewer = ratio(dense, stored), _fewer_weights(facts)
     if smaller is None:
         more = ["fewer weights", f"bytes {NOT_RECORDED}"] if fewer else []
@@ -100,7 +100,7 @@ def _conv_card(facts: Facts) -> Card:
 
 
 def _fewer_weights(facts: Facts) -> float | None:
-    known = number(facts.summary.get("conv_compression")) or number(facts.exported.get("conv_compression"))
+    known = facts.number("summary.conv_compression", "exported.conv_compression")
     share = retained(facts.layers)
     return known or (1 / share if share else None)
 
@@ -112,7 +112,7 @@ def retained(layers: Sequence[Layer]) -> float | None:
 
 
 def _file_card(facts: Facts) -> Card:
-    dense, loaded = number(facts.sizes.get("dense_bytes")), facts.loaded_bytes
+    dense, loaded = facts.number("sizes.dense_bytes"), facts.loaded_bytes
     smaller = ratio(dense, loaded)
     if smaller is None:
         return Card("File", None, [], NOT_RECORDED)
@@ -143,7 +143,7 @@ def _speed_card(facts: Facts) -> Card:
 
 def sizes(facts: Facts) -> list[Bar]:
     """What lies on the disk, and what of it is what; this export is the bar of that name."""
-    dense, loaded = number(facts.sizes.get("dense_bytes")), facts.loaded_bytes
+    dense, loaded = facts.number("sizes.dense_bytes"), facts.loaded_bytes
     bars = [] if dense is None else [Bar("dense float32", [("dense", "dense", dense)], "the whole net, unpruned")]
     if loaded is not None:
         smaller = ratio(dense, loaded)
@@ -154,8 +154,7 @@ def sizes(facts: Facts) -> list[Bar]:
 
 def _parts(facts: Facts, loaded: float) -> list[tuple[str, str, float]]:
     """The export's bytes: convolutions' weights and indices, other arrays, header and manifest."""
-    keys = ("conv_bytes", "conv_index_bytes", "header_bytes")
-    convs, indices, header = (number(facts.sizes.get(key)) for key in keys)
+    convs, indices, header = (facts.number(f"sizes.{key}_bytes") for key in ("conv", "conv_index", "header"))
     rest = loaded - (convs or 0) - (header or 0)
     if convs is None or rest < 0:
         return [("weights, indices and header (not told apart)", "net", loaded)]
@@ -221,25 +220,25 @@ def used(counts: Mapping[str, int]) -> list[tuple[str, int]]:
 
 def provenance(facts: Facts) -> dict[str, Any]:
     """Where it comes from."""
-    setting, manifest = facts.setting, facts.manifest
+    manifest = facts.items("manifest")
     form = f"{manifest.get('format')}, version {manifest.get('version')}, weights {manifest.get('dtype')}"
-    normalise = items(facts.exported.get("normalise"))
+    normalise = facts.items("exported.normalise")
     normalised = ", ".join(f"{key} {value}" for key, value in normalise.items()) or "none"
     return {
-        "commit": setting.get("commit"),
-        "trained on": _device(setting),
-        "versions": versions({"python": setting.get("python"), **items(setting.get("versions"))}),
-        "exported with": versions(items(manifest.get("software"))),
-        "images' fingerprint": setting.get("data_fingerprint") or pick(facts.exported, "data", "fingerprint"),
-        "masks' digest": pick(manifest, "masks", "sha256"),
+        "commit": facts.first("setting.commit"),
+        "trained on": _device(facts),
+        "versions": versions({"python": facts.first("setting.python"), **facts.items("setting.versions")}),
+        "exported with": versions(facts.items("manifest.software")),
+        "images' fingerprint": facts.first("setting.data_fingerprint", "exported.data.fingerprint"),
+        "masks' digest": facts.first("manifest.masks.sha256"),
         "manifest's digest": manifest.get("digest"),
         "format": None if manifest.get("format") is None else form,
-        "normalisation": normalised if "normalise" in facts.exported else None,
+        "normalisation": normalised if "normalise" in facts.items("exported") else None,
     }
 
 
-def _device(setting: Mapping[str, Any]) -> str | None:
-    device, cpu = items(setting.get("device")), items(setting.get("cpu"))
+def _device(facts: Facts) -> str | None:
+    device, cpu = facts.items("setting.device"), facts.items("setting.cpu")
     if not device and not cpu:
         return None
     kind = cpu.get("model") if device.get("platform") in (None, "cpu") else device.get("kind")
