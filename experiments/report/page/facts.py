@@ -218,7 +218,7 @@ class Facts:
 
     def first(self, *paths: str) -> Any:
         """The first that is known; a path is as ``summary.net``, ``exported`` being the manifest's facts."""
-        return next((value for value in self._each(paths) if value is not None and value != ""), None)
+        return next((value for value in self._each(paths) if value not in (None, "", [], {})), None)
 
     def number(self, *paths: str) -> float | None:
         """Likewise, of those that are numbers."""

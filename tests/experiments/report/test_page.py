@@ -94,7 +94,7 @@ def test_file_sizes(data):
     assert all(part in words for part in parts)
     assert "net.stablehlo 333 kB" in words and "With 1 further file the folder takes 458 kB" in words
     bars = [attributes for _, attributes in found.tags if attributes.get("class") in ("bar-dense", "bar-file")]
-    assert [bar["style"] for bar in bars[:2]] == ["width: 100.000%", "width: 33.300%"]
+    assert [bar["style"] for bar in bars[:2]] == ["width: 100.0%", "width: 33.3%"]
 
 
 def test_the_page_itself_is_no_file_of_the_export(data):
