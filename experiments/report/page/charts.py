@@ -21,7 +21,7 @@ _COLOURS = dict(re.findall(r"--([\w-]+): (#\w{6});", STYLE.partition("}")[0]))
 _NAMES = {colour: name for name, colour in _COLOURS.items()}
 # In units of the drawing; the page stretches it. Text is 12 of them high.
 _WIDTHS = {"wide": 900, "narrow": 390}
-_LEFT, _RIGHT, _TOP, _BOTTOM, _STRIP = 46, 60, 44, 44, 20
+_LEFT, _RIGHT, _TOP, _BOTTOM, _STRIP = 46, 66, 44, 44, 20
 _KINDS = {"regularize": "regularize", "prune": "pruned", "pruned": "pruned"}
 _EVENTS = {"select": "select: masks chosen", "prune": "prune: masked weights set to zero"}
 
