@@ -61,12 +61,12 @@ def measure(
         ValueError: an export read back is not what was written.
     """
     rows = []
-    initialised: dict[str, Any] = {}
+    variables_of: dict[str, Any] = {}
     for name, net, prune in cases() if wanted is None else wanted:
         model = models.build(net, num_classes=10, width=width)
-        if net not in initialised:
-            initialised[net] = initialised(model, models.default_image_shape(net))
-        variables = initialised[net]
+        if net not in variables_of:
+            variables_of[net] = initialised(model, models.default_image_shape(net))
+        variables = variables_of[net]
         for tile in TILES:
             masks = select(model, variables["params"], net, dataclasses.replace(prune, tile=tile))
             row = {"name": name, "net": net, "tile": list(tile), "patterns": prune.num_patterns}

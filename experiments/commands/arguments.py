@@ -50,9 +50,16 @@ def parse(kind: Any, arguments: list[str], command: str, **options: Any) -> Any:
 
 
 def _sentence(box: str) -> str:
-    """What a box of tyro's says up to its first rule."""
+    """What a box of tyro's says between its title and its first rule.
+
+    The title is in the box's frame, or, where stdout's encoding has no frames, above a rule of its own.
+    """
     lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    return " ".join(itertools.takewhile(lambda line: not line.startswith("──"), lines)).rstrip(". ")
+    is_rule = [len(line) > 3 and not line.strip("─-") for line in lines]
+    if is_rule[1:2] == [True]:
+        lines, is_rule = lines[2:], is_rule[2:]
+    said = itertools.takewhile(lambda pair: not pair[1], zip(lines, is_rule))
+    return " ".join(line for line, _ in said if line).rstrip(". ")
 
 
 def name_argument(arguments: list[str], command: str, what: str) -> tuple[str, list[str]]:

@@ -237,3 +237,13 @@ def test_help_names_every_field(tiny_config, capsys):
     assert code == 0
     for field in dataclasses.fields(configs.TrainConfig):
         assert field.name.replace("_", "-") in out
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_mistake_is_a_sentence_in_any_encoding(encoding):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments", "export"], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "JAX_PLATFORMS": "cpu"}, check=False,
+    )
+    said = "error: Missing from python -m experiments export: RUN the run folder. (required) (all fields: "
+    assert done.returncode == 2 and done.stderr.startswith(said), done.stderr

@@ -109,7 +109,7 @@ def test_what_cannot_be_exported(finished, tmp_path, capture):
         (("export", unfinished), "only a finished run is exported"),
         (("export", tmp_path / "nowhere"), "no summary.json"),
         (("export", finished, "--out", finished), "is no export and not empty"),
-        (("export",), "export needs a run folder RUN first"),
+        (("export",), "Missing from python -m experiments export: RUN the run folder. (required) (all fields"),
     ):
         code, _, err = capture(*arguments)
         assert (code, message in err) == (2, True), err

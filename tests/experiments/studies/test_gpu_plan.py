@@ -13,6 +13,7 @@ from experiments import configs
 from experiments.__main__ import main
 from experiments.configs import to_dict
 from experiments.records import RUNS, RunFolder, kept, setting
+from experiments.report import pace
 from experiments.studies import gpu_plan
 from experiments.train import loop
 from experiments.train.signals import heeded
@@ -100,9 +101,9 @@ def test_an_estimate_from_multiply_adds_by_hand():
     # Per image: 1.8 M of the first layer and the rest as 3x3 convolutions of halving sizes; known to be 228 M.
     assert work == 3 * 50_000 * 190 * 228_261_888
     seconds = gpu_plan.estimate_seconds(config, "gpu", "NVIDIA H200", [], 16)
-    assert seconds == pytest.approx(2 * work / (0.15 * 989e12) + gpu_plan.COMPILE_S)
+    assert seconds == pytest.approx(2 * work / (0.15 * 989e12) + pace.COMPILE_S)
     assert gpu_plan.estimate_seconds(config, "gpu", "A card", [], 16) > seconds
-    assert gpu_plan.estimate_seconds(config, "cpu", "cpu", [], 2) == pytest.approx(work / 4e10 + gpu_plan.COMPILE_S)
+    assert gpu_plan.estimate_seconds(config, "cpu", "cpu", [], 2) == pytest.approx(work / 4e10 + pace.COMPILE_S)
 
 
 def test_records_take_the_place_of_assumptions():
