@@ -17,7 +17,7 @@ _KILLS = 21
 
 def _run(folder, cache, *arguments):
     environment = os.environ | {
-        "PYTHONPATH": f"{_HERE.parents[1]}{os.pathsep}{_HERE}",
+        "PYTHONPATH": f"{_HERE.parents[2]}{os.pathsep}{_HERE.parent}",
         # Compiled programs are shared between the processes: two dozen of them would compile for minutes.
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
