@@ -96,7 +96,8 @@ def pmean(grads: Tree, retained: Retained, axis_name: Any, *, dtype: Any = jnp.f
         grads: this device's gradient; floating arrays.
         retained: from `retained` of the same tree.
         axis_name: as `jax.lax.pmean` takes it; so it is called inside `jax.shard_map`.
-        dtype: what travels, and what is summed in: float32, or bfloat16 for half the bytes and three digits.
+        dtype: what travels, and what is summed in: float32, or bfloat16 for half the bytes and three digits (on CPUs
+            XLA widens it again).
 
     Returns:
         The same tree and dtypes; zeros at removed weights.

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import clicktrain_jax as ct
@@ -30,7 +29,6 @@ from experiments.records import setting, write_json
 from experiments.report.exports import collectives_table
 
 _BYTES = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8}
-DTYPES = ("float32", "bfloat16")
 
 
 def reduced(program: str) -> tuple[int, int]:
@@ -62,8 +60,8 @@ def measure(
 
     Returns:
         The record: ``{"setting", "devices", "width", "rows": [{"name", "net", "convolutions": {"dense", "compact"},
-        "float32": {"dense", "compact"}, "bfloat16": {...}}]}``, bytes of whole trees but for the convolutions alone
-        (float32).
+        "float32": {"dense", "compact"}}]}``, bytes, of the convolutions alone and of the whole tree. A CPU's programs
+        widen bfloat16 sums, so these are of float32 alone.
 
     Raises:
         ValueError: jax sees one device.
@@ -76,8 +74,7 @@ def measure(
         params = initialised(model, models.default_image_shape(net))["params"]
         retained = ct.reduction.retained(params, select(model, params, net, prune))
         row: dict[str, Any] = {"name": name, "net": net}
-        for dtype in DTYPES:
-            row[dtype] = {"dense": _bytes(params, None, dtype), "compact": _bytes(params, retained, dtype)}
+        row["float32"] = {"dense": _bytes(params, None), "compact": _bytes(params, retained)}
         convolutions = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 4]
         others = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim != 4)
         row["convolutions"] = {
@@ -89,14 +86,14 @@ def measure(
     return {"what": "collectives", "command": "python -m experiments bench collectives", **facts}
 
 
-def _bytes(params: Any, retained: ct.reduction.Retained | None, dtype: str) -> int:
+def _bytes(params: Any, retained: ct.reduction.Retained | None) -> int:
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
 
     def reduce(grads: Any, retained: Any) -> Any:
         grads = jax.tree.map(lambda leaf: leaf[0], grads)
         if retained is None:
-            return jax.lax.pmean(jax.tree.map(lambda leaf: leaf.astype(dtype), grads), "data")
-        return ct.reduction.pmean(grads, retained, "data", dtype=jnp.dtype(dtype))
+            return jax.lax.pmean(grads, "data")
+        return ct.reduction.pmean(grads, retained, "data")
 
     mapped = functools.partial(jax.shard_map, mesh=mesh, out_specs=PartitionSpec(), check_vma=False)
     mapped = mapped(reduce, in_specs=(PartitionSpec("data"), PartitionSpec()))

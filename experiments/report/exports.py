@@ -72,14 +72,14 @@ def dtypes_table(record: dict[str, Any]) -> str:
 
 def collectives_table(record: dict[str, Any]) -> str:
     """What an update's reductions carry, as Markdown."""
-    header = ("recipe", "whole MB", "retained MB", "times fewer", "of convolutions", "bfloat16 MB")
+    header = ("recipe", "whole MB", "retained MB", "times fewer", "of convolutions")
     rows = []
     for row in record["rows"]:
         whole, compact = row["float32"]["dense"], row["float32"]["compact"]
         convolutions = row["convolutions"]["dense"] / row["convolutions"]["compact"]
         rows.append((
             row["name"], f"{whole / _MB:.2f}", f"{compact / _MB:.2f}", f"{whole / compact:.2f}x",
-            f"{convolutions:.2f}x", f"{row['bfloat16']['compact'] / _MB:.2f}",
+            f"{convolutions:.2f}x",
         ))
     where = record["setting"]
     return (

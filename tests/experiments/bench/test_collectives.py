@@ -24,10 +24,9 @@ def test_the_table_says_what_is_in_the_record():
     row = {
         "name": "vgg13-cifar10-9.0x", "net": "vgg13", "convolutions": {"dense": 90_000_000, "compact": 10_000_000},
         "float32": {"dense": 92_000_000, "compact": 12_000_000},
-        "bfloat16": {"dense": 46_000_000, "compact": 6_000_000},
     }
     setting = {"versions": {"jax": "0.12.0"}, "date": "2026-11-27T10:00:00"}
     text = collectives_table({"setting": setting, "devices": 2, "rows": [row]})
     line = text.splitlines()[-1]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == [row["name"], "92.00", "12.00", "7.67x", "9.00x", "6.00"]
+    assert cells == [row["name"], "92.00", "12.00", "7.67x", "9.00x"]
