@@ -155,7 +155,10 @@ def test_nothing_retained(tree, masks):
 
 @pytest.mark.parametrize(
     ("arguments", "steps"),
-    [((10_000,), (1000, 2000)), ((100, 0.29, 0.57), (29, 57)), ((2, 0.0, 0.5), (0, 1)), ((6,), (0, 1))],
+    [
+        ((10_000,), (1000, 2000)), ((100, 0.29, 0.57), (29, 57)), ((2, 0.0, 0.5), (0, 1)), ((6,), (0, 1)),
+        ((7, 0.1, 0.12), (0, 1)),
+    ],
 )
 def test_schedule(arguments, steps):
     assert ct.schedule(*arguments) == dict(zip(("select_step", "prune_step"), steps))

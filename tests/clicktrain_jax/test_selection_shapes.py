@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clicktrain_jax as ct
+from clicktrain_jax.selection import kernel_choice
 
 FOUR = ct.patterns.fixed_set(4)
 # Two pairs that share no tap: four of them fit beside each other.
@@ -235,3 +236,9 @@ def test_patterns_that_do_not_fit_the_options():
     small = {"k": np.ones((2, 2, 8, 8), np.float32)}
     with pytest.raises(ValueError, match="entries=4"):
         ct.select_masks(small, ct.make_plan(small, {"k": 0.5}), ct.patterns.Generated(3))
+
+
+def test_places_of_a_short_block_are_rounded_up():
+    # Three units where others have four: the first goes with the second of the others, and so on.
+    levels = kernel_choice._levels(np.array([4, 3]), 4)
+    np.testing.assert_array_equal(levels, [[1, 2, 3, 4], [2, 3, 4, 5]])
