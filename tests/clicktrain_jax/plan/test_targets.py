@@ -10,6 +10,7 @@ import pytest
 
 import clicktrain_jax as ct
 from clicktrain_jax import models
+from clicktrain_jax.trees import named_leaves
 
 FOUR = ct.patterns.fixed_set(4)
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -92,6 +93,15 @@ def test_explicit_fractions_win():
     assert layers[paths[2]].kernels_removed == 0.25 * kernels
     assert not layers[paths[-1]].pruned
     assert report.conv_compression == pytest.approx(3.0, rel=0.01)
+
+
+def test_the_first_rule_that_matches_counts():
+    params, paths, _ = zoo("vgg11", 0.25)
+    plan = ct.make_plan(params, {paths[1]: 0.25, paths[2]: None, "Conv_.*/kernel": 0.5})
+    layers = {layer.name: layer.kernels_removed for layer in ct.report(params, chosen(params, plan)).layers}
+    kernels = {name: math.prod(leaf.shape[2:]) for name, leaf in named_leaves(params) if leaf.ndim == 4}
+    assert layers[paths[1]] == 0.25 * kernels[paths[1]] and not layers[paths[2]]
+    assert layers[paths[3]] == 0.5 * kernels[paths[3]]
 
 
 SHAPES = [

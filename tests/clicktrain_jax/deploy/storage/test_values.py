@@ -36,6 +36,7 @@ def test_nan_and_negative_zero_do_not_leak_through_a_mask():
     array = np.array([[np.nan, -0.0], [1.0, -0.0]], np.float32)
     keep = np.array([[False, False], [True, True]])
     assert bits(back(array, keep, "float32")) == bits(np.array([[0.0, 0.0], [1.0, -0.0]], np.float32))
+    np.testing.assert_array_equal(back(array, keep, "int8"), [[0, 0], [1, 0]])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
