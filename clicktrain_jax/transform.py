@@ -162,7 +162,7 @@ class _Pieces:
             grads,
         )
         # Spelled out once for all that reads them.
-        keep = None if masked is False is held else Masks.of(combine(masks))
+        keep = None if masked is False and held is False else Masks.of(combine(masks))
         grads = _where(masked, lambda: apply_masks(grads, keep), grads)
         updates, inner_state = self.inner.update(grads, state.inner_state, params, **extra)
         held_at_zero = _where(held, lambda: enforce(updates, inner_state, params, keep), (updates, inner_state))
@@ -286,8 +286,8 @@ def clicktrain(
             `clicktrain_jax.patterns.Generated`, for sets made from the scores of the selection.
         importance: "taylor", "group_taylor", "magnitude", or a function ``(params, grads) -> scores``.
         importance_steps: scores are the mean over so many updates, each at its own weights, the selecting update
-            being the last. More than 1 keeps a float32 number for each planned weight. 1 is the authors'; 16
-            is what the importance experiment in RESULTS.md comes to.
+            being the last. More than 1 keeps a float32 number for each planned weight. 1 is the authors';
+            what more are worth is what ``experiments importance`` measures.
         reselect_step: an update between the two that chooses the masks anew.
         reselect_every: chooses them anew every so many updates between the two, instead.
 

@@ -10,7 +10,6 @@ import jax
 import optax
 
 from clicktrain_jax.methods.sparse import exchanging, magnitudes
-from clicktrain_jax.methods.states import check_integer, check_key, is_share, shares_at
 from clicktrain_jax.plan import Plan
 
 
@@ -71,17 +70,8 @@ def rigl(
 
     Source: Evci et al. 2020 (arXiv 1911.11134), algorithm 1.
     """
-    every = check_integer("every", every, 1)
-    end_step = check_integer("end_step", end_step, 1)
-    check_key(key)
-    if not callable(drop_fraction) and not is_share(drop_fraction):
-        raise ValueError(f"drop_fraction={drop_fraction!r}: expected a share in [0, 1], or a function of the update")
-    steps = range(every, end_step, every)
-    if callable(drop_fraction):
-        shares = shares_at("drop_fraction", drop_fraction, steps)
-    else:
-        shares = [exchange_fraction(step, end_step, drop_fraction) for step in steps]
     return exchanging(
-        "rigl", inner, plan, densities=densities, key=key, every=every, end_step=end_step, shares=shares,
+        "rigl", inner, plan, densities=densities, key=key, every=every, end_step=end_step, drop_fraction=drop_fraction,
+        falls=lambda step: exchange_fraction(step, end_step, drop_fraction),
         pull=lambda count, name, grad: magnitudes(grad),
     )

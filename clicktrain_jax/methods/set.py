@@ -10,7 +10,6 @@ import jax
 import optax
 
 from clicktrain_jax.methods.sparse import exchanging, key_of
-from clicktrain_jax.methods.states import check_integer, check_key, is_share, shares_at
 from clicktrain_jax.plan import Plan
 
 
@@ -56,15 +55,9 @@ def sparse_evolutionary(
 
     Source: Mocanu et al. 2018 (arXiv 1707.04780).
     """
-    every = check_integer("every", every, 1)
-    end_step = check_integer("end_step", end_step, 1)
-    check_key(key)
-    if not callable(drop_fraction) and not is_share(drop_fraction):
-        raise ValueError(f"drop_fraction={drop_fraction!r}: expected a share in [0, 1], or a function of the update")
-    schedule = drop_fraction if callable(drop_fraction) else lambda step: drop_fraction
     return exchanging(
         "sparse_evolutionary", inner, plan, densities=densities, key=key, every=every, end_step=end_step,
-        shares=shares_at("drop_fraction", schedule, range(every, end_step, every)),
+        drop_fraction=drop_fraction, falls=lambda step: drop_fraction,
         pull=lambda count, name, grad: jax.random.uniform(
             key_of(jax.random.fold_in(key, count + 1), name), grad.shape
         ),

@@ -16,7 +16,17 @@ import optax
 from clicktrain_jax.eager import compiled
 from clicktrain_jax.masks import Masks, apply_masks, build_masks
 from clicktrain_jax.methods.densities import by_plan, counts_of, size_of
-from clicktrain_jax.methods.states import MaskDict, check_update, first_state, masks_tree, planned
+from clicktrain_jax.methods.states import (
+    MaskDict,
+    check_integer,
+    check_key,
+    check_update,
+    first_state,
+    is_share,
+    masks_tree,
+    planned,
+    shares_at,
+)
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.states import ClickTrainState, check_state
 from clicktrain_jax.transform import enforce
@@ -162,7 +172,8 @@ def exchanging(
     key: jax.Array,
     every: int,
     end_step: int,
-    shares: list[float],
+    drop_fraction: float | optax.Schedule,
+    falls: Callable[[int], float],
     pull: Callable[[jax.Array, str, jax.Array], jax.Array],
 ) -> optax.GradientTransformationExtraArgs:
     """Training with random masks of constant size, in which weights change places: what RigL and SET share.
@@ -173,9 +184,21 @@ def exchanging(
         key: of the first masks.
         every: updates between two exchanges.
         end_step: the first update without any.
-        shares: of the kept weights that change places in updates ``every``, ``2 * every``, ... before ``end_step``.
+        drop_fraction: share of the kept weights that changes places in updates ``every``, ``2 * every``, ... before
+            ``end_step``; a number, or a function of the update.
+        falls: ``update -> share``, what becomes of a number in the course of the run.
         pull: ``(update, layer name, dense gradient) -> scores``, >= 0: the masked weights of the highest grow.
+
+    Raises:
+        ValueError: an argument out of range; as `sparse_training`.
     """
+    every, end_step = check_integer("every", every, 1), check_integer("end_step", end_step, 1)
+    check_key(key)
+    if callable(drop_fraction):
+        falls = drop_fraction
+    elif not is_share(drop_fraction):
+        raise ValueError(f"drop_fraction={drop_fraction!r}: expected a share in [0, 1], or a function of the update")
+    shares = shares_at("drop_fraction", falls, range(every, end_step, every))
     kept = counts_of(plan, by_plan(plan, densities))
     # How many change places in each exchange, worked out beforehand in 64 bits; entry 0 is no exchange.
     exchanged = {

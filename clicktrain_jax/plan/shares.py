@@ -8,8 +8,8 @@ def schedule(total_steps: int, select: float = 0.1, prune: float = 0.2) -> dict[
     """When to select and when to prune, for `clicktrain_jax.clicktrain`, in a run of so many updates.
 
     Pruning early leaves the pruned net the most updates to recover in. The defaults are those of this project's own
-    recipes (``...-own-...``); in its ablation, on a small net, pruning at 0.2 was as good as at 0.4, and at 0.8 far
-    behind (RESULTS.md). The authors' recipes select at about 0.3 and prune at about 0.75, VGG-16 on CIFAR-10 apart
+    recipes (``...-own-...``); what other shares cost is a question of ``experiments ablation``, not measured on
+    lossless images. The authors' recipes select at about 0.3 and prune at about 0.75, VGG-16 on CIFAR-10 apart
     (0.79 and 0.86). A ``coeff`` to start from is 2.5e-4, the most frequent of theirs, which go from 1.5e-4 to 1.2e-3.
 
     Args:

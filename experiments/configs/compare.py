@@ -192,8 +192,9 @@ def _slim() -> Study:
     shape = _Shape(
         compression=8.0, others=(4.0, 12.0), select=5, prune=9, early_select=1, early_prune=2, coeff=2.5e-4,
         tile=(32, 1), superset=6, importance_steps=16,
-        # As fast as the tiles at one and eight images on two cores of a CPU; as many multiply-adds (within 2%) and
-        # weights (within 12%, no width is nearer) as single kernels at 8x keep.
+        # The first is a guess at the width that is as fast as the tiles, from timings on a loaded machine: latency.json
+        # of the study says how near it is. The others have as many multiply-adds (within 2%) and weights (within 12%,
+        # no width is nearer) as single kernels at 8x keep.
         widths={"latency": 0.1875, "multiply-adds": 0.125, "weights": 0.0859375}, retrain=(3, 6, 12),
         admm=AdmmConfig(6, rho=1e-2, every_updates=390, learning_rate=0.01),
         channels=(ChannelConfig(0.6, 2, 1e-2), ChannelConfig(0.8, 2, 1e-2)), every_updates=100,
@@ -243,7 +244,7 @@ def _study(name: str, title: str, base: TrainConfig, shape: _Shape) -> Study:
         "ClickTrain, early, tiles", "early-tiles",
         method=dataclasses.replace(early, tile=shape.tile, superset=shape.superset))
     for like, width in shape.widths.items():
-        label = f"width {width:g}" + ("" if like == f"{width:g}" else f", equal {like}")
+        label = f"width {width:g}" + ("" if like == f"{width:g}" else f", chosen for {like}")
         add(f"narrow-{like}", "narrow", label, "narrow", "narrow", width=width)
     for other in shape.others:
         more = {"target": other}

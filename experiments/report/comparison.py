@@ -115,7 +115,8 @@ def _head(study: Study) -> str:
     lines.append(
         f"{run['dataset']} ({coding(run['encoding'])}), {run['train_examples']:,} training images, "
         f"{run['eval_split']} set of {run['eval_examples']:,}; {run['net']}{width}, "
-        f"{study.facts.get('epochs', run['epochs'])} epochs, {seeds} seeds; {', '.join(study.machines())}; "
+        f"{study.facts.get('epochs', run['epochs'])} epochs, {seeds} seed{'s' * (counts != [1])}; "
+        f"{', '.join(study.machines())}; "
         f"jax {run['setting']['versions']['jax']}; {study.date()}. Command: "
         f"`{study.facts['command']}`.\n"
     )

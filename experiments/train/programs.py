@@ -64,6 +64,9 @@ class Programs:
             try:
                 program = jax.jit(build(), donate_argnums=donate).lower(*args).compile(self.options)
             except BaseException as error:
+                with self._lock:
+                    # Who waits for it hears of it; who asks later, after a Ctrl-C say, has it compiled again.
+                    del self._futures[key]
                 future.set_exception(error)
                 raise
             if counts:

@@ -46,6 +46,21 @@ def test_what_fails_is_raised_where_the_program_is_asked_for():
             programs.get("key", build, ())
 
 
+def test_what_was_interrupted_is_compiled_when_it_is_asked_for_again():
+    programs, tries = Programs({}), []
+
+    def build():
+        tries.append(1)
+        if len(tries) == 1:
+            raise KeyboardInterrupt
+        return lambda x: x + 1
+
+    with pytest.raises(KeyboardInterrupt):
+        programs.get("key", build, (jnp.ones(()),))
+    assert "key" not in programs
+    assert programs.get("key", build, (jnp.ones(()),))(jnp.ones(())) == 2 and len(tries) == 2
+
+
 def test_one_core_does_it_at_once(monkeypatch):
     done = []
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
