@@ -55,6 +55,7 @@ table: $(READY)
 
 lint: $(READY)
 	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
 
 # Made in one go or not at all: .ready is written last.
 $(READY): requirements.txt

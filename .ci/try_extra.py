@@ -1,6 +1,8 @@
 """Tries what an extra is for, as a user who has only installed it.
 
     cd EMPTY; python -P try_extra.py EXTRA
+
+It exits with 0 when all of that works.
 """
 
 import json

@@ -140,10 +140,7 @@ def scaled_scores(
         trees.append({name: leaf for name, (leaf, _) in pairs.items()})
         if read:
             exponent = {name: exponent[name] + 2 * pairs[name][1] for name in names}
-    return {
-        name: (score, jnp.where(score.any(), exponent[name], NO_SCORE))
-        for name, score in which(*trees).items()
-    }
+    return {name: (score, jnp.where(score.any(), exponent[name], NO_SCORE)) for name, score in which(*trees).items()}
 
 
 def rescaled(values: jax.Array, goal: int = _SCALE) -> tuple[jax.Array, jax.Array]:

@@ -230,8 +230,10 @@ class Masks:
 
 
 def _is_layer(node: Any) -> bool:
-    return node is None or isinstance(node, (LayerMask, FullMask)) or (
-        isinstance(node, dict) and set(node) == set(LayerMask._fields)
+    return (
+        node is None
+        or isinstance(node, (LayerMask, FullMask))
+        or (isinstance(node, dict) and set(node) == set(LayerMask._fields))
     )
 
 

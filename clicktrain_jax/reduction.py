@@ -127,8 +127,8 @@ def pmean(grads: Tree, retained: Retained, axis_name: Any, *, dtype: Any = jnp.f
         begin += parts[name].size
         where = retained.indices.get(name)
         if where is not None:
-            values = jnp.zeros(leaf.size, leaf.dtype).at[where].set(
-                values, unique_indices=True, indices_are_sorted=True
+            values = (
+                jnp.zeros(leaf.size, leaf.dtype).at[where].set(values, unique_indices=True, indices_are_sorted=True)
             )
         found[name] = values.reshape(leaf.shape)
     structure = jax.tree.structure(grads, is_leaf=lambda leaf: leaf is None)

@@ -96,7 +96,9 @@ def status(opt_state: Any) -> Status:
     named = zip(sorted(Masks.of(state.masks).layers), facts["by_magnitude"].tolist(), strict=True)
     when = {name: None if facts[name] < 0 else int(facts[name]) for name in ("selected", "pruned")}
     return Status(
-        int(facts["count"]), **when, postponed=int(facts["postponed"]),
+        int(facts["count"]),
+        **when,
+        postponed=int(facts["postponed"]),
         by_magnitude=tuple(name for name, told in named if told),
     )
 

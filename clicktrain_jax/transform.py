@@ -145,8 +145,15 @@ class _Pieces:
         return _where(complete, lambda: new, seen)
 
     def move(
-        self, grads: Tree, state: ClickTrainState, params: Tree, extra: dict[str, Any], *,
-        lasso: Any = False, masked: Any = False, held: Any = False,
+        self,
+        grads: Tree,
+        state: ClickTrainState,
+        params: Tree,
+        extra: dict[str, Any],
+        *,
+        lasso: Any = False,
+        masked: Any = False,
+        held: Any = False,
     ) -> tuple[Tree, ClickTrainState]:
         """The inner optimizer's update, with what a phase does to the gradient before it and to its result.
 
@@ -157,9 +164,7 @@ class _Pieces:
         """
         masks = Masks.of(state.masks)
         grads = _where(
-            lasso,
-            lambda: add_group_lasso(grads, params, masks, self.coeff(state.count), axes=self.plan.axes),
-            grads,
+            lasso, lambda: add_group_lasso(grads, params, masks, self.coeff(state.count), axes=self.plan.axes), grads
         )
         # Spelled out once for all that reads them.
         keep = None if masked is False and held is False else Masks.of(combine(masks))
@@ -249,9 +254,7 @@ def phase_updates(
         is_pruned, prunes = state.pruned >= 0, jnp.asarray(prunes)
         regularizes = (state.selected >= 0) & ~is_pruned & ~prunes
         state = state._replace(pruned=jnp.where(prunes, state.count, state.pruned))
-        return pieces.move(
-            grads, state, params, extra, lasso=regularizes, masked=is_pruned, held=is_pruned | prunes
-        )
+        return pieces.move(grads, state, params, extra, lasso=regularizes, masked=is_pruned, held=is_pruned | prunes)
 
     return PhaseUpdates(pieces.init, dense, gather, select, regularize, prune, pruned, masked)
 
@@ -336,8 +339,13 @@ def clicktrain(
         seen = _branch(jnp.int32(due.selects) + 2 * jnp.int32(due.gathers), ways)
         pruned = jnp.where(due.prunes, state.count, state.pruned)
         return pieces.move(
-            grads, seen._replace(pruned=pruned, inner_state=state.inner_state), params, extra,
-            lasso=due.regularizes, masked=due.pruned, held=due.prunes | due.pruned,
+            grads,
+            seen._replace(pruned=pruned, inner_state=state.inner_state),
+            params,
+            extra,
+            lasso=due.regularizes,
+            masked=due.pruned,
+            held=due.prunes | due.pruned,
         )
 
     # Hyperparameters that are arrays are new ones in every update: a compiled update would serve one.

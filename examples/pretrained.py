@@ -58,8 +58,13 @@ def main(epochs):
     plan = ct.make_plan(loaded, None, target=6.0)
     # Scores are the mean over the first 8 updates: at trained weights a single gradient says little.
     pruning = ct.clicktrain(
-        optax.adam(1e-3), plan, select_step=8, prune_step=digits.steps(labels, epochs) // 3, coeff=2.5e-4,
-        importance="group_taylor", importance_steps=8,
+        optax.adam(1e-3),
+        plan,
+        select_step=8,
+        prune_step=digits.steps(labels, epochs) // 3,
+        coeff=2.5e-4,
+        importance="group_taylor",
+        importance_steps=8,
     )
     tuned, state = train(loaded, pruning, digits.batches(images, labels, epochs))
     masks = ct.masks_of(state)

@@ -31,8 +31,15 @@ from experiments.data import DataConfig, place
 # What is kept of the runs of a group, in its folder.
 RUNS = "runs.jsonl"
 # Fields that a resumed run may change: they decide neither data nor mathematics.
-_FREE_FIELDS = ("loop.progress", "loop.tensorboard", "loop.keep_checkpoints", "loop.checkpoint_every_epochs",
-                "data.dir", "data.cache_dir", "expected")
+_FREE_FIELDS = (
+    "loop.progress",
+    "loop.tensorboard",
+    "loop.keep_checkpoints",
+    "loop.checkpoint_every_epochs",
+    "data.dir",
+    "data.cache_dir",
+    "expected",
+)
 _OF_A_RUN = ("name", "seed", "config", "setting", "summary", "metrics")
 # Set for runs whose cores do other work at the same time.
 SHARED_CORES = "CLICKTRAIN_SHARED_CORES"
@@ -175,8 +182,11 @@ class RunFolder:
         config = read_json(self.path / "config.json")
         config["data"] |= {"dir": None, "cache_dir": None}
         return {
-            "name": config["name"], "seed": config["seed"], "config": config,
-            "setting": read_json(self.path / "setting.json"), "summary": self.summary(),
+            "name": config["name"],
+            "seed": config["seed"],
+            "config": config,
+            "setting": read_json(self.path / "setting.json"),
+            "summary": self.summary(),
             "metrics": read_metrics(self.path),
         }
 

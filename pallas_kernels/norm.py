@@ -112,7 +112,11 @@ Settings = tuple[float, bool, bool, str, str]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _normalise(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, added: jax.Array | None, around: jax.Array | None,
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    added: jax.Array | None,
+    around: jax.Array | None,
     settings: Settings,
 ) -> tuple:
     if settings[3] == "cpu":
@@ -139,7 +143,11 @@ _normalise.defvjp(_forward, _backward)
 
 
 def _forward_xla(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, added: jax.Array | None, around: jax.Array | None,
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    added: jax.Array | None,
+    around: jax.Array | None,
     settings: Settings,
 ) -> tuple:
     epsilon, relu, pool, _, layout = settings

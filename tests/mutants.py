@@ -97,7 +97,7 @@ MUTANTS = [Mutant(*each) for each in (
      "test_transform_phases::test_compiled_phase_updates_are_the_transformation[momentum]"),
     ("phase_updates.prune", "pruned=state.count", "pruned=state.count + 1",
      "test_transform_phases::test_compiled_phase_updates_are_the_transformation[momentum]"),
-    ("clicktrain.whole_update", "masked=due.pruned, held", "masked=due.prunes | due.pruned, held",
+    ("clicktrain.whole_update", "masked=due.pruned,", "masked=due.prunes | due.pruned,",
      "test_transform_phases::test_pruning_updates_gradient_is_whole_and_without_lasso"),
     ("clicktrain.whole_update", "lasso=due.regularizes", "lasso=True",
      "test_transform_phases::test_dense_and_selecting_updates_are_ordinary"),
@@ -269,7 +269,7 @@ def tests_of(mutant: Mutant, root: pathlib.Path) -> list[str]:
 
 
 def run(root: pathlib.Path, tests: list[str]) -> str:
-    """"passed", "failed" or what else came of the tests, in a process that has jax already."""
+    """ "passed", "failed" or what else came of the tests, in a process that has jax already."""
     child = os.fork()
     if child == 0:
         os.chdir(root)

@@ -69,7 +69,7 @@ MethodConfig = LeastConfig | PruneConfig''',
 
 
 CRITERIA: dict[str, Criterion] = {"fourth_power": fourth_power, ''',
-        ),
+        )
     },
     "net": {
         "clicktrain_jax/models/plain.py": '''"""Three convolutions and nothing else."""
@@ -116,7 +116,7 @@ from pallas_kernels.pattern_conv.reference import forward, input_gradient, weigh
     },
 }
 AT_MOST = {"method": 3, "criterion": 1, "net": 2, "backend": 2}
-RUN = '''
+RUN = """
 import sys
 from pathlib import Path
 
@@ -142,7 +142,7 @@ x, w = jnp.ones((1, 4, 4, 4)), jnp.ones((3, 3, 4, 8))
 y, again = (pk.pattern_conv(x, w, structure, backend=backend) for backend in ("reference", "again"))
 np.testing.assert_array_equal(y, again)
 print("one of each")
-'''
+"""
 
 
 def apply(tree, file, change):
@@ -173,7 +173,11 @@ def test_one_of_each_is_added_and_runs(tree, tmp_path):
             apply(tree, file, change)
     settings = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tree)}
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path)], cwd=tree, env=os.environ | settings, capture_output=True, text=True,
+        [sys.executable, "-c", RUN, str(tmp_path)],
+        cwd=tree,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -30,8 +30,12 @@ def run(command, tmp_path):
     settings = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "JAX_PLATFORMS": "cpu"}
     environment = {name: value for name, value in os.environ.items() if name not in ("NPROC", "XLA_FLAGS")}
     done = subprocess.run(
-        [sys.executable, "-W", "error", *command], cwd=tmp_path, env=environment | settings, capture_output=True,
-        text=True, timeout=600,
+        [sys.executable, "-W", "error", *command],
+        cwd=tmp_path,
+        env=environment | settings,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

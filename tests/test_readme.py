@@ -75,13 +75,23 @@ def run_page(pruned, tmp_path, monkeypatch):
 
     def run(page):
         names = {
-            "ct": ct, "jax": jax, "optax": optax, "model": model, "masks": masks, "variables": variables, **variables,
-            "images": images, "labels": labels, "batches": [(images, labels)] * BATCHES, "loss": loss, "Stack": Stack,
+            "ct": ct,
+            "jax": jax,
+            "optax": optax,
+            "model": model,
+            "masks": masks,
+            "variables": variables,
+            **variables,
+            "images": images,
+            "labels": labels,
+            "batches": [(images, labels)] * BATCHES,
+            "loss": loss,
+            "Stack": Stack,
         }
         names["plan"] = ct.make_plan(names["params"], {"Conv_0/kernel": None, "Conv_.*/kernel": 0.5})
-        names["opt_state"] = ct.clicktrain(
-            optax.sgd(0.1), names["plan"], select_step=2, prune_step=4, coeff=1e-4
-        ).init(names["params"])
+        names["opt_state"] = ct.clicktrain(optax.sgd(0.1), names["plan"], select_step=2, prune_step=4, coeff=1e-4).init(
+            names["params"]
+        )
         trained = any("in batches" in code for code in snippets(page))
         for code in snippets(page):
             # Runs of a few updates rather than of thousands.

@@ -3,11 +3,4 @@
 from clicktrain_jax.channels.narrowing import narrow, narrow_shapes, widths
 from clicktrain_jax.channels.nodes import ChannelNode, channel_nodes, find_node
 
-__all__ = [
-    "ChannelNode",
-    "channel_nodes",
-    "find_node",
-    "narrow",
-    "narrow_shapes",
-    "widths",
-]
+__all__ = ["ChannelNode", "channel_nodes", "find_node", "narrow", "narrow_shapes", "widths"]

@@ -34,6 +34,7 @@ _ELEMENTWISE = frozenset(
 _REDUCTIONS = frozenset("reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor".split())
 _WINDOWS = frozenset("reduce_window_max reduce_window_min reduce_window_sum".split())
 
+
 @dataclasses.dataclass(eq=False)
 class Part:
     """One factor of an axis.

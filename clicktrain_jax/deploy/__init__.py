@@ -1,11 +1,6 @@
 """Pruned nets made fast: the one room that uses `pallas_kernels`, and it imports them when they are needed."""
 
-from clicktrain_jax.deploy.accelerate import (
-    Accelerated,
-    AccelerateReport,
-    ConvolutionReport,
-    accelerate,
-)
+from clicktrain_jax.deploy.accelerate import Accelerated, AccelerateReport, ConvolutionReport, accelerate
 from clicktrain_jax.deploy.export import export
 from clicktrain_jax.deploy.inference import InferenceNet
 from clicktrain_jax.deploy.load import inference_net, load

@@ -4,6 +4,8 @@
     logits = jax.jit(fast)(variables, images)
     fast = fast.tuned(variables, images)      # measures this net on this device: dense, by patterns, or layer by layer
     print(fast.report(variables, images).to_text())
+
+What cannot be run by its pattern runs dense, and the report says why.
 """
 
 import dataclasses

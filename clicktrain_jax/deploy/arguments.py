@@ -109,13 +109,7 @@ def take_apart(args: tuple, kwargs: dict[str, Any]) -> tuple[Frame, list[Any], l
         # Modules are split together, so that what they share stays shared: the first key counts them.
         paths += [f"module {'/'.join(path_keys(path))}" for path, _ in found]
     frame = Frame(
-        treedef,
-        tuple(static),
-        tuple(positions),
-        graphdef,
-        state_treedef,
-        (len(leaves), in_state),
-        tuple(paths),
+        treedef, tuple(static), tuple(positions), graphdef, state_treedef, (len(leaves), in_state), tuple(paths)
     )
     return frame, arrays, modules
 

@@ -31,9 +31,7 @@ class Kernel:
         is_pruned: whether the value is zero where the mask removes.
     """
 
-    def __init__(
-        self, name: str, value: Any, leaf_mask: np.ndarray | None, moves: Moves = (), is_pruned: bool = False
-    ):
+    def __init__(self, name: str, value: Any, leaf_mask: np.ndarray | None, moves: Moves = (), is_pruned: bool = False):
         self.name, self.value, self.leaf_mask, self.moves, self.is_pruned = name, value, leaf_mask, moves, is_pruned
         self._masked: Any = None
 

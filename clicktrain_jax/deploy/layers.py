@@ -69,11 +69,7 @@ class Layer:
     def settings(self) -> dict[str, Any]:
         """Strides, padding and precision, as `pallas_kernels` takes them; all else is refused by `why_dense`."""
         params = self._params
-        return {
-            "strides": params["window_strides"],
-            "padding": params["padding"],
-            "precision": params["precision"],
-        }
+        return {"strides": params["window_strides"], "padding": params["padding"], "precision": params["precision"]}
 
     def facts(self, structure: Any) -> tuple:
         """What the speed depends on: layers of equal facts are run alike."""

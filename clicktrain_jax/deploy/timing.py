@@ -126,8 +126,12 @@ def _net(apply_fn: ApplyFn, variables: Tree, params: Tree, image_shape: tuple[in
 
 
 def _measure(
-    dense: InferenceNet, nets: Mapping[float, InferenceNet], kept: Mapping[float, Mapping[str, float]], plan: Plan,
-    batch: int, timer: Timer,
+    dense: InferenceNet,
+    nets: Mapping[float, InferenceNet],
+    kept: Mapping[float, Mapping[str, float]],
+    plan: Plan,
+    batch: int,
+    timer: Timer,
 ) -> LayerTimes:
     names = _names(dense, plan, batch)
     empty = jax.jit(lambda x: x + 1)
@@ -219,7 +223,8 @@ class _Cached:
         self._facts = {
             "layer times": [str(site.layer.facts(None)) for site in sites],
             "plan": [f"{layer.name} {layer.shape} {layer.in_words()}" for layer in plan.layers],
-            "batch": batch, "shares": [float(share) for share in shares],
+            "batch": batch,
+            "shares": [float(share) for share in shares],
             "native": native.instruction_set() if native.is_fast() else "",
         }
 

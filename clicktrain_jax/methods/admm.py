@@ -145,7 +145,12 @@ def admm(
         end_step = prune_step if end_step is None else end_step
         pulled = admm(inner, plan, patterns=patterns, rho=rho, every=every, begin_step=begin_step, end_step=end_step)
         return clicktrain(
-            pulled, plan, select_step=prune_step - 1, prune_step=prune_step, coeff=0.0, patterns=patterns,
+            pulled,
+            plan,
+            select_step=prune_step - 1,
+            prune_step=prune_step,
+            coeff=0.0,
+            patterns=patterns,
             importance="magnitude",
         )
     every = check_integer("every", every, 1)
@@ -184,18 +189,14 @@ def admm(
 
         return *step(project_patterns, state.pattern_dual), *step(project_kernels, state.kernel_dual)
 
-    def whole_update(
-        grads: Tree, state: AdmmState, params: Tree, extra: dict[str, Any]
-    ) -> tuple[Tree, AdmmState]:
+    def whole_update(grads: Tree, state: AdmmState, params: Tree, extra: dict[str, Any]) -> tuple[Tree, AdmmState]:
         weights = _wide(planned(params, plan))
         since = state.count - begin_step
         active = since >= 0
         if end_step is not None:
             active &= state.count < end_step
         variables = tuple(state[1:5])
-        variables = jax.lax.cond(
-            active & (since % every == 0), lambda: renew(state, weights), lambda: variables
-        )
+        variables = jax.lax.cond(active & (since % every == 0), lambda: renew(state, weights), lambda: variables)
 
         def pulled() -> Tree:
             z, u, y, v = variables

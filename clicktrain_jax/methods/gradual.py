@@ -111,6 +111,4 @@ def gradual_magnitude(
             for name, mask in masks.items()
         }
 
-    return sparse_training(
-        "gradual_magnitude", inner, plan, start=lambda: all_kept(plan), is_due=is_due, renew=renew
-    )
+    return sparse_training("gradual_magnitude", inner, plan, start=lambda: all_kept(plan), is_due=is_due, renew=renew)

@@ -45,11 +45,7 @@ def magnitude_masks(params: Tree, plan: Plan, densities: Mapping[str, float] | N
 
 
 def magnitude(
-    inner: optax.GradientTransformation,
-    plan: Plan,
-    *,
-    prune_step: int,
-    densities: Mapping[str, float] | None = None,
+    inner: optax.GradientTransformation, plan: Plan, *, prune_step: int, densities: Mapping[str, float] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """One-shot magnitude pruning of single weights, around any optax optimizer. Put it last in a chain.
 

@@ -20,14 +20,7 @@ import optax
 from clicktrain_jax.eager import compiled
 from clicktrain_jax.masks import Masks, build_masks
 from clicktrain_jax.methods.sparse import one_shot
-from clicktrain_jax.methods.states import (
-    MaskDict,
-    check_integer,
-    check_update,
-    first_state,
-    masks_tree,
-    planned,
-)
+from clicktrain_jax.methods.states import MaskDict, check_integer, check_update, first_state, masks_tree, planned
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.plan.layer_plan import LayerPlan
 from clicktrain_jax.states import ClickTrainState, check_state
@@ -288,6 +281,4 @@ def _cin(layer: LayerPlan) -> int:
 
 
 def _choose(weights: MaskDict, plan: Plan, n: int, m: int) -> MaskDict:
-    return {
-        layer.name: n_of_m_mask(replicated(weights[layer.name]), n, m, _cin(layer)) for layer in plan.layers
-    }
+    return {layer.name: n_of_m_mask(replicated(weights[layer.name]), n, m, _cin(layer)) for layer in plan.layers}

@@ -265,9 +265,9 @@ def _under_masks(
             check_leaves([name for name, *_ in (*node.writers, *node.readers)], by_name, prefix)
             if not node.fixed and is_written_by_convolutions(node, by_name):
                 entries = [*node.writers, *((name, axis) for name, axis, _ in node.readers)]
-                free.append([
-                    (name.removeprefix(prefix), axis) for name, axis in entries if is_kernel_shape(by_name[name])
-                ])
+                free.append(
+                    [(name.removeprefix(prefix), axis) for name, axis in entries if is_kernel_shape(by_name[name])]
+                )
         masked = {name for entries in free for name, _ in entries}
         if not masked:
             raise ValueError(f"nodes: none of the {len(nodes)} groups is free to lose channels, so there are no masks")
@@ -283,8 +283,12 @@ def _under_masks(
             return new
 
         return sparse_training(
-            "prunetrain", lasso, plan, start=lambda: all_kept(plan),
-            is_due=lambda count: (count + 1) % every == 0, renew=renew,
+            "prunetrain",
+            lasso,
+            plan,
+            start=lambda: all_kept(plan),
+            is_due=lambda count: (count + 1) % every == 0,
+            renew=renew,
         )
 
     def of(params: Tree) -> optax.GradientTransformationExtraArgs:
@@ -315,12 +319,7 @@ def _check_threshold(threshold: float) -> None:
 
 
 def living_channels(
-    variables: Tree,
-    nodes: Sequence[ChannelNode],
-    *,
-    threshold: float = 1e-4,
-    multiple: int = 8,
-    prefix: str = "",
+    variables: Tree, nodes: Sequence[ChannelNode], *, threshold: float = 1e-4, multiple: int = 8, prefix: str = ""
 ) -> dict[str, np.ndarray]:
     """The channels that a reconfiguration keeps.
 

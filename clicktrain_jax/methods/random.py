@@ -21,11 +21,7 @@ from clicktrain_jax.trees import Tree, map_named
 
 
 def random(
-    inner: optax.GradientTransformation,
-    plan: Plan,
-    *,
-    key: jax.Array,
-    densities: Mapping[str, float] | None = None,
+    inner: optax.GradientTransformation, plan: Plan, *, key: jax.Array, densities: Mapping[str, float] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Static random sparsity, around any optax optimizer: the masks are drawn once and never change.
 

@@ -71,7 +71,14 @@ def rigl(
     Source: Evci et al. 2020 (arXiv 1911.11134), algorithm 1.
     """
     return exchanging(
-        "rigl", inner, plan, densities=densities, key=key, every=every, end_step=end_step, drop_fraction=drop_fraction,
+        "rigl",
+        inner,
+        plan,
+        densities=densities,
+        key=key,
+        every=every,
+        end_step=end_step,
+        drop_fraction=drop_fraction,
         falls=lambda step: exchange_fraction(step, end_step, drop_fraction),
         pull=lambda count, name, grad: magnitudes(grad),
     )

@@ -56,9 +56,14 @@ def sparse_evolutionary(
     Source: Mocanu et al. 2018 (arXiv 1707.04780).
     """
     return exchanging(
-        "sparse_evolutionary", inner, plan, densities=densities, key=key, every=every, end_step=end_step,
-        drop_fraction=drop_fraction, falls=lambda step: drop_fraction,
-        pull=lambda count, name, grad: jax.random.uniform(
-            key_of(jax.random.fold_in(key, count + 1), name), grad.shape
-        ),
+        "sparse_evolutionary",
+        inner,
+        plan,
+        densities=densities,
+        key=key,
+        every=every,
+        end_step=end_step,
+        drop_fraction=drop_fraction,
+        falls=lambda step: drop_fraction,
+        pull=lambda count, name, grad: jax.random.uniform(key_of(jax.random.fold_in(key, count + 1), name), grad.shape),
     )

@@ -118,9 +118,7 @@ def sparse_training(
         # What jit returned may be sharded in any way, and the branches must agree.
         held = Masks.of(state.masks).layers
         old = {layer: replicated(mask.combined()) for layer, mask in held.items()}
-        updates, inner_state = inner.update(
-            apply_masks(grads, _masks(params, old)), state.inner_state, params, **extra
-        )
+        updates, inner_state = inner.update(apply_masks(grads, _masks(params, old)), state.inner_state, params, **extra)
         new, selected = old, state.selected
         if is_due is not None:
             due = is_due(state.count)
@@ -157,8 +155,11 @@ def one_shot(
 ) -> optax.GradientTransformationExtraArgs:
     """`sparse_training` whose masks are chosen once, from the weights after update ``step``."""
     return sparse_training(
-        name, inner, plan,
-        start=lambda: all_kept(plan), is_due=lambda count: count == step,
+        name,
+        inner,
+        plan,
+        start=lambda: all_kept(plan),
+        is_due=lambda count: count == step,
         renew=lambda count, masks, weights, grads: choose(weights),
     )
 

@@ -3,6 +3,8 @@
     model = build("vgg13", num_classes=10, width=0.5)
     variables = model.init(key, images, train=False)
     prunable_convs(model, default_image_shape("vgg13"))  # ("Conv_1/kernel", ..., "Conv_9/kernel")
+
+Images are NHWC.
 """
 
 import difflib
@@ -85,17 +87,11 @@ _NETS: dict[str, _Net] = {
     "resnet32_wide": _Net(ResNet, {"blocks_per_stage": (3, 4, 5, 3)}, _SMALL_IMAGE),
     # The ResNet-32 of He et al., section 4.2.
     "resnet32": _Net(
-        ResNet,
-        {"blocks_per_stage": (5, 5, 5), "stage_widths": (16, 32, 64), "shortcut": "pad"},
-        _SMALL_IMAGE,
+        ResNet, {"blocks_per_stage": (5, 5, 5), "stage_widths": (16, 32, 64), "shortcut": "pad"}, _SMALL_IMAGE
     ),
-    "resnet50_cifar": _Net(
-        ResNet, {"blocks_per_stage": (3, 4, 6, 3), "kind": "bottleneck"}, _SMALL_IMAGE
-    ),
+    "resnet50_cifar": _Net(ResNet, {"blocks_per_stage": (3, 4, 6, 3), "kind": "bottleneck"}, _SMALL_IMAGE),
     "resnet50": _Net(
-        ResNet,
-        {"blocks_per_stage": (3, 4, 6, 3), "kind": "bottleneck", "stem": "imagenet"},
-        (224, 224, 3),
+        ResNet, {"blocks_per_stage": (3, 4, 6, 3), "kind": "bottleneck", "stem": "imagenet"}, (224, 224, 3)
     ),
     "small": _Net(SmallCNN, {}, (8, 8, 1)),
 }

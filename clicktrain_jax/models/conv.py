@@ -28,13 +28,7 @@ class DenseConvolution(Protocol):
     """A convolution with all weights: x in the layout, w (kh, kw, cin, cout) of its dtype -> y in the layout."""
 
     def __call__(
-        self,
-        x: jax.Array,
-        w: jax.Array,
-        *,
-        strides: Sequence[int],
-        padding: Sequence[tuple[int, int]],
-        layout: Layout,
+        self, x: jax.Array, w: jax.Array, *, strides: Sequence[int], padding: Sequence[tuple[int, int]], layout: Layout
     ) -> jax.Array:
         """Convolves."""
 

@@ -48,9 +48,7 @@ def to_nhwc(x: jax.Array, layout: Layout) -> jax.Array:
     return x if spatial_axes(layout) == (1, 2) else jnp.transpose(x, (2, 0, 1, 3))
 
 
-def max_pool(
-    x: jax.Array, size: int, strides: int, layout: Layout, padding: Pads = ((0, 0), (0, 0))
-) -> jax.Array:
+def max_pool(x: jax.Array, size: int, strides: int, layout: Layout, padding: Pads = ((0, 0), (0, 0))) -> jax.Array:
     """The largest value of each window of size x size pixels; of equal ones the first takes the gradient.
 
     Args:

@@ -47,8 +47,15 @@ class Norm(nn.BatchNorm):
         inside = self.pool and even and added is None
         x, added = (None if maps is None else maps.astype(self.dtype) for maps in (x, added))
         y, *now = self.normalise(
-            x, scale, bias, added=added, epsilon=self.epsilon, relu=self.relu, pool=inside,
-            around=mean.value, layout=self.layout,
+            x,
+            scale,
+            bias,
+            added=added,
+            epsilon=self.epsilon,
+            relu=self.relu,
+            pool=inside,
+            around=mean.value,
+            layout=self.layout,
         )
         for running, found in zip((mean, var), now):
             running.value = self.momentum * running.value + (1 - self.momentum) * found

@@ -18,14 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clicktrain_jax.models.layout import (
-    Layout,
-    conv_in_layout,
-    from_nhwc,
-    max_pool,
-    per_axis,
-    spatial_axes,
-)
+from clicktrain_jax.models.layout import Layout, conv_in_layout, from_nhwc, max_pool, per_axis, spatial_axes
 from clicktrain_jax.models.norm import Norm, norm_of
 from clicktrain_jax.models.sizes import ModuleDef, check_images, scaled_width
 
@@ -195,19 +188,13 @@ class ResNet(nn.Module):
             self.num_classes,
             dtype=jnp.float32,
             kernel_init=_fan_in_uniform,
-            bias_init=lambda key, shape, dtype: jax.random.uniform(
-                key, shape, dtype, minval=-bound, maxval=bound
-            ),
+            bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound),
             name="Dense_0",
         )(x)
 
     def _check_settings(self) -> None:
         """Raises ValueError where a setting is unknown or stages and widths do not pair up."""
-        known = {
-            "kind": ("basic", "bottleneck"),
-            "shortcut": ("projection", "pad"),
-            "stem": ("small", "imagenet"),
-        }
+        known = {"kind": ("basic", "bottleneck"), "shortcut": ("projection", "pad"), "stem": ("small", "imagenet")}
         for field, values in known.items():
             if getattr(self, field) not in values:
                 raise ValueError(f"{field} must be one of {values}, got {getattr(self, field)!r}")

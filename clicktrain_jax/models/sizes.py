@@ -95,9 +95,7 @@ def abstract_variables(model: nn.Module, image_shape: Sequence[int]) -> Mapping[
     return jax.eval_shape(init)
 
 
-def _trace(
-    model: nn.Module, image_shape: Sequence[int]
-) -> dict[str, tuple[tuple[int, ...], tuple[int, int]]]:
+def _trace(model: nn.Module, image_shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], tuple[int, int]]]:
     """Returns ``path -> (kernel shape, output size)`` of 2-D and 4-D kernels, in call order."""
     sizes: dict[str, tuple[int, int]] = {}
 
@@ -112,8 +110,7 @@ def _trace(
             path = "/".join((*module.path, "kernel"))
             if sizes.setdefault(path, size) != size:
                 raise ValueError(
-                    f"{path!r} is applied at two output sizes, {sizes[path]} and {size}: "
-                    "one size cannot describe it"
+                    f"{path!r} is applied at two output sizes, {sizes[path]} and {size}: one size cannot describe it"
                 )
         return out
 
@@ -148,9 +145,7 @@ def conv_layers(model: nn.Module, image_shape: Sequence[int]) -> tuple[ConvLayer
             no call of the module that owns it was seen.
     """
     return tuple(
-        ConvLayer(path, shape, size)
-        for path, (shape, size) in _trace(model, image_shape).items()
-        if len(shape) == 4
+        ConvLayer(path, shape, size) for path, (shape, size) in _trace(model, image_shape).items() if len(shape) == 4
     )
 
 

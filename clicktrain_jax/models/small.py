@@ -63,8 +63,7 @@ class SmallCNN(nn.Module):
         check_images(x)
         if min(x.shape[1:3]) < _SMALLEST_IMAGE:
             raise ValueError(
-                f"this net takes images of {_SMALLEST_IMAGE}x{_SMALLEST_IMAGE} or larger, "
-                f"got {x.shape[1]}x{x.shape[2]}"
+                f"this net takes images of {_SMALLEST_IMAGE}x{_SMALLEST_IMAGE} or larger, got {x.shape[1]}x{x.shape[2]}"
             )
         conv = conv_in_layout(self.conv, self.layout)
         norm = norm_of(self.norm, train, self.dtype, self.layout)

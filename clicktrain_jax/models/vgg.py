@@ -13,13 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clicktrain_jax.models.layout import (
-    Layout,
-    avg_pool,
-    conv_in_layout,
-    from_nhwc,
-    to_nhwc,
-)
+from clicktrain_jax.models.layout import Layout, avg_pool, conv_in_layout, from_nhwc, to_nhwc
 from clicktrain_jax.models.norm import Norm, norm_of
 from clicktrain_jax.models.sizes import ModuleDef, check_images, scaled_width
 
@@ -81,16 +75,12 @@ class VGG(nn.Module):
         """
         check_images(x, size=_IMAGE_SIZE)
         if len(self.convs_per_stage) != len(_STAGE_WIDTHS):
-            raise ValueError(
-                f"convs_per_stage needs {len(_STAGE_WIDTHS)} entries, got {self.convs_per_stage}"
-            )
+            raise ValueError(f"convs_per_stage needs {len(_STAGE_WIDTHS)} entries, got {self.convs_per_stage}")
         conv = conv_in_layout(self.conv, self.layout)
         norm = norm_of(self.norm, train, self.dtype, self.layout)
         x = from_nhwc(x, self.layout)
         index = 0
-        for stage, (count, features) in enumerate(
-            zip(self.convs_per_stage, _STAGE_WIDTHS, strict=True)
-        ):
+        for stage, (count, features) in enumerate(zip(self.convs_per_stage, _STAGE_WIDTHS, strict=True)):
             for layer in range(count):
                 x = conv(
                     scaled_width(features, self.width),
@@ -117,13 +107,8 @@ class VGG(nn.Module):
         for layer in range(2):
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
             x = nn.Dense(
-                scaled_width(_HIDDEN_WIDTH, self.width),
-                dtype=self.dtype,
-                kernel_init=dense_init,
-                name=f"Dense_{layer}",
+                scaled_width(_HIDDEN_WIDTH, self.width), dtype=self.dtype, kernel_init=dense_init, name=f"Dense_{layer}"
             )(x)
             x = nn.relu(x)
         # The last layer costs next to nothing, so its logits are not rounded to a short dtype.
-        return nn.Dense(
-            self.num_classes, dtype=jnp.float32, kernel_init=dense_init, name="Dense_2"
-        )(x)
+        return nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=dense_init, name="Dense_2")(x)

@@ -171,8 +171,13 @@ class Generated:
         result = {}
         for (size, taps, _), group in groups.items():
             patterns = generate(
-                {name: scores[name] for name in group}, self.num_patterns, entries=taps, method=self.method,
-                centre=self.centre, complementary=self.complementary, kernel_size=size,
+                {name: scores[name] for name in group},
+                self.num_patterns,
+                entries=taps,
+                method=self.method,
+                centre=self.centre,
+                complementary=self.complementary,
+                kernel_size=size,
             )
             result.update(dict.fromkeys(group, patterns))
         return result
@@ -285,9 +290,7 @@ def _check_options(num_patterns: int, method: str, centre: bool, complementary: 
         )
 
 
-def _check_numbers(
-    size: Size, num_patterns: int, entries: int, method: str, centre: bool, complementary: bool
-) -> None:
+def _check_numbers(size: Size, num_patterns: int, entries: int, method: str, centre: bool, complementary: bool) -> None:
     _check_options(num_patterns, method, centre, complementary)
     tap_sets.check_entries(size, entries, centre)
     what = f"patterns of {entries} of {size[0]}x{size[1]} taps"

@@ -256,9 +256,7 @@ def make_plan(
     if not layers:
         raise ValueError("the rules prune no layer: give at least one convolution a fraction in [0, 1)")
     counted = {name for name, why in doubts.items() if why is None} | {layer.name for layer in layers}
-    resolved = None if target is None else make_target(
-        target, target_of, shapes, layers, output_sizes, counted, costs
-    )
+    resolved = None if target is None else make_target(target, target_of, shapes, layers, output_sizes, counted, costs)
     return Plan(tuple(layers), tuple(names), resolved, tuple(left_out))
 
 

@@ -178,9 +178,7 @@ def _removed_at_least(layer: LayerPlan) -> int:
     return removed
 
 
-def resolve(
-    target: Target, current: jax.Array, rows: Mapping[str, Rows]
-) -> dict[str, jax.Array]:
+def resolve(target: Target, current: jax.Array, rows: Mapping[str, Rows]) -> dict[str, jax.Array]:
     """How many rows each layer loses.
 
     Args:

@@ -103,8 +103,10 @@ def check_patterns(plan: Plan, patterns: Any) -> Any:
                 "quads need patterns that fit beside each other: Generated(..., complementary=True), which pairs "
                 "every pattern with one that it shares no tap with"
             )
-        patterns.check({layer.name: layer.shape[:2] for layer in with_patterns},
-                       {layer.name: layer.entries for layer in with_patterns})
+        patterns.check(
+            {layer.name: layer.shape[:2] for layer in with_patterns},
+            {layer.name: layer.entries for layer in with_patterns},
+        )
         return patterns
     patterns = check_set(patterns)
     size = tuple(jnp.shape(patterns)[1:])
@@ -154,8 +156,13 @@ def _pattern_sets(scores: dict[str, jax.Array], plan: Plan, patterns: Any) -> di
     if not isinstance(patterns, Generated):
         sets = {layer.name: patterns for layer in layers}
     else:
-        sets = patterns.sets({layer.name: scores[layer.name] for layer in layers},
-                             {layer.name: layer.entries for layer in layers}) if layers else {}
+        sets = (
+            patterns.sets(
+                {layer.name: scores[layer.name] for layer in layers}, {layer.name: layer.entries for layer in layers}
+            )
+            if layers
+            else {}
+        )
     # Where nothing is chosen every pattern keeps all taps, as before a selection.
     whole = [layer for layer in plan.layers if layer.has_patterns and not layer.chooses_patterns]
     return sets | {layer.name: np.ones((num_patterns_of(patterns), *layer.shape[:2]), bool) for layer in whole}

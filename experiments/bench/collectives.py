@@ -48,7 +48,9 @@ def reduced(program: str) -> tuple[int, int]:
 
 
 def measure(
-    wanted: Sequence[tuple[str, str, PruneConfig]] | None = None, *, width: float = 1.0,
+    wanted: Sequence[tuple[str, str, PruneConfig]] | None = None,
+    *,
+    width: float = 1.0,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Compile the reductions, and read what they carry.
@@ -78,7 +80,8 @@ def measure(
         convolutions = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 4]
         others = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim != 4)
         row["convolutions"] = {
-            "dense": 4 * sum(leaf.size for leaf in convolutions), "compact": row["float32"]["compact"] - 4 * others
+            "dense": 4 * sum(leaf.size for leaf in convolutions),
+            "compact": row["float32"]["compact"] - 4 * others,
         }
         rows.append(row)
         log(f"{name}: {row['convolutions']['dense'] / row['convolutions']['compact']:.2f}x")
@@ -99,9 +102,7 @@ def _bytes(params: Any, retained: ct.reduction.Retained | None) -> int:
     mapped = mapped(reduce, in_specs=(PartitionSpec("data"), PartitionSpec()))
     # A device's own gradient: the leading axis is the devices'.
     split = NamedSharding(mesh, PartitionSpec("data"))
-    each = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((mesh.size, *leaf.shape), leaf.dtype, sharding=split), params
-    )
+    each = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((mesh.size, *leaf.shape), leaf.dtype, sharding=split), params)
     total, _ = reduced(jax.jit(mapped).lower(each, retained).compile().as_text())
     return total
 
@@ -110,8 +111,12 @@ def run(out: Path | None) -> str:
     """Measure in a process that sees two devices, save the record when asked to, and return the table."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.bench.collectives"], stdout=subprocess.PIPE, text=True, check=True,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, cwd=Path(__file__).parents[2],
+        [sys.executable, "-m", "experiments.bench.collectives"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parents[2],
     )
     record = json.loads(done.stdout)
     if out is not None:

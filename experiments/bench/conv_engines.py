@@ -108,9 +108,7 @@ class _Served(Sampled):
         return {"results": path}
 
 
-_Forms = Callable[
-    [Mapping[str, np.ndarray], Direction, list[int], list[list[int]], int], dict[str, Callable[[], Any]]
-]
+_Forms = Callable[[Mapping[str, np.ndarray], Direction, list[int], list[list[int]], int], dict[str, Callable[[], Any]]]
 
 
 def _onnxruntime() -> _Forms:
@@ -141,9 +139,7 @@ def _onnxruntime() -> _Forms:
             [onnx.numpy_helper.from_array(w, "w")],
         )
         model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         return {"onnxruntime": lambda: session.run(None, {"x": x})[0]}
 
     return forms
@@ -168,9 +164,9 @@ def _torch() -> _Forms:
 
         def gradient(which: int) -> Any:
             wanted = [index == which for index in range(3)]
-            return torch.ops.aten.convolution_backward(
-                dy, x, w, None, strides, pads, [1, 1], False, [0, 0], 1, wanted
-            )[which]
+            return torch.ops.aten.convolution_backward(dy, x, w, None, strides, pads, [1, 1], False, [0, 0], 1, wanted)[
+                which
+            ]
 
         if direction != "forward":
             # What autograd calls for conv2d, one gradient at a time.

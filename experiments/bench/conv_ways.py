@@ -144,9 +144,7 @@ def expected(problem: Problem, direction: Direction, *, on_cpu: bool) -> jax.Arr
     return result if direction == "weight gradient" else _moved(result, layout, "NHWC")
 
 
-def ways(
-    problem: Problem, direction: Direction, *, ours: Sequence[str] = OURS
-) -> tuple[list[Way], dict[str, str]]:
+def ways(problem: Problem, direction: Direction, *, ours: Sequence[str] = OURS) -> tuple[list[Way], dict[str, str]]:
     """Every way, the dense ones first, in all layouts that the problem has.
 
     Args:
@@ -191,8 +189,9 @@ def ways(
             if backend == "mosaic_gpu":  # as the training loop holds it
                 held = for_batch(structure, geometry, case.batch, compat.multiprocessors(problem.w))
             arguments = (problem.x[layout], problem.w, problem.dy[layout], jax.device_put(held))
-            made.append(Way(f"{name} {layout}" if several and name == "xla" else name, True, function, arguments,
-                            layout, note))
+            made.append(
+                Way(f"{name} {layout}" if several and name == "xla" else name, True, function, arguments, layout, note)
+            )
     return made, refused
 
 

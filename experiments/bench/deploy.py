@@ -95,8 +95,14 @@ def run(
         found = measure(net, job, sizes, dict.fromkeys((ORT, OPENVINO), engines_python), **plan)
         layers = timing.layers(net.tuned(sizes[0]) if tuned else net, sizes[0])
         asked = "".join(
-            text for text, is_asked in ((" --quick", quick), (" --tuned", tuned), (f" --cores {cores}", cores),
-                                        (" --engines-python ...", engines_python)) if is_asked
+            text
+            for text, is_asked in (
+                (" --quick", quick),
+                (" --tuned", tuned),
+                (f" --cores {cores}", cores),
+                (" --engines-python ...", engines_python),
+            )
+            if is_asked
         )
         record = {
             "what": "deploy",
@@ -294,7 +300,11 @@ def _time(workers: Mapping[str, Worker], found: Mapping[str, dict[str, Any]], ro
     for (name, form), samples in seconds.items():
         low, median, high = np.percentile(samples, (20, 50, 80)).tolist()
         found[name]["forms"][form] |= {
-            "median_s": median, "low_s": low, "high_s": high, "samples": len(samples), "calls": calls[name, form]
+            "median_s": median,
+            "low_s": low,
+            "high_s": high,
+            "samples": len(samples),
+            "calls": calls[name, form],
         }
 
 
@@ -306,9 +316,7 @@ def _worth_more(seconds: Mapping[tuple[str, str], list[float]]) -> list[tuple[st
     return [key for key, samples in seconds.items() if min(samples) <= _FAR * least[key[0]]]
 
 
-def _measure_starts(
-    name: str, job: Job, python: str | None, forms: Mapping[int, str], starts: int
-) -> dict[str, Any]:
+def _measure_starts(name: str, job: Job, python: str | None, forms: Mapping[int, str], starts: int) -> dict[str, Any]:
     """Start an engine in fresh processes: seconds to its first answer, and the memory it comes to need.
 
     Args:
@@ -333,10 +341,12 @@ def _measure_starts(
             for size in others:
                 worker.ask("prepare", images=str(images_file(job.folder, size)), only=forms[size])
                 peaks[str(size)] = worker.ask("memory")
-            memory.append({
-                size: (peak["peak_bytes"] - started["bytes_before"], peak["device_bytes"])
-                for size, peak in peaks.items()
-            })
+            memory.append(
+                {
+                    size: (peak["peak_bytes"] - started["bytes_before"], peak["device_bytes"])
+                    for size, peak in peaks.items()
+                }
+            )
     least = {size: min((each[size] for each in memory), key=lambda pair: pair[0]) for size in memory[0]}
     return {
         "seconds": statistics.median(samples),

@@ -161,9 +161,7 @@ class DenseFolded(_Dense):
             groups = (params["feature_group_count"], params["batch_group_count"])
             if order != ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)) or any(each != 1 for each in (*dilation, *groups)):
                 raise Unavailable("a convolution that patches are not written for")
-            y = patch_convolution(
-                x, kernel, strides=params["window_strides"], padding=params["padding"], layout="NHWC"
-            )
+            y = patch_convolution(x, kernel, strides=params["window_strides"], padding=params["padding"], layout="NHWC")
             return step.finished(y, bias)
 
         def patches() -> Call:
@@ -258,6 +256,7 @@ class OnnxRuntime(Engine):
 
         return {"all graph optimisations": session}
 
+
 class OpenVino(Engine):
     """OpenVINO on the CPU."""
 
@@ -296,6 +295,7 @@ class OpenVino(Engine):
             "its default precision": compiled,
         }
 
+
 # By the names that stand in tables; the first is what all others are compared with.
 THIS_NET, IN_C = "this net", "this net in C"
 NATIVE, DENSE, PLAIN = "dense (native)", "dense (XLA)", "dense (XLA), as trained"
@@ -310,10 +310,7 @@ ENGINES: Mapping[str, Callable[[Job], Engine]] = {
     OPENVINO: OpenVino,
 }
 # What pip calls the library of an engine.
-PACKAGES = dict.fromkeys((THIS_NET, IN_C, NATIVE, DENSE, PLAIN), "jax") | {
-    ORT: "onnxruntime",
-    OPENVINO: "openvino",
-}
+PACKAGES = dict.fromkeys((THIS_NET, IN_C, NATIVE, DENSE, PLAIN), "jax") | {ORT: "onnxruntime", OPENVINO: "openvino"}
 
 
 def cores() -> int:

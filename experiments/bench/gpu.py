@@ -191,7 +191,10 @@ def run(asked: argparse.Namespace) -> int:
 
 
 def _next(
-    waiting: Sequence[Item], running: Sequence[_Running], chosen: Sequence[Item], failed: set[str],
+    waiting: Sequence[Item],
+    running: Sequence[_Running],
+    chosen: Sequence[Item],
+    failed: set[str],
     asked: argparse.Namespace,
 ) -> Item | None:
     """The next item that may start now, if any."""

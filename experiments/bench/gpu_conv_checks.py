@@ -88,14 +88,26 @@ def measure_sweeps(smoke: bool, budget_s: float) -> Outcome:
         return
     deadline = time.monotonic() + budget_s
     rng, rows, left_out = np.random.default_rng(), [], []
-    chosen = [_TINY] if smoke else [
-        Case(
-            f"sweep-n{batch}-{size}x{size}-{width}-tile{tile[0]}x{tile[1]}", (size, size), batch, width, width,
-            padding=((1, 1), (1, 1)), tile=tile, removed=cases.removed_for(4.5), dtype="bfloat16", layout="HWNC",
-        )
-        for tile in _SWEPT_TILES
-        for size, batch, width in _SWEPT_LAYERS
-    ]
+    chosen = (
+        [_TINY]
+        if smoke
+        else [
+            Case(
+                f"sweep-n{batch}-{size}x{size}-{width}-tile{tile[0]}x{tile[1]}",
+                (size, size),
+                batch,
+                width,
+                width,
+                padding=((1, 1), (1, 1)),
+                tile=tile,
+                removed=cases.removed_for(4.5),
+                dtype="bfloat16",
+                layout="HWNC",
+            )
+            for tile in _SWEPT_TILES
+            for size, batch, width in _SWEPT_LAYERS
+        ]
+    )
     for case in chosen:
         if time.monotonic() > deadline:
             left_out.append(case.name)
@@ -128,8 +140,13 @@ def _sweep(case: Case, rng: np.random.Generator, smoke: bool) -> list[dict[str, 
     try:
         # Kept: `pattern_conv` takes the winner where such a convolution is run.
         choice = autotune(
-            {name: candidate(name) for name in options}, wanted, facts,
-            tolerance=BOUNDS[case.dtype], rounds=1 if smoke else 10, budget_s=2, cache=None if smoke else Cache(),
+            {name: candidate(name) for name in options},
+            wanted,
+            facts,
+            tolerance=BOUNDS[case.dtype],
+            rounds=1 if smoke else 10,
+            budget_s=2,
+            cache=None if smoke else Cache(),
             timer=time_together if smoke else _on_the_device,
         )
     except RuntimeError as error:

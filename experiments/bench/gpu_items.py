@@ -69,7 +69,12 @@ def steps(batch: int, tile: tuple[int, int], ways: tuple[str, ...], out: Path, s
     for way in sorted(ways, key=lambda way: way == "dense"):
         kind, begin, held = ("dense", state, {}) if way == "dense" else ("pruned", pruned, structures)
         row = {
-            "net": net, "width": width, "batch": batch, "tile": list(tile), "way": way, "precision": "bfloat16",
+            "net": net,
+            "width": width,
+            "batch": batch,
+            "tile": list(tile),
+            "way": way,
+            "precision": "bfloat16",
             "conv_compression": 1.0 if way == "dense" else work.conv_compression,
             "multiply_adds": work.multiply_adds,
             "retained_multiply_adds": work.multiply_adds if way == "dense" else work.retained_multiply_adds,
@@ -168,8 +173,13 @@ def run_config(name: str, seed: int, out: Path) -> TrainConfig:
     # Not measured: it would compile what is then not taken. Blocks are what Hopper's kernels gain by.
     blocks = config.prune is not None and config.prune.tile == cases.BLOCK
     way = "pattern_hwnc" if blocks else "dense"
-    host = dataclasses.replace(config.loop, progress=False, checkpoint_every_epochs=config.total_epochs,
-                               eval_every_epochs=5, pruned_convolution=way)
+    host = dataclasses.replace(
+        config.loop,
+        progress=False,
+        checkpoint_every_epochs=config.total_epochs,
+        eval_every_epochs=5,
+        pruned_convolution=way,
+    )
     return dataclasses.replace(config, seed=seed, precision="bfloat16", loop=host)
 
 
@@ -196,9 +206,18 @@ def train(name: str, seed: int, out: Path, packed: str | None, at_once: int, smo
             prune, fractions=(), target=4.0, tile=(1, 1), floor=None, select_epoch=0, prune_epoch=1, importance_steps=1
         )
         # The loop that a GPU takes, not the one that "auto" takes on a CPU.
-        config = dataclasses.replace(config, net="small", data=data, epochs=2, batch_size=32, width=0.25,
-                                     lr_milestones=(), mixup_epoch=None, method=prune,
-                                     loop=dataclasses.replace(config.loop, epoch_program="scan"))
+        config = dataclasses.replace(
+            config,
+            net="small",
+            data=data,
+            epochs=2,
+            batch_size=32,
+            width=0.25,
+            lr_milestones=(),
+            mixup_epoch=None,
+            method=prune,
+            loop=dataclasses.replace(config.loop, epoch_program="scan"),
+        )
     elif packed is None:
         raise ValueError(f"{name} wants images: give --data.dir an archive made by `python -m experiments pack-data`")
     else:

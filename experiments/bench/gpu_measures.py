@@ -33,17 +33,21 @@ def _random_images(count: int) -> Dataset:
 
 def measure_update_costs(smoke: bool, packed: str | None) -> dict[str, Any]:
     """Updates of every phase against the plain optax step."""
-    size = {"net": "vgg11", "width": 0.125, "batch_size": 8, "repeats": 2} if smoke else {
-        "net": "vgg16", "width": 1.0, "batch_size": 128, "repeats": 30,
-    }
+    size = (
+        {"net": "vgg11", "width": 0.125, "batch_size": 8, "repeats": 2}
+        if smoke
+        else {"net": "vgg16", "width": 1.0, "batch_size": 128, "repeats": 30}
+    )
     return {"size": size, "rows": bench.measure_steps(**size)}
 
 
 def measure_selection(smoke: bool, packed: str | None) -> dict[str, Any]:
     """Seconds of the selection with each option, whole VGG-16."""
-    size = {"net": "vgg11", "width": 0.125, "batch_size": 1, "repeats": 1} if smoke else {
-        "net": "vgg16", "width": 1.0, "batch_size": 1, "repeats": 7,
-    }
+    size = (
+        {"net": "vgg11", "width": 0.125, "batch_size": 1, "repeats": 1}
+        if smoke
+        else {"net": "vgg16", "width": 1.0, "batch_size": 1, "repeats": 7}
+    )
     return {"size": size, "rows": bench.measure_selection(**size)}
 
 

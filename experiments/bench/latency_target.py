@@ -29,15 +29,22 @@ _ROUNDS, _BUDGET_S = 41, 60.0
 
 
 def run(
-    out: Path | None, *, nets: Sequence[tuple[str, float]] = NETS, batches: Sequence[int] = BATCHES,
+    out: Path | None,
+    *,
+    nets: Sequence[tuple[str, float]] = NETS,
+    batches: Sequence[int] = BATCHES,
     ratios: Sequence[float] = RATIOS,
 ) -> str:
     """Measure, write the record if asked to, and return the table."""
     loads = [os.getloadavg()]
     rows = [row for net, width in nets for batch in batches for row in _rows(net, width, batch, ratios)]
     record = {
-        "what": "latency target", "command": "python -m experiments bench latency", "setting": setting(),
-        "tile": TILE, "load_average": [*loads, os.getloadavg()], "results": rows,
+        "what": "latency target",
+        "command": "python -m experiments bench latency",
+        "setting": setting(),
+        "tile": TILE,
+        "load_average": [*loads, os.getloadavg()],
+        "results": rows,
     }
     if out is not None:
         write_json(out, record)
@@ -79,7 +86,8 @@ def _rows(name: str, width: float, batch: int, ratios: Sequence[float]) -> list[
     for row in rows:
         if (timing := found.get(f"{row['asked']:g}")) is not None:
             row |= {
-                "dense_s": found["dense"].median_s, "seconds": timing.median_s,
+                "dense_s": found["dense"].median_s,
+                "seconds": timing.median_s,
                 # Other work on the machine only adds: the 20th percentiles are the better ratio.
                 "reached": found["dense"].low_s / timing.low_s,
             }

@@ -144,7 +144,7 @@ def measure(
     for _, members in itertools.groupby(chosen, _layer_of):
         members = list(members)
         # Nothing is removed from what the dense forms compute.
-        whole, = with_changes(members[:1], tile=(None, None), patterns=(), removed=0.0)
+        (whole,) = with_changes(members[:1], tile=(None, None), patterns=(), removed=0.0)
         dense = make_problem(whole, rng)
         pruned = {name_of(case): with_mask(dense, case, rng) for case in members}
         for direction in directions:
@@ -203,9 +203,11 @@ def _row(
             name = f"{kind} {mask}"
             masks[name] = {"tile": list(problem.case.tile), "reduction": problem.mask.size / problem.mask.sum()}
             admit(name, way, *judge(way, direction, right, problem))
-    timings = time_together(
-        functions, rounds=rounds, budget_s=_BUDGET_S, warm_s=_WARM_S, sample_s=_SAMPLE_S
-    ) if functions else {}
+    timings = (
+        time_together(functions, rounds=rounds, budget_s=_BUDGET_S, warm_s=_WARM_S, sample_s=_SAMPLE_S)
+        if functions
+        else {}
+    )
     medians = {name: timing.median_s for name, timing in timings.items() if name not in masks}
     base = min(medians, key=medians.get, default=None)
     return {
@@ -274,9 +276,7 @@ def reference(problem: Problem, direction: Direction, chain: int = 1) -> jax.Arr
     if chain > 1:
         before = reference(problem, direction, chain - 1)
         return reference(dataclasses.replace(problem, x={layout: before}), direction)
-    x, w, dy = (
-        np.asarray(array, np.float64) for array in (problem.x[layout], problem.masked_w, problem.dy[layout])
-    )
+    x, w, dy = (np.asarray(array, np.float64) for array in (problem.x[layout], problem.masked_w, problem.dy[layout]))
     padded = np.pad(x, ((0, 0), *problem.geometry[layout].padding, (0, 0)))
     result = np.zeros({"forward": dy, "input gradient": padded, "weight gradient": w}[direction].shape)
     # As matrices: NumPy multiplies what does not lie in one piece without BLAS.

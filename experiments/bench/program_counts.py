@@ -12,13 +12,25 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-_BYTES = {"pred": 1, "s4": 1, "u4": 1, "token": 0, "opaque": 0} | {
-    f"{kind}{bits}": bits // 8 for kind in "suf" for bits in (8, 16, 32, 64)
-} | {"bf16": 2, "c64": 8, "c128": 16}
+_BYTES = (
+    {"pred": 1, "s4": 1, "u4": 1, "token": 0, "opaque": 0}
+    | {f"{kind}{bits}": bits // 8 for kind in "suf" for bits in (8, 16, 32, 64)}
+    | {"bf16": 2, "c64": 8, "c128": 16}
+)
 # Neither launches anything nor moves a byte.
 _FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id",
-    "replica-id", "add-dependency", "copy-done", "async-done",
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "opt-barrier",
+    "partition-id",
+    "replica-id",
+    "add-dependency",
+    "copy-done",
+    "async-done",
 }
 _CALLS = {"call", "async-start"}
 _SLICES = {"slice", "dynamic-slice", "gather"}

@@ -126,7 +126,9 @@ def follow(config: TrainConfig, dataset: Dataset, steps: int) -> dict[str, list[
     """
     losses = {}
     for name, form, way in (
-        ("dense", "direct", "dense"), ("dense, by patches", "patches", "dense"), ("pattern", "direct", "pattern")
+        ("dense", "direct", "dense"),
+        ("dense, by patches", "patches", "dense"),
+        ("pattern", "direct", "pattern"),
     ):
         loop = dataclasses.replace(config.loop, convolution=form)
         trainer = Trainer(dataclasses.replace(config, loop=loop), dataset)
@@ -154,22 +156,12 @@ def pruned_state(trainer: Trainer) -> tuple[Any, dict[str, Any]]:
 
 
 def random_trainer(
-    net: str,
-    width: float,
-    batch_size: int,
-    precision: str,
-    form: str,
-    tile: Tile,
-    target: float,
-    *,
-    updates: int = 4,
+    net: str, width: float, batch_size: int, precision: str, form: str, tile: Tile, target: float, *, updates: int = 4
 ) -> Trainer:
     """A trainer on random images for so many updates an epoch; ``form`` is the dense convolutions'."""
     config = configs.get("slim-vgg11-cifar10-dense")
     # Small nets cannot reach 8x in wide tiles and keep every channel.
-    prune = PruneConfig(
-        fractions=(), target=target, coeff=1e-4, select_epoch=1, prune_epoch=2, tile=tile, floor=False
-    )
+    prune = PruneConfig(fractions=(), target=target, coeff=1e-4, select_epoch=1, prune_epoch=2, tile=tile, floor=False)
     config = dataclasses.replace(
         config,
         net=net,

@@ -151,8 +151,13 @@ def make_trainer(net: str, width: float, batch_size: int, images: int) -> Traine
         "random", pixels, labels, pixels[few], labels[few], 10, (0.5,) * 3, (0.25,) * 3, "test", "raw", "none"
     )
     config = dataclasses.replace(
-        configs.get("vgg13-cifar10-dense"), name="bench-torch", net=net, width=width, batch_size=batch_size,
-        learning_rate=_LEARNING_RATE, mixup_epoch=None,
+        configs.get("vgg13-cifar10-dense"),
+        name="bench-torch",
+        net=net,
+        width=width,
+        batch_size=batch_size,
+        learning_rate=_LEARNING_RATE,
+        mixup_epoch=None,
     )
     return Trainer(config, dataset)
 

@@ -38,9 +38,7 @@ _FRACTION = 0.65
 _SELECT_STEP, _PRUNE_STEP = 1000, 2000
 
 
-def run(
-    what: str, net: str | None, width: float | None, batch_size: int | None, repeats: int, out: Path | None
-) -> str:
+def run(what: str, net: str | None, width: float | None, batch_size: int | None, repeats: int, out: Path | None) -> str:
     """Measure, save the record when ``out`` is given, and return a table to print.
 
     Args:
@@ -241,8 +239,11 @@ _SELECTIONS: tuple[tuple[str, dict[str, Any], Any], ...] = (
     ("supersets of 6 in tiles (64, 1)", {"tile": (64, 1), "superset": 6}, ct.patterns.candidates((3, 3), 4)),
     ("quads", {"quads": True}, ct.patterns.Generated(8, complementary=True)),
     ("target 8x, retained scores", {"target": 8.0, "removal_score": "retained"}, ct.patterns.fixed_set(8)),
-    ("8 generated, quads, target 8x, retained scores, all at once",
-     {"target": 8.0, "removal_score": "retained", "quads": True}, ct.patterns.Generated(8, complementary=True)),
+    (
+        "8 generated, quads, target 8x, retained scores, all at once",
+        {"target": 8.0, "removal_score": "retained", "quads": True},
+        ct.patterns.Generated(8, complementary=True),
+    ),
 )
 
 

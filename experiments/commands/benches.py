@@ -125,10 +125,20 @@ def _deploy() -> Command:
             engines_python: an interpreter that has onnxruntime or OpenVINO, where this one has not.
             out: a JSON file to save the record in.
         """
-        print(deploy.run(
-            path, latency=latency, throughput=throughput, rounds=rounds, starts=starts, quick=quick, tuned=tuned,
-            cores=cores, engines_python=engines_python, out=out,
-        ))
+        print(
+            deploy.run(
+                path,
+                latency=latency,
+                throughput=throughput,
+                rounds=rounds,
+                starts=starts,
+                quick=quick,
+                tuned=tuned,
+                cores=cores,
+                engines_python=engines_python,
+                out=out,
+            )
+        )
         return 0
 
     return run
@@ -209,10 +219,18 @@ def _torch() -> Command:
             workers: processes of PyTorch's loader; one for each core by default.
             out: a JSON file to save the record in.
         """
-        print(torch_epochs.run(
-            torch_python=torch_python, net=net, width=width, batch_size=batch_size, images=images, rounds=rounds,
-            workers=workers, out=out,
-        ))
+        print(
+            torch_epochs.run(
+                torch_python=torch_python,
+                net=net,
+                width=width,
+                batch_size=batch_size,
+                images=images,
+                rounds=rounds,
+                workers=workers,
+                out=out,
+            )
+        )
         return 0
 
     return run

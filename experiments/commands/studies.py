@@ -35,9 +35,7 @@ def ablation(
     from experiments.studies import ablation as harness
 
     known = {one.prefix: one for one in families()}
-    result = harness.run(
-        known[family], workdir, seeds=seeds, minutes=minutes, workers=workers, data_dir=data_dir
-    )
+    result = harness.run(known[family], workdir, seeds=seeds, minutes=minutes, workers=workers, data_dir=data_dir)
     if records is not None:
         harness.collect(workdir, records)
     return _say(result)
@@ -75,8 +73,16 @@ def compare(
     asked = comparisons.study(study)
     workdir = workdir or Path("runs") / f"compare-{study}"
     result = harness.run(
-        asked, workdir, data_dir=data_dir, seeds=seeds, tuning_seeds=tuning_seeds, only=only, minutes=minutes,
-        workers=workers, timing=timing, records=records,
+        asked,
+        workdir,
+        data_dir=data_dir,
+        seeds=seeds,
+        tuning_seeds=tuning_seeds,
+        only=only,
+        minutes=minutes,
+        workers=workers,
+        timing=timing,
+        records=records,
     )
     return _say(result)
 

@@ -24,7 +24,8 @@ def get(name: str) -> TrainConfig:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         raise ValueError(
-            f"unknown config {name!r}; " + (f"did you mean {', '.join(close)}? " if close else "")
+            f"unknown config {name!r}; "
+            + (f"did you mean {', '.join(close)}? " if close else "")
             + "`python -m experiments list` shows all"
         )
     return known[name]

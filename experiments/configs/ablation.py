@@ -99,8 +99,13 @@ _BOTH: tuple[tuple[str, str, str, bool, dict[str, Any]], ...] = (
     ("both-32x1", "hardware", "cov8", True, {**_COV8, "tile": (32, 1)}),
     ("super6-32x1", "hardware", "cov8", True, {**_FREE, "tile": (32, 1), "superset": 6}),
     ("super5-32x1", "hardware", "cov8", False, {**_FREE, "tile": (32, 1), "superset": 5}),
-    ("super6-pat-32x1", "pattern tiles", "cov8", False,
-     {**_FREE, "tile": (32, 1), "superset": 6, "removal_tile": (1, 1)}),
+    (
+        "super6-pat-32x1",
+        "pattern tiles",
+        "cov8",
+        False,
+        {**_FREE, "tile": (32, 1), "superset": 6, "removal_tile": (1, 1)},
+    ),
     ("quads", "hardware", "cov8", True, {**_COV8, "quads": True}),
     ("lasso-0", "lasso", "base", False, {"coeff": 0.0}),
     ("combined", "combined", "base", True, {**_COV8, "removal_score": "retained", "importance_steps": 16}),
@@ -171,16 +176,18 @@ def families() -> tuple[Family, ...]:
 
 def configs() -> list[TrainConfig]:
     """Every cell and each family's dense run."""
-    return [
-        config for family in families() for config in (family.dense, *(cell.config for cell in family.cells))
-    ]
+    return [config for family in families() for config in (family.dense, *(cell.config for cell in family.cells))]
 
 
 def _family(prefix: str, base: TrainConfig, rows: tuple[tuple[str, str, str, bool, dict[str, Any]], ...]) -> Family:
     cells = tuple(
-        Cell(name, question, reference, must, dataclasses.replace(
-            base, name=f"{prefix}-{name}", method=dataclasses.replace(base.prune, **changes)
-        ))
+        Cell(
+            name,
+            question,
+            reference,
+            must,
+            dataclasses.replace(base, name=f"{prefix}-{name}", method=dataclasses.replace(base.prune, **changes)),
+        )
         for name, question, reference, must, changes in rows
     )
     dense = dataclasses.replace(base, name=f"{prefix}-dense", method=None, expected="the dense run beside the ablation")

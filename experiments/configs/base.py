@@ -9,14 +9,7 @@ import math
 from typing import Literal
 
 from experiments.configs.clicktrain import PruneConfig
-from experiments.configs.methods import (
-    KINDS,
-    AdmmConfig,
-    ChannelConfig,
-    MethodConfig,
-    RetrainConfig,
-    of_five_fields,
-)
+from experiments.configs.methods import KINDS, AdmmConfig, ChannelConfig, MethodConfig, RetrainConfig, of_five_fields
 from experiments.data import DataConfig
 
 

@@ -160,8 +160,17 @@ def _digits() -> Study:
         loop=LoopConfig(eval_every_epochs=30, checkpoint_every_epochs=30),
     )
     shape = _Shape(
-        compression=8.0, others=(4.0, 16.0, 32.0), select=10, prune=22, early_select=3, early_prune=6, coeff=1e-3,
-        tile=(32, 1), importance_steps=16, widths=_by_width(0.25, 0.375, 0.5, 0.75), retrain=(2, 5, 10, 20, 30),
+        compression=8.0,
+        others=(4.0, 16.0, 32.0),
+        select=10,
+        prune=22,
+        early_select=3,
+        early_prune=6,
+        coeff=1e-3,
+        tile=(32, 1),
+        importance_steps=16,
+        widths=_by_width(0.25, 0.375, 0.5, 0.75),
+        retrain=(2, 5, 10, 20, 30),
         admm=AdmmConfig(15, rho=1e-2, every_updates=18, learning_rate=0.02),
         channels=(ChannelConfig(0.2, 10), *(ChannelConfig(ratio, 10, 1e-2) for ratio in (0.8, 0.9, 0.95))),
         every_updates=18,
@@ -190,15 +199,26 @@ def _slim() -> Study:
         loop=LoopConfig(eval_every_epochs=4),
     )
     shape = _Shape(
-        compression=8.0, others=(4.0, 12.0), select=5, prune=9, early_select=1, early_prune=2, coeff=2.5e-4,
-        tile=(32, 1), superset=6, importance_steps=16,
+        compression=8.0,
+        others=(4.0, 12.0),
+        select=5,
+        prune=9,
+        early_select=1,
+        early_prune=2,
+        coeff=2.5e-4,
+        tile=(32, 1),
+        superset=6,
+        importance_steps=16,
         # The first is a guess at the width that is as fast as the tiles, from timings on a loaded machine: latency.json
         # of the study says how near it is. The others have as many multiply-adds (within 2%) and weights (within 12%,
         # no width is nearer) as single kernels at 8x keep.
-        widths={"latency": 0.1875, "multiply-adds": 0.125, "weights": 0.0859375}, retrain=(3, 6, 12),
+        widths={"latency": 0.1875, "multiply-adds": 0.125, "weights": 0.0859375},
+        retrain=(3, 6, 12),
         admm=AdmmConfig(6, rho=1e-2, every_updates=390, learning_rate=0.01),
-        channels=(ChannelConfig(0.6, 2, 1e-2), ChannelConfig(0.8, 2, 1e-2)), every_updates=100,
-        rates=(0.05, 0.1), trial_epochs=3,
+        channels=(ChannelConfig(0.6, 2, 1e-2), ChannelConfig(0.8, 2, 1e-2)),
+        every_updates=100,
+        rates=(0.05, 0.1),
+        trial_epochs=3,
         first=("dense", "early-8x", "early-tiles-8x", "narrow-latency", "narrow-multiply-adds", "narrow-weights"),
     )
     return _study("slim", "CIFAR-10, a quarter-width VGG-11, 12 epochs", dense, shape)
@@ -208,10 +228,21 @@ def _vgg13() -> Study:
     recipe = next(config for config in published.configs() if config.name == "vgg13-cifar10-dense")
     dense = dataclasses.replace(recipe, precision="bfloat16", loop=LoopConfig(eval_every_epochs=10))
     shape = _Shape(
-        compression=9.0, others=(4.0, 6.2), select=60, prune=148, early_select=19, early_prune=38, coeff=6.5e-4,
-        tile=(64, 1), importance_steps=16, widths=_by_width(0.334, 0.5, 0.75), retrain=(19, 60, 120, 190),
+        compression=9.0,
+        others=(4.0, 6.2),
+        select=60,
+        prune=148,
+        early_select=19,
+        early_prune=38,
+        coeff=6.5e-4,
+        tile=(64, 1),
+        importance_steps=16,
+        widths=_by_width(0.334, 0.5, 0.75),
+        retrain=(19, 60, 120, 190),
         admm=AdmmConfig(60, rho=1e-3, every_updates=391, learning_rate=0.01),
-        channels=(ChannelConfig(0.2, 10), ChannelConfig(0.4, 10)), every_updates=100, rates=(0.05, 0.1),
+        channels=(ChannelConfig(0.2, 10), ChannelConfig(0.4, 10)),
+        every_updates=100,
+        rates=(0.05, 0.1),
     )
     return _study("vgg13", "CIFAR-10, VGG-13, 190 epochs", dense, shape)
 
@@ -228,63 +259,130 @@ def _study(name: str, title: str, base: TrainConfig, shape: _Shape) -> Study:
     tile = f"{shape.tile[0]}x{shape.tile[1]}"
     late = PruneConfig((), shape.coeff, shape.select, shape.prune, target=shape.compression, floor=False)
     early = dataclasses.replace(
-        late, select_epoch=shape.early_select, prune_epoch=shape.early_prune, importance="group_taylor",
+        late,
+        select_epoch=shape.early_select,
+        prune_epoch=shape.early_prune,
+        importance="group_taylor",
         importance_steps=shape.importance_steps,
     )
     early_share, late_share = (f"{100 * epoch / base.epochs:.0f}%" for epoch in (shape.early_prune, shape.prune))
     end = base.epochs
-    after = PruneConfig(
-        (), 0.0, end, end, target=shape.compression, importance="magnitude", floor=False
-    )
+    after = PruneConfig((), 0.0, end, end, target=shape.compression, importance="magnitude", floor=False)
     add("dense", "dense", "", "dense", "dense")
-    add(f"clicktrain-{ratio}", "ClickTrain", f"{ratio}, pruned at {late_share}", "ClickTrain, late", "clicktrain",
-        method=late)
+    add(
+        f"clicktrain-{ratio}",
+        "ClickTrain",
+        f"{ratio}, pruned at {late_share}",
+        "ClickTrain, late",
+        "clicktrain",
+        method=late,
+    )
     add(f"early-{ratio}", "ClickTrain", f"{ratio}, pruned at {early_share}", "ClickTrain, early", "early", method=early)
-    add(f"early-tiles-{ratio}", "ClickTrain", f"{ratio}, pruned at {early_share}, tiles {tile}",
-        "ClickTrain, early, tiles", "early-tiles",
-        method=dataclasses.replace(early, tile=shape.tile, superset=shape.superset))
+    add(
+        f"early-tiles-{ratio}",
+        "ClickTrain",
+        f"{ratio}, pruned at {early_share}, tiles {tile}",
+        "ClickTrain, early, tiles",
+        "early-tiles",
+        method=dataclasses.replace(early, tile=shape.tile, superset=shape.superset),
+    )
     for like, width in shape.widths.items():
         label = f"width {width:g}" + ("" if like == f"{width:g}" else f", chosen for {like}")
         add(f"narrow-{like}", "narrow", label, "narrow", "narrow", width=width)
     for other in shape.others:
         more = {"target": other}
-        add(f"early-{other:g}x", "ClickTrain", f"{other:g}x, pruned at {early_share}", "ClickTrain, early", "early",
-            method=dataclasses.replace(early, **more))
-        add(f"clicktrain-{other:g}x", "ClickTrain", f"{other:g}x, pruned at {late_share}",
-            "ClickTrain, late", "clicktrain", method=dataclasses.replace(late, **more))
-    for epochs in shape.retrain:
-        add(f"rewind-{epochs}", "PAT", f"{ratio}, magnitude, {epochs} rewound epochs", "PAT, rewinding", "dense",
-            method=AfterConfig(after, RetrainConfig(epochs)))
-    for epochs in shape.retrain[-2:]:
-        moved = dataclasses.replace(
-            after, select_epoch=end + shape.admm.epochs, prune_epoch=end + shape.admm.epochs
+        add(
+            f"early-{other:g}x",
+            "ClickTrain",
+            f"{other:g}x, pruned at {early_share}",
+            "ClickTrain, early",
+            "early",
+            method=dataclasses.replace(early, **more),
         )
-        add(f"admm-{epochs}", "PAT", f"{ratio}, ADMM of {shape.admm.epochs} epochs, {epochs} rewound", "PAT, ADMM",
-            "admm", method=AfterConfig(moved, RetrainConfig(epochs), shape.admm))
+        add(
+            f"clicktrain-{other:g}x",
+            "ClickTrain",
+            f"{other:g}x, pruned at {late_share}",
+            "ClickTrain, late",
+            "clicktrain",
+            method=dataclasses.replace(late, **more),
+        )
+    for epochs in shape.retrain:
+        add(
+            f"rewind-{epochs}",
+            "PAT",
+            f"{ratio}, magnitude, {epochs} rewound epochs",
+            "PAT, rewinding",
+            "dense",
+            method=AfterConfig(after, RetrainConfig(epochs)),
+        )
+    for epochs in shape.retrain[-2:]:
+        moved = dataclasses.replace(after, select_epoch=end + shape.admm.epochs, prune_epoch=end + shape.admm.epochs)
+        add(
+            f"admm-{epochs}",
+            "PAT",
+            f"{ratio}, ADMM of {shape.admm.epochs} epochs, {epochs} rewound",
+            "PAT, ADMM",
+            "admm",
+            method=AfterConfig(moved, RetrainConfig(epochs), shape.admm),
+        )
     for channels in shape.channels:
         label = f"PruneTrain, ratio {channels.ratio:g}, threshold {channels.threshold:g}"
         add(f"prunetrain-{channels.ratio:g}", "PDT", label, "PDT, PruneTrain", "prunetrain", method=channels)
-    add(f"gradual-{ratio}", "PDT", f"{ratio}, gradual magnitude, single weights", "PDT, gradual magnitude", "gradual",
-        method=GradualConfig(shape.compression, begin_epoch=shape.early_select,
-                             end_epoch=max(shape.early_select + 1, 3 * end // 4), every_updates=shape.every_updates))
-    add(f"rigl-{ratio}", "PDT", f"{ratio}, RigL, single weights", "PDT, RigL", "rigl",
-        method=RiglConfig(shape.compression, "erk", end_epoch=max(1, 3 * end // 4), every_updates=shape.every_updates))
+    add(
+        f"gradual-{ratio}",
+        "PDT",
+        f"{ratio}, gradual magnitude, single weights",
+        "PDT, gradual magnitude",
+        "gradual",
+        method=GradualConfig(
+            shape.compression,
+            begin_epoch=shape.early_select,
+            end_epoch=max(shape.early_select + 1, 3 * end // 4),
+            every_updates=shape.every_updates,
+        ),
+    )
+    add(
+        f"rigl-{ratio}",
+        "PDT",
+        f"{ratio}, RigL, single weights",
+        "PDT, RigL",
+        "rigl",
+        method=RiglConfig(shape.compression, "erk", end_epoch=max(1, 3 * end // 4), every_updates=shape.every_updates),
+    )
     add("two-of-four", "PDT", "2:4, straight-through", "PDT, 2:4", "two-of-four", method=NOfMConfig())
-    add(f"one-shot-{ratio}", "one-shot", f"{ratio}, magnitude, not retrained", "one-shot", "dense",
-        method=AfterConfig(after, RetrainConfig(0)))
+    add(
+        f"one-shot-{ratio}",
+        "one-shot",
+        f"{ratio}, magnitude, not retrained",
+        "one-shot",
+        "dense",
+        method=AfterConfig(after, RetrainConfig(0)),
+    )
     middle = shape.retrain[len(shape.retrain) // 2]
-    add(f"random-{ratio}", "random", f"{ratio}, random masks, {middle} rewound epochs", "random", "dense",
-        method=AfterConfig(dataclasses.replace(after, importance="random"), RetrainConfig(middle)))
+    add(
+        f"random-{ratio}",
+        "random",
+        f"{ratio}, random masks, {middle} rewound epochs",
+        "random",
+        "dense",
+        method=AfterConfig(dataclasses.replace(after, importance="random"), RetrainConfig(middle)),
+    )
     if shape.trial_epochs is not None:
         only = Tuning("dense", "dense", "learning_rate", shape.rates, shape.trial_epochs)
         return Study(name, title, tuple(cells), (only,), shape.first)
     tried = {
-        "dense": "dense", "clicktrain": f"clicktrain-{ratio}", "early": f"early-{ratio}",
-        "early-tiles": f"early-tiles-{ratio}", "narrow": f"narrow-{list(shape.widths)[1]}",
-        "prunetrain": f"prunetrain-{shape.channels[-2].ratio:g}", "gradual": f"gradual-{ratio}",
-        "rigl": f"rigl-{ratio}", "two-of-four": "two-of-four",
+        "dense": "dense",
+        "clicktrain": f"clicktrain-{ratio}",
+        "early": f"early-{ratio}",
+        "early-tiles": f"early-tiles-{ratio}",
+        "narrow": f"narrow-{list(shape.widths)[1]}",
+        "prunetrain": f"prunetrain-{shape.channels[-2].ratio:g}",
+        "gradual": f"gradual-{ratio}",
+        "rigl": f"rigl-{ratio}",
+        "two-of-four": "two-of-four",
     }
     tunings = [Tuning(group, cell, "learning_rate", shape.rates) for group, cell in tried.items()]
-    rhos = tuple(shape.admm.rho * 10.0 ** -power for power in range(len(shape.rates)))
+    rhos = tuple(shape.admm.rho * 10.0**-power for power in range(len(shape.rates)))
     tunings.append(Tuning("admm", f"admm-{shape.retrain[-2]}", "admm.rho", rhos))
     return Study(name, title, tuple(cells), tuple(tunings), shape.first)

@@ -165,9 +165,7 @@ class AfterConfig:
                 begin_step=begin,
                 end_step=begin + length,
             )
-        return Method(
-            optimizer, begins_at=self.begins_at(run.steps_per_epoch), epochs_after=self.epochs_after
-        )
+        return Method(optimizer, begins_at=self.begins_at(run.steps_per_epoch), epochs_after=self.epochs_after)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,8 +209,12 @@ class GradualConfig:
         """`clicktrain_jax.methods.gradual_magnitude`."""
         begin = self.begins_at(run.steps_per_epoch)
         optimizer = methods.gradual_magnitude(
-            run.inner, run.plan, densities=_densities(self, run), begin_step=begin,
-            end_step=self.end_epoch * run.steps_per_epoch, every=self.every_updates,
+            run.inner,
+            run.plan,
+            densities=_densities(self, run),
+            begin_step=begin,
+            end_step=self.end_epoch * run.steps_per_epoch,
+            every=self.every_updates,
         )
         return Method(optimizer, masks=masks_in_state, begins_at=begin)
 
@@ -254,8 +256,10 @@ class RiglConfig:
     def make(self, run: Run) -> Method:
         """`clicktrain_jax.methods.rigl`."""
         settings = {
-            "densities": _densities(self, run), "end_step": self.end_epoch * run.steps_per_epoch,
-            "every": self.every_updates, "drop_fraction": self.drop_fraction,
+            "densities": _densities(self, run),
+            "end_step": self.end_epoch * run.steps_per_epoch,
+            "every": self.every_updates,
+            "drop_fraction": self.drop_fraction,
         }
         optimizer = seeded_by_weights(lambda key: methods.rigl(run.inner, run.plan, key=key, **settings))
         return Method(optimizer, masks=masks_in_state)

@@ -34,10 +34,12 @@ def configs() -> list[TrainConfig]:
         expected="95% and more expected",
     )
     prune = PruneConfig(
-        (), coeff=2.5e-4, select_epoch=EPOCHS // 10, prune_epoch=EPOCHS // 5, target=8.0, importance="group_taylor",
+        (),
+        coeff=2.5e-4,
+        select_epoch=EPOCHS // 10,
+        prune_epoch=EPOCHS // 5,
+        target=8.0,
+        importance="group_taylor",
         importance_steps=16,
     )
-    return [
-        dense,
-        dataclasses.replace(dense, name="resnet18-cifar10-modern-8.0x", method=prune, expected="not known"),
-    ]
+    return [dense, dataclasses.replace(dense, name="resnet18-cifar10-modern-8.0x", method=prune, expected="not known")]

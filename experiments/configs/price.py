@@ -68,6 +68,9 @@ def _shortened(family: Any, name: str) -> TrainConfig:
     config = next(config for config in family.configs() if config.name == name)
 
     return dataclasses.replace(
-        stretched(config, EPOCHS), precision="bfloat16", partial_batch="drop", expected="the price of a shape",
+        stretched(config, EPOCHS),
+        precision="bfloat16",
+        partial_batch="drop",
+        expected="the price of a shape",
         loop=LoopConfig(eval_every_epochs=5, checkpoint_every_epochs=EPOCHS),
     )

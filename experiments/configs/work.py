@@ -45,8 +45,12 @@ def stretched(config: TrainConfig, epochs: int) -> TrainConfig:
         moved = {name: at(getattr(method, name)) if getattr(method, name) else getattr(method, name) for name in names}
         method = dataclasses.replace(method, **moved)
     return dataclasses.replace(
-        config, epochs=epochs, lr_milestones=tuple(map(at, config.lr_milestones)), mixup_epoch=at(config.mixup_epoch),
-        ema_epochs=round(config.ema_epochs * epochs / config.epochs), method=method,
+        config,
+        epochs=epochs,
+        lr_milestones=tuple(map(at, config.lr_milestones)),
+        mixup_epoch=at(config.mixup_epoch),
+        ema_epochs=round(config.ema_epochs * epochs / config.epochs),
+        method=method,
     )
 
 

@@ -13,10 +13,7 @@ import jax.numpy as jnp
 
 
 def normalise(
-    images: jax.Array,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: jax.typing.DTypeLike = jnp.float32,
+    images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: jax.typing.DTypeLike = jnp.float32
 ) -> jax.Array:
     """(images / 255 - mean) / std, per channel, computed in float32.
 
@@ -33,9 +30,7 @@ def normalise(
         ValueError: If `images` is not uint8, or mean and std do not fit it.
     """
     if images.dtype != jnp.uint8:
-        raise ValueError(
-            f"images are {images.dtype}; expected uint8, 0..255: normalise raw pixels, once"
-        )
+        raise ValueError(f"images are {images.dtype}; expected uint8, 0..255: normalise raw pixels, once")
     if len(mean) != images.shape[-1] or len(std) != images.shape[-1]:
         raise ValueError(
             f"mean has {len(mean)} and std {len(std)} values; expected {images.shape[-1]}, one a "
@@ -168,13 +163,10 @@ def mixup(
     """
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
-            f"images are {images.dtype}; expected floats, as a mixture of bytes is no byte: "
-            "normalise first"
+            f"images are {images.dtype}; expected floats, as a mixture of bytes is no byte: normalise first"
         )
     if images.shape[:1] != labels.shape[:1]:
-        raise ValueError(
-            f"images are {images.shape} and labels {labels.shape}; expected one label an image"
-        )
+        raise ValueError(f"images are {images.shape} and labels {labels.shape}; expected one label an image")
     return mix(draw_mixture(key, images.shape[0], alpha), images, labels)
 
 

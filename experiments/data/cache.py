@@ -22,9 +22,7 @@ _VERSION = 2  # Raise it when the layout or the decoding changes: old entries ar
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
-def cached(
-    cache_dir: Path, name: str, files: Sequence[Path], read: Callable[[], RawArrays]
-) -> RawArrays:
+def cached(cache_dir: Path, name: str, files: Sequence[Path], read: Callable[[], RawArrays]) -> RawArrays:
     """Returns the cached arrays of `files`, or reads them and keeps them.
 
     Args:
@@ -50,10 +48,7 @@ def cached(
 
 
 def _key(files: Sequence[Path]) -> str:
-    seen = [
-        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted(files)
-    ]
+    seen = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
     return hashlib.sha256(json.dumps([_VERSION, seen]).encode()).hexdigest()[:16]
 
 

@@ -26,9 +26,7 @@ def read() -> RawArrays:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise ValueError(
-            f"name='digits' needs scikit-learn ({error}): {hint('experiments')}"
-        ) from error
+        raise ValueError(f"name='digits' needs scikit-learn ({error}): {hint('experiments')}") from error
     source = datasets.load_digits()
     # 17 grey levels, 0..16, spread over the bytes so that digits go the way of other images.
     images = np.round(source.images * (255 / _LEVELS)).astype(np.uint8)[..., None]

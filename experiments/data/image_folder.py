@@ -20,10 +20,7 @@ from experiments.data.writing import import_tfds, write_tfds
 _VERSION = "1.0.0"
 _TEST_NAMES = ("test", "val")
 _LITTER = ("Thumbs.db", "desktop.ini")  # Beside hidden files: what file managers leave behind.
-_TAKEN = {
-    "digits": "that set is embedded and reads no files",
-    "imagenet2012": "that set does not fit in memory",
-}
+_TAKEN = {"digits": "that set is embedded and reads no files", "imagenet2012": "that set does not fit in memory"}
 _LAYOUT = "expected train/CLASS/FILE and test/CLASS/FILE (or val/CLASS/FILE)"
 
 
@@ -112,9 +109,7 @@ def read_folder(source: Path) -> ImageFolder:
     classes = {split: {entry.name: entry for entry in _class_folders(part)} for split, part in parts.items()}
     _check_classes(parts, classes)
     names = sorted(classes["train"], key=(lambda name: (int(name), name)) if _are_numbers(classes["train"]) else None)
-    files = {
-        split: [(name, file) for name in names for file in _files(classes[split][name])] for split in parts
-    }
+    files = {split: [(name, file) for name in names for file in _files(classes[split][name])] for split in parts}
     shape, encoding = _check_images([file for split in files.values() for _, file in split])
     return ImageFolder(names, files, [folder for folder in tests if folder != test], shape, encoding)
 
@@ -123,9 +118,7 @@ def _entries(folder: Path) -> list[Path]:
     found = sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name not in _LITTER)
     for entry in found:
         if not entry.name.isprintable() or entry.name != entry.name.strip():
-            raise ValueError(
-                f"{str(entry)!r} has a line break, a blank at its ends or the like in its name: rename it"
-            )
+            raise ValueError(f"{str(entry)!r} has a line break, a blank at its ends or the like in its name: rename it")
     return found
 
 

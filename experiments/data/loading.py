@@ -69,13 +69,9 @@ def _check_config(config: DataConfig) -> None:
             "a streaming loop is planned: prepare a part of it, in small, under another name until then"
         )
     if config.eval_split not in ("validation", "test"):
-        raise ValueError(
-            f"eval_split={config.eval_split!r}; expected 'validation' or 'test': choose one"
-        )
+        raise ValueError(f"eval_split={config.eval_split!r}; expected 'validation' or 'test': choose one")
     if config.train_examples is not None and config.train_examples < 1:
-        raise ValueError(
-            f"train_examples={config.train_examples}; expected at least 1, or None for all"
-        )
+        raise ValueError(f"train_examples={config.train_examples}; expected at least 1, or None for all")
     if config.name == "digits" and config.dir is not None:
         raise ValueError(
             f"dir={config.dir!r}, but name='digits' is embedded and reads no files: leave dir "
@@ -100,9 +96,7 @@ def _read(config: DataConfig) -> RawArrays:
     source = tfds_source.data_dir(config.dir)
     files = packed.files_of(source)
     if files:
-        return cache.cached(
-            cache_dir, config.name, files, lambda: packed.load_packed(source, name=config.name)
-        )
+        return cache.cached(cache_dir, config.name, files, lambda: packed.load_packed(source, name=config.name))
     folder = tfds_source.find_or_prepare(config.name, source)
     files = tfds_source.files_of(folder)
     return cache.cached(cache_dir, config.name, files, lambda: tfds_source.read(folder))

@@ -68,12 +68,7 @@ def pack(config: DataConfig, out_path: str | os.PathLike[str], parts: int = 1) -
         arrays[f"{name}_bytes"] = np.frombuffer(b"".join(images), np.uint8)
         arrays[f"{name}_lengths"] = np.array([len(image) for image in images], np.uint32)
         arrays[f"{name}_labels"] = split.labels
-    meta = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "name": config.name,
-        "num_classes": encoded.num_classes,
-    }
+    meta = {"format": _FORMAT, "version": _VERSION, "name": config.name, "num_classes": encoded.num_classes}
     arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     whole = io.BytesIO()
     np.savez_compressed(whole, **arrays)
@@ -105,10 +100,7 @@ def files_of(path: Path) -> list[Path]:
         if (found := re.fullmatch(r".*\.part(\d+)", other.name))
     }
     if sorted(numbered) != list(range(len(numbered))):
-        raise ValueError(
-            f"{path} lies in parts {sorted(numbered)}; expected all from 0 on: copy the "
-            "others here too"
-        )
+        raise ValueError(f"{path} lies in parts {sorted(numbered)}; expected all from 0 on: copy the others here too")
     return [numbered[number] for number in sorted(numbered)]
 
 
@@ -155,9 +147,7 @@ def load_packed(path: str | os.PathLike[str], *, name: str | None = None) -> Raw
     """
     encoded, found = _read(Path(path))
     if name is not None and found != name:
-        raise ValueError(
-            f"{path} holds {found!r}; expected {name!r}: set data.name={found} or give another file"
-        )
+        raise ValueError(f"{path} holds {found!r}; expected {name!r}: set data.name={found} or give another file")
     return check_raw(encoded.decode(), str(path))
 
 
@@ -174,14 +164,9 @@ def _read(path: Path) -> tuple[tfds_source.Encoded, str]:
             splits = {split: _read_split(file, split) for split in _SPLITS}
             num_classes, name = int(meta["num_classes"]), str(meta["name"])
     except Exception as error:  # Damage surfaces as BadZipFile, zlib.error, KeyError, ...
-        raise ValueError(
-            f"{path} cannot be read as a packed data set ({error!r}); {again}"
-        ) from error
+        raise ValueError(f"{path} cannot be read as a packed data set ({error!r}); {again}") from error
     if kind != (_FORMAT, _VERSION):
-        raise ValueError(
-            f"{path} is of format {kind}; expected {(_FORMAT, _VERSION)}: pack it again with this "
-            "version"
-        )
+        raise ValueError(f"{path} is of format {kind}; expected {(_FORMAT, _VERSION)}: pack it again with this version")
     return tfds_source.Encoded(splits, num_classes), name
 
 

@@ -51,10 +51,7 @@ SOURCES = {
     "cifar10": Source(
         url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-        files={
-            "train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
-            "test": ("test_batch.bin",),
-        },
+        files={"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)},
         label_keys={"label": 10},
     ),
     "cifar100": Source(
@@ -116,9 +113,7 @@ def prepare(name: str, directory: Path) -> Path:
             file = tar.extractfile(member)
             if file is not None:
                 members[Path(member.name).name] = file.read()
-    content = {
-        split: b"".join(members[file] for file in files) for split, files in source.files.items()
-    }
+    content = {split: b"".join(members[file] for file in files) for split, files in source.files.items()}
     return write(name, directory, content)
 
 
@@ -148,9 +143,7 @@ def write(name: str, directory: Path, content: dict[str, bytes]) -> Path:
     )
 
 
-def _records(
-    split: str, data: bytes, keys: tuple[str, ...]
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def _records(split: str, data: bytes, keys: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
     from PIL import Image
 
     table = np.frombuffer(data, np.uint8).reshape(-1, len(keys) + _IMAGE_BYTES)

@@ -82,17 +82,14 @@ def find_or_prepare(name: str, directory: Path) -> Path:
     )
     if name not in prepare.SOURCES:
         known = ("digits", *prepare.SOURCES)
-        raise DatasetMissing(
-            f"name={name!r} is no known data set {known}, and not prepared in {directory}: {remedy}"
-        )
+        raise DatasetMissing(f"name={name!r} is no known data set {known}, and not prepared in {directory}: {remedy}")
     remedy += ", or run once with network access"
     if directory.suffix and not directory.exists():
         raise DatasetMissing(f"{directory} does not exist: {remedy}")
     url = prepare.SOURCES[name].url
     if not prepare.host_answers(url):
         raise DatasetMissing(
-            f"{name} is not prepared in {directory}, and {url} does not answer within "
-            f"{prepare.TIMEOUT_S:g} s: {remedy}"
+            f"{name} is not prepared in {directory}, and {url} does not answer within {prepare.TIMEOUT_S:g} s: {remedy}"
         )
     try:
         return prepare.prepare(name, directory)
@@ -142,9 +139,7 @@ def read_encoded(folder: Path) -> Encoded:
             raise ValueError(f"{folder} has the splits {available}; expected {_SPLITS}: {again}")
         try:
             # Asking for all records at once reads in bulk, over twice as fast as one by one.
-            source = builder.as_data_source(
-                split=split, decoders={"image": tfds.decode.SkipDecoding()}
-            )
+            source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
             records = source.__getitems__(list(range(len(source))))
             labels = np.array([record["label"] for record in records], np.int32)
             splits[split] = EncodedSplit([record["image"] for record in records], labels)
@@ -159,8 +154,7 @@ def _check_format(folder: Path) -> None:
         found = json.loads((folder / "dataset_info.json").read_text()).get("fileFormat")
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{folder}/dataset_info.json cannot be read ({error}); expected TFDS metadata: "
-            "prepare the data set again"
+            f"{folder}/dataset_info.json cannot be read ({error}); expected TFDS metadata: prepare the data set again"
         ) from error
     if found != "array_record":
         raise ValueError(

@@ -16,8 +16,8 @@ _COLUMNS = ("cell", "n", "validation top-1", "against", "difference", "other see
 _NOTES = (
     "Final top-1 on validation data in percent, mean ± standard deviation; differences are in points, paired by seed, "
     "against the cell named. Which cells ran with more than the first seed was decided by that seed's accuracy: "
-    "\"other seeds\" is the difference without it, free of that choice; where n is 1 a difference is but a hint. "
-    "\"retained\": share of the importance that the masks keep. Seconds are of training alone, shared epochs included."
+    '"other seeds" is the difference without it, free of that choice; where n is 1 a difference is but a hint. '
+    '"retained": share of the importance that the masks keep. Seconds are of training alone, shared epochs included.'
     "\n"
 )
 
@@ -78,7 +78,10 @@ def plot(found: Sequence[dict[str, Any]], path: Path = PLOT) -> None:
     if not measured:
         raise ValueError("there are no records of the ablation to draw: run `python -m experiments ablation` first")
     figure, columns = plt.subplots(
-        1, len(measured), squeeze=False, layout="constrained",
+        1,
+        len(measured),
+        squeeze=False,
+        layout="constrained",
         figsize=(8.5 * len(measured), 1.3 + 0.25 * max(_height(*one) for one in measured)),
     )
     for axes, (family, runs) in zip(columns[0], measured):
@@ -160,16 +163,21 @@ def _draw(axes: Any, family: Family, runs: Runs) -> None:
         ]
         if not measured:
             continue
-        axes.text(
-            0.005, row, title, transform=axes.get_yaxis_transform(), va="center", fontsize=9, fontweight="bold"
-        )
+        axes.text(0.005, row, title, transform=axes.get_yaxis_transform(), va="center", fontsize=9, fontweight="bold")
         axes.axhspan(row - 0.5, row + 0.5, color="#eeeeee", zorder=0)
         for cell, values in measured:
             row += 1
             mean, several = statistics.fmean(values), len(values) > 1
             axes.errorbar(
-                mean, row, xerr=statistics.stdev(values) if several else None, fmt="o", color=PRUNED_COLOUR,
-                markerfacecolor=PRUNED_COLOUR if several else "white", capsize=0, markersize=6, zorder=3,
+                mean,
+                row,
+                xerr=statistics.stdev(values) if several else None,
+                fmt="o",
+                color=PRUNED_COLOUR,
+                markerfacecolor=PRUNED_COLOUR if several else "white",
+                capsize=0,
+                markersize=6,
+                zorder=3,
             )
             if several:
                 axes.plot(values, [row] * len(values), "|", color=DENSE_COLOUR, markersize=9, zorder=2)
@@ -180,6 +188,4 @@ def _draw(axes: Any, family: Family, runs: Runs) -> None:
     axes.set_ylim(row - 0.4, -0.6)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_xlabel("difference of final validation top-1, points (paired by seed)")
-    axes.set_title(
-        f"{family.prefix}: filled: mean ± standard deviation, ticks: seeds; hollow: one seed", fontsize=10
-    )
+    axes.set_title(f"{family.prefix}: filled: mean ± standard deviation, ticks: seeds; hollow: one seed", fontsize=10)

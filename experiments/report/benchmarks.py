@@ -51,15 +51,18 @@ def generate(folder: Path = RECORDS) -> str:
 def bench_table(rows: list[dict[str, Any]]) -> str:
     """Rows of `experiments.bench.updates`: medians with 20/80 percentiles, ratios to the first row."""
     header = ("what", "median s", "20%", "80%", "ratio", "goal")
-    return markdown_table(header, [
-        (
-            row["name"],
-            *(f"{row[key]:.3f}" for key in ("median", "p20", "p80")),
-            "" if row["ratio"] is None else f"{row['ratio']:.3f}",
-            row["goal"],
-        )
-        for row in rows
-    ])
+    return markdown_table(
+        header,
+        [
+            (
+                row["name"],
+                *(f"{row[key]:.3f}" for key in ("median", "p20", "p80")),
+                "" if row["ratio"] is None else f"{row['ratio']:.3f}",
+                row["goal"],
+            )
+            for row in rows
+        ],
+    )
 
 
 def step_table(rows: list[dict[str, Any]]) -> str:

@@ -81,13 +81,17 @@ def against_dense(study: Study) -> Part:
     ]
     ratios = [mean(ratio) for _, ratio in measured]
     within = sum(ratio <= TIME_LIMIT + _EXACT for ratio in ratios)
-    return Part("Time against dense training", "", [
-        Claim(HOLDS if ratios[0] <= TIME_GOAL + _EXACT else FAILS, f"{goal}: the least is {said[0]}."),
-        Claim(
-            HOLDS if within == len(ratios) else FAILS,
-            f"{limit}: {within} of {len(ratios)} cells; the most is {said[1]}.",
-        ),
-    ])
+    return Part(
+        "Time against dense training",
+        "",
+        [
+            Claim(HOLDS if ratios[0] <= TIME_GOAL + _EXACT else FAILS, f"{goal}: the least is {said[0]}."),
+            Claim(
+                HOLDS if within == len(ratios) else FAILS,
+                f"{limit}: {within} of {len(ratios)} cells; the most is {said[1]}.",
+            ),
+        ],
+    )
 
 
 def against_pat(study: Study) -> Part:
@@ -104,12 +108,18 @@ def against_pat(study: Study) -> Part:
     explained = (
         f"PAT cells whose compression is within {100 * LIKE_COMPRESSION:g}% of the ClickTrain cell's; budgets are "
         "their end-to-end seconds over ClickTrain's, paired by seed. The claim counts the smallest measured budget "
-        "whose mean accuracy is near enough; \"between budgets\" reads the frontier (the best accuracy of all budgets "
-        "at most so large) in between. \"At most\": the smallest measured budget comes near enough already, a smaller "
-        "one might too. \"Not reached\": no measured budget does."
+        'whose mean accuracy is near enough; "between budgets" reads the frontier (the best accuracy of all budgets '
+        'at most so large) in between. "At most": the smallest measured budget comes near enough already, a smaller '
+        'one might too. "Not reached": no measured budget does.'
     )
-    header = ("ClickTrain cell", "PAT budgets", "PAT's accuracy less ClickTrain's, by budget", "verdict", "ratio",
-              "between budgets")
+    header = (
+        "ClickTrain cell",
+        "PAT budgets",
+        "PAT's accuracy less ClickTrain's, by budget",
+        "verdict",
+        "ratio",
+        "between budgets",
+    )
     return Part("Pruning after training", explained, [Claim(verdict, f"{text}.")], header, [r.row for r in readings])
 
 
@@ -153,10 +163,12 @@ def against_pdt(study: Study) -> Part:
         for other, accuracy, compression in readings:
             conv = f"{_text(mean(study.compression(other)))}x"
             rows.append((other.label, name, conv, *accuracy.row, *compression.row))
-        for place, what, best in ((1, "is more accurate at like compression", "points"),
-                                  (2, "compresses more at like accuracy", "times")):
+        for place, what, best in (
+            (1, "is more accurate at like compression", "points"),
+            (2, "compresses more at like accuracy", "times"),
+        ):
             found = [reading[place] for reading in readings]
-            text = f"in like time \"{name}\" {what} than pruning during training (PDT){_range(found, best)}"
+            text = f'in like time "{name}" {what} than pruning during training (PDT){_range(found, best)}'
             claims.append(Claim(_all(reading.verdict for reading in found), f"{text}."))
     if not claims:
         claims = [Claim(UNKNOWN, "ClickTrain against pruning during training (PDT) in like time.")]
@@ -167,8 +179,15 @@ def against_pdt(study: Study) -> Part:
         "stands only where the unequal time speaks against it. Where ClickTrain is better, or worse, than the PDT cell "
         "at every measured compression, the ratio is a bound. Published: up to 2.1 points, up to 2.2 times."
     )
-    header = ("PDT cell", "against", "conv", "accuracy, ClickTrain less PDT", "time, PDT over ClickTrain",
-              "compression, ClickTrain over PDT", "time there")
+    header = (
+        "PDT cell",
+        "against",
+        "conv",
+        "accuracy, ClickTrain less PDT",
+        "time, PDT over ClickTrain",
+        "compression, ClickTrain over PDT",
+        "time there",
+    )
     return Part("Pruning during training", explained, claims, header, rows)
 
 

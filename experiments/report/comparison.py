@@ -11,15 +11,37 @@ from experiments.report.studies import BATCHES, Cell, Study, mean
 CSV, PLOT, WIDE, TUNING = "joint.csv", "joint.png", "wide.csv", "tuning.csv"
 NOT_RUN = "not run"
 COLUMNS = (
-    "method", "cell", "n", "top-1, %", "against dense", "conv", "model", "multiply-adds", "training multiply-adds",
-    "end-to-end s", "of dense", "without compiling", "tuning s", "of dense, with tuning", "peak MB",
+    "method",
+    "cell",
+    "n",
+    "top-1, %",
+    "against dense",
+    "conv",
+    "model",
+    "multiply-adds",
+    "training multiply-adds",
+    "end-to-end s",
+    "of dense",
+    "without compiling",
+    "tuning s",
+    "of dense, with tuning",
+    "peak MB",
     *(text for batch in BATCHES for text in (f"ms, N={batch}", f"speed-up, N={batch}")),
 )
 # What a column of figures by seed is called in the CSV file.
 _FIGURES = (
-    "top1_percent", "top1_less_dense_points", "conv_compression", "model_compression", "multiply_adds_of_dense",
-    "training_multiply_adds_of_dense", "end_to_end_seconds", "end_to_end_seconds_of_dense",
-    "training_seconds_of_dense", "tuning_seconds", "seconds_with_tuning_of_dense", "training_peak_mb",
+    "top1_percent",
+    "top1_less_dense_points",
+    "conv_compression",
+    "model_compression",
+    "multiply_adds_of_dense",
+    "training_multiply_adds_of_dense",
+    "end_to_end_seconds",
+    "end_to_end_seconds_of_dense",
+    "training_seconds_of_dense",
+    "tuning_seconds",
+    "seconds_with_tuning_of_dense",
+    "training_peak_mb",
 )
 _EXPLAINED = """Final top-1 in percent, mean ± standard deviation over the seeds; "against dense" in points, paired by
 seed. Compression: weights of all convolutions of the dense net over those retained. Seconds are training, compiling and
@@ -30,7 +52,10 @@ the nets of one seed, whose weights and masks were checked to be those of the sa
 """
 # Columns of the wide table that RESULTS.md shows, after the cell, and what they are called there.
 _SHOWN = {
-    "n": "n", "top-1, %": "top-1, %", "against dense": "against dense", "conv": "conv",
+    "n": "n",
+    "top-1, %": "top-1, %",
+    "against dense": "against dense",
+    "conv": "conv",
     "of dense": "seconds, of dense",
 }
 
@@ -38,20 +63,26 @@ _SHOWN = {
 def by_seed(study: Study, cell: Cell) -> dict[str, Mapping[int, float]]:
     """Every figure of a cell that its runs have, by seed; empty where it was not measured."""
     dense = study.dense.top1()
-    return dict(zip(_FIGURES, (
-        cell.top1(),
-        {seed: top1 - dense[seed] for seed, top1 in cell.top1().items() if seed in dense},
-        study.compression(cell),
-        study.compression(cell, "model"),
-        study.ratio(cell, "retained_multiply_adds", "multiply_adds"),
-        study.ratio(cell, "training_multiply_adds"),
-        cell.seconds(),
-        study.time(cell),
-        study.ratio(cell, "train_seconds"),
-        {} if cell.tuning_s is None else dict.fromkeys(cell.runs, cell.tuning_s),
-        study.time_with_tuning(cell),
-        {seed: count / 1e6 for seed, count in cell.column("training_bytes").items()},
-    ), strict=True))
+    return dict(
+        zip(
+            _FIGURES,
+            (
+                cell.top1(),
+                {seed: top1 - dense[seed] for seed, top1 in cell.top1().items() if seed in dense},
+                study.compression(cell),
+                study.compression(cell, "model"),
+                study.ratio(cell, "retained_multiply_adds", "multiply_adds"),
+                study.ratio(cell, "training_multiply_adds"),
+                cell.seconds(),
+                study.time(cell),
+                study.ratio(cell, "train_seconds"),
+                {} if cell.tuning_s is None else dict.fromkeys(cell.runs, cell.tuning_s),
+                study.time_with_tuning(cell),
+                {seed: count / 1e6 for seed, count in cell.column("training_bytes").items()},
+            ),
+            strict=True,
+        )
+    )
 
 
 def generate(study: Study, plot: str | None = None) -> str:
@@ -133,8 +164,11 @@ def verdicts(compared: Sequence[Study]) -> str:
     """How many claims hold, over all comparisons: the first sentence of RESULTS.md."""
     found = [claim.verdict for study in compared for part in claims.parts(study) for claim in part.claims]
     others = ", ".join(
-        f"{found.count(verdict)} {words}" for verdict, words in (
-            (claims.FAILS, "do not"), (claims.UNTOLD, "cannot be told"), (claims.UNKNOWN, "are not measured"),
+        f"{found.count(verdict)} {words}"
+        for verdict, words in (
+            (claims.FAILS, "do not"),
+            (claims.UNTOLD, "cannot be told"),
+            (claims.UNKNOWN, "are not measured"),
         )
     )
     doubtful = sum("too short" in study.doubts() for study in compared)
@@ -171,11 +205,22 @@ def _row(study: Study, cell: Cell) -> tuple[str, ...]:
             UNKNOWN if speed_up is None else f"{speed_up:.2f}x",
         ]
     return (
-        cell.method, cell.label, str(len(cell.runs)), shown("top1_percent"), against,
-        shown("conv_compression", suffix="x"), shown("model_compression", suffix="x"),
-        shown("multiply_adds_of_dense", 3), shown("training_multiply_adds_of_dense", 3),
-        shown("end_to_end_seconds", 1), shown("end_to_end_seconds_of_dense"), shown("training_seconds_of_dense"),
-        shown("tuning_seconds", 0), shown("seconds_with_tuning_of_dense"), shown("training_peak_mb", 0), *latencies,
+        cell.method,
+        cell.label,
+        str(len(cell.runs)),
+        shown("top1_percent"),
+        against,
+        shown("conv_compression", suffix="x"),
+        shown("model_compression", suffix="x"),
+        shown("multiply_adds_of_dense", 3),
+        shown("training_multiply_adds_of_dense", 3),
+        shown("end_to_end_seconds", 1),
+        shown("end_to_end_seconds_of_dense"),
+        shown("training_seconds_of_dense"),
+        shown("tuning_seconds", 0),
+        shown("seconds_with_tuning_of_dense"),
+        shown("training_peak_mb", 0),
+        *latencies,
     )
 
 

@@ -10,8 +10,13 @@ from experiments.report.studies import Cell, Study, mean
 
 # One colour a method, told apart in grey and by the colour-blind with the markers' help.
 COLOURS = {
-    "dense": DENSE_COLOUR, "ClickTrain": PRUNED_COLOUR, "PAT": "#d55e00", "PDT": "#009e73", "narrow": "#9467bd",
-    "one-shot": "#c9a227", "random": "#999999",
+    "dense": DENSE_COLOUR,
+    "ClickTrain": PRUNED_COLOUR,
+    "PAT": "#d55e00",
+    "PDT": "#009e73",
+    "narrow": "#9467bd",
+    "one-shot": "#c9a227",
+    "random": "#999999",
 }
 _SHIFT, _SAME_PLACE = 0.03, 1.1
 _FLOORS = ("one-shot", "random")
@@ -38,10 +43,8 @@ def draw(study: Study, path: Path) -> None:
 
     panels: tuple[tuple[str, Callable[[Cell], float | None]], ...] = (
         ("compression of the convolutions, times", lambda cell: mean(study.compression(cell))),
-        ("end-to-end training seconds over dense's",
-         lambda cell: mean(study.time(cell))),
-        ("latency of one image, ms",
-         lambda cell: None if cell.latency_s(1) is None else 1e3 * cell.latency_s(1)),
+        ("end-to-end training seconds over dense's", lambda cell: mean(study.time(cell))),
+        ("latency of one image, ms", lambda cell: None if cell.latency_s(1) is None else 1e3 * cell.latency_s(1)),
     )
     figure, columns = plt.subplots(1, 3, figsize=(15, 6.4), sharey=True, layout="constrained")
     families = _families(study)
@@ -62,8 +65,12 @@ def draw(study: Study, path: Path) -> None:
             handles.setdefault(label, handle)
     ordered = [name for name in ("dense", *families) if name in handles]
     figure.legend(
-        [handles[name] for name in ordered], ordered, loc="outside lower center", ncols=min(len(ordered), 5),
-        fontsize=9, frameon=False,
+        [handles[name] for name in ordered],
+        ordered,
+        loc="outside lower center",
+        ncols=min(len(ordered), 5),
+        fontsize=9,
+        frameon=False,
     )
     figure.suptitle(f"{study.facts['title']} (points are shifted sideways by up to {100 * _SHIFT:g}%)", fontsize=11)
     figure.savefig(path, dpi=110)
@@ -81,20 +88,25 @@ def _families(study: Study) -> dict[str, tuple[list[Cell], dict[str, Any]]]:
         if name not in found:
             number = count.get(cell.method, 0)
             count[cell.method] = number + 1
-            found[name] = [], {
-                "color": COLOURS[cell.method],
-                "marker": _MARKERS[len(found) % len(_MARKERS)],
-                "linestyle": _STYLES[number % len(_STYLES)],
-                # ClickTrain lies on top of what it is compared with.
-                "zorder": 5 if cell.method == "ClickTrain" else 3,
-                "markersize": 8 if cell.method == "ClickTrain" else 6.5,
-            }
+            found[name] = (
+                [],
+                {
+                    "color": COLOURS[cell.method],
+                    "marker": _MARKERS[len(found) % len(_MARKERS)],
+                    "linestyle": _STYLES[number % len(_STYLES)],
+                    # ClickTrain lies on top of what it is compared with.
+                    "zorder": 5 if cell.method == "ClickTrain" else 3,
+                    "markersize": 8 if cell.method == "ClickTrain" else 6.5,
+                },
+            )
         found[name][0].append(cell)
     return found
 
 
 def _panel(
-    axes: Any, study: Study, families: dict[str, tuple[list[Cell], dict[str, Any]]],
+    axes: Any,
+    study: Study,
+    families: dict[str, tuple[list[Cell], dict[str, Any]]],
     place: Callable[[Cell], float | None],
 ) -> bool:
     """Draw one panel; returns whether anything of a family is in it."""
@@ -111,9 +123,16 @@ def _panel(
         # A line through points of one place would be a scribble.
         is_line = points[-1][0] > _SAME_PLACE * points[0][0]
         axes.errorbar(
-            [x * shift for x, _ in points], [mean(cell.top1()) for _, cell in points],
-            [_std(cell) for _, cell in points], label=name, capsize=2, linewidth=1.4, elinewidth=0.8,
-            markeredgecolor="white", markeredgewidth=0.5, **(style if is_line else style | {"linestyle": "none"}),
+            [x * shift for x, _ in points],
+            [mean(cell.top1()) for _, cell in points],
+            [_std(cell) for _, cell in points],
+            label=name,
+            capsize=2,
+            linewidth=1.4,
+            elinewidth=0.8,
+            markeredgecolor="white",
+            markeredgewidth=0.5,
+            **(style if is_line else style | {"linestyle": "none"}),
         )
     return drawn
 

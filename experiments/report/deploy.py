@@ -79,9 +79,7 @@ def ratios(batch: Mapping[str, Any]) -> dict[str, float]:
     ours = batch.get(THIS_NET, {}).get("median_s")
     if not ours:
         return {}
-    return {
-        name: found["median_s"] / ours for name, found in batch.items() if name != THIS_NET and "median_s" in found
-    }
+    return {name: found["median_s"] / ours for name, found in batch.items() if name != THIS_NET and "median_s" in found}
 
 
 def summary_table(record: Mapping[str, Any]) -> str:
@@ -150,8 +148,10 @@ def start_table(record: Mapping[str, Any]) -> str:
     for name, start in record["starts"].items():
         memory = [f"{count / 1e6:,.0f}" for count in start["bytes"].values()]
         if any(count is not None for count in start["device_bytes"].values()):
-            memory = [f"{cell} ({start['device_bytes'][size] / 1e6:,.0f} on the device)"
-                      for cell, size in zip(memory, start["bytes"])]
+            memory = [
+                f"{cell} ({start['device_bytes'][size] / 1e6:,.0f} on the device)"
+                for cell, size in zip(memory, start["bytes"])
+            ]
         goal = ""
         if name == THIS_NET:
             goal = f"under {STARTUP_GOAL_S:g} s: {'met' if start['seconds'] < STARTUP_GOAL_S else 'not met'}"

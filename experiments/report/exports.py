@@ -63,8 +63,7 @@ def dtypes_table(record: dict[str, Any]) -> str:
     ]
     header = ("weights stored as", "top-1, %", "images against the run", "convolutions, MB", "than dense float32")
     return (
-        markdown_table(header, rows)
-        + f"\n{record['name']}, seed {record['seed']}, {record['data']['name']} "
+        markdown_table(header, rows) + f"\n{record['name']}, seed {record['seed']}, {record['data']['name']} "
         f"({coding(record['data']['encoding'])}), {record['split']} set of {examples}; the run itself has "
         f"{100 * record['run_top1']:.2f}. Weights are widened again when a net is loaded: what is saved is storage.\n"
     )
@@ -77,10 +76,15 @@ def collectives_table(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         whole, compact = row["float32"]["dense"], row["float32"]["compact"]
         convolutions = row["convolutions"]["dense"] / row["convolutions"]["compact"]
-        rows.append((
-            row["name"], f"{whole / _MB:.2f}", f"{compact / _MB:.2f}", f"{whole / compact:.2f}x",
-            f"{convolutions:.2f}x",
-        ))
+        rows.append(
+            (
+                row["name"],
+                f"{whole / _MB:.2f}",
+                f"{compact / _MB:.2f}",
+                f"{whole / compact:.2f}x",
+                f"{convolutions:.2f}x",
+            )
+        )
     where = record["setting"]
     return (
         f"What a device puts into an update's all-reduce, read from programs compiled for {record['devices']} devices: "

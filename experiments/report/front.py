@@ -53,10 +53,13 @@ def status(records: Path = RECORDS) -> str:
         ("Is it faster to run, and where?", *_speed(records)),
         ("It, or a narrower dense net?", *_against_narrow(records, study)),
     ]
-    return markdown_table(("question", "answer, with its figures"), [
-        (question, f"**{answer}**: {'; '.join(figure for figure in figures if figure)}")
-        for question, answer, figures in rows
-    ])
+    return markdown_table(
+        ("question", "answer, with its figures"),
+        [
+            (question, f"**{answer}**: {'; '.join(figure for figure in figures if figure)}")
+            for question, answer, figures in rows
+        ],
+    )
 
 
 def _study(records: Path) -> Study | None:
@@ -160,7 +163,8 @@ def _gpu_step(records: Path) -> str:
         ratios[kind] = [dense[row["net"], row["batch"]] / row["ms"] for row in rows if row["way"] != "dense"]
     said = [
         f"a whole step on an {kind.replace('NVIDIA ', '').split()[0]} {_span(times)} times"
-        for kind, times in sorted(ratios.items()) if times
+        for kind, times in sorted(ratios.items())
+        if times
     ]
     return "; ".join(said) or f"on a GPU: {_NOT_MEASURED}"
 
@@ -168,8 +172,14 @@ def _gpu_step(records: Path) -> str:
 def deployed(records: Path = RECORDS) -> list[Mapping[str, Any]]:
     """The whole records of exported nets at full width, those on the most cores."""
     found = [read_json(path) for path in sorted((records / "deploy").glob("bench-*.json"))]
-    found = [one for one in found if not one["quick"] and one["net"]["net"] and one["net"]["net"]["width"] == 1
-             and one["setting"]["device"]["platform"] == "cpu"]
+    found = [
+        one
+        for one in found
+        if not one["quick"]
+        and one["net"]["net"]
+        and one["net"]["net"]["width"] == 1
+        and one["setting"]["device"]["platform"] == "cpu"
+    ]
     most = max((one["setting"]["cpu"]["cores"] for one in found), default=0)
     return [one for one in found if one["setting"]["cpu"]["cores"] == most]
 

@@ -18,8 +18,14 @@ _CONVOLUTION = re.compile("xmma|cutlass|cudnn|pattern_conv")
 _COMPARED = (40, 50, price.EPOCHS)
 PRICE_CSV = "price.csv"
 _PRICE_COLUMNS = (
-    "run", "n", *(f"after {epochs} epochs" for epochs in _COMPARED), "conv", "multiply-adds (M)", "training s",
-    "compiling s", "pruned phase",
+    "run",
+    "n",
+    *(f"after {epochs} epochs" for epochs in _COMPARED),
+    "conv",
+    "multiply-adds (M)",
+    "training s",
+    "compiling s",
+    "pruned phase",
 )
 _PRICE_SHOWN = ("run", "n", *_PRICE_COLUMNS[3:6], "training s")
 
@@ -36,10 +42,10 @@ def benchmarks(folder: Path) -> str:
     if found:
         parts.append(
             f"### Whole steps in the training loop\n\n{_where(found[0]['setting'])}\n\nMasks of 8x from random scores, "
-            "bfloat16. One compiled loop of 20 updates by the host's clock, medians of 7; \"device\" is what all "
-            "kernels of an update take in a profiler's trace, \"convolutions\" those among the 30 longest that are "
+            'bfloat16. One compiled loop of 20 updates by the host\'s clock, medians of 7; "device" is what all '
+            'kernels of an update take in a profiler\'s trace, "convolutions" those among the 30 longest that are '
             "named as such. Dense is XLA with cuDNN in NHWC; our sums over parts of a weight gradient are not in "
-            "\"convolutions\".\n\n"
+            '"convolutions".\n\n'
             f"{_steps_table([row for record in found for row in record['steps']])}"
         )
     path = folder / "conv-device-time.json"
@@ -68,22 +74,33 @@ def _steps_table(rows: Sequence[dict[str, Any]]) -> str:
         base = dense[row["net"], row["batch"]]
         ours = row["way"] != "dense"
         convolutions = sum(micros for name, micros, _ in row["longest"] if _CONVOLUTION.search(name)) / 1e3
-        lines.append((
-            f"{row['net']}, N = {row['batch']}",
-            f"pruned, tiles {row['tile'][0]}x{row['tile'][1]}, HWNC" if ours else "dense",
-            f"{100 * row['retained_multiply_adds'] / row['multiply_adds']:.0f}%",
-            f"{row['ms']:.3f}",
-            f"{row['device_ms']:.3f}",
-            f"{convolutions:.3f}",
-            f"{row['kernels']:.0f}",
-            f"{row['images_per_s']:,.0f}",
-            f"{base['ms'] / row['ms']:.2f}",
-            f"{base['device_ms'] / row['device_ms']:.2f}",
-            f"{row['compile_seconds']:.0f}",
-        ))
+        lines.append(
+            (
+                f"{row['net']}, N = {row['batch']}",
+                f"pruned, tiles {row['tile'][0]}x{row['tile'][1]}, HWNC" if ours else "dense",
+                f"{100 * row['retained_multiply_adds'] / row['multiply_adds']:.0f}%",
+                f"{row['ms']:.3f}",
+                f"{row['device_ms']:.3f}",
+                f"{convolutions:.3f}",
+                f"{row['kernels']:.0f}",
+                f"{row['images_per_s']:,.0f}",
+                f"{base['ms'] / row['ms']:.2f}",
+                f"{base['device_ms'] / row['device_ms']:.2f}",
+                f"{row['compile_seconds']:.0f}",
+            )
+        )
     header = (
-        "step", "way", "multiply-adds", "ms", "device ms", "convolutions ms", "kernels", "images/s", "times faster",
-        "on the device", "compiling s",
+        "step",
+        "way",
+        "multiply-adds",
+        "ms",
+        "device ms",
+        "convolutions ms",
+        "kernels",
+        "images/s",
+        "times faster",
+        "on the device",
+        "compiling s",
     )
     return markdown_table(header, lines)
 
@@ -120,7 +137,9 @@ def price_section(folder: Path) -> str:
     at_once = max(run["setting"].get("runs_at_once", 1) for members in runs.values() for run in members)
     shared = (
         f" Up to {at_once} runs shared the card: their seconds tell nothing of a run's own pace, which whole steps in "
-        "BENCHMARKS.md do." if at_once > 1 else ""
+        "BENCHMARKS.md do."
+        if at_once > 1
+        else ""
     )
     summary = first["summary"]
     head = (
@@ -172,6 +191,11 @@ def _price_row(name: str, members: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     ]
     label = f"{name}, width {config['width']:.3g}" if config["width"] != 1 else name
     return (
-        label, str(len(members)), *top1, f"{whole / weights:.2f}x", f"{work / 1e6:.1f}", *times,
+        label,
+        str(len(members)),
+        *top1,
+        f"{whole / weights:.2f}x",
+        f"{work / 1e6:.1f}",
+        *times,
         "" if way is None else f"{way['way']}, {len(way['layers'])} layers" if way["layers"] else way["way"],
     )

@@ -11,10 +11,20 @@ import numpy as np
 from experiments.report.results import machine
 from experiments.report.statistics import coding, markdown_table, mean_spread, paired
 
-NAMES = {"taylor": "taylor", "group_taylor": "group_taylor", "magnitude": "magnitude", "random": "random scores",
-         "dense": "not pruned"}
-COLOURS = {"taylor": "#1f6fb4", "group_taylor": "#c70039", "magnitude": "#55803a", "random": "#999999",
-           "dense": "#222222"}
+NAMES = {
+    "taylor": "taylor",
+    "group_taylor": "group_taylor",
+    "magnitude": "magnitude",
+    "random": "random scores",
+    "dense": "not pruned",
+}
+COLOURS = {
+    "taylor": "#1f6fb4",
+    "group_taylor": "#c70039",
+    "magnitude": "#55803a",
+    "random": "#999999",
+    "dense": "#222222",
+}
 TOLERANCE = 0.02
 _TARGETS = ("size", "signed")
 _SCOPES = ("layer_mean", "together")
@@ -124,13 +134,15 @@ def _accuracies(record: dict[str, Any]) -> str:
     rows = []
     for name, count in cells:
         before, after = (_tuned(nets, name, count, field) for field in ("before", "after"))
-        rows.append((
-            NAMES[name],
-            "" if count is None else str(count),
-            mean_spread(list(before.values()), scale=100),
-            mean_spread(list(after.values()), scale=100),
-            paired(after, base, scale=100),
-        ))
+        rows.append(
+            (
+                NAMES[name],
+                "" if count is None else str(count),
+                mean_spread(list(before.values()), scale=100),
+                mean_spread(list(after.values()), scale=100),
+                paired(after, base, scale=100),
+            )
+        )
     study = record["study"]
     compression = next(cell["conv_compression"] for cell in nets[0]["tuned"] if cell["criterion"] != "dense")
     within = [f"{name} {sufficient(record, name)}" for name in ("taylor", "group_taylor") if _first(record)]
@@ -209,9 +221,13 @@ def _correlation_panel(axes: Any, nets: list[dict[str, Any]], counts: list[int],
     for offset, name in zip((0.96, 1.04), ("taylor", "group_taylor")):
         found = [_values(nets, name, count, target, "layer_mean") for count in counts]
         axes.errorbar(
-            [offset * count for count in counts], [np.mean(values) for values in found],
+            [offset * count for count in counts],
+            [np.mean(values) for values in found],
             [np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in found],
-            color=COLOURS[name], marker="o", capsize=3, label=NAMES[name],
+            color=COLOURS[name],
+            marker="o",
+            capsize=3,
+            label=NAMES[name],
         )
     for name in ("magnitude", "random"):
         values = _values(nets, name, None, target, "layer_mean")
@@ -230,8 +246,9 @@ def _accuracy_panel(axes: Any, record: dict[str, Any]) -> None:
             axes.plot([offset * count] * len(values), values, "o", color=COLOURS[name], alpha=0.5, markersize=4)
     for name in ("magnitude", "random", "dense"):
         mean = 100 * np.mean(list(_tuned(nets, name, None, "after").values()))
-        axes.axhline(mean, color=COLOURS[name], linewidth=1.5, linestyle=":" if name == "dense" else "-",
-                     label=NAMES[name])
+        axes.axhline(
+            mean, color=COLOURS[name], linewidth=1.5, linestyle=":" if name == "dense" else "-", label=NAMES[name]
+        )
     axes.set_title(f"Validation top-1 after pruning and tuning, %: {len(nets)} seed(s)", fontsize=10)
 
 
@@ -244,8 +261,15 @@ def _scatter(axes: Any, net: dict[str, Any], criterion: str, batches: int | None
     for layer, colour in zip(layers, colormaps["turbo"](np.linspace(0.05, 0.92, len(layers)))):
         change, score = np.abs(layer["mean"]), np.asarray(layer["scores"][label])
         seen = (change > 0) & (score > 0)  # the others have no place on these scales
-        axes.plot(score[seen], change[seen], ".", color=colour, markersize=4, alpha=0.7,
-                  label=layer["name"].removesuffix("/kernel"))
+        axes.plot(
+            score[seen],
+            change[seen],
+            ".",
+            color=colour,
+            markersize=4,
+            alpha=0.7,
+            label=layer["name"].removesuffix("/kernel"),
+        )
     axes.set(xscale="log", yscale="log")
     axes.xaxis.set_minor_formatter(NullFormatter())
     values = _values([net], criterion, batches, "size", "layer_mean")

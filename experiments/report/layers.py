@@ -175,8 +175,9 @@ def latency_table(record: dict[str, Any]) -> str:
             rows.append((*start, row["refused"], "", ""))
             continue
         off = 100 * (row["reached"] / row["asked"] - 1)
-        rows.append((*start, f"{row['reached']:.2f}x ({off:+.0f}%)", f"{row['conv_compression']:.2f}x",
-                     str(row["left_dense"])))
+        rows.append(
+            (*start, f"{row['reached']:.2f}x ({off:+.0f}%)", f"{row['conv_compression']:.2f}x", str(row["left_dense"]))
+        )
     table = markdown_table(("net", "N", "asked", "reached", "conv", "layers left dense"), rows)
     loads = " and ".join(f"{load[0]:.1f}" for load in record["load_average"])
     return (

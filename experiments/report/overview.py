@@ -57,4 +57,3 @@ def measured(config: TrainConfig, records: Sequence[dict[str, Any]]) -> str:
     seconds = mean_spread([record["train_and_compile_seconds"] for record in mine], digits=0)
     images = coding(mine[0]["encoding"])
     return f"measured {top1} (n={len(mine)}, {images} images), {seconds} s on {results.machine(mine[0])}"
-

@@ -101,7 +101,8 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     axes.set_title(
         f"{summary['name']}, seed {summary['seed']}\n"
         "patterns and their share of all kept kernels;\nbelow, of each layer's, %; blank: not in its set",
-        fontsize=10, loc="left",
+        fontsize=10,
+        loc="left",
     )
     figure.colorbar(mesh, ax=axes, shrink=0.7, pad=0.02, aspect=25, label="% of the layer's kept kernels")
     # Cut to what is drawn: a title may be wider than the columns of a small set.

@@ -41,24 +41,30 @@ def compare_runs(dense: Sequence[Run], pruned: Sequence[Run], config: TrainConfi
 
 def _accuracy(axes: Any, dense: Sequence[Run], pruned: Sequence[Run], config: TrainConfig) -> None:
     prune = config.prune
-    edges = (("dense", 0, prune.select_epoch), ("regularize", prune.select_epoch, prune.prune_epoch),
-             ("pruned", prune.prune_epoch, config.epochs))
+    edges = (
+        ("dense", 0, prune.select_epoch),
+        ("regularize", prune.select_epoch, prune.prune_epoch),
+        ("pruned", prune.prune_epoch, config.epochs),
+    )
     for phase, first, end in edges:
         axes.axvspan(first, end, color=_PHASE_COLOURS[phase], zorder=0)
         # Above the axes, where no curve runs through it.
         axes.text((first + end) / 2, 1.01, phase, transform=axes.get_xaxis_transform(), ha="center", color="#666666")
     for runs, colour, label in ((dense, DENSE_COLOUR, "dense"), (pruned, PRUNED_COLOUR, "ClickTrain")):
-        curves = [[(line["epoch"] + 1, 100 * line["eval_top1"]) for line in lines if "eval_top1" in line]
-                  for _, lines in runs]
+        curves = [
+            [(line["epoch"] + 1, 100 * line["eval_top1"]) for line in lines if "eval_top1" in line] for _, lines in runs
+        ]
         for curve in curves:
             axes.plot(*zip(*curve), color=colour, alpha=0.3, linewidth=1)
         mean = np.mean([[top1 for _, top1 in curve] for curve in curves], axis=0)
         axes.plot([epoch for epoch, _ in curves[0]], mean, color=colour, linewidth=2, label=f"{label} (n={len(runs)})")
     axes.axvline(prune.select_epoch, color="#c77700", linestyle=":", label="masks chosen")
     axes.axvline(prune.prune_epoch, color="#c70039", linestyle="--", label="pruned")
-    axes.set_ylim(*accuracy_range(
-        [[100 * line["eval_top1"] for line in lines if "eval_top1" in line] for _, lines in (*dense, *pruned)]
-    ))
+    axes.set_ylim(
+        *accuracy_range(
+            [[100 * line["eval_top1"] for line in lines if "eval_top1" in line] for _, lines in (*dense, *pruned)]
+        )
+    )
     axes.set(xlim=(0, config.epochs), xlabel="epochs", ylabel="top-1, %")
     axes.set_title("Accuracy by epoch: thin lines are single seeds", fontsize=10, pad=18)
     # Beside the curves, not across them.
@@ -83,8 +89,11 @@ def _layers(axes: Any, pruned: Sequence[Run]) -> None:
     axes.barh(positions, shares, color=PRUNED_COLOUR)
     for position, share in zip(positions, shares):
         axes.text(share + 1, position, f"{share:.1f}", va="center", fontsize=8)
-    axes.set_yticks(positions, [f"{layer['name'].removesuffix('/kernel')}  {layer['shape'][2]}→{layer['shape'][3]}"
-                                for layer in layers], fontsize=8)
+    axes.set_yticks(
+        positions,
+        [f"{layer['name'].removesuffix('/kernel')}  {layer['shape'][2]}→{layer['shape'][3]}" for layer in layers],
+        fontsize=8,
+    )
     axes.invert_yaxis()
     axes.set(xlim=(0, 112), xlabel="weights retained, %")
     axes.set_title(f"Convolutions: {pruned[0][0]['conv_compression']:.2f}x fewer weights", fontsize=10)

@@ -17,14 +17,22 @@ from experiments.report.statistics import coding, csv_text, markdown_table, mean
 GROUP = "published"
 CSV = "published.csv"
 _COLUMNS = (
-    "run", "published (best epoch, their count)", "ours, best pruned epoch", "ours, final (n)", "drop",
-    "conv, all convolutions", "without shortcuts (their way)", "model", "seconds",
-    "images/s, of peak", "precision", "hardware", "date",
+    "run",
+    "published (best epoch, their count)",
+    "ours, best pruned epoch",
+    "ours, final (n)",
+    "drop",
+    "conv, all convolutions",
+    "without shortcuts (their way)",
+    "model",
+    "seconds",
+    "images/s, of peak",
+    "precision",
+    "hardware",
+    "date",
 )
 # What RESULTS.md shows of them.
-_SHOWN = (
-    "run", "published (best epoch, their count)", "ours, final (n)", "drop", "conv, all convolutions", "seconds",
-)
+_SHOWN = ("run", "published (best epoch, their count)", "ours, final (n)", "drop", "conv, all convolutions", "seconds")
 _HEAD = f"""## Published recipes
 
 The authors print the best test top-1 of all epochs, those before the hard prune among them, and count compression
@@ -44,9 +52,7 @@ _FREE = ("seed", "precision")
 def is_run_of(record: dict[str, Any], config: TrainConfig) -> bool:
     """True when a record is of this recipe: seed, precision and the host's way of running it apart."""
     changed = (field for field, _, _ in differences(record["config"], config))
-    return record["name"] == config.name and all(
-        field in _FREE or field.startswith("loop.") for field in changed
-    )
+    return record["name"] == config.name and all(field in _FREE or field.startswith("loop.") for field in changed)
 
 
 def groups() -> dict[tuple[str, str], list[TrainConfig]]:
@@ -125,7 +131,11 @@ def _others(found: Sequence[dict[str, Any]], key: tuple[str, str], members: Sequ
 
 
 def _rows(
-    config: TrainConfig, found: Sequence[dict[str, Any]], dense: Sequence[dict[str, Any]], *, is_dense: bool,
+    config: TrainConfig,
+    found: Sequence[dict[str, Any]],
+    dense: Sequence[dict[str, Any]],
+    *,
+    is_dense: bool,
     is_recipe: bool,
 ) -> list[dict[str, Any]]:
     """A row for each precision and machine that a config was run with, or the one that says it was not run."""
@@ -135,8 +145,12 @@ def _rows(
             by_setting.setdefault(_setting(record), []).append(record)
     top1 = published_top1(config)
     row = {
-        "config": config, "published": "not published" if top1 is None else f"{top1:.2f}", "runs": [], "dense": [],
-        "is_dense": is_dense, "is_recipe": is_recipe,
+        "config": config,
+        "published": "not published" if top1 is None else f"{top1:.2f}",
+        "runs": [],
+        "dense": [],
+        "is_dense": is_dense,
+        "is_recipe": is_recipe,
     }
     rows = []
     for setting, runs in sorted(by_setting.items()):

@@ -3,6 +3,8 @@
     study.json      title, command, cells, tuning
     latency.json    milliseconds of the nets of one seed, measured side by side
     runs.jsonl      its runs, see `experiments.records.kept`
+
+A file that does not fit is a ValueError that names it.
 """
 
 import dataclasses
@@ -97,7 +99,8 @@ class Study:
         def place(cell: Cell) -> tuple[int, int, float]:
             compression = mean(self.compression(cell))
             return (
-                METHODS.index(cell.method), families.index(cell.family),
+                METHODS.index(cell.method),
+                families.index(cell.family),
                 float("inf") if compression is None else round(compression, 2),
             )
 

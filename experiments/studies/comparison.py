@@ -107,10 +107,7 @@ def run(
             say(line)
 
         # Each process measures for itself how the pruned phase runs: what earlier runs found would hide its cost.
-        with (
-            tempfile.TemporaryDirectory() as empty,
-            jobs.crew(workers, environment={ENVIRONMENT: empty}) as crew,
-        ):
+        with tempfile.TemporaryDirectory() as empty, jobs.crew(workers, environment={ENVIRONMENT: empty}) as crew:
             jobs.do_all(wanted, crew, deadline, failed, told)
         keep()
     unfinished = _unfinished(wanted, failed)
@@ -162,9 +159,7 @@ class _Maker:
             trunk = trunks.get(_key(dense_of(config)))
             if trunk == path:
                 # Others begin at any of its epochs.
-                loop = dataclasses.replace(
-                    config.loop, keep_checkpoints=config.total_epochs, checkpoint_every_epochs=1
-                )
+                loop = dataclasses.replace(config.loop, keep_checkpoints=config.total_epochs, checkpoint_every_epochs=1)
                 config, trunk = dataclasses.replace(config, loop=loop), None
             made.append(jobs.Job(config, path, trunk))
         return made
@@ -186,7 +181,11 @@ def _key(config: TrainConfig) -> tuple[str, int]:
 
 
 def _tune(
-    study: Study, cells: Sequence[Cell], folder: Path, seeds: Sequence[int], maker: _Maker,
+    study: Study,
+    cells: Sequence[Cell],
+    folder: Path,
+    seeds: Sequence[int],
+    maker: _Maker,
     do: Callable[[list[jobs.Job]], list[jobs.Job]],
 ) -> tuple[dict[str, tuple[str, Any]], list[jobs.Job]]:
     """``({group: (field, best value)}, trials left to do)``; first the dense run, whose rate others are tried with."""
@@ -250,9 +249,7 @@ def _runs(study: Study, workdir: Path, seed: str = "*") -> dict[str, list[Path]]
     return {name: paths for name, paths in found.items() if paths}
 
 
-def _describe(
-    study: Study, workdir: Path, seeds: Sequence[int], chosen: dict[str, tuple[str, Any]]
-) -> dict[str, Any]:
+def _describe(study: Study, workdir: Path, seeds: Sequence[int], chosen: dict[str, tuple[str, Any]]) -> dict[str, Any]:
     """study.json: every cell that has runs, and how its group was tuned, now or by an earlier call."""
     path, folder = workdir / "study.json", workdir / "tuning"
     earlier = {each["group"]: each for each in read_json(path)["tuning"]} if path.exists() else {}
@@ -261,9 +258,12 @@ def _describe(
     cells = [cell for cell in study.cells if cell is study.dense or cell.name in runs]
     tuned = earlier | {
         tuning.group: {
-            "cell": study.cell(tuning.cell).config.name, "group": tuning.group, "field": tuning.field,
+            "cell": study.cell(tuning.cell).config.name,
+            "group": tuning.group,
+            "field": tuning.field,
             **({} if tuning.epochs is None else {"epochs": tuning.epochs}),
-            "trials": _scores(study, tuning, folder, seeds, chosen), "chosen": chosen[tuning.group][1],
+            "trials": _scores(study, tuning, folder, seeds, chosen),
+            "chosen": chosen[tuning.group][1],
         }
         for tuning in study.tunings
         if tuning.group in chosen
@@ -277,7 +277,10 @@ def _describe(
         "tuning_seeds": list(seeds),
         "cells": [
             {
-                "name": cell.config.name, "method": cell.method, "label": cell.label, "family": cell.family,
+                "name": cell.config.name,
+                "method": cell.method,
+                "label": cell.label,
+                "family": cell.family,
                 "tuned_by": _tuned_by(cell, tuned),
             }
             for cell in cells

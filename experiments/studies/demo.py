@@ -56,8 +56,16 @@ def run(workdir: Path, seeds: int) -> str:
 
 def make_table(dense: list[Run], pruned: list[Run]) -> str:
     """Dense and pruned runs of equal seeds as a Markdown table with its setting."""
-    header = ("run", "final top-1, %", "best top-1, %", "conv compr.", "model compr.", "training s", "of dense",
-              "compiling s")
+    header = (
+        "run",
+        "final top-1, %",
+        "best top-1, %",
+        "conv compr.",
+        "model compr.",
+        "training s",
+        "of dense",
+        "compiling s",
+    )
     dense_seconds = sum(summary["train_seconds"] for summary, _ in dense)
     rows = []
     for label, runs in (("dense", dense), ("ClickTrain", pruned)):
@@ -66,20 +74,23 @@ def make_table(dense: list[Run], pruned: list[Run]) -> str:
         def column(field: str, summaries: list[dict[str, Any]] = summaries) -> list[float]:
             return [summary[field] for summary in summaries]
 
-        rows.append((
-            label,
-            mean_spread(column("final_top1"), scale=100),
-            mean_spread(column("best_top1"), scale=100),
-            f"{mean_spread(column('conv_compression')[:1])}x",
-            f"{mean_spread(column('model_compression')[:1])}x",
-            mean_spread(column("train_seconds"), digits=1),
-            f"{sum(column('train_seconds')) / dense_seconds:.2f}x",
-            # Programs are shared by the seeds: the first run of each kind compiles them.
-            f"{sum(column('compile_seconds')):.1f}",
-        ))
+        rows.append(
+            (
+                label,
+                mean_spread(column("final_top1"), scale=100),
+                mean_spread(column("best_top1"), scale=100),
+                f"{mean_spread(column('conv_compression')[:1])}x",
+                f"{mean_spread(column('model_compression')[:1])}x",
+                mean_spread(column("train_seconds"), digits=1),
+                f"{sum(column('train_seconds')) / dense_seconds:.2f}x",
+                # Programs are shared by the seeds: the first run of each kind compiles them.
+                f"{sum(column('compile_seconds')):.1f}",
+            )
+        )
     first = dense[0][0]
-    difference = paired(*({summary["seed"]: summary["final_top1"] for summary, _ in runs} for runs in (pruned, dense)),
-                        scale=100)
+    difference = paired(
+        *({summary["seed"]: summary["final_top1"] for summary, _ in runs} for runs in (pruned, dense)), scale=100
+    )
     where = setting()
     return (
         markdown_table(header, rows)

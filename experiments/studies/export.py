@@ -147,11 +147,7 @@ def export_run(
     portable = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=None, cache_dir=None))
     facts = {
         "run": {"name": config.name, "seed": config.seed, "config": to_dict(portable)},
-        "data": {
-            "name": dataset.name,
-            "encoding": dataset.encoding,
-            "fingerprint": dataset.fingerprint,
-        },
+        "data": {"name": dataset.name, "encoding": dataset.encoding, "fingerprint": dataset.fingerprint},
         "conv_compression": summary["conv_compression"],
     }
     with tempfile.TemporaryDirectory() as temporary:

@@ -169,9 +169,18 @@ def measure(
     plan = ct.make_plan(trainer.abstract_params, prune_rules(fractions, layers, config.net))
     bench = _Bench(trainer, plan, layers, study, parts)
     nets = [net for seed in range(study.seeds) for net in bench.nets_of(seed)]
-    return {"what": "importance", "setting": setting(), **plain(asked), "eval_split": dataset.eval_split,
-            "dataset": dataset.name, "encoding": dataset.encoding, "eval_examples": len(dataset.eval_labels),
-            "train_examples": len(dataset.train_labels), "seconds": parts.seconds, "nets": nets}
+    return {
+        "what": "importance",
+        "setting": setting(),
+        **plain(asked),
+        "eval_split": dataset.eval_split,
+        "dataset": dataset.name,
+        "encoding": dataset.encoding,
+        "eval_examples": len(dataset.eval_labels),
+        "train_examples": len(dataset.train_labels),
+        "seconds": parts.seconds,
+        "nets": nets,
+    }
 
 
 class _Bench:
@@ -180,8 +189,9 @@ class _Bench:
     def __init__(self, trainer: Trainer, plan: Any, layers: tuple[str, ...], study: Study, parts: Parts) -> None:
         self.trainer, self.plan, self.layers, self.study, self.parts = trainer, plan, layers, study, parts
         self.patterns = ct.patterns.fixed_set(4)
-        self.indices = {name: draw_kernels(_shape(trainer, name), study.kernels, seed)
-                        for seed, name in enumerate(layers)}
+        self.indices = {
+            name: draw_kernels(_shape(trainer, name), study.kernels, seed) for seed, name in enumerate(layers)
+        }
         count = min(study.images, len(trainer.dataset.eval_labels))
         self.images = np.sort(balanced_subset(trainer.dataset.eval_labels, count))
         self.score_batch = score_program(trainer, self.indices, GRADIENT_CRITERIA)
@@ -202,8 +212,10 @@ class _Bench:
         }
         nets, truths = (number * len(study.checkpoint_epochs) for number in (study.seeds, study.truth_seeds))
         parts.expect(
-            study.seeds * study.checkpoint_epochs[-1] + truths * sum(self.costs[name] for name in layers)
-            + nets * self.costs["scores"] + study.seeds * len(self.cells) * self.costs["tune"]
+            study.seeds * study.checkpoint_epochs[-1]
+            + truths * sum(self.costs[name] for name in layers)
+            + nets * self.costs["scores"]
+            + study.seeds * len(self.cells) * self.costs["tune"]
         )
 
     @property
@@ -258,24 +270,33 @@ class _Bench:
 
             def compute(name: str = name, cost: float = cost) -> dict[str, np.ndarray]:
                 found = loss_changes(
-                    self.trainer.model, variables, data.eval_images[self.images], data.eval_labels[self.images],
-                    data.mean, data.std, name, self.indices[name],
+                    self.trainer.model,
+                    variables,
+                    data.eval_images[self.images],
+                    data.eval_labels[self.images],
+                    data.mean,
+                    data.std,
+                    name,
+                    self.indices[name],
                 )
                 self.parts.passed(cost, f"seed {seed}, epoch {epochs}: {len(found)} kernels of {name} removed")
                 return {"changes": found}
 
             changes[name] = self.parts.once(label, cost, compute)["changes"]
         scores = self._sampled(state, seed, per_batch)
-        return {**summarise(changes, scores), "layers": [
-            {
-                "name": name,
-                "kernels": self.indices[name].tolist(),
-                "mean": _short(changes[name].mean(axis=1)),
-                "standard_error": _short(changes[name].std(axis=1, ddof=1) / np.sqrt(changes[name].shape[1])),
-                "scores": {_label(*cell): _short(draws[name].mean(axis=0)) for cell, draws in scores.items()},
-            }
-            for name in self.layers
-        ]}
+        return {
+            **summarise(changes, scores),
+            "layers": [
+                {
+                    "name": name,
+                    "kernels": self.indices[name].tolist(),
+                    "mean": _short(changes[name].mean(axis=1)),
+                    "standard_error": _short(changes[name].std(axis=1, ddof=1) / np.sqrt(changes[name].shape[1])),
+                    "scores": {_label(*cell): _short(draws[name].mean(axis=0)) for cell, draws in scores.items()},
+                }
+                for name in self.layers
+            ],
+        }
 
     def _scores(self, state: TrainState, seed: int) -> tuple[list[Any], dict[tuple[str, int], Any]]:
         """Scores of the drawn kernels in each batch, and trees of mean scores over the first N batches."""
@@ -300,8 +321,10 @@ class _Bench:
                 draws = min(study.draws, self.batch_count // count)
                 scores[name, count] = {
                     layer: np.mean(
-                        np.asarray([batch[name][layer] for batch in per_batch[: draws * count]], np.float64)
-                        .reshape(draws, count, -1), axis=1,
+                        np.asarray([batch[name][layer] for batch in per_batch[: draws * count]], np.float64).reshape(
+                            draws, count, -1
+                        ),
+                        axis=1,
                     )
                     for layer in self.layers
                 }
@@ -315,8 +338,12 @@ class _Bench:
         """The masked update of the pruned phase, and a trainer with its optimizer; data and model are shared."""
         tuner = copy.copy(self.trainer)
         tuner.config = dataclasses.replace(
-            self.trainer.config, epochs=self.study.tune_epochs, learning_rate=self.study.tune_rate,
-            lr_schedule="cosine", lr_milestones=(), mixup_epoch=None,
+            self.trainer.config,
+            epochs=self.study.tune_epochs,
+            learning_rate=self.study.tune_rate,
+            lr_schedule="cosine",
+            lr_milestones=(),
+            mixup_epoch=None,
         )
         tuner.optimizer = make_optimizer(tuner.config, self._full_batches)
         tuner.updates = ct.phase_updates(tuner.optimizer, self.plan, coeff=0.0, patterns=self.patterns)
@@ -336,6 +363,7 @@ class _Bench:
 
     def _tuned(self, state: TrainState, seed: int, cell: tuple[str, int | None], means: Any) -> dict[str, Any]:
         """Validation accuracy of the net pruned by a cell's scores, before and after training with the masks on."""
+
         def compute() -> dict[str, np.ndarray]:
             tuner = self.tuner
             masks = self._masks(state, seed, cell, means)
@@ -344,7 +372,9 @@ class _Bench:
             # Updates are given the state for good, and the masks are needed once more.
             layers = jax.tree.map(jnp.copy, masks.layers)
             pruned = state._replace(
-                step=jnp.zeros([], jnp.int32), params=params, batch_stats=statistics,
+                step=jnp.zeros([], jnp.int32),
+                params=params,
+                batch_stats=statistics,
                 opt_state=held._replace(masks=fill_masks(held.masks, layers)),
             )
             before = tuner.evaluate(pruned)[1]
@@ -354,9 +384,7 @@ class _Bench:
                 # The same order, crops and flips in every cell of a seed: their differences are paired.
                 order = jax.random.permutation(jax.random.fold_in(key, epoch), len(tuner.train_data.labels))
                 for index in range(self._full_batches):
-                    pruned, metrics = self.tune_step(
-                        pruned, metrics, tuner.train_data, order, np.int32(index), key, {}
-                    )
+                    pruned, metrics = self.tune_step(pruned, metrics, tuner.train_data, order, np.int32(index), key, {})
             report = ct.report(pruned.params, masks)
             loss, top1 = tuner.evaluate(pruned)
             self.parts.passed(self.costs["tune"], f"seed {seed}: pruned by {_label(*cell)}, top-1 {100 * top1:.2f}")

@@ -175,7 +175,11 @@ class _Worker:
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "experiments.studies.jobs", *([] if cache is None else [str(cache)])],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                bufsize=1,
+                start_new_session=True,
                 env={**os.environ, **environment},
                 cwd=Path(__file__).parents[2],
             )

@@ -96,7 +96,9 @@ def loss_changes(
         weights = dict(named_leaves(variables["params"]))[layer]
         taps = jax.lax.dynamic_slice(weights, (0, 0, *kernel), (*weights.shape[:2], 1, 1))
         response = jax.lax.conv_general_dilated(
-            jax.lax.dynamic_slice_in_dim(before, kernel[0], 1, axis=3), taps.astype(before.dtype), **form,
+            jax.lax.dynamic_slice_in_dim(before, kernel[0], 1, axis=3),
+            taps.astype(before.dtype),
+            **form,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         column = jax.lax.dynamic_slice_in_dim(after, kernel[1], 1, axis=3)

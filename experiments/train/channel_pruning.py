@@ -97,11 +97,7 @@ class ChannelPruning:
         # Slices on the host are copies of a few megabytes; on the device each would be a program to compile.
         host = jax.device_get(state)
         kept = living_channels(
-            host.params,
-            self._nodes,
-            threshold=self.settings.threshold,
-            multiple=self.settings.multiple,
-            prefix=_PARAMS,
+            host.params, self._nodes, threshold=self.settings.threshold, multiple=self.settings.multiple, prefix=_PARAMS
         )
         host = host._replace(
             params=narrow(host.params, kept, self._nodes, prefix=_PARAMS),

@@ -80,7 +80,10 @@ class Updates:
         return self.programs.get(
             ("loop", kind, way, *self._shapes_key(args[-1], args[0].params)),
             lambda: update_loop(self, kind, self.config.batch_size, way, self.loop_length),
-            args, (0, 1), large=True, ahead=ahead,
+            args,
+            (0, 1),
+            large=True,
+            ahead=ahead,
         )
 
     def _program(self, kind: str, batch: int, way: Way, args: tuple, *, ahead: bool = False) -> Callable[..., Any]:
@@ -94,8 +97,12 @@ class Updates:
         def run(state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, held: Any) -> Any:
             inputs = (state.params, state.batch_stats, state.step, data, order, index, key, held)
             gradient = self.programs.get(
-                ("gradient", batch, way, *shapes), lambda: gradient_of(self, batch, way), inputs,
-                large=True, beside=size_of(state.opt_state), ahead=ahead,
+                ("gradient", batch, way, *shapes),
+                lambda: gradient_of(self, batch, way),
+                inputs,
+                large=True,
+                beside=size_of(state.opt_state),
+                ahead=ahead,
             )
             found = jax.eval_shape(gradient_of(self, batch, way), *inputs) if ahead else gradient(*inputs)
             changed = (state, metrics, index, found)

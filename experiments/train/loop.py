@@ -201,9 +201,7 @@ def _epoch(
     return state, line
 
 
-def summarise(
-    trainer: Trainer, config: TrainConfig, state: TrainState, lines: list[dict[str, Any]]
-) -> dict[str, Any]:
+def summarise(trainer: Trainer, config: TrainConfig, state: TrainState, lines: list[dict[str, Any]]) -> dict[str, Any]:
     """The facts of a finished run. Accuracies are fractions, times are seconds."""
     masks = trainer.masks(state)
     sizes = models.output_sizes(trainer.model, trainer.image_shape)

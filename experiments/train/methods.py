@@ -42,12 +42,14 @@ def make_method(
     def apply(variables: Any, images: Any) -> Any:
         return model.apply(variables, images, train=False)
 
-    return config.method.make(Run(
-        inner,
-        abstract["params"],
-        ct.make_plan(abstract["params"], dict.fromkeys(models.prunable_convs(model, image_shape), 0.0)),
-        plan,
-        lambda: channel_nodes(apply, abstract, tuple(image_shape)),
-        steps_per_epoch,
-        config.epochs,
-    ))
+    return config.method.make(
+        Run(
+            inner,
+            abstract["params"],
+            ct.make_plan(abstract["params"], dict.fromkeys(models.prunable_convs(model, image_shape), 0.0)),
+            plan,
+            lambda: channel_nodes(apply, abstract, tuple(image_shape)),
+            steps_per_epoch,
+            config.epochs,
+        )
+    )

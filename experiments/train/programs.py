@@ -36,8 +36,16 @@ class Programs:
         return key in self._futures
 
     def get(
-        self, key: Any, build: Callable[[], Callable[..., Any]], args: tuple, donate: tuple[int, ...] = (), *,
-        counts: bool = True, large: bool = False, beside: int = 0, ahead: bool = False,
+        self,
+        key: Any,
+        build: Callable[[], Callable[..., Any]],
+        args: tuple,
+        donate: tuple[int, ...] = (),
+        *,
+        counts: bool = True,
+        large: bool = False,
+        beside: int = 0,
+        ahead: bool = False,
     ) -> Callable[..., Any]:
         """The program of a key.
 

@@ -72,8 +72,11 @@ def scheduled(net: nn.Module, images: tuple[int, ...], structures: dict[str, Any
 
     def run(held: dict[str, Any]) -> Any:
         return net.apply(
-            {"structures": held}, jax.numpy.zeros(images), train=False,
-            mutable=["params", "batch_stats"], rngs={"params": jax.random.key(0)},
+            {"structures": held},
+            jax.numpy.zeros(images),
+            train=False,
+            mutable=["params", "batch_stats"],
+            rngs={"params": jax.random.key(0)},
         )
 
     return jax.tree.map(jax.numpy.asarray, pk.scheduled(run, structures))
@@ -93,7 +96,13 @@ class PrunedPhase:
     """
 
     def __init__(
-        self, asked: str, plan: Plan | None, facts: Mapping[str, Any], *, hwnc: bool, portable: bool = True,
+        self,
+        asked: str,
+        plan: Plan | None,
+        facts: Mapping[str, Any],
+        *,
+        hwnc: bool,
+        portable: bool = True,
         deal: Callable[[dict[str, Any]], dict[str, Any]] = lambda structures: structures,
     ) -> None:
         self._deal = deal

@@ -17,9 +17,7 @@ from pallas_kernels import native
 from pallas_kernels.pattern_conv import cpu
 
 
-def make_models(
-    config: TrainConfig, num_classes: int, convolution: str, *, on_cpu: bool
-) -> dict[str, nn.Module]:
+def make_models(config: TrainConfig, num_classes: int, convolution: str, *, on_cpu: bool) -> dict[str, nn.Module]:
     """The net as each way of `experiments.train.pruned_phase` runs it, "dense" being that of all other phases.
 
     Args:
@@ -106,8 +104,11 @@ def make_plan(prune: PruneConfig, model: Any, params: Any, image_shape: tuple[in
     if prune.target_of == "latency":
         # Of the same layers and shapes; how much it removes is irrelevant there.
         shapes = make_plan(
-            dataclasses.replace(prune, target=None, target_of="convolutions", fractions=(0.0,)), model, params,
-            image_shape, net,
+            dataclasses.replace(prune, target=None, target_of="convolutions", fractions=(0.0,)),
+            model,
+            params,
+            image_shape,
+            net,
         )
         variables = model.init(jax.random.key(0), jnp.zeros((1, *image_shape), jnp.float32), train=False)
         images = jax.ShapeDtypeStruct((prune.latency_batch, *image_shape), jnp.float32)

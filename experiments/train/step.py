@@ -98,8 +98,13 @@ class Trainer(Updates):
         if config.prune is not None:
             self.plan = make_plan(config.prune, self.model, self.abstract_params, image_shape, config.net)
         self.method = make_method(
-            config, make_optimizer(config, self.steps_per_epoch), self.model, abstract, image_shape,
-            self.steps_per_epoch, self.plan,
+            config,
+            make_optimizer(config, self.steps_per_epoch),
+            self.model,
+            abstract,
+            image_shape,
+            self.steps_per_epoch,
+            self.plan,
         )
         self.optimizer = self.method.optimizer
         self.channels = None
@@ -108,7 +113,10 @@ class Trainer(Updates):
         if config.prune is not None:
             self._set_up_pruning()
         self.pruned = PrunedPhase(
-            config.loop.pruned_convolution, self.plan, facts_of(config, self.plan), hwnc=not on_cpu,
+            config.loop.pruned_convolution,
+            self.plan,
+            facts_of(config, self.plan),
+            hwnc=not on_cpu,
             deal=self.scheduled,
             portable=on_cpu or config.precision not in mosaic_gpu.DTYPES or mosaic_gpu.why_not_here() is not None,
         )
@@ -263,7 +271,13 @@ class Trainer(Updates):
         return self._loop(kind, way, (*args, structures))(*args, structures)
 
     def _run_segment(
-        self, segment: Segment, known: Any, state: TrainState, metrics: Any, order: Any, key: Any,
+        self,
+        segment: Segment,
+        known: Any,
+        state: TrainState,
+        metrics: Any,
+        order: Any,
+        key: Any,
         on_step: Callable[[int], None],
     ) -> tuple[TrainState, Any]:
         phase, gathers, first, end = segment

@@ -284,9 +284,7 @@ def module_of(backend: str) -> ModuleType:
     return importlib.import_module(f"pallas_kernels.pattern_conv.{backend}")
 
 
-def _why_not(
-    backend: str, structure: Structure | None, geometry: Geometry, dtype: jnp.dtype, batch: int
-) -> str | None:
+def _why_not(backend: str, structure: Structure | None, geometry: Geometry, dtype: jnp.dtype, batch: int) -> str | None:
     module = module_of(backend)
     if module is cpu:
         # What can be told without the kernels first: asking for them may build them.

@@ -102,9 +102,7 @@ class StripTiles:
         """Bytes of shared memory that a block takes."""
         x_slot = (self.pixels + self.window - 1) * self.images * self.depth
         stored = 2 * self.images * self.outputs
-        return 2 * self.warpgroups * (
-            self.x_stages * x_slot + self.w_stages * self.outputs * self.depth + stored
-        )
+        return 2 * self.warpgroups * (self.x_stages * x_slot + self.w_stages * self.outputs * self.depth + stored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,9 +206,7 @@ def _products(batch: int, size: tuple[int, int], outputs: int, tile: int, depth:
     return options
 
 
-def _strips(
-    batch: int, size: tuple[int, int], outputs: int, tile: int, depth: int, window: int
-) -> list[tuple]:
+def _strips(batch: int, size: tuple[int, int], outputs: int, tile: int, depth: int, window: int) -> list[tuple]:
     """Likewise."""
     options = []
     if window == 1 or tile % 64 or size[1] == 1:
@@ -280,9 +276,7 @@ def _narrow(columns: int) -> float:
     return max(1.0, (64 + columns) / (2 * columns))
 
 
-def _deepest_weights(
-    images: int, channels: int, filters: int, entries: int, looks_back: bool
-) -> WeightTiles | None:
+def _deepest_weights(images: int, channels: int, filters: int, entries: int, looks_back: bool) -> WeightTiles | None:
     warpgroups = 2 if entries % 2 == 0 else 1
     # A slot that is looked at again is one less to copy into.
     for stages in range(8, 2 + (looks_back and entries > 1), -1):

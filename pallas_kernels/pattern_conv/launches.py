@@ -80,9 +80,14 @@ def options(
 def facts(structure: Structure, geometry: Geometry, batch: int, direction: str) -> dict[str, object]:
     """What decides which tiles are fastest, beside the kind of device: the key of what was tuned."""
     return {
-        "tiles of": direction, "shape": structure.shape, "tile": structure.tile, "room": lists_of(
-            structure, direction == "input_gradient")[0].shape[1],
-        "image": geometry.image, "strides": geometry.strides, "padding": geometry.padding, "batch": batch,
+        "tiles of": direction,
+        "shape": structure.shape,
+        "tile": structure.tile,
+        "room": lists_of(structure, direction == "input_gradient")[0].shape[1],
+        "image": geometry.image,
+        "strides": geometry.strides,
+        "padding": geometry.padding,
+        "batch": batch,
     }
 
 

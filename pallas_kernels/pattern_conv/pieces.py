@@ -153,9 +153,7 @@ def taps_of(code: int) -> Taps:
     return tuple(tap for tap in range(code.bit_length()) if code >> tap & 1)
 
 
-def work(
-    pieces: Sequence[Pieces], filters: int, shape: tuple[int, ...], direction: Direction, pixels: float
-) -> float:
+def work(pieces: Sequence[Pieces], filters: int, shape: tuple[int, ...], direction: Direction, pixels: float) -> float:
     """What the pieces cost on a CPU, in multiply-adds a pixel, all else included; compare `dense_work`.
 
     Args:
@@ -213,8 +211,7 @@ def _best_merge(codes: np.ndarray, size: tuple[int, int], tile: tuple[int, int],
         values, times = np.unique(union, return_counts=True)
         wide = min(count * filters, cout)
         cost = channels * sum(
-            number * cover(taps_of(int(value)), size, wide)[0] * _lanes(wide)
-            for value, number in zip(values, times)
+            number * cover(taps_of(int(value)), size, wide)[0] * _lanes(wide) for value, number in zip(values, times)
         )
         cost += union.shape[1] * _CALL
         best = min(best, (cost, count))
@@ -222,9 +219,7 @@ def _best_merge(codes: np.ndarray, size: tuple[int, int], tile: tuple[int, int],
     return best[1]
 
 
-def _fill(
-    found: list[list[tuple[int, int, int, int]]], window: tuple[int, int], wide: np.ndarray, kw: int
-) -> Pieces:
+def _fill(found: list[list[tuple[int, int, int, int]]], window: tuple[int, int], wide: np.ndarray, kw: int) -> Pieces:
     """Arrays from lists of (channel, row, column, code of the taps read); ``wide``: codes (T, merged, cin)."""
     rooms = room_for([len(entries) for entries in found])
     tiles, merged, cin = wide.shape

@@ -65,11 +65,7 @@ def forward_packed(x: jax.Array, packed: Packed, structure: Structure, geometry:
 
 
 def _forward(
-    x: jax.Array,
-    weights_of: Callable[[int, int], jax.Array],
-    structure: Structure,
-    geometry: Geometry,
-    order: "_Order",
+    x: jax.Array, weights_of: Callable[[int, int], jax.Array], structure: Structure, geometry: Geometry, order: "_Order"
 ) -> jax.Array:
     batch = x.shape[geometry.batch_axis]
     rows, columns = geometry.output
@@ -332,11 +328,7 @@ def _read(
         (height * width, width, 1) if geometry.layout == "NHWC" else (1, width * batch, batch)
     )
     images = np.arange(begin, end, dtype=np.int32) if _is_static(end) else jnp.arange(end, dtype=jnp.int32)
-    base = (
-        images[:, None, None] * image_step
-        + row_at[:, None] * row_step
-        + column_at * column_step
-    ) * channels
+    base = (images[:, None, None] * image_step + row_at[:, None] * row_step + column_at * column_step) * channels
     shift = (
         jnp.asarray(piece.rows)[tile, :room] * row_step + jnp.asarray(piece.columns)[tile, :room] * column_step
     ) * channels + jnp.asarray(piece.channels)[tile, :room]

@@ -23,7 +23,12 @@ def step_of(**options):
     # The first layer loses whole kernels, the second has patterns.
     plan = ct.make_plan(PARAMS, {"[ab]/kernel": 0.5}, entries={"a/kernel": None, "b/kernel": 2}, **options)
     tx = ct.clicktrain(
-        optax.sgd(0.01, momentum=0.9), plan, select_step=1, prune_step=3, coeff=1e-2, patterns=PATTERNS,
+        optax.sgd(0.01, momentum=0.9),
+        plan,
+        select_step=1,
+        prune_step=3,
+        coeff=1e-2,
+        patterns=PATTERNS,
         importance_steps=2,
     )
 
@@ -55,9 +60,7 @@ def compare(got, expected):
 
 def on(mesh, spec):
     def place(leaf):
-        fits = leaf.ndim == 4 and all(
-            axis is None or size % mesh.size == 0 for axis, size in zip(spec, leaf.shape)
-        )
+        fits = leaf.ndim == 4 and all(axis is None or size % mesh.size == 0 for axis, size in zip(spec, leaf.shape))
         return jax.device_put(leaf, NamedSharding(mesh, spec if fits else P()))
 
     return lambda tree: jax.tree.map(place, tree)
@@ -78,14 +81,21 @@ def main():
         (auto, P(None, None, None, "d")),
     ):
         got = train(on(mesh, spec))
-        assert got[0]["a"]["kernel"].sharding.spec == NamedSharding(mesh, P(*spec, *[None] * (4 - len(spec)))).spec \
-            or mesh is auto, (spec, got[0]["a"]["kernel"].sharding)
+        assert (
+            got[0]["a"]["kernel"].sharding.spec == NamedSharding(mesh, P(*spec, *[None] * (4 - len(spec)))).spec
+            or mesh is auto
+        ), (spec, got[0]["a"]["kernel"].sharding)
         compare(got, expected)
     square = jax.make_mesh((2, 2), ("x", "y"))
     both = NamedSharding(square, P(None, None, "x", "y"))
-    compare(train(lambda tree: jax.tree.map(
-        lambda leaf: jax.device_put(leaf, both if leaf.ndim == 4 else NamedSharding(square, P())), tree
-    )), expected)
+    compare(
+        train(
+            lambda tree: jax.tree.map(
+                lambda leaf: jax.device_put(leaf, both if leaf.ndim == 4 else NamedSharding(square, P())), tree
+            )
+        ),
+        expected,
+    )
 
     def mapped(step):
         return jax.shard_map(step, mesh=explicit[4], in_specs=(P(), P()), out_specs=(P(), P()))

@@ -127,9 +127,7 @@ def test_what_is_marked_and_not_yet_zero(tree, pruned, masks):
 
 def test_a_run_that_ends_before_its_prune():
     params = {"Conv_0": {"kernel": jnp.linspace(-1.0, 1.0, 3 * 3 * 8 * 8).reshape(3, 3, 8, 8)}}
-    tx = ct.clicktrain(
-        optax.sgd(0.0), ct.make_plan(params, {".*": 0.5}), select_step=0, prune_step=9, coeff=0.0
-    )
+    tx = ct.clicktrain(optax.sgd(0.0), ct.make_plan(params, {".*": 0.5}), select_step=0, prune_step=9, coeff=0.0)
     _, state = jax.jit(tx.update)(params, tx.init(params), params)
     report = ct.report(params, ct.masks_of(state))
     assert report.conv_compression == 1.0 and report.promised_conv_compression == 4.5
@@ -156,7 +154,10 @@ def test_nothing_retained(tree, masks):
 @pytest.mark.parametrize(
     ("arguments", "steps"),
     [
-        ((10_000,), (1000, 2000)), ((100, 0.29, 0.57), (29, 57)), ((2, 0.0, 0.5), (0, 1)), ((6,), (0, 1)),
+        ((10_000,), (1000, 2000)),
+        ((100, 0.29, 0.57), (29, 57)),
+        ((2, 0.0, 0.5), (0, 1)),
+        ((6,), (0, 1)),
         ((7, 0.1, 0.12), (0, 1)),
     ],
 )

@@ -36,11 +36,7 @@ def loop(toy, tx, steps, tree=None, state=None, **extra):
     return tree, state
 
 
-OPTIONS = {
-    "plain": {},
-    "gathered": {"importance_steps": 2},
-    "schedule": {"coeff": optax.linear_schedule(0.0, 0.1, 5)},
-}
+OPTIONS = {"plain": {}, "gathered": {"importance_steps": 2}, "schedule": {"coeff": optax.linear_schedule(0.0, 0.1, 5)}}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

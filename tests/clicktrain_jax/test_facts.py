@@ -181,8 +181,10 @@ def test_given_scores_of_any_scale_select_alike():
     scores = ct.importance.taylor(params(), grads(0))
     expected = ct.select_masks(scores, plan(), ct.patterns.Generated(4))
     for scale in (2.0**-100, 2.0**120):
-        same(ct.select_masks(jax.tree.map(lambda s, scale=scale: s * scale, scores), plan(), ct.patterns.Generated(4)),
-             expected)
+        same(
+            ct.select_masks(jax.tree.map(lambda s, scale=scale: s * scale, scores), plan(), ct.patterns.Generated(4)),
+            expected,
+        )
 
 
 def test_a_schedule_for_the_coefficient():
@@ -191,8 +193,11 @@ def test_a_schedule_for_the_coefficient():
     tree, state = history[3]
     masks = ct.masks_of(state)
     expected = ct.add_group_lasso(grads(3), tree, masks, schedule(3))
-    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-6),
-                 jax.tree.map(jnp.subtract, tree, history[4][0]), expected)
+    jax.tree.map(
+        lambda got, want: np.testing.assert_allclose(got, want, atol=1e-6),
+        jax.tree.map(jnp.subtract, tree, history[4][0]),
+        expected,
+    )
 
 
 @pytest.mark.parametrize("static", [(), ("inner", "plan", "select_step", "prune_step")], ids=["plain", "static"])

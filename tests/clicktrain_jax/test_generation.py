@@ -18,9 +18,7 @@ from clicktrain_jax.patterns.search import exchange, greedy
 
 STATIC = ("num_patterns", "entries", "method", "centre", "complementary", "kernel_size", "names", "max_kernels")
 # Programs here run a few times: compiled without optimisation they are ready sooner.
-generate = jax.jit(
-    patterns.generate, static_argnames=STATIC, compiler_options={"xla_backend_optimization_level": 0}
-)
+generate = jax.jit(patterns.generate, static_argnames=STATIC, compiler_options={"xla_backend_optimization_level": 0})
 few_examples = settings(max_examples=8, deadline=None, derandomize=True)
 
 
@@ -107,7 +105,9 @@ def test_objective_of_many_patterns_and_kernels():
 
 @few_examples
 @given(
-    seed=st.integers(0, 2**16), spread=st.sampled_from([0.3, 1.0, 3.0]), count=st.sampled_from([1, 4, 8]),
+    seed=st.integers(0, 2**16),
+    spread=st.sampled_from([0.3, 1.0, 3.0]),
+    count=st.sampled_from([1, 4, 8]),
     centre=st.booleans(),
 )
 def test_coverage_is_behind_none_of_its_starts(seed, spread, count, centre):
@@ -129,8 +129,10 @@ def test_coverage_finds_the_published_set_where_it_is_best():
 
 
 @few_examples
-@given(seed=st.integers(0, 2**16), case=st.sampled_from([((2, 2), 2, 2), ((2, 2), 1, 3), ((1, 5), 2, 3), ((3, 3), 1, 3),
-                                                         ((3, 3), 8, 2)]))
+@given(
+    seed=st.integers(0, 2**16),
+    case=st.sampled_from([((2, 2), 2, 2), ((2, 2), 1, 3), ((1, 5), 2, 3), ((3, 3), 1, 3), ((3, 3), 8, 2)]),
+)
 def test_coverage_against_every_possible_set(seed, case):
     size, entries, count = case
     scores = net(seed, shapes=((*size, 3, 5), (*size, 2, 2)), spread=1.0)

@@ -109,8 +109,9 @@ def test_group_taylor_by_hand():
     np.testing.assert_allclose(scores.sum(axis=(0, 1)), [[16, 4]], rtol=1e-6)
     np.testing.assert_allclose(scores[0, 0, 0], [14.4, 3.6], rtol=1e-6)
     assert (scores >= 0).all() and scores.dtype == np.float32
-    nothing = ct.importance.group_taylor({"k": 0 * weight, "bias": np.ones(2), "no": None},
-                                         {"k": grad, "bias": 2 * np.ones(2), "no": None})
+    nothing = ct.importance.group_taylor(
+        {"k": 0 * weight, "bias": np.ones(2), "no": None}, {"k": grad, "bias": 2 * np.ones(2), "no": None}
+    )
     assert not np.asarray(nothing["k"]).any() and nothing["no"] is None
     np.testing.assert_array_equal(nothing["bias"], [4, 4])
 

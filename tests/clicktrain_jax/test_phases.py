@@ -112,11 +112,16 @@ def test_what_is_due_when_a_run_does_not_go_as_planned():
     schedule = PhaseSchedule(2, 8, reselect_step=5, importance_steps=2)
     # The first window, with an update that was not finite.
     assert [due(schedule, *facts) for facts in ((1, -1, -1, 0), (2, -1, -1, 0), (3, -1, -1, 1))] == [
-        ("DENSE", True), ("DENSE", True), ("SELECT", False)
+        ("DENSE", True),
+        ("DENSE", True),
+        ("SELECT", False),
     ]
     # The second one; the prune waits for it.
     assert [due(schedule, *facts) for facts in ((3, 2, -1, 0), (4, 2, -1, 0), (8, 2, -1, 0), (9, 2, -1, 1))] == [
-        ("REGULARIZE", False), ("REGULARIZE", True), ("REGULARIZE", True), ("SELECT", False)
+        ("REGULARIZE", False),
+        ("REGULARIZE", True),
+        ("REGULARIZE", True),
+        ("SELECT", False),
     ]
     assert due(schedule, 10, 9, -1, 0) == ("PRUNE", False)
     # Pruned by another schedule, before this one would select anew.

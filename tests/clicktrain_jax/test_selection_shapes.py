@@ -111,8 +111,9 @@ def test_a_fraction_that_would_remove_all_that_competes_is_refused(options):
 def test_equal_counts_cannot_promise_a_floor():
     for scope in ("filter", "tile"):
         with pytest.raises(ValueError, match=f"floor=True with removal_scope='{scope}'"):
-            select(random_scores(0, (3, 3, 8, 8)), 0.5, removal_scope=scope, tile=(4, 4), removal_tile=(1, 1),
-                   floor=True)
+            select(
+                random_scores(0, (3, 3, 8, 8)), 0.5, removal_scope=scope, tile=(4, 4), removal_tile=(1, 1), floor=True
+            )
 
 
 @few_examples
@@ -211,9 +212,7 @@ def test_numbers_that_no_generation_can_meet_are_refused_at_once():
     tree = {"k": np.ones((3, 3, 8, 8), np.float32)}
     plan = ct.make_plan(tree, {"k": 0.5}, entries=8)
     with pytest.raises(ValueError, match="'k': num_patterns=12: there are 9 patterns of 8 of 3x3 taps"):
-        ct.clicktrain(
-            optax.sgd(0.1), plan, select_step=1, prune_step=2, coeff=0.0, patterns=ct.patterns.Generated(12)
-        )
+        ct.clicktrain(optax.sgd(0.1), plan, select_step=1, prune_step=2, coeff=0.0, patterns=ct.patterns.Generated(12))
 
 
 def test_negative_scores_are_refused():

@@ -66,10 +66,7 @@ def on(size, axis, kind):
 
 EXPLICIT, AUTO = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
 # name: (mode, where parameters lie, options of the loop)
-WAYS = {
-    "eager": (contextlib.nullcontext, None, {"jit": lambda step: step}),
-    "strict": (strict, None, {}),
-}
+WAYS = {"eager": (contextlib.nullcontext, None, {"jit": lambda step: step}), "strict": (strict, None, {})}
 MESHES = {
     "2 devices": (contextlib.nullcontext, on(2, 3, EXPLICIT), {}),
     "4 devices": (strict, on(4, 2, EXPLICIT), {}),

@@ -33,10 +33,7 @@ CONTAINERS = {
     "frozen": (lambda a, b, c: FrozenDict({"m": {"a": a}, "n": {"b": b, "c": c}}), ["m/a", "n/b", "n/c"]),
     "named tuple": (lambda a, b, c: Pair([a, b], c), ["first/0", "first/1", "second"]),
     "with None": (lambda a, b, c: {"a": a, "gone": None, "b": {"b": b, "c": c}}, ["a", "b/b", "b/c"]),
-    "nnx state": (
-        lambda a, b, c: nnx.state(module_of(a, b, c)),
-        ["block/a/kernel", "block/b/kernel", "c/kernel"],
-    ),
+    "nnx state": (lambda a, b, c: nnx.state(module_of(a, b, c)), ["block/a/kernel", "block/b/kernel", "c/kernel"]),
 }
 
 

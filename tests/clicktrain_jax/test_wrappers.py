@@ -18,8 +18,11 @@ OPTIONS = {"select_step": 0, "prune_step": 1, "coeff": 1e-3}
 def params():
     rng = np.random.default_rng(0)
     shapes = {"conv": {"kernel": (3, 3, 8, 16)}, "head": {"kernel": (16, 5)}}
-    return jax.tree.map(lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32), shapes,
-                        is_leaf=lambda node: isinstance(node, tuple))
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +105,10 @@ def test_an_outer_transformation_that_takes_a_part(outer, whole):
 
 def test_a_planned_layer_that_is_masked_away_is_refused():
     tree = params()
-    tx = optax.masked(ct.clicktrain(optax.sgd(0.1), ct.make_plan(tree, {"conv/kernel": 0.5}), **OPTIONS),
-                      {"conv": False, "head": True})
+    tx = optax.masked(
+        ct.clicktrain(optax.sgd(0.1), ct.make_plan(tree, {"conv/kernel": 0.5}), **OPTIONS),
+        {"conv": False, "head": True},
+    )
     with pytest.raises(ValueError, match="holds None at 'conv/kernel', which the plan prunes"):
         tx.init(tree)
 

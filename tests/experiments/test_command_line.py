@@ -69,11 +69,7 @@ def test_bad_input(tiny_config, capsys, tmp_path, monkeypatch, arguments, messag
 
 
 BENCHES = "steps step loop selection conv gpu deploy dtypes sizes torch collectives latency"
-HELP = [
-    *([name] for name in COMMANDS),
-    *(["bench", what] for what in BENCHES.split()),
-    ["train", "digits-dense"],
-]
+HELP = [*([name] for name in COMMANDS), *(["bench", what] for what in BENCHES.split()), ["train", "digits-dense"]]
 
 
 @pytest.mark.parametrize("command", HELP, ids=" ".join)
@@ -178,8 +174,12 @@ def test_train_then_evaluate_then_refuse_another_config(tiny_config, capsys, tmp
         if path.is_file() and path.stat().st_size > 2000:
             path.write_bytes(path.read_bytes()[:100])
     done = subprocess.run(
-        [sys.executable, "-m", "experiments", "evaluate", folder], cwd=ROOT, capture_output=True, text=True,
-        timeout=300, check=False,
+        [sys.executable, "-m", "experiments", "evaluate", folder],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0 and "after 1 of 2 epochs" in done.stdout
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("warning: checkpoint 2 in ")
@@ -226,8 +226,13 @@ def test_images_are_found_where_the_run_found_them(tmp_path, monkeypatch):
 
 def test_the_module_runs_as_a_program():
     done = subprocess.run(
-        [sys.executable, "-m", "experiments", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+        [sys.executable, "-m", "experiments", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
     )
     assert done.returncode == 0 and "train NAME" in done.stdout
 
@@ -242,8 +247,13 @@ def test_help_names_every_field(tiny_config, capsys):
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_a_mistake_is_a_sentence_in_any_encoding(encoding):
     done = subprocess.run(
-        [sys.executable, "-m", "experiments", "export"], cwd=ROOT, capture_output=True, text=True, timeout=60,
-        env=os.environ | {"PYTHONIOENCODING": encoding, "JAX_PLATFORMS": "cpu"}, check=False,
+        [sys.executable, "-m", "experiments", "export"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "JAX_PLATFORMS": "cpu"},
+        check=False,
     )
     said = "error: Missing from python -m experiments export: RUN the run folder. (required) (all fields: "
     assert done.returncode == 2 and done.stderr.startswith(said), done.stderr

@@ -54,8 +54,15 @@ def test_names_carry_the_compression_over_all_convolutions(config):
 
 def test_names_are_unique_and_every_pruned_config_has_its_dense_one():
     families = (
-        configs.demo, configs.slim, configs.published, configs.own, configs.modern, configs.price, configs.ablation,
-        configs.deployed, configs.compare,
+        configs.demo,
+        configs.slim,
+        configs.published,
+        configs.own,
+        configs.modern,
+        configs.price,
+        configs.ablation,
+        configs.deployed,
+        configs.compare,
     )
     families = [config for family in families for config in family.configs()]
     assert len(ALL) == len(families)
@@ -88,14 +95,20 @@ def test_every_published_recipe_is_here():
                 "not published" if best["best_top1"] is None else f"best test top-1 {best['best_top1']:.2f} published"
             )
             for ours_, theirs in {
-                "epochs": "epochs", "batch_size": "batch_size", "learning_rate": "learning_rate",
-                "lr_gamma": "lr_gamma", "momentum": "momentum", "weight_decay": "weight_decay",
+                "epochs": "epochs",
+                "batch_size": "batch_size",
+                "learning_rate": "learning_rate",
+                "lr_gamma": "lr_gamma",
+                "momentum": "momentum",
+                "weight_decay": "weight_decay",
                 "mixup_alpha": "mixup_alpha_after_prune",
             }.items():
                 assert getattr(config, ours_) == recipe[theirs]
             assert list(config.lr_milestones) == recipe["lr_milestones"]
             assert (config.prune.select_epoch, config.prune.prune_epoch, config.prune.num_patterns) == (
-                recipe["select_epoch"], recipe["prune_epoch"], recipe["num_patterns"],
+                recipe["select_epoch"],
+                recipe["prune_epoch"],
+                recipe["num_patterns"],
             )
             assert config.mixup_epoch == config.prune.prune_epoch
     assert not remaining

@@ -20,7 +20,12 @@ def config(small):
         config.method, select_epoch=1, reselect_epoch=2, prune_epoch=3, importance_steps=3, patterns="coverage"
     )
     return dataclasses.replace(
-        config, epochs=5, width=0.125 if small else 1.0, batch_size=32, mixup_epoch=4, method=method,
+        config,
+        epochs=5,
+        width=0.125 if small else 1.0,
+        batch_size=32,
+        mixup_epoch=4,
+        method=method,
         loop=dataclasses.replace(config.loop, progress=False, checkpoint_every_epochs=1),
     )
 

@@ -100,9 +100,7 @@ def compile_for_h200(function: Callable, *arguments: object) -> Program:
         RuntimeError: a kernel of it was compiled in this process past this function, so that nothing was dumped.
         Whatever jax raises where a kernel cannot be lowered or needs more shared memory than there is.
     """
-    on_h200 = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement()), arguments
-    )
+    on_h200 = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement()), arguments)
     with tempfile.TemporaryDirectory(prefix="h200-") as folder:
         previous = os.environ.get("MOSAIC_GPU_DUMP_TO")
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder

@@ -73,7 +73,6 @@ LAYERS = tuple(
 SOME_LAYERS = ("vgg13-8-64", "vgg13-8-1", "vgg13-first-64", "resnet18-28-s2-16", "resnet18-28-s2-1")
 
 
-
 def sets():
     """What this processor runs; by default the fastest alone, which is built anyway."""
     fastest, *others = build.instruction_sets_here()
@@ -297,5 +296,3 @@ def test_through_jax_with_other_instructions(name):
     environment = {**os.environ, build.ENVIRONMENT: name}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-
-

@@ -178,13 +178,13 @@ def test_with_the_batch_inside_it_is_the_same(what):
         turned = [None if maps is None else np.transpose(maps, order) for maps in (x, added, dy)]
 
         def function(x, scale, bias, added):
-            return pk.batch_norm(
-                x, scale, bias, added=added, relu=relu, pool=pool, layout=layout, backend="xla"
-            )
+            return pk.batch_norm(x, scale, bias, added=added, relu=relu, pool=pool, layout=layout, backend="xla")
 
         results = differentiated(function, (turned[0], scale, bias, turned[1]), (turned[2], dmean, dvar))
-        return [result if result is None or result.ndim < 4 else np.transpose(result, np.argsort(order))
-                for result in results]
+        return [
+            result if result is None or result.ndim < 4 else np.transpose(result, np.argsort(order))
+            for result in results
+        ]
 
     for one, two in zip(run("HWNC", (1, 2, 0, 3)), run("NHWC", (0, 1, 2, 3))):
         assert (one is None) == (two is None)

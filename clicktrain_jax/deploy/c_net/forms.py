@@ -196,9 +196,7 @@ def _blocks(height: int, width: int, most: int) -> list[tuple[int, int, int, int
                 for column, across, block_columns in acrosses
             ]
             # A block costs its pixels, and something for beginning and ending; oblong ones read more.
-            cost = sum(
-                (h // r) * (w // c) * (r * c + 2 + 0.1 * (r + c)) for _, _, h, w, r, c in regions
-            )
+            cost = sum((h // r) * (w // c) * (r * c + 2 + 0.1 * (r + c)) for _, _, h, w, r, c in regions)
             if cost < least:
                 best, least = regions, cost
     return best

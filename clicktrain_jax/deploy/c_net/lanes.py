@@ -363,9 +363,7 @@ def pool(source: Source, step: Step, name: str) -> None:
     node, image, target = step.node, step.sources[0], step.target
     lanes, (height, width) = target.layout.count, target.layout.piece
     rows, columns = node.window
-    reads = [
-        f"load{lanes}(from + {r * image.row + c * image.column})" for r in range(rows) for c in range(columns)
-    ]
+    reads = [f"load{lanes}(from + {r * image.row + c * image.column})" for r in range(rows) for c in range(columns)]
     operation = {"max": "max", "min": "min", "sum": "add"}[node.kind]
     value = reads[0]
     for read in reads[1:]:
@@ -386,4 +384,3 @@ static void {name}(const float *restrict x, float *restrict y) {{
 }}
 """)
     source.body.append(f"{name}(m + {image.offset}, m + {target.offset});")
-

@@ -5,17 +5,7 @@ import dataclasses
 import math
 
 from clicktrain_jax.deploy.c_net import forms
-from clicktrain_jax.deploy.c_net.layouts import (
-    NO_MARGIN,
-    VECTOR,
-    Buffer,
-    Lanes,
-    Margin,
-    Rows,
-    Step,
-    allocate,
-    round_up,
-)
+from clicktrain_jax.deploy.c_net.layouts import NO_MARGIN, VECTOR, Buffer, Lanes, Margin, Rows, Step, allocate, round_up
 from clicktrain_jax.deploy.c_net.nodes import Convolution, Entrywise, Gather, Graph, Input, Node, Pool, Total
 
 
@@ -152,9 +142,7 @@ class _Planner:
             for layout in wanted:
                 self._step("input", node, (), layout)
             return
-        sources = tuple(
-            self._buffers[source, self._reads(node, place)[0]] for place, source in enumerate(node.inputs)
-        )
+        sources = tuple(self._buffers[source, self._reads(node, place)[0]] for place, source in enumerate(node.inputs))
         self._step(self._kind(node), node, sources, own)
         for layout in sorted(wanted, key=lambda layout: isinstance(layout, Lanes)):
             if (node, layout) in self._buffers:

@@ -59,8 +59,10 @@ def emit(source: Source, step: Step, name: str) -> None:
             y = f"y + (h * {target.row} + v * {target.column} + {target.first}) + t * {filters}"
             z = ""
             if other is not None:
-                z = (f", z + (h * {other.row} + v * {other.column} + {other.first}) + t * {filters}, "
-                     f"{other.row}, {other.column}")
+                z = (
+                    f", z + (h * {other.row} + v * {other.column} + {other.first}) + t * {filters}, "
+                    f"{other.row}, {other.column}"
+                )
             text += f"""    for (int h = {top}; h < {top + height}; h += {block_rows})
       for (int v = {side}; v < {side + width}; v += {block_columns})
         {function}({at(f"x + (h * {row} + v * {column})", first)}, {row}, {column}, off, n, w, bias, {y},

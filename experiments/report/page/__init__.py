@@ -70,8 +70,15 @@ def _template() -> Any:
         finalize=_shown,
     )
     environment.globals |= {
-        "DENSE": DENSE, "NET": NET, "MANIFEST": MANIFEST, "WEIGHTS": WEIGHTS, "sections": SECTIONS, "words": words,
-        "charts": charts, "style": Markup(charts.STYLE), "svg": Markup,
+        "DENSE": DENSE,
+        "NET": NET,
+        "MANIFEST": MANIFEST,
+        "WEIGHTS": WEIGHTS,
+        "sections": SECTIONS,
+        "words": words,
+        "charts": charts,
+        "style": Markup(charts.STYLE),
+        "svg": Markup,
     }
     for name in ("figures", "percent", "times", "size", "ms", "milliseconds", "count_of"):
         environment.filters[name] = _of_known(getattr(writing, name))

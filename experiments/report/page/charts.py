@@ -89,10 +89,12 @@ def charts(epochs: Sequence[Epoch]) -> list[Chart]:
         below = sum(y < low for y in shown)
         cut = f" The axis begins at {low:g} %: {count_of(below, 'epoch')} below it, see the table." if below else ""
         words = f"Top-1 after each epoch, in %. Last {shown[-1]:.2f}, best {max(shown):.2f}.{cut}"
-        curves = _known([
-            Curve("top-1 of the evaluation set", tested),
-            Curve("top-1 in training (with augmentation and dropout, where used)", trained),
-        ])
+        curves = _known(
+            [
+                Curve("top-1 of the evaluation set", tested),
+                Curve("top-1 in training (with augmentation and dropout, where used)", trained),
+            ]
+        )
         drawings = _drawings("accuracy", epochs, curves, (low, high), "top-1, %", 300, f"{shown[-1]:.2f} %")
         found.append(Chart("accuracy", "Accuracy by epoch", words, curves, drawings))
     losses = {"loss of the evaluation set": "eval_loss", "loss in training": "train_loss"}
@@ -130,8 +132,14 @@ def _drawings(key: str, epochs: Sequence[Epoch], *content: Any) -> list[str]:
 
 
 def _draw(
-    key: str, size: str, epochs: Sequence[Epoch], curves: Sequence[Curve], y_range: tuple[float, float], y_name: str,
-    height: int, last: str,
+    key: str,
+    size: str,
+    epochs: Sequence[Epoch],
+    curves: Sequence[Curve],
+    y_range: tuple[float, float],
+    y_name: str,
+    height: int,
+    last: str,
 ) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -145,8 +153,14 @@ def _draw(
     for index, band in enumerate(bands(epochs), 1):
         # Names stand above, where no curve runs through them.
         axes.axvspan(
-            band.first, band.end, ymax=1 + _STRIP / inner[1], color=_COLOURS[f"band-{band.kind}"], linewidth=0,
-            clip_on=False, zorder=0, gid=f"band-{index}",
+            band.first,
+            band.end,
+            ymax=1 + _STRIP / inner[1],
+            color=_COLOURS[f"band-{band.kind}"],
+            linewidth=0,
+            clip_on=False,
+            zorder=0,
+            gid=f"band-{index}",
         )
         room = inner[0] * (band.end - band.first) / x_end
         words = (f"{index} {band.name}", str(index)) if band.name in ("dense", *_KINDS) else (str(index),)
@@ -156,17 +170,25 @@ def _draw(
         axes.axvline(event.at, color=_COLOURS["ink"], linewidth=1, linestyle=(0, (2, 3)))
     # The one that matters is drawn last, on top.
     for index, curve in reversed(list(enumerate(curves))):
-        look = {"color": _COLOURS["dense"], "linewidth": 1.6, "linestyle": (0, (5, 4))} if index else {
-            "color": _COLOURS["net"], "linewidth": 2.2
-        }
+        look = (
+            {"color": _COLOURS["dense"], "linewidth": 1.6, "linestyle": (0, (5, 4))}
+            if index
+            else {"color": _COLOURS["net"], "linewidth": 2.2}
+        )
         mark = "o" if len(curve.points) == 1 else None
         axes.plot(*zip(*curve.points), marker=mark, markersize=6, gid=f"curve-{index}", **look)
     x, y = curves[0].points[-1][0], min(max(curves[0].points[-1][1], y_range[0]), y_range[1])
     axes.plot(x, y, "o", color=_COLOURS["net"], markersize=6, clip_on=False)
     # Beside the drawing, where no curve runs through it.
     axes.annotate(
-        last, (1, y), (7, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", va="center",
-        weight="bold", color=_COLOURS["ink"],
+        last,
+        (1, y),
+        (7, 0),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points",
+        va="center",
+        weight="bold",
+        color=_COLOURS["ink"],
     )
     axes.annotate(y_name, (0, 1), (4 - _LEFT, 28), **{**above, "color": _COLOURS["soft"]})
     axes.set_xlabel("epochs trained", color=_COLOURS["soft"], labelpad=6)

@@ -186,8 +186,8 @@ class Facts:
         self.name = self.first("summary.name", "config.name", "exported.run.name") or self.net or "an exported net"
         method = self.items("config.method")
         # Exports from before there was one field for the method have it at the top.
-        self.prune = method if method.get("kind") == "clicktrain" else (
-            items(method.get("prune")) or self.items("config.prune")
+        self.prune = (
+            method if method.get("kind") == "clicktrain" else (items(method.get("prune")) or self.items("config.prune"))
         )
         self.superset = number(self.prune.get("superset"))
         self.is_dense = self.first("summary.method") == "dense" or any(

@@ -330,4 +330,3 @@ def _steps(plan: Plan, pairs, counts, row: jax.Array, column: jax.Array, channel
     # Only at the border is the list read.
     found = lax.fori_loop(0, jnp.where(inner, 0, counts[index]), entry, jnp.int32(0))
     return plan.steps * jnp.where(inner, counts[index], found)
-

@@ -362,9 +362,7 @@ def test_calls_are_walked_into_and_loops_are_left():
     with_vjp = jax.custom_vjp(conv)
     # Rules that are not the derivative: an accelerated net must keep to them.
     with_jvp.defjvp(lambda p, t: (conv(*p), 3 * jax.jvp(conv, p, t)[1]))
-    with_vjp.defvjp(
-        lambda *p: (conv(*p), p), lambda p, g: tuple(2 * leaf for leaf in jax.vjp(conv, *p)[1](g))
-    )
+    with_vjp.defvjp(lambda *p: (conv(*p), p), lambda p, g: tuple(2 * leaf for leaf in jax.vjp(conv, *p)[1](g)))
 
     def net(params, x):
         kernel = {name: leaf["kernel"] for name, leaf in params.items()}
@@ -414,9 +412,9 @@ def test_a_promise_of_zeros_leaves_dense_layers_alone():
     close(jit(fast)(pruned, X), jit(apply_linen)(pruned, X))
     dense = fast.with_choice(dict.fromkeys([f"{name}/kernel" for name in SPARSE], "dense"))
     assert set(how(dense.report(pruned, X)).values()) == {"dense"}
-    assert str(jax.make_jaxpr(dense)(pruned, X)).count("select_n") == str(
-        jax.make_jaxpr(apply_linen)(pruned, X)
-    ).count("select_n")
+    assert str(jax.make_jaxpr(dense)(pruned, X)).count("select_n") == str(jax.make_jaxpr(apply_linen)(pruned, X)).count(
+        "select_n"
+    )
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "HWNC"])

@@ -166,9 +166,7 @@ def test_zeros_stay_zeros():
 def test_bfloat16_nets_keep_their_dtype():
     model = models.build("small", num_classes=10, dtype=jnp.bfloat16)
     variables = randomised(model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False))
-    folded, steps = check(
-        lambda v, x: model.apply(v, x, train=False), variables, (8, 8, 1), atol=0.05, rtol=0.05
-    )
+    folded, steps = check(lambda v, x: model.apply(v, x, train=False), variables, (8, 8, 1), atol=0.05, rtol=0.05)
     assert {folded.arrays[step.name].dtype for step in steps.convolutions} == {jnp.dtype(jnp.bfloat16)}
     assert "rsqrt" not in primitives(steps)
 

@@ -49,11 +49,14 @@ def test_as_xla_computes_it(variables, refused):
         np.testing.assert_allclose(array, wanted[name], rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("function", [
-    lambda variables: {"a": jnp.exp(variables["scale"])},
-    lambda variables: {"a": variables["scale"].astype(jnp.bfloat16) * 2},
-    lambda variables: {"a": jnp.arange(4.0) + variables["scale"]},
-])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda variables: {"a": jnp.exp(variables["scale"])},
+        lambda variables: {"a": variables["scale"].astype(jnp.bfloat16) * 2},
+        lambda variables: {"a": jnp.arange(4.0) + variables["scale"]},
+    ],
+)
 def test_what_is_not_written_is_xlas(function, variables, refused):
     np.testing.assert_array_equal(host.evaluate(function, variables)["a"], jax.jit(function)(variables)["a"])
     assert refused

@@ -55,8 +55,12 @@ def test_layers_are_scaled_to_what_whole_nets_take(net):
         # What the masks keep, not what was asked: a layer has few units.
         assert layer.shares[0] == pytest.approx(0.25, abs=0.13)
     # And the table is what a plan takes.
-    assert ct.make_plan(arguments[1]["params"], target=2.0, target_of="latency", costs=times, tile=(8, 1),
-                        floor=False).target.of == "latency"
+    assert (
+        ct.make_plan(
+            arguments[1]["params"], target=2.0, target_of="latency", costs=times, tile=(8, 1), floor=False
+        ).target.of
+        == "latency"
+    )
 
 
 def test_a_table_is_measured_once(net, monkeypatch, tmp_path):

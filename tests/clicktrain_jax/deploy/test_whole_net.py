@@ -118,9 +118,7 @@ def measured(monkeypatch, tmp_path):
     def time_together(functions, **_):
         results = {label: function() for label, function in functions.items()}
         noted.append({label: jax.tree.map(np.asarray, result) for label, result in results.items()})
-        return {
-            label: pallas_kernels.tuning.Timing(made_up.get(label, 1.0), 0.0, 0.0, 1, 1) for label in functions
-        }
+        return {label: pallas_kernels.tuning.Timing(made_up.get(label, 1.0), 0.0, 0.0, 1, 1) for label in functions}
 
     monkeypatch.setattr(pallas_kernels.tuning, "time_together", time_together)
     return noted

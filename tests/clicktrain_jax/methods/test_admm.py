@@ -190,8 +190,14 @@ def test_rho_sees_the_updates_since_the_begin(toy):
     """Gradients of zero: what is left is rho times the pull, here of a pull that stays."""
     shape = (3, 3, 4, 4)
     params = {"Conv_0": {"kernel": jnp.asarray(normal(shape))}}
-    tx = admm(optax.identity(), one_layer(shape, 0.5), patterns=PATTERNS, rho=lambda since: 1.0 + since, every=100,
-              begin_step=2)
+    tx = admm(
+        optax.identity(),
+        one_layer(shape, 0.5),
+        patterns=PATTERNS,
+        rho=lambda since: 1.0 + since,
+        every=100,
+        begin_step=2,
+    )
     update, state = toy.quick_jit(tx.update), tx.init(params)
     norms = []
     for _ in range(5):

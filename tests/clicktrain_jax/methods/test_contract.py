@@ -291,6 +291,13 @@ def test_docstring_examples_run(module):
     public = [name for name in methods.__all__ if getattr(getattr(methods, name), "__module__", "") == found.__name__]
     told = {name: getattr(methods, name).__doc__ for name in public}
     assert all(told.values())
-    bare = {"AdmmState", "PruneTrainState", "add_channel_lasso", "admm_residual", "channel_lasso", "living_channels",
-            "random_scores"}
+    bare = {
+        "AdmmState",
+        "PruneTrainState",
+        "add_channel_lasso",
+        "admm_residual",
+        "channel_lasso",
+        "living_channels",
+        "random_scores",
+    }
     assert [name for name, text in told.items() if ">>>" not in text and name not in bare] == []

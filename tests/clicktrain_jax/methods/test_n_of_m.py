@@ -92,7 +92,10 @@ def test_wrong_arguments_are_refused():
             refused()
     fine = ct.make_plan(params, {"even": 0.0})
     for arguments, message in (
-        ({"n": 5}, "n=5, m=4"), ({"n": 0}, "n=0"), ({"m": 0}, "m=0"), ({"decay": -1.0}, "decay=-1.0")
+        ({"n": 5}, "n=5, m=4"),
+        ({"n": 0}, "n=0"),
+        ({"m": 0}, "m=0"),
+        ({"decay": -1.0}, "decay=-1.0"),
     ):
         with pytest.raises(ValueError, match=message):
             straight_through(params, fine, **arguments)

@@ -29,9 +29,7 @@ class CNN(nn.Module):
 MODEL = CNN()
 PARAMS = MODEL.init(jax.random.key(0), IMAGES)["params"]
 PLAN = ct.make_plan(PARAMS, {"Conv_0/kernel": None, "Conv_1/kernel": 0.5}, strict=True)
-NODES = ct.channels.channel_nodes(
-    lambda params, x: MODEL.apply({"params": params}, x), PARAMS, IMAGES.shape[1:]
-)
+NODES = ct.channels.channel_nodes(lambda params, x: MODEL.apply({"params": params}, x), PARAMS, IMAGES.shape[1:])
 KEY = jax.random.key(1)
 METHODS = {
     "magnitude": lambda inner: methods.magnitude(inner, PLAN, prune_step=1),
@@ -40,9 +38,7 @@ METHODS = {
     "set": lambda inner: methods.sparse_evolutionary(inner, PLAN, key=KEY, every=2, end_step=4),
     "n_of_m": lambda inner: methods.n_of_m(inner, PLAN, prune_step=1),
     "sr_ste": lambda inner: methods.sr_ste(inner, PLAN),
-    "admm": lambda inner: methods.admm(
-        inner, PLAN, patterns=ct.patterns.fixed_set(4), rho=1e-2, every=1, prune_step=2
-    ),
+    "admm": lambda inner: methods.admm(inner, PLAN, patterns=ct.patterns.fixed_set(4), rho=1e-2, every=1, prune_step=2),
     # A threshold that finds dead channels at once.
     "prunetrain": lambda inner: methods.prunetrain(inner, NODES, prefix="", every=2, threshold=0.35),
     "random": lambda inner: methods.random(inner, PLAN, key=KEY),

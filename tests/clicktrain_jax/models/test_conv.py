@@ -42,8 +42,13 @@ def test_bfloat16_and_no_bias():
 
 @pytest.mark.parametrize(
     ("size", "kernel", "strides", "is_product"),
-    [((2, 2), (3, 3), (1, 1), True), ((1, 2), (3, 3), (1, 1), True), ((3, 3), (5, 5), (1, 1), True),
-     ((4, 4), (3, 3), (1, 1), False), ((2, 2), (3, 3), (2, 2), False)],
+    [
+        ((2, 2), (3, 3), (1, 1), True),
+        ((1, 2), (3, 3), (1, 1), True),
+        ((3, 3), (5, 5), (1, 1), True),
+        ((4, 4), (3, 3), (1, 1), False),
+        ((2, 2), (3, 3), (2, 2), False),
+    ],
 )
 def test_the_weights_gradient_is_a_product_where_a_kernel_reaches_every_pixel(size, kernel, strides, is_product):
     rng = np.random.default_rng(0)

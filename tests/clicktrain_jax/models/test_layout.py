@@ -82,16 +82,12 @@ def test_logits_gradients_and_statistics_do_not_depend_on_the_layout(name):
 by_patches = partial(pattern_conv, dense=models.patch_convolution)
 
 
-@pytest.mark.parametrize(
-    ("name", "conv"), [("small", models.PatchConv), ("small", by_patches), ("vgg11", by_patches)]
-)
+@pytest.mark.parametrize(("name", "conv"), [("small", models.PatchConv), ("small", by_patches), ("vgg11", by_patches)])
 def test_training_does_not_depend_on_the_layout(name, conv):
     """Batch statistics are taken over other axes, dropout comes behind the way back."""
     variables = variables_of(name)
     # Batch statistics of small maps make gradients sensitive to rounding: 1e-3 of the largest.
-    close(
-        outcome(name, "HWNC", conv, variables, True), outcome(name, "NHWC", models.PatchConv, variables, True), 1e-3
-    )
+    close(outcome(name, "HWNC", conv, variables, True), outcome(name, "NHWC", models.PatchConv, variables, True), 1e-3)
 
 
 @pytest.mark.parametrize("name", models.names())

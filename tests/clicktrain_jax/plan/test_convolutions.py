@@ -173,12 +173,18 @@ def test_a_rule_that_almost_matches(rule, hint):
 
 
 def test_print_shows_the_rule_that_almost_matched():
-    tree = arrays({"Conv_0": {"kernel": (3, 3, 8, 8)}, "Block_0": {"Conv_1": {"kernel": (3, 3, 8, 8)}},
-                   "other": {"kernel": (3, 3, 8, 8)}, "Dense_0": {"kernel": (8, 8)}})
+    tree = arrays(
+        {
+            "Conv_0": {"kernel": (3, 3, 8, 8)},
+            "Block_0": {"Conv_1": {"kernel": (3, 3, 8, 8)}},
+            "other": {"kernel": (3, 3, 8, 8)},
+            "Dense_0": {"kernel": (8, 8)},
+        }
+    )
     plan = ct.make_plan(tree, {"Conv_.*/kernel": 0.65, "other/.*": None})
     assert dict(plan.left_out) == {
-        "Block_0/Conv_1/kernel":
-            "no rule matches it (rule 'Conv_.*/kernel' nearly does: did you mean '(.*/)?Conv_.*/kernel'?)",
+        "Block_0/Conv_1/kernel": "no rule matches it "
+        "(rule 'Conv_.*/kernel' nearly does: did you mean '(.*/)?Conv_.*/kernel'?)",
         "other/kernel": "rule 'other/.*' says so",
     }
     assert "did you mean '(.*/)?Conv_.*/kernel'" in str(plan) and "65.0%  4 taps" in str(plan)
@@ -234,13 +240,13 @@ def turned(tree):
 
 
 # (3, 3, 5, 5) is 5x5 taps of 3 to 3 channels here, which no shape tells.
-SMALL = {"a": {"weight": (3, 3, 8, 16)}, "b": {"weight": (1, 1, 16, 8)}, "c": {"weight": (5, 5, 3, 3)},
-         "fc": {"weight": (8, 4)}}
-OPTIONS = [
-    {},
-    {"tile": (4, 1), "removal_tile": (2, 2)},
-    {"removal_score": "retained", "removal_scope": "filter"},
-]
+SMALL = {
+    "a": {"weight": (3, 3, 8, 16)},
+    "b": {"weight": (1, 1, 16, 8)},
+    "c": {"weight": (5, 5, 3, 3)},
+    "fc": {"weight": (8, 4)},
+}
+OPTIONS = [{}, {"tile": (4, 1), "removal_tile": (2, 2)}, {"removal_score": "retained", "removal_scope": "filter"}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -270,7 +276,12 @@ def test_oihw_trains_as_hwio_does(importance, steps):
     def train(tree, axes):
         plan = ct.make_plan(tree, {"[abc]/weight": 0.5}, axes=axes, entries={"c/weight": None})
         tx = ct.clicktrain(
-            optax.sgd(0.1, momentum=0.9), plan, select_step=1, prune_step=4, coeff=0.05, importance=importance,
+            optax.sgd(0.1, momentum=0.9),
+            plan,
+            select_step=1,
+            prune_step=4,
+            coeff=0.05,
+            importance=importance,
             importance_steps=steps,
         )
         state, step = tx.init(tree), jax.jit(tx.update)

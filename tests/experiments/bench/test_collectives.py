@@ -22,7 +22,9 @@ def test_one_device_sends_nothing():
 
 def test_the_table_says_what_is_in_the_record():
     row = {
-        "name": "vgg13-cifar10-9.0x", "net": "vgg13", "convolutions": {"dense": 90_000_000, "compact": 10_000_000},
+        "name": "vgg13-cifar10-9.0x",
+        "net": "vgg13",
+        "convolutions": {"dense": 90_000_000, "compact": 10_000_000},
         "float32": {"dense": 92_000_000, "compact": 12_000_000},
     }
     setting = {"versions": {"jax": "0.12.0"}, "date": "2026-11-27T10:00:00"}

@@ -42,7 +42,7 @@ def test_every_way_is_right_and_timed(name):
 
 def test_both_layouts_beside_each_other():
     case = dataclasses.replace(KNOWN["short-last-tiles-hwnc"], dtype="bfloat16")
-    row, = bench_conv.measure(
+    (row,) = bench_conv.measure(
         [case], np.random.default_rng(), CEILINGS, directions=["forward"], layouts=("NHWC", "HWNC"), rounds=1
     )
     wanted = {f"{name} {layout}" for name in ("XLA", "backend dense", "xla") for layout in ("NHWC", "HWNC")}
@@ -69,7 +69,7 @@ def test_a_wrong_way_is_found_out(direction, spoil, message):
 
 def test_a_wrong_way_is_recorded_and_not_timed(monkeypatch):
     monkeypatch.setitem(conv_ways.BOUNDS, "float32", -1.0)
-    row, = bench_conv.measure(
+    (row,) = bench_conv.measure(
         [KNOWN["one-pixel"]], np.random.default_rng(), CEILINGS, directions=["forward"], rounds=1
     )
     assert not row["ways"] and row["dense"] is None and set(row["wrong"]) == WAYS["forward"]
@@ -104,7 +104,12 @@ def test_no_layer_of_the_gpu_list_is_empty():
 def row(case, direction, dense, ours, layers=1, floor=0.25):
     ways = [("XLA", False, dense), ("mosaic_gpu", True, ours)]
     return {
-        "case": case, "direction": direction, "layers": layers, "floor_s": floor, "dense": "XLA", "goal": None,
+        "case": case,
+        "direction": direction,
+        "layers": layers,
+        "floor_s": floor,
+        "dense": "XLA",
+        "goal": None,
         "ways": [
             {"name": name, "ours": mine, "note": "", "median": median, "ratio": dense / median}
             for name, mine, median in ways
@@ -158,10 +163,20 @@ def test_the_command_saves_what_its_tables_show(monkeypatch, tmp_path, capsys):
 def test_whole_steps_by_hand(monkeypatch):
     measured = [
         {"name": "dense, one", "tile": None, "seconds": [2.0, 4.0, 6.0], "images_per_s": 8.0, "ratio": 1.0},
-        {"name": "pruned, by pattern in tiles of (64, 1), NHWC", "tile": (64, 1), "seconds": [1.0, 2.0, 3.0],
-         "images_per_s": 16.0, "ratio": 2.0},
-        {"name": "pruned, by pattern in tiles of (1, 1), NHWC", "tile": (1, 1), "seconds": [1.0, 2.0, 3.0],
-         "images_per_s": 16.0, "ratio": 2.0},
+        {
+            "name": "pruned, by pattern in tiles of (64, 1), NHWC",
+            "tile": (64, 1),
+            "seconds": [1.0, 2.0, 3.0],
+            "images_per_s": 16.0,
+            "ratio": 2.0,
+        },
+        {
+            "name": "pruned, by pattern in tiles of (1, 1), NHWC",
+            "tile": (1, 1),
+            "seconds": [1.0, 2.0, 3.0],
+            "images_per_s": 16.0,
+            "ratio": 2.0,
+        },
     ]
     monkeypatch.setattr(bench_step, "measure", lambda *arguments, **options: measured)
     rows = bench.measure_step("vgg13", 1.0, 32, 3)

@@ -120,10 +120,14 @@ def faked(monkeypatch):
     monkeypatch.setattr(bench, "to_onnx", lambda *arguments: b"")
     monkeypatch.setattr(bench, "compile_c", lambda files, folder: None)
     monkeypatch.setattr(bench, "_REST_S", 0)
-    monkeypatch.setattr(bench.timing, "layers", lambda net, batch: [
-        {"name": "a", "dense_s": 0.002, "pattern_s": 0.001, "runs": "pattern", "why": "measured"},
-        {"name": "b", "dense_s": 0.002, "pattern_s": None, "runs": "dense", "why": "nothing of it is removed"},
-    ])
+    monkeypatch.setattr(
+        bench.timing,
+        "layers",
+        lambda net, batch: [
+            {"name": "a", "dense_s": 0.002, "pattern_s": 0.001, "runs": "pattern", "why": "measured"},
+            {"name": "b", "dense_s": 0.002, "pattern_s": None, "runs": "dense", "why": "nothing of it is removed"},
+        ],
+    )
     monkeypatch.setattr(bench.InferenceNet, "tuned", lambda net, batch: net)
     monkeypatch.setattr(bench.ct, "load", loaded)
 
@@ -291,7 +295,7 @@ def test_the_exported_net_in_a_process_of_its_own(job):
         answer = process.ask("prepare", images=str(images))
         assert answer["failed"] == {}
         with np.load(answer["logits"]) as logits:
-            form, = logits
+            (form,) = logits
             assert form.startswith("as loaded: ")
             np.testing.assert_allclose(logits[form], ct.load(job.export)(np.load(images)), atol=1e-4)
         sample = process.ask("sample", form=form, calls=None)
@@ -329,18 +333,30 @@ def test_memory_is_the_most_since_it_was_reset():
 # A record made before PyTorch was left out keeps its rows.
 EARLIER = "dense (PyTorch)"
 RECORD = {
-    "what": "deploy", "command": "python -m experiments bench deploy x", "load_average": [[1.0], [2.0]],
-    "quick": False, "tolerance": 1e-3,
+    "what": "deploy",
+    "command": "python -m experiments bench deploy x",
+    "load_average": [[1.0], [2.0]],
+    "quick": False,
+    "tolerance": 1e-3,
     "setting": {
-        "date": "2026-11-23T10:00:00+00:00", "python": "3.12.1", "versions": {"jax": "0.12"},
-        "device": {"platform": "cpu", "kind": "cpu"}, "cpu": {"model": "A CPU", "cores": 2},
+        "date": "2026-11-23T10:00:00+00:00",
+        "python": "3.12.1",
+        "versions": {"jax": "0.12"},
+        "device": {"platform": "cpu", "kind": "cpu"},
+        "cpu": {"model": "A CPU", "cores": 2},
     },
-    "net": {"net": {"name": "vgg13", "width": 1.0}}, "tile": [32, 1],
+    "net": {"net": {"name": "vgg13", "width": 1.0}},
+    "tile": [32, 1],
     "sizes": {
         "files": {"manifest.json": 1000, "weights.safetensors": 5_999_000, "net.onnx": 40_000_000},
-        "dense_bytes": 39_000_000, "conv_weights": 800, "conv_kept": 100, "conv_dense_bytes": 32, "conv_bytes": 4,
+        "dense_bytes": 39_000_000,
+        "conv_weights": 800,
+        "conv_kept": 100,
+        "conv_dense_bytes": 32,
+        "conv_bytes": 4,
     },
-    "latency": [1], "throughput": [128],
+    "latency": [1],
+    "throughput": [128],
     "engines": {THIS_NET: "jax 0.12", DENSE: "jax 0.12", EARLIER: "torch 2"},
     "unavailable": {OPENVINO: "openvino is not installed"},
     "batches": {

@@ -43,10 +43,16 @@ def test_kernels_of_a_trace_by_hand():
         return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}}
 
     events = [
-        named("process_name", 1, "/device:GPU:0"), named("thread_name", 1, "Stream #13(Compute)", 7),
-        named("thread_name", 1, "XLA Ops", 8), named("process_name", 2, "/host:CPU"),
-        named("thread_name", 2, "Stream of thoughts", 7), event("conv", 1, 7, 30.0), event("conv", 1, 7, 10.0),
-        event("add", 1, 7, 4.0), event("conv", 1, 8, 99.0), event("conv", 2, 7, 99.0),
+        named("process_name", 1, "/device:GPU:0"),
+        named("thread_name", 1, "Stream #13(Compute)", 7),
+        named("thread_name", 1, "XLA Ops", 8),
+        named("process_name", 2, "/host:CPU"),
+        named("thread_name", 2, "Stream of thoughts", 7),
+        event("conv", 1, 7, 30.0),
+        event("conv", 1, 7, 10.0),
+        event("add", 1, 7, 4.0),
+        event("conv", 1, 8, 99.0),
+        event("conv", 2, 7, 99.0),
     ]
     found = read_trace(events, 4)
     assert found.micros == {"conv": 10.0, "add": 1.0} and found.counts == {"conv": 0.5, "add": 0.25}
@@ -89,21 +95,42 @@ def test_a_run_without_images_is_recorded_as_failed(tmp_path, capsys):
 def test_tables_of_runs_that_ended_and_that_did_not(tmp_path):
     assert gpu.price_section(tmp_path) == "" and gpu.benchmarks(tmp_path) == ""
     setting = {
-        "date": "2026-11-27T10:00:00+00:00", "device": {"kind": "A card"}, "driver": "1.2", "commit": "abc",
-        "versions": {"jax": "0.11.2"}, "python": "3.12.3", "runs_at_once": 2,
+        "date": "2026-11-27T10:00:00+00:00",
+        "device": {"kind": "A card"},
+        "driver": "1.2",
+        "commit": "abc",
+        "versions": {"jax": "0.11.2"},
+        "python": "3.12.3",
+        "runs_at_once": 2,
     }
     summary = {
-        "net": "vgg13", "dataset": "cifar10", "encoding": "png", "epochs": 60, "eval_split": "test",
-        "retained_multiply_adds": 228_261_888, "conv_retained": 9_402_048, "train_seconds": 50.0,
-        "compile_seconds": 9.0, "pruned_convolution": None,
+        "net": "vgg13",
+        "dataset": "cifar10",
+        "encoding": "png",
+        "epochs": 60,
+        "eval_split": "test",
+        "retained_multiply_adds": 228_261_888,
+        "conv_retained": 9_402_048,
+        "train_seconds": 50.0,
+        "compile_seconds": 9.0,
+        "pruned_convolution": None,
     }
     dense, *_, narrow = price.configs()
     for config, seed, epochs in ((dense, 0, 60), (dense, 1, 60), (narrow, 0, 50)):
         lines = [{"epoch": epoch - 1, "eval_top1": 0.9 + seed / 100} for epoch in (40, 50, 60) if epoch <= epochs]
-        keep(tmp_path / RUNS, [{
-            "name": config.name, "seed": seed, "config": to_dict(config), "setting": setting, "metrics": lines,
-            "summary": summary if epochs == 60 else None,
-        }])
+        keep(
+            tmp_path / RUNS,
+            [
+                {
+                    "name": config.name,
+                    "seed": seed,
+                    "config": to_dict(config),
+                    "setting": setting,
+                    "metrics": lines,
+                    "summary": summary if epochs == 60 else None,
+                }
+            ],
+        )
     text = gpu.price_section(tmp_path)
     assert "Up to 2 runs shared the card" in text and "A card, driver 1.2" in text
     lines = [line for line in text.splitlines() if line.startswith("| price")]
@@ -123,8 +150,12 @@ def smoke(tmp_path, only, *, seconds, at_once="2"):
     environment = os.environ | {"PYTHONPATH": f"{block}:{ROOT}", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "experiments", "bench", "gpu", "--out", str(tmp_path), "--smoke", "--only", only]
     return subprocess.run(
-        [*command, "--seconds", str(seconds), "--at-once", at_once], env=environment, cwd=tmp_path, check=False,
-        capture_output=True, text=True,
+        [*command, "--seconds", str(seconds), "--at-once", at_once],
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -133,9 +164,9 @@ def test_a_run_and_the_narrow_net_that_waits_for_it(tmp_path):
     only = "^price-vgg13-(own-9.0x-1x1|narrow-multiply)"
     done = smoke(tmp_path, only, seconds=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    pruned, narrow = (tmp_path / "runs" / f"{name}-seed0" for name in (
-        "price-vgg13-own-9.0x-1x1", "price-vgg13-narrow-multiply-adds"
-    ))
+    pruned, narrow = (
+        tmp_path / "runs" / f"{name}-seed0" for name in ("price-vgg13-own-9.0x-1x1", "price-vgg13-narrow-multiply-adds")
+    )
     assert json.loads((pruned / "setting.json").read_text())["runs_at_once"] == 2
     assert json.loads((pruned / "summary.json").read_text())["conv_compression"] > 3.5
     with tarfile.open(tmp_path / bench_gpu.ARCHIVE) as tar:

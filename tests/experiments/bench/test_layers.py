@@ -65,7 +65,7 @@ def test_masks_of_a_layer_are_timed_beside_its_dense_forms():
 
 
 def test_a_layer_in_a_chain_is_timed_by_the_call():
-    row, = bench_layers.measure(CASES, np.random.default_rng(), directions=["forward"], rounds=1, chain=3)
+    (row,) = bench_layers.measure(CASES, np.random.default_rng(), directions=["forward"], rounds=1, chain=3)
     assert row["direction"] == "forward, 3 in a program" and not row["wrong"]
     assert {way["name"] for way in row["ways"] if way["mask"] is None} == {"XLA", "ClickTrain dense"}
     assert {way["name"] for way in row["ways"] if way["mask"]} == {"cpu packed 16-5.6x", "cpu packed 1-2.25x"}
@@ -93,7 +93,7 @@ def test_a_chain_takes_layers_that_can_follow_themselves(monkeypatch, tmp_path, 
 
 def test_wrong_answers_of_another_library_are_not_timed():
     with FakeEngine("torch", "python") as engine:
-        row, = bench_layers.measure(CASES[:1], np.random.default_rng(), [engine], directions=["forward"], rounds=1)
+        (row,) = bench_layers.measure(CASES[:1], np.random.default_rng(), [engine], directions=["forward"], rounds=1)
         assert engine.version == "torch 0" and "wrong by 1" in row["wrong"]["wrong"]
     assert "wrong" not in {way["name"] for way in row["ways"]}
 
@@ -127,11 +127,17 @@ def test_tables_by_hand():
         return {"name": name, "mask": mask, "median": median, "ratio": 8.0 / median}
 
     row = {
-        "layer": "vgg13 8x8, 512 to 512", "batch": 1, "direction": "forward", "dense_flops": 8e9,
+        "layer": "vgg13 8x8, 512 to 512",
+        "batch": 1,
+        "direction": "forward",
+        "dense_flops": 8e9,
         "dense": "onnxruntime",
         "wrong": {},
         "ways": [
-            way("onnxruntime", 8.0), way("XLA", 16.0), way("cpu 64-5.6x", 2.0, 64), way("cpu packed 64-5.6x", 1.6, 64),
+            way("onnxruntime", 8.0),
+            way("XLA", 16.0),
+            way("cpu 64-5.6x", 2.0, 64),
+            way("cpu packed 64-5.6x", 1.6, 64),
             way("cpu packed 1-2.25x", 8.0, 1, 2.25),
         ],
     }

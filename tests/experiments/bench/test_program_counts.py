@@ -77,7 +77,7 @@ ENTRY %main (a: s32[], b: f32[1000,8], c: f32[100], d: s32[2,1]) -> f32[100] {
 
 @pytest.mark.parametrize("trips", [None, 7])
 def test_a_program_counted_by_hand(trips):
-    known = '' if trips is None else f'backend_config={{"known_trip_count":{{"n":"{trips}"}}}}'
+    known = "" if trips is None else f'backend_config={{"known_trip_count":{{"n":"{trips}"}}}}'
     loop = epoch_loop(HLO.replace(", TRIP", f", {known}" if known else ""))
     assert (loop.trip_count, loop.conditionals, loop.inner_loops) == (trips, 1, 0)
     assert {kernel.name: kernel.bytes_moved for kernel in loop.kernels} == {

@@ -26,8 +26,10 @@ def record():
 def test_a_record_of_real_exports(record):
     assert [(row["name"], row["tile"]) for row in record["rows"]] == [("small-half", [1, 1]), ("small-half", [64, 1])]
     layers = models.conv_layers(models.build("small", num_classes=10), models.default_image_shape("small"))
-    weights = sum(layer.kernel_shape[0] * layer.kernel_shape[1] * layer.kernel_shape[2] * layer.kernel_shape[3]
-                  for layer in layers)
+    weights = sum(
+        layer.kernel_shape[0] * layer.kernel_shape[1] * layer.kernel_shape[2] * layer.kernel_shape[3]
+        for layer in layers
+    )
     for row in record["rows"]:
         whole, small = row["float32"], row["int8"]
         assert whole["weights"] == small["weights"] == weights
@@ -42,8 +44,15 @@ def test_a_record_of_real_exports(record):
 
 
 def test_the_table_by_hand():
-    part = {"weights": 1_000_000, "kept": 125_000, "values": 500_000, "indices": 20_000, "scales": 0, "headers": 5_000,
-            "all_files": 600_000}
+    part = {
+        "weights": 1_000_000,
+        "kept": 125_000,
+        "values": 500_000,
+        "indices": 20_000,
+        "scales": 0,
+        "headers": 5_000,
+        "all_files": 600_000,
+    }
     small = part | {"values": 125_000, "scales": 1_000}
     row = {"name": "net-8x", "net": "net", "patterns": 4, "float32": part, "int8": small}
     record = {

@@ -73,7 +73,10 @@ def fake(tmp_path):
 def test_what_is_handed_over(trainer, state, folder):
     job = json.loads((folder / "job.json").read_text())
     assert job["net"] == {
-        "channels": 3, "stages": [[8], [16], [32, 32], [64, 64], [64, 64]], "hidden": [64, 64], "classes": 10,
+        "channels": 3,
+        "stages": [[8], [16], [32, 32], [64, 64], [64, 64]],
+        "hidden": [64, 64],
+        "classes": 10,
         "dropout": 0.5,
     }
     config = trainer.config
@@ -227,7 +230,9 @@ def test_images_are_cropped_and_flipped(torch_loop, trainer, folder):
         tensor, label = served.images[3]
         pixels = np.rint((tensor.permute(1, 2, 0).numpy() * 0.25 + 0.5) * 255).astype(np.uint8)
         found |= {
-            (*place, flip) for place, crop in places.items() for flip in (1, -1)
+            (*place, flip)
+            for place, crop in places.items()
+            for flip in (1, -1)
             if np.array_equal(crop[:, ::flip], pixels)
         }
         assert label == served.images.labels[3] and tensor.is_contiguous()

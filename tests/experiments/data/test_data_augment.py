@@ -60,9 +60,7 @@ def test_offsets_and_flips_are_uniform_and_independent():
 
 def test_same_key_same_result_other_key_other_result():
     batch = images()
-    first, again, other = (
-        np.asarray(augment(jax.random.key(seed), batch, pad=2, flip=True)) for seed in (3, 3, 4)
-    )
+    first, again, other = (np.asarray(augment(jax.random.key(seed), batch, pad=2, flip=True)) for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 

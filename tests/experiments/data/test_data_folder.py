@@ -57,7 +57,8 @@ def as_set(images, labels):
 def on_disk(part, names):
     return sorted(
         (label, np.asarray(Image.open(file)).tobytes())
-        for label, name in enumerate(names) for file in (part / name).iterdir()
+        for label, name in enumerate(names)
+        for file in (part / name).iterdir()
     )
 
 
@@ -202,13 +203,19 @@ MISTAKES = {
     "text": ("train/dog/labels.txt", write(b"a,b"), r"dog/labels.txt \(3 bytes\) is no PNG, JPEG"),
     "GIF": ("test/dog/0.gif", write(encoded(picture(3), "GIF")), "dog/0.gif .* is no PNG.*convert it"),
     "bomb": (
-        "train/cat/3.png", write(PNG[:16] + b"\x00\x01\x00\x00" * 2 + PNG[24:]), "train/cat/3.png .* cannot be decoded"
+        "train/cat/3.png",
+        write(PNG[:16] + b"\x00\x01\x00\x00" * 2 + PNG[24:]),
+        "train/cat/3.png .* cannot be decoded",
     ),
     "16 bits": (
-        "train/cat/3.png", write(encoded(picture(3, mode="I;16"), "PNG")), "cat/3.png has pixels of mode 'I;16'.*8 bits"
+        "train/cat/3.png",
+        write(encoded(picture(3, mode="I;16"), "PNG")),
+        "cat/3.png has pixels of mode 'I;16'.*8 bits",
     ),
     "size": (
-        "test/dog/1.png", write(encoded(picture(3, (4, 6)), "PNG")), "dog/1.png is 4x6 in colour, .*0.png is 6x4 in"
+        "test/dog/1.png",
+        write(encoded(picture(3, (4, 6)), "PNG")),
+        "dog/1.png is 4x6 in colour, .*0.png is 6x4 in",
     ),
     "grey": ("test/dog/1.png", write(encoded(picture(3, mode="L"), "PNG")), "dog/1.png is 6x4 grey, .* all grey or"),
     "folder": ("train/cat/more", Path.mkdir, "train/cat/more is no file.*move it"),

@@ -11,15 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.data import (
-    DataConfig,
-    DatasetMissing,
-    load,
-    load_packed,
-    pack,
-    prepare,
-    tfds_source,
-)
+from experiments.data import DataConfig, DatasetMissing, load, load_packed, pack, prepare, tfds_source
 from experiments.data.decode import decode_images, encoding_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -121,9 +113,7 @@ def test_packed_file_needs_no_tfds(config, tmp_path):
         "except ValueError as error:\n    print(error)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    result = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     fingerprint, message = result.stdout.strip().splitlines()
     assert fingerprint == load(config).fingerprint
     assert "needs tensorflow-datasets" in message
@@ -135,9 +125,7 @@ def test_unusable_packed_files_are_refused(config, tmp_path):
     np.savez(tmp_path / "foreign.npz", x=np.zeros(3))
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "truncated").write_bytes(whole[:middle])
-    (tmp_path / "flipped").write_bytes(
-        whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
-    )
+    (tmp_path / "flipped").write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     (tmp_path / "text").write_text("hello")
     np.save(tmp_path / "pickled.npy", np.array([{}], object), allow_pickle=True)
     for name in ("foreign.npz", "array.npy", "truncated", "flipped", "text", "pickled.npy"):

@@ -11,8 +11,10 @@ from experiments.records import RUNS, keep, kept
 from experiments.report import claims, comparison, comparison_plots, documents, studies
 
 SETTING = {
-    "date": "2026-11-22T10:00:00+00:00", "device": {"platform": "cpu", "kind": "cpu"},
-    "cpu": {"model": "A CPU", "cores": 2}, "versions": {"jax": "0.12.0"},
+    "date": "2026-11-22T10:00:00+00:00",
+    "device": {"platform": "cpu", "kind": "cpu"},
+    "cpu": {"model": "A CPU", "cores": 2},
+    "versions": {"jax": "0.12.0"},
 }
 # name: method, label, family, retained convolution weights, multiply-adds, top-1 of seed 0 (seed 1 has 2 points more),
 # training seconds, milliseconds of one image (None: not measured). Dense: 800,000 weights, 100 s with compiling.
@@ -42,14 +44,32 @@ def summary_of(name, seed):
     compiling = 10.0 if seed == 0 else 0.0  # the process had the programs by then
     own = method in ("dense", "narrow")
     return {
-        "name": name, "seed": seed, "method": method, "final_top1": (top1 + 2 * seed) / 100, "dataset": "cifar10",
-        "encoding": "jpeg", "net": "vgg11", "width": 1.0, "epochs": 8, "train_examples": 4000, "eval_examples": 10_000,
-        "eval_split": "test", "conv_weights": retained if own else 800_000, "conv_retained": retained,
-        "model_weights": 1_000_000, "model_retained": 200_000 + retained,
-        "multiply_adds": multiply_adds if own else 10_000_000, "retained_multiply_adds": multiply_adds,
-        "train_seconds": seconds, "compile_seconds": compiling, "eval_seconds": 1.0,
-        "train_and_compile_seconds": seconds + compiling, "training_multiply_adds": 3e9 * seconds,
-        "training_bytes": 50_000_000, "masks_sha256": f"masks-{name}-{seed}", "params_sha256": f"params-{name}-{seed}",
+        "name": name,
+        "seed": seed,
+        "method": method,
+        "final_top1": (top1 + 2 * seed) / 100,
+        "dataset": "cifar10",
+        "encoding": "jpeg",
+        "net": "vgg11",
+        "width": 1.0,
+        "epochs": 8,
+        "train_examples": 4000,
+        "eval_examples": 10_000,
+        "eval_split": "test",
+        "conv_weights": retained if own else 800_000,
+        "conv_retained": retained,
+        "model_weights": 1_000_000,
+        "model_retained": 200_000 + retained,
+        "multiply_adds": multiply_adds if own else 10_000_000,
+        "retained_multiply_adds": multiply_adds,
+        "train_seconds": seconds,
+        "compile_seconds": compiling,
+        "eval_seconds": 1.0,
+        "train_and_compile_seconds": seconds + compiling,
+        "training_multiply_adds": 3e9 * seconds,
+        "training_bytes": 50_000_000,
+        "masks_sha256": f"masks-{name}-{seed}",
+        "params_sha256": f"params-{name}-{seed}",
     }
 
 
@@ -71,24 +91,49 @@ def make_study(tmp_path):
     def make(cells=tuple(CELLS), *, latency=True, name="compare-made"):
         folder = tmp_path / name
         facts = {
-            "name": "made", "title": "A made-up study", "command": "python -m experiments compare made",
-            "dense": "dense", "epochs": 8,
+            "name": "made",
+            "title": "A made-up study",
+            "command": "python -m experiments compare made",
+            "dense": "dense",
+            "epochs": 8,
             "cells": [
                 {
-                    "name": cell, "method": CELLS[cell][0], "label": CELLS[cell][1], "family": CELLS[cell][2],
+                    "name": cell,
+                    "method": CELLS[cell][0],
+                    "label": CELLS[cell][1],
+                    "family": CELLS[cell][2],
                     "tuned_by": TUNED_BY.get(cell, ["dense"]),
                 }
                 for cell in cells
             ],
             "tuning": [
-                {"cell": "early-8x", "group": "early", "field": "learning_rate", "chosen": 0.1,
-                 "trials": [{"value": 0.03, "top1": 0.751, "seconds": 80.0},
-                            {"value": 0.1, "top1": 0.7625, "seconds": 90.0}]},
-                {"cell": "dense", "group": "dense", "field": "learning_rate", "chosen": 0.03,
-                 "trials": [{"value": 0.03, "top1": 0.81, "seconds": 100.0},
-                            {"value": 0.1, "top1": None, "seconds": 0.0}]},
-                {"cell": "gradual", "group": "gradual", "field": "learning_rate", "chosen": 0.1,
-                 "trials": [{"value": 0.1, "top1": 0.7}]},
+                {
+                    "cell": "early-8x",
+                    "group": "early",
+                    "field": "learning_rate",
+                    "chosen": 0.1,
+                    "trials": [
+                        {"value": 0.03, "top1": 0.751, "seconds": 80.0},
+                        {"value": 0.1, "top1": 0.7625, "seconds": 90.0},
+                    ],
+                },
+                {
+                    "cell": "dense",
+                    "group": "dense",
+                    "field": "learning_rate",
+                    "chosen": 0.03,
+                    "trials": [
+                        {"value": 0.03, "top1": 0.81, "seconds": 100.0},
+                        {"value": 0.1, "top1": None, "seconds": 0.0},
+                    ],
+                },
+                {
+                    "cell": "gradual",
+                    "group": "gradual",
+                    "field": "learning_rate",
+                    "chosen": 0.1,
+                    "trials": [{"value": 0.1, "top1": 0.7}],
+                },
             ],
         }
         folder.mkdir()
@@ -103,8 +148,12 @@ def make_study(tmp_path):
 
 def record_of(cell, seed, **changes):
     record = {
-        "name": cell, "seed": seed, "config": {"name": cell, "seed": seed}, "setting": SETTING,
-        "summary": summary_of(cell, seed), "metrics": [],
+        "name": cell,
+        "seed": seed,
+        "config": {"name": cell, "seed": seed},
+        "setting": SETTING,
+        "summary": summary_of(cell, seed),
+        "metrics": [],
     }
     return record | changes
 
@@ -162,8 +211,20 @@ def test_records_that_are_too_short_say_so_and_shared_cores_have_no_seconds(make
 def test_the_joint_table_by_hand(study):
     rows = wide(study)
     assert list(rows) == [  # by method, family and compression
-        "dense", "4x, early", "8x, early", "16x, early", "8x, 2 epochs", "8x, 8 epochs", "8x, 4 epochs", "20x, ADMM",
-        "5.7x, gradual", "2:4", "width 0.5", "width 0.35", "8x, not retrained", "8x, random",
+        "dense",
+        "4x, early",
+        "8x, early",
+        "16x, early",
+        "8x, 2 epochs",
+        "8x, 8 epochs",
+        "8x, 4 epochs",
+        "20x, ADMM",
+        "5.7x, gradual",
+        "2:4",
+        "width 0.5",
+        "width 0.35",
+        "8x, not retrained",
+        "8x, random",
     ]
     row = rows["8x, early"]
     assert (row["method"], row["n"], row["top-1, %"]) == ("ClickTrain", "2", "79.00 ± 1.41")
@@ -198,9 +259,10 @@ def test_time_against_dense(study):
     assert limit.verdict == claims.HOLDS and "3 of 3 cells; the most is 0.86" in limit.text
 
 
-@pytest.mark.parametrize(("seconds", "verdicts"), [
-    (80.0, [claims.FAILS, claims.HOLDS]), (94.0, [claims.FAILS, claims.HOLDS]), (96.0, [claims.FAILS, claims.FAILS]),
-])
+@pytest.mark.parametrize(
+    ("seconds", "verdicts"),
+    [(80.0, [claims.FAILS, claims.HOLDS]), (94.0, [claims.FAILS, claims.HOLDS]), (96.0, [claims.FAILS, claims.FAILS])],
+)
 def test_time_against_dense_at_the_limits(make_study, monkeypatch, seconds, verdicts):
     monkeypatch.setitem(CELLS, "early-8x", (*CELLS["early-8x"][:6], seconds, 2.0))
     found = claims.against_dense(studies.read(make_study(("dense", "early-8x")))).claims
@@ -244,10 +306,17 @@ def test_pdt_is_read_at_like_compression_and_at_like_accuracy(study):
     assert [claim.verdict for claim in part.claims] == [claims.HOLDS, claims.HOLDS]
 
 
-@pytest.mark.parametrize(("top1", "seconds", "verdict"), [
-    (77.0, 78.0, claims.HOLDS), (77.0, 150.0, claims.HOLDS), (77.0, 40.0, claims.UNTOLD),
-    (78.9, 78.0, claims.FAILS), (78.9, 40.0, claims.FAILS), (78.9, 150.0, claims.UNTOLD),
-])
+@pytest.mark.parametrize(
+    ("top1", "seconds", "verdict"),
+    [
+        (77.0, 78.0, claims.HOLDS),
+        (77.0, 150.0, claims.HOLDS),
+        (77.0, 40.0, claims.UNTOLD),
+        (78.9, 78.0, claims.FAILS),
+        (78.9, 40.0, claims.FAILS),
+        (78.9, 150.0, claims.UNTOLD),
+    ],
+)
 def test_unequal_time_gives_a_verdict_only_where_it_speaks_against_it(make_study, monkeypatch, top1, seconds, verdict):
     monkeypatch.setitem(CELLS, "gradual", (*CELLS["gradual"][:5], top1, seconds, None))
     part = claims.against_pdt(studies.read(make_study(("dense", "early-4x", "early-8x", "gradual"))))
@@ -255,10 +324,13 @@ def test_unequal_time_gives_a_verdict_only_where_it_speaks_against_it(make_study
     assert ("not like" in part.rows[0][4]) == (seconds != 78.0)
 
 
-@pytest.mark.parametrize(("top1", "text", "verdict"), [
-    (70.0, "more than 2.83 (outside the measured range)", claims.HOLDS),
-    (79.9, "less than 0.71 (outside the measured range)", claims.FAILS),
-])
+@pytest.mark.parametrize(
+    ("top1", "text", "verdict"),
+    [
+        (70.0, "more than 2.83 (outside the measured range)", claims.HOLDS),
+        (79.9, "less than 0.71 (outside the measured range)", claims.FAILS),
+    ],
+)
 def test_a_bound_is_enough_for_a_verdict(make_study, monkeypatch, top1, text, verdict):
     """16x and better, or 4x and worse, than a PDT cell of 5.657x at every compression."""
     monkeypatch.setitem(CELLS, "gradual", (*CELLS["gradual"][:5], top1, 78.0, None))

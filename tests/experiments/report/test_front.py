@@ -13,7 +13,9 @@ def engine(seconds):
 
 def write_export(folder, name, tile, ours, cores=2, **dense):
     record = {
-        "quick": False, "tile": tile, "net": {"net": {"name": name, "width": 1.0}},
+        "quick": False,
+        "tile": tile,
+        "net": {"net": {"name": name, "width": 1.0}},
         "setting": {"device": {"platform": "cpu"}, "cpu": {"cores": cores}},
         "batches": {"1": {"this net": engine(ours), **{f"dense ({key})": engine(one) for key, one in dense.items()}}},
     }

@@ -29,10 +29,15 @@ def test_every_section_is_there_and_linked(data):
 def test_the_head_tells_the_figures(data):
     words = read(data).text()
     for expected in (
-        "slim", "vgg11, 0.25 of its full width", "cifar10, JPEG-coded: lossy", "seed 7", "2026-11-23 02:04:36 UTC",
+        "slim",
+        "vgg11, 0.25 of its full width",
+        "cifar10, JPEG-coded: lossy",
+        "seed 7",
+        "2026-11-23 02:04:36 UTC",
         "Top-1 accuracy at export 90.12 % test set of 10,000 images masked net in training: 90.12 %, the same",
         "Convolutions 8.00× smaller than dense float32: 800 kB in 100 kB, indices and headers included",
-        "8.25× fewer weights", "File 8.00× smaller than dense float32: 1.00 MB in 125 kB",
+        "8.25× fewer weights",
+        "File 8.00× smaller than dense float32: 1.00 MB in 125 kB",
         "3.10× faster than dense XLA (2.00 ms, dense 6.20 ms) on EPYC, 2 cores",
     ):
         assert expected in words

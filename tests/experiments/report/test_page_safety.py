@@ -110,9 +110,18 @@ def test_colours_stand_out_in_light_and_dark():
     assert len(themes) == 2 and themes[0]["ink"] != themes[1]["ink"]
     for theme in themes:
         for front, back, least in (
-            ("ink", "paper", 7), ("soft", "paper", 4.5), ("soft", "card", 4.5), ("net", "card", 4.5),
-            ("net", "band-pruned", 3), ("net", "band-regularize", 3), ("dense", "band-dense", 3), ("file", "paper", 3),
-            ("dense", "band-pruned", 3), ("dense", "paper", 3), ("index", "paper", 3), ("rest", "paper", 3),
+            ("ink", "paper", 7),
+            ("soft", "paper", 4.5),
+            ("soft", "card", 4.5),
+            ("net", "card", 4.5),
+            ("net", "band-pruned", 3),
+            ("net", "band-regularize", 3),
+            ("dense", "band-dense", 3),
+            ("file", "paper", 3),
+            ("dense", "band-pruned", 3),
+            ("dense", "paper", 3),
+            ("index", "paper", 3),
+            ("rest", "paper", 3),
         ):
             light, dark = sorted((luminance(theme[front]), luminance(theme[back])), reverse=True)
             assert (light + 0.05) / (dark + 0.05) >= least, (front, back, theme)
@@ -120,15 +129,28 @@ def test_colours_stand_out_in_light_and_dark():
 
 def test_numbers_are_written_for_people():
     assert [figures(value) for value in (0, 0.00123456, 0.9996, 12.345, 123.4, 1234.5)] == [
-        "0", "0.00123", "1.00", "12.3", "123", "1,230"
+        "0",
+        "0.00123",
+        "1.00",
+        "12.3",
+        "123",
+        "1,230",
     ]
     plain = [text.replace("\xa0", " ") for text in (size(999), size(999_600), size(37_700_000), size(1.2e9))]
     assert plain == ["999 bytes", "1.00 MB", "37.7 MB", "1.20 GB"]
     assert [percent(share).replace("\xa0", " ") for share in (0.98831, 0.00001, 0, 1)] == [
-        "98.83 %", "< 0.01 %", "0.00 %", "100.00 %"
+        "98.83 %",
+        "< 0.01 %",
+        "0.00 %",
+        "100.00 %",
     ]
     assert [times(value) for value in (7.916, 11.46, 0.934, 0.996, 9.999, 0.0123)] == [
-        "7.92×", "11.5×", "0.93×", "1.00×", "10.0×", "0.012×"
+        "7.92×",
+        "11.5×",
+        "0.93×",
+        "1.00×",
+        "10.0×",
+        "0.012×",
     ]
     assert milliseconds(0.0002).replace("\xa0", " ") == "0.200 ms"
 

@@ -17,15 +17,34 @@ def record_of(name, seed, top1, *, group=published.GROUP, kind="NVIDIA H200", co
     config = dataclasses.replace(config, seed=seed)
     dense = config.prune is None
     return {
-        "name": name, "seed": seed, "group": group, "net": config.net, "dataset": config.data.name,
-        "encoding": "png", "method": "dense" if dense else "clicktrain", "epochs": config.epochs,
-        "train_examples": 50_000, "final_top1": top1, "best_pruned_top1": top1 + 0.01,
-        "conv_compression": 1.0 if dense else 9.01, "conv_compression_without_shortcuts": 1.0 if dense else 9.05,
-        "model_compression": 1.0 if dense else 8.5, "conv_weights": 900, "conv_retained": 900, "model_weights": 1000,
-        "model_retained": 1000, "train_seconds": 50.0, "train_and_compile_seconds": 60.0, "eval_seconds": 5.0,
-        "training_multiply_adds": 6.5e15, "config": json.loads(json.dumps(to_dict(config))),
-        "setting": {"date": "2026-11-25T01:00:00+00:00", "device": {"platform": "gpu", "kind": kind},
-                    "cpu": {"model": "A CPU", "cores": 16}},
+        "name": name,
+        "seed": seed,
+        "group": group,
+        "net": config.net,
+        "dataset": config.data.name,
+        "encoding": "png",
+        "method": "dense" if dense else "clicktrain",
+        "epochs": config.epochs,
+        "train_examples": 50_000,
+        "final_top1": top1,
+        "best_pruned_top1": top1 + 0.01,
+        "conv_compression": 1.0 if dense else 9.01,
+        "conv_compression_without_shortcuts": 1.0 if dense else 9.05,
+        "model_compression": 1.0 if dense else 8.5,
+        "conv_weights": 900,
+        "conv_retained": 900,
+        "model_weights": 1000,
+        "model_retained": 1000,
+        "train_seconds": 50.0,
+        "train_and_compile_seconds": 60.0,
+        "eval_seconds": 5.0,
+        "training_multiply_adds": 6.5e15,
+        "config": json.loads(json.dumps(to_dict(config))),
+        "setting": {
+            "date": "2026-11-25T01:00:00+00:00",
+            "device": {"platform": "gpu", "kind": kind},
+            "cpu": {"model": "A CPU", "cores": 16},
+        },
     } | facts
 
 
@@ -48,15 +67,18 @@ def test_every_recipe_has_a_row_that_says_it_was_not_run():
     said = {name: row["published (best epoch, their count)"] for name, row in rows.items()}
     assert said["vgg13-cifar10-9.0x"] == "93.52" and said["vgg13-cifar10-dense"] == "not published"
     # No published figure is lost on its way from the configs' text.
-    digits = sum("published" in config.expected and "not" not in config.expected for config in
-                 configs.published.configs())
+    digits = sum(
+        "published" in config.expected and "not" not in config.expected for config in configs.published.configs()
+    )
     assert digits == sum(text != "not published" for text in said.values()) == 13
 
 
 def test_a_group_by_hand():
     found = [
-        record_of("vgg13-cifar10-dense", 0, 0.94), record_of("vgg13-cifar10-dense", 1, 0.95),
-        record_of("vgg13-cifar10-9.0x", 0, 0.93), record_of("vgg13-cifar10-9.0x", 1, 0.935),
+        record_of("vgg13-cifar10-dense", 0, 0.94),
+        record_of("vgg13-cifar10-dense", 1, 0.95),
+        record_of("vgg13-cifar10-9.0x", 0, 0.93),
+        record_of("vgg13-cifar10-9.0x", 1, 0.935),
     ]
     text = published.generate(found)
     rows = {row["run"]: row for row in wide(found)}
@@ -92,7 +114,8 @@ def test_precisions_and_machines_have_rows_of_their_own_and_are_not_paired():
     found = [record_of("vgg13-cifar10-dense", 0, 0.94), single, record_of("vgg13-cifar10-9.0x", 0, 0.92, kind="A card")]
     rows = [row for row in wide(found) if row["run"] == "vgg13-cifar10-9.0x"]
     assert [(row["precision"], row["hardware"], row["drop"]) for row in rows] == [
-        ("bfloat16", "A card", "not measured"), ("float32", "NVIDIA H200", "not measured"),
+        ("bfloat16", "A card", "not measured"),
+        ("float32", "NVIDIA H200", "not measured"),
     ]
     # No peak is known of the one, and none in float32 is claimed of the other.
     assert {row["images/s, of peak"] for row in rows} == {"190,000"}

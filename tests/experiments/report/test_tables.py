@@ -22,11 +22,17 @@ def test_committed_tables_are_what_the_records_say():
     texts = documents.generate()
     compared = [
         path / name
-        for path in results.RECORDS.glob("compare-*") if (path / "study.json").exists()
+        for path in results.RECORDS.glob("compare-*")
+        if (path / "study.json").exists()
         for name in comparison.files(studies.read(path))
     ]
-    expected = {results.RESULTS_FILE, benchmarks.BENCHMARKS_FILE, front.README, results.RECORDS / "published.csv",
-                results.RECORDS / "price" / "price.csv"}
+    expected = {
+        results.RESULTS_FILE,
+        benchmarks.BENCHMARKS_FILE,
+        front.README,
+        results.RECORDS / "published.csv",
+        results.RECORDS / "price" / "price.csv",
+    }
     assert set(texts) == expected | set(compared)
     for path, text in texts.items():
         assert path.read_text() == text, message
@@ -54,10 +60,23 @@ def test_a_table_from_records_by_hand(tmp_path):
     for method, seed, top1 in runs:
         config = {"name": method, "learning_rate": 0.1, "seed": seed, "data": {"dir": f"/anywhere/{seed}"}}
         summary = {
-            "name": f"net-{method}", "method": method, "seed": seed, "final_top1": top1, "best_pruned_top1": top1,
-            "conv_compression": 1.0 if method == "dense" else 8.0, "model_compression": 1.0, "train_seconds": 10.0,
-            "compile_seconds": 2.0, "dataset": "cifar10", "encoding": "jpeg", "train_examples": 100,
-            "eval_split": "test", "eval_examples": 10, "net": "vgg11", "width": 0.25, "epochs": 3,
+            "name": f"net-{method}",
+            "method": method,
+            "seed": seed,
+            "final_top1": top1,
+            "best_pruned_top1": top1,
+            "conv_compression": 1.0 if method == "dense" else 8.0,
+            "model_compression": 1.0,
+            "train_seconds": 10.0,
+            "compile_seconds": 2.0,
+            "dataset": "cifar10",
+            "encoding": "jpeg",
+            "train_examples": 100,
+            "eval_split": "test",
+            "eval_examples": 10,
+            "net": "vgg11",
+            "width": 0.25,
+            "epochs": 3,
         }
         record = {"name": method, "seed": seed, "config": config, "setting": setting, "summary": summary, "metrics": []}
         keep(tmp_path / "group" / RUNS, [record])

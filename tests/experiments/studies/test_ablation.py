@@ -24,11 +24,9 @@ def cell(name, question="when", must=False, reference="base", **changes):
     return cells_of.Cell(name, question, reference, must, tiny.changed(name=f"try-{name}", method=prune))
 
 
-FAMILY = cells_of.Family("try", DENSE, (
-    cell("base", must=True),
-    cell("late", select_epoch=2),
-    cell("later", select_epoch=2, prune_epoch=4),
-))
+FAMILY = cells_of.Family(
+    "try", DENSE, (cell("base", must=True), cell("late", select_epoch=2), cell("later", select_epoch=2, prune_epoch=4))
+)
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +100,22 @@ def test_the_fork_is_before_the_first_gathered_score():
 
 def test_halving_by_hand():
     cells = [
-        cell("base", "patterns", must=True), cell("a", "patterns"), cell("b", "patterns"), cell("c", "patterns"),
-        cell("d", "patterns"), cell("alone", "lasso"), cell("first", "removal"), cell("second", "removal"),
+        cell("base", "patterns", must=True),
+        cell("a", "patterns"),
+        cell("b", "patterns"),
+        cell("c", "patterns"),
+        cell("d", "patterns"),
+        cell("alone", "lasso"),
+        cell("first", "removal"),
+        cell("second", "removal"),
         cell("gone", "target"),
     ]
     top1 = {"base": 0.1, "a": 0.4, "b": 0.6, "c": 0.5, "d": 0.2, "alone": 0.3, "first": 0.7, "second": 0.7}
     decided = ablation.halve(cells, top1)
     assert {question: found["kept"] for question, found in decided.items()} == {
-        "patterns": ["b", "c", "a", "base"], "removal": ["first"], "lasso": ["alone"],
+        "patterns": ["b", "c", "a", "base"],
+        "removal": ["first"],
+        "lasso": ["alone"],
     }
     assert decided["patterns"]["ranking"][0] == ["b", 0.6]
 
@@ -139,9 +145,15 @@ def test_the_harness_halves_goes_on_and_collects(pretend, tmp_path):
     lines = []
     result = ablation.run(FAMILY, tmp_path, seeds=(0, 1), workers=0, data_dir="here", say=lines.append)
     assert pretend == [
-        "try-dense-seed0", "try-dense-seed1", "try-base-seed0", "try-late-seed0", "try-later-seed0",
+        "try-dense-seed0",
+        "try-dense-seed1",
+        "try-base-seed0",
+        "try-late-seed0",
+        "try-later-seed0",
         # The better half of three is two, and the base is a must.
-        "try-base-seed1", "try-late-seed1", "try-later-seed1",
+        "try-base-seed1",
+        "try-late-seed1",
+        "try-later-seed1",
     ]
     assert result == {"finished": 8, "missing": 0, "failed": {}}
     assert lines[2].startswith("try-base-seed0: top-1 20.00, ")
@@ -167,9 +179,7 @@ def test_halving_drops_what_is_behind(pretend, tmp_path):
 @pytest.mark.slow
 def test_worker_processes_train_the_same_bits_as_this_one(tmp_path):
     def short(name, **changes):
-        config = tiny.changed(
-            name=f"try-{name}", epochs=3, partial_batch="drop", mixup_epoch=None, method=None
-        )
+        config = tiny.changed(name=f"try-{name}", epochs=3, partial_batch="drop", mixup_epoch=None, method=None)
         if not changes:
             return config
         return dataclasses.replace(config, method=dataclasses.replace(tiny.CONFIG.prune, **changes))
@@ -222,13 +232,29 @@ def test_bad_requests_are_refused(tmp_path):
 
 def record(name, seed, top1, **fields):
     config = next(config for config in cells_of.configs() if config.name == name)
-    setting = {"date": "2026-11-22T10:00:00+00:00", "device": {"platform": "cpu", "kind": "cpu"},
-               "cpu": {"model": "A CPU", "cores": 1}}
+    setting = {
+        "date": "2026-11-22T10:00:00+00:00",
+        "device": {"platform": "cpu", "kind": "cpu"},
+        "cpu": {"model": "A CPU", "cores": 1},
+    }
     return {
-        "name": name, "seed": seed, "final_top1": top1, "conv_compression": 8.6, "train_seconds": 60.0,
-        "dataset": "cifar10", "encoding": "jpeg", "train_examples": 6000, "eval_split": "validation",
-        "eval_examples": 5000, "net": "vgg11", "width": 0.25, "epochs": 10, "setting": setting,
-        "config": to_dict(dataclasses.replace(config, seed=seed)), "group": "ablation", **fields,
+        "name": name,
+        "seed": seed,
+        "final_top1": top1,
+        "conv_compression": 8.6,
+        "train_seconds": 60.0,
+        "dataset": "cifar10",
+        "encoding": "jpeg",
+        "train_examples": 6000,
+        "eval_split": "validation",
+        "eval_examples": 5000,
+        "net": "vgg11",
+        "width": 0.25,
+        "epochs": 10,
+        "setting": setting,
+        "config": to_dict(dataclasses.replace(config, seed=seed)),
+        "group": "ablation",
+        **fields,
     }
 
 
@@ -243,8 +269,11 @@ RECORDS = [
 
 def test_a_table_and_a_plot_from_records_by_hand(tmp_path):
     text = table.generate(RECORDS)
-    rows = {line.split("|")[1].strip(): [part.strip() for part in line.split("|")[2:-1]]
-            for line in text.splitlines() if line.startswith("| ")}
+    rows = {
+        line.split("|")[1].strip(): [part.strip() for part in line.split("|")[2:-1]]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    }
     assert rows["cov8"] == ["3", "53.33 ± 1.53", "base", "+1.33 ± 0.58", "+1.00 ± 0.00", "8.60x", "", "60 ± 0"]
     assert rows["base"][2:5] == ["", "", ""]
     assert rows["dense"][:5] == ["1", "60.00", "base", "+10.00", ""]
@@ -271,7 +300,8 @@ def test_cells_differ_from_the_dense_run_in_the_pruning_only(family):
     assert all(prune not in prunes[:index] for index, prune in enumerate(prunes)), "two cells are the same run"
     for one in family.cells:
         assert dataclasses.replace(one.config, method=None, name="", expected="") == dataclasses.replace(
-            family.dense, name="", expected="")
+            family.dense, name="", expected=""
+        )
         assert one.question in cells_of.QUESTIONS
         assert family.cell(one.reference).must
         # `python -m experiments list` has 31 columns for a name.

@@ -87,7 +87,8 @@ def test_every_group_gets_as_many_trials_and_its_best_one(pretend, tmp_path):
     study = read_json(tmp_path / "study.json")
     assert [each["chosen"] for each in study["tuning"]] == [0.2, 0.1, 0.2]
     assert study["tuning"][1]["trials"] == [
-        {"value": 0.1, "top1": 0.5, "seconds": SECONDS}, {"value": 0.2, "top1": 0.4, "seconds": SECONDS},
+        {"value": 0.1, "top1": 0.5, "seconds": SECONDS},
+        {"value": 0.2, "top1": 0.4, "seconds": SECONDS},
     ]
     tuned_by = {each["name"].rpartition("-")[2]: each["tuned_by"] for each in study["cells"]}
     assert tuned_by == {"dense": ["dense"], "pruned": ["clicktrain"], "narrow": ["narrow"], "rewind": ["dense"]}
@@ -127,8 +128,16 @@ def test_some_cells_run_with_every_seed_before_the_others_and_each_is_kept_at_on
     assert {job.config.epochs for job in trials} == {1}
     final = [job for job in pretend if job not in trials]
     order = [(job.config.name.rpartition("-")[2], job.config.seed) for job in final]
-    assert order == [("dense", 0), ("narrow", 0), ("dense", 1), ("narrow", 1),
-                     ("pruned", 0), ("rewind", 0), ("pruned", 1), ("rewind", 1)]
+    assert order == [
+        ("dense", 0),
+        ("narrow", 0),
+        ("dense", 1),
+        ("narrow", 1),
+        ("pruned", 0),
+        ("rewind", 0),
+        ("pruned", 1),
+        ("rewind", 1),
+    ]
     assert counts == [1, 2, 3, 4, 5, 6, 7, 8]
     # At the dense run's rate, tuned or not; and no record tells where the images lay.
     assert {job.config.learning_rate for job in final} == {0.2}

@@ -25,8 +25,15 @@ HERE = {"device": {"platform": "cpu", "kind": "cpu", "count": 1}, "cpu": {"model
 
 def summary_of(config, seconds=10.0):
     return {
-        "name": config.name, "net": config.net, "seed": config.seed, "epochs": config.total_epochs, "final_top1": 0.9,
-        "train_examples": 100, "train_seconds": seconds, "train_and_compile_seconds": seconds, "eval_seconds": 0.0,
+        "name": config.name,
+        "net": config.net,
+        "seed": config.seed,
+        "epochs": config.total_epochs,
+        "final_top1": 0.9,
+        "train_examples": 100,
+        "train_seconds": seconds,
+        "train_and_compile_seconds": seconds,
+        "eval_seconds": 0.0,
     }
 
 
@@ -66,12 +73,24 @@ def run(entries, tmp_path, budget="cpu-1min", **options):
 def test_the_order_of_worth():
     entries = gpu_plan.plan("gpu")
     names = [entry.config.name for entry in entries if entry.config.seed == 0]
-    places = [names.index(name) for name in (
-        "vgg13-cifar10-dense", "compare-vgg13-narrow-0.5", "vgg13-cifar10-4.0x", "vgg13-cifar10-6.2x",
-        "vgg13-cifar10-9.0x", "vgg11-cifar10-dense", "vgg11-cifar10-8.7x", "vgg11-cifar10-10.3x",
-        "compare-vgg13-rewind-60", "compare-vgg13-prunetrain-0.2", "vgg16-cifar10-dense", "resnet32_wide-cifar10-dense",
-        "resnet50_cifar-cifar10-dense",
-    )]
+    places = [
+        names.index(name)
+        for name in (
+            "vgg13-cifar10-dense",
+            "compare-vgg13-narrow-0.5",
+            "vgg13-cifar10-4.0x",
+            "vgg13-cifar10-6.2x",
+            "vgg13-cifar10-9.0x",
+            "vgg11-cifar10-dense",
+            "vgg11-cifar10-8.7x",
+            "vgg11-cifar10-10.3x",
+            "compare-vgg13-rewind-60",
+            "compare-vgg13-prunetrain-0.2",
+            "vgg16-cifar10-dense",
+            "resnet32_wide-cifar10-dense",
+            "resnet50_cifar-cifar10-dense",
+        )
+    ]
     assert places == sorted(places) and len(set(names)) == len(names)
     assert all(entry.config.epochs == 190 and entry.config.precision == "bfloat16" for entry in entries)
     assert len({entry.name for entry in entries}) == len(entries)
@@ -107,8 +126,9 @@ def test_an_estimate_from_multiply_adds_by_hand():
 
 
 def test_records_take_the_place_of_assumptions():
-    dense, pruned, other = (configs.get(f"{name}") for name in (
-        "vgg13-cifar10-dense", "vgg13-cifar10-9.0x", "vgg11-cifar10-dense"))
+    dense, pruned, other = (
+        configs.get(f"{name}") for name in ("vgg13-cifar10-dense", "vgg13-cifar10-9.0x", "vgg11-cifar10-dense")
+    )
     found = [record_of(dense, 80.0)]
     assert gpu_plan.estimate_seconds(dense, "gpu", "NVIDIA H200", found, 16) == 80.0
     assert gpu_plan.estimate_seconds(pruned, "gpu", "NVIDIA H200", found, 16) == pytest.approx(80.0)

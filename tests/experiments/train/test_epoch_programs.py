@@ -62,8 +62,13 @@ def test_an_epochs_last_batch_is_filled_from_the_next_ones_order(scanned):
 
 @pytest.mark.parametrize(
     ("partial_batch", "platform", "steps", "tail"),
-    [("keep", "cpu", 5, 12), ("keep", "gpu", 5, 0), ("partial", "gpu", 5, 12), ("fill", "cpu", 5, 0),
-     ("drop", "gpu", 4, 0)],
+    [
+        ("keep", "cpu", 5, 12),
+        ("keep", "gpu", 5, 0),
+        ("partial", "gpu", 5, 12),
+        ("fill", "cpu", 5, 0),
+        ("drop", "gpu", 4, 0),
+    ],
 )
 def test_what_becomes_of_the_last_batch(tiny_dataset, partial_batch, platform, steps, tail):
     trainer = Trainer(tiny.changed(partial_batch=partial_batch), tiny_dataset, platform)
@@ -88,8 +93,12 @@ def test_what_is_drawn_for_an_epoch_is_what_each_update_would_draw(scanned):
 
 def test_packing_changes_nothing():
     tree = {
-        "small": jnp.arange(6.0).reshape(2, 3), "other": jnp.ones(3), "count": jnp.int32(7),
-        "short": jnp.ones(2, jnp.bfloat16), "empty": jnp.zeros((0,)), "large": jnp.ones((100, 100)),
+        "small": jnp.arange(6.0).reshape(2, 3),
+        "other": jnp.ones(3),
+        "count": jnp.int32(7),
+        "short": jnp.ones(2, jnp.bfloat16),
+        "empty": jnp.zeros((0,)),
+        "large": jnp.ones((100, 100)),
     }
     packed, unpack = pack(tree)
     assert {name: len(flat) for name, flat in packed[0].items()} == {"float32": 9, "bfloat16": 2}

@@ -140,8 +140,14 @@ def test_scores_of_several_updates_and_a_second_selection(tiny_dataset, tmp_path
 
     start = trainer.init(0)
     transform = ct.clicktrain(
-        trainer.optimizer, trainer.plan, select_step=5, reselect_step=10, prune_step=15, coeff=prune.coeff,
-        patterns=trainer.patterns, importance_steps=4,
+        trainer.optimizer,
+        trainer.plan,
+        select_step=5,
+        reselect_step=10,
+        prune_step=15,
+        coeff=prune.coeff,
+        patterns=trainer.patterns,
+        importance_steps=4,
     )
     users = Trainer(dataclasses.replace(config, method=None), tiny_dataset)
     users.optimizer = transform
@@ -198,8 +204,10 @@ def test_a_selection_that_is_put_off_is_tried_again_in_the_next_update(tiny_data
     status = ct.status(state.opt_state)
     assert (status.selected, status.postponed, status.pruned) == (select + 2, 2, trainer.schedule.prune_step)
     assert [segment for segment in ran if segment[0] == "SELECT" or segment[1]] == [
-        ("DENSE", True, select - 1, select), ("DENSE", True, select, select + 1),
-        ("SELECT", False, select + 1, select + 2), ("SELECT", False, select + 2, select + 3),
+        ("DENSE", True, select - 1, select),
+        ("DENSE", True, select, select + 1),
+        ("SELECT", False, select + 1, select + 2),
+        ("SELECT", False, select + 2, select + 3),
     ]
 
 

@@ -25,7 +25,9 @@ from experiments.train.update import mixes
 
 END = tiny.CONFIG.epochs
 DENSE = tiny.changed(
-    name="dense", method=None, partial_batch="drop",
+    name="dense",
+    method=None,
+    partial_batch="drop",
     loop=dataclasses.replace(tiny.CONFIG.loop, keep_checkpoints=END, eval_every_epochs=9),
 )
 AFTER = dataclasses.replace(tiny.CONFIG.prune, importance="magnitude", coeff=0.0, select_epoch=END, prune_epoch=END)
@@ -46,9 +48,7 @@ def trunk(tiny_dataset, tmp_path_factory):
 
 
 def zeros(params):
-    return {
-        name: float(np.mean(np.asarray(layer["kernel"]) == 0)) for name, layer in params.items() if "Conv" in name
-    }
+    return {name: float(np.mean(np.asarray(layer["kernel"]) == 0)) for name, layer in params.items() if "Conv" in name}
 
 
 def test_the_learning_rate_of_pruning_after_training():
@@ -62,9 +62,7 @@ def test_the_learning_rate_of_pruning_after_training():
     np.testing.assert_allclose(
         [rate(first + step) for step in range(20)], [dense(10 * (END - 2) + step) for step in range(20)], rtol=1e-6
     )
-    cosine = learning_rate(
-        dataclasses.replace(REWIND, method=AfterConfig(AFTER, RetrainConfig(2, "cosine", 0.05))), 10
-    )
+    cosine = learning_rate(dataclasses.replace(REWIND, method=AfterConfig(AFTER, RetrainConfig(2, "cosine", 0.05))), 10)
     assert cosine(10 * END) == np.float32(0.05) and cosine(10 * END + 20) == 0
 
 
@@ -106,8 +104,7 @@ def test_one_shot_prunes_at_the_very_end(trunk, tiny_dataset, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method",
-    ["gradual", pytest.param("rigl", marks=pytest.mark.slow), pytest.param("n_of_m", marks=pytest.mark.slow)],
+    "method", ["gradual", pytest.param("rigl", marks=pytest.mark.slow), pytest.param("n_of_m", marks=pytest.mark.slow)]
 )
 def test_sparse_training_reaches_its_compression(method, trunk, tiny_dataset, tmp_path):
     sparse = SPARSE
@@ -132,9 +129,7 @@ def test_sparse_training_reaches_its_compression(method, trunk, tiny_dataset, tm
     # What the net is evaluated with is what is exported.
     assert found.trainer.evaluate(found.state)[1] == summary["final_top1"]
     if method == "rigl":  # each run draws its own first masks
-        first, second = (
-            jax.tree.leaves(trainer.init(seed).opt_state.masks)[0] for seed in (0, 1)
-        )
+        first, second = (jax.tree.leaves(trainer.init(seed).opt_state.masks)[0] for seed in (0, 1))
         assert (np.asarray(first) != np.asarray(second)).any()
     if method == "gradual":
         assert forks.fork_epoch(config, trainer.steps_per_epoch) == 2
@@ -146,7 +141,10 @@ def test_sparse_training_reaches_its_compression(method, trunk, tiny_dataset, tm
 def test_prunetrain_gets_narrower_and_goes_on_after_a_kill(tiny_dataset, tmp_path, monkeypatch):
     config = dataclasses.replace(
         # A threshold that finds dead channels after so few updates.
-        DENSE, name="prunetrain", width=0.5, method=ChannelConfig(0.9, every_epochs=2, threshold=0.25),
+        DENSE,
+        name="prunetrain",
+        width=0.5,
+        method=ChannelConfig(0.9, every_epochs=2, threshold=0.25),
     )
     trainer = Trainer(config, tiny_dataset)
     whole = loop.train(config, tmp_path / "whole", trainer=trainer)

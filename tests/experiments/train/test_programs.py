@@ -72,8 +72,11 @@ def test_programs_are_kept_for_the_next_process(tmp_path, monkeypatch):
 
     monkeypatch.setenv("CLICKTRAIN_CACHE", str(tmp_path))
     names = [
-        f"jax_{name}" for name in (
-            "compilation_cache_dir", "persistent_cache_min_compile_time_secs", "persistent_cache_enable_xla_caches"
+        f"jax_{name}"
+        for name in (
+            "compilation_cache_dir",
+            "persistent_cache_min_compile_time_secs",
+            "persistent_cache_enable_xla_caches",
         )
     ]
     before = {name: getattr(jax.config, name) for name in names}

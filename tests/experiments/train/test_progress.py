@@ -86,7 +86,8 @@ def test_tensorboard_gets_phase_rate_and_sparsity_by_layer(tiny_dataset, tmp_pat
     tensorboardX = pytest.importorskip("tensorboardX")  # noqa: N806  (its name)
     written = {}
     monkeypatch.setattr(
-        tensorboardX.SummaryWriter, "add_scalar",
+        tensorboardX.SummaryWriter,
+        "add_scalar",
         lambda self, key, value, step: written.setdefault(key, []).append((step, value)),
     )
     config = dataclasses.replace(changed_loop(tensorboard=True), method=None, mixup_epoch=None, epochs=2)

@@ -21,7 +21,11 @@ pytestmark = pytest.mark.skipif(not compat.HAS_MOSAIC_GPU, reason=compat.MOSAIC_
 def test_every_structure_of_a_net_is_dealt_for_its_own_images():
     convolve = functools.partial(pk.pattern_conv, backend="mosaic_gpu")
     net = models.build(
-        "vgg11", num_classes=10, width=1.0, dtype=jnp.bfloat16, layout="HWNC",
+        "vgg11",
+        num_classes=10,
+        width=1.0,
+        dtype=jnp.bfloat16,
+        layout="HWNC",
         conv=functools.partial(models.PatternConv, convolve=convolve),
     )
     params = models.abstract_variables(net, (32, 32, 3))["params"]

@@ -159,9 +159,7 @@ def test_short_floats_are_computed_in_float32(tmp_path):
     kernel = normal(3, 3, 3, 16).astype(jnp.bfloat16)
 
     def function(variables, x):
-        x = lax.conv_general_dilated(
-            x.astype(jnp.bfloat16), variables["a"], (1, 1), "SAME", dimension_numbers=NHWC
-        )
+        x = lax.conv_general_dilated(x.astype(jnp.bfloat16), variables["a"], (1, 1), "SAME", dimension_numbers=NHWC)
         return nn.relu(x).astype(jnp.float32).mean((1, 2))
 
     files = to_c(net_of(function, {"a": kernel}, (8, 8, 3)))

@@ -188,8 +188,13 @@ def test_a_tree_that_is_one_array(tmp_path):
 
 def test_dtypes_and_sizes_of_all_kinds(tmp_path):
     tree = {
-        "half": jnp.ones((2, 3), jnp.bfloat16), "empty": np.zeros((0, 3), np.float32), "scalar": np.float64(2.5),
-        "größe": np.array([True, False]), "count": np.uint64(2**63), "python": 3, "byte": np.full((2, 2), -5, np.int8),
+        "half": jnp.ones((2, 3), jnp.bfloat16),
+        "empty": np.zeros((0, 3), np.float32),
+        "scalar": np.float64(2.5),
+        "größe": np.array([True, False]),
+        "count": np.uint64(2**63),
+        "python": 3,
+        "byte": np.full((2, 2), -5, np.int8),
     }
     for dtype in ("float32", "int8"):
         storage.write(tmp_path / "net", tree, None, facts={}, dtype=dtype)
