@@ -65,7 +65,7 @@ class DataConfig:
             for archives packed from it, whatever the training seed.
         train_examples: Train on the first n of a fixed, class-balanced order only; None for all.
         cache_dir: Where decoded arrays are kept. None: $CLICKTRAIN_CACHE, else
-            ~/.cache/clicktrain_jax.
+            ~/.cache/clicktrain-jax.
     """
 
     name: str = "digits"
