@@ -23,7 +23,7 @@ class ClickTrainState(NamedTuple):
         by_magnitude: bool (layers,), in the order of their sorted names: layers whose scores were all alike at the
             selection, so that the magnitudes of their weights decided.
         masks: tree like the parameters, a `clicktrain_jax.masks.LayerMask` at each planned leaf and None elsewhere.
-        gathered: int32, how many updates' scores are in ``scores``.
+        gathered: int32, how many updates' scores are in ``scores``; with 0 nothing in them counts.
         scores: float32 arrays by leaf name, the sum of the scores gathered so far for the next selection; empty when
             a selection takes one update's.
         exponents: int32 (layers,), as for ``by_magnitude``: the sums are ``scores * 2.0**exponents``.

@@ -35,7 +35,7 @@ class PhaseUpdates(NamedTuple):
         init: ``params -> state``.
         dense: the inner optimizer's own update.
         gather: an update of the dense or the regularize phase whose scores are added for a selection later on, in the
-            ``importance_steps - 1`` updates before it.
+            ``importance_steps - 1`` updates before it; an update of these phases without it drops them.
         select: an ordinary update whose gradient, with what was gathered, chooses the masks. Where a score is not
             finite, or too few were, nothing is chosen and ``state.selected`` stays as it was: call it again in the
             next update.
@@ -106,10 +106,11 @@ class _Pieces:
         new = {name: (jnp.where(finite, one, 0.0), jnp.where(finite, at, NO_SCORE)) for name, (one, at) in new.items()}
         if not state.scores:
             return state._replace(scores={name: score for name, (score, _) in new.items()}), finite
-        sums, exponents = {}, []
+        sums, exponents, counts = {}, [], state.gathered > 0
         for index, name in enumerate(self.names):
-            exponents.append(jnp.maximum(state.exponents[index], new[name][1]))
-            parts = (state.scores[name], state.exponents[index]), new[name]
+            before = jnp.where(counts, state.scores[name], 0.0), jnp.where(counts, state.exponents[index], NO_SCORE)
+            exponents.append(jnp.maximum(before[1], new[name][1]))
+            parts = before, new[name]
             sums[name] = sum(times_power_of_two(score, at - exponents[-1]) for score, at in parts)
         return state._replace(scores=sums, exponents=jnp.stack(exponents)), finite
 
@@ -227,8 +228,12 @@ def phase_updates(
     """
     pieces = _Pieces(inner, plan, coeff, patterns, importance, importance_steps)
 
+    def ungathered(state: ClickTrainState) -> ClickTrainState:
+        # Scores from before an update that gathers none are of no window.
+        return state._replace(gathered=jnp.zeros_like(state.gathered))
+
     def dense(grads: Tree, state: ClickTrainState, params: Tree, **extra: Any) -> tuple[Tree, ClickTrainState]:
-        return pieces.move(grads, state, params, extra)
+        return pieces.move(grads, ungathered(state), params, extra)
 
     def gather(grads: Tree, state: ClickTrainState, params: Tree, **extra: Any) -> tuple[Tree, ClickTrainState]:
         if not state.scores:
@@ -240,7 +245,7 @@ def phase_updates(
         return pieces.move(grads, pieces.select(grads, state, params), params, extra)
 
     def regularize(grads: Tree, state: ClickTrainState, params: Tree, **extra: Any) -> tuple[Tree, ClickTrainState]:
-        return pieces.move(grads, state, params, extra, lasso=True)
+        return pieces.move(grads, ungathered(state), params, extra, lasso=True)
 
     def prune(grads: Tree, state: ClickTrainState, params: Tree, **extra: Any) -> tuple[Tree, ClickTrainState]:
         return pieces.move(grads, state._replace(pruned=state.count), params, extra, held=True)
@@ -326,7 +331,7 @@ def clicktrain(
         due = schedule.due(state.count, state.selected, state.pruned, state.gathered)
         # What jit returned may be sharded in any way, and the branches must agree.
         masks, scores = jax.tree.map(replicated, (state.masks, state.scores))
-        state = state._replace(masks=masks, scores=scores)
+        state = state._replace(masks=masks, scores=scores, gathered=jnp.where(due.forgets, 0, state.gathered))
         whatever = {"inner_state": None}  # no business of the selection
 
         def look(how: Callable[..., Any]) -> Callable[[], ClickTrainState]:

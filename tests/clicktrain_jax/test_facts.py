@@ -123,6 +123,33 @@ def test_a_run_that_is_pruned_stays_so_whatever_the_new_schedule():
     assert ct.status(later[1]) == ct.Status(13, 2, 5, 0, ())
 
 
+@pytest.mark.parametrize(("stop", "again"), [(9, 20), (10, 20), (10, 11)], ids=str)
+def test_a_run_stopped_inside_its_window_forgets_it_when_the_selection_comes_later(stop, again):
+    """Scores of before the new window: none of them counts, whole updates pass between or not."""
+    options = {"importance_steps": 3, "prune_step": 30}
+    tree, state = run(transform(select_step=10, **options), stop)[-1]
+    assert int(state.gathered) == stop - 8
+    history = run(transform(select_step=again, **options), 25 - stop, state=state, tree=tree)
+    # Of a window that is already open nobody knows which scores are its own: it begins anew.
+    selected = max(again, stop + 2)
+    assert ct.status(history[-1][1]).selected == selected
+    scores = [
+        ct.importance.taylor(history[step - stop][0], grads(step - stop)) for step in range(selected - 2, selected + 1)
+    ]
+    total = jax.tree.map(lambda *each: np.sum(each, axis=0, dtype=np.float32), *scores)
+    same(ct.masks_of(history[-1][1]), ct.select_masks(total, plan(), FOUR))
+
+
+def test_updates_by_phase_forget_what_was_gathered_too():
+    updates_of = ct.phase_updates(optax.sgd(0.0), plan(), coeff=0.0, importance_steps=2)
+    state, tree = updates_of.init(params()), params()
+    for step, name in enumerate(("gather", "dense", "gather", "select")):
+        _, state = getattr(updates_of, name)(grads(step), state, tree)
+    expected = ct.select_masks(scores_of([(tree, None)] * 4, (2, 3)), plan(), FOUR)
+    same(ct.masks_of(state), expected)
+    assert ct.status(state).selected == 3
+
+
 @pytest.mark.parametrize("importance", ["taylor", "group_taylor", lambda w, g: ct.importance.taylor(w, g)])
 def test_a_layer_that_says_nothing_is_judged_by_magnitude(importance):
     tree, tx = params(), transform(select_step=0, prune_step=1, importance=importance)
