@@ -36,8 +36,8 @@ class Phase(enum.IntEnum):
 
 
 class Due(NamedTuple):
-    """What an update is to do: bools, traced where the facts or the schedule are. At most one of all but ``gathers`` and
-    ``forgets``.
+    """What an update is to do: bools, traced where the facts or the schedule are. At most one of all but ``gathers``
+    and ``forgets``.
 
     Attributes:
         gathers: its scores count for a selection later on.
