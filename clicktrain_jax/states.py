@@ -151,7 +151,8 @@ def find(opt_state: Any) -> ClickTrainState:
 
 def _by_path(opt_state: Any) -> list[ClickTrainState]:
     """The states in what is left of one: nested containers whose keys are its fields."""
-    leaves = {path_keys(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]}
+    with_paths = jax.tree_util.tree_flatten_with_path(opt_state)[0]
+    leaves = {tuple("/".join(path_keys(path)).split("/")): leaf for path, leaf in with_paths}
     heads = [keys[:-1] for keys in leaves if keys[-1:] == ("selected",)]
     states = []
     for head in heads:
@@ -210,6 +211,8 @@ def check_state(state: Any, plan: Plan, num_patterns: int, importance_steps: Any
             differing.append(f"{name!r} is pruned by the {'state' if layer is None else 'plan'} alone")
         elif tuple(held[name].shape) != layer.leaf_shape:
             differing.append(f"{name!r} has shape {held[name].shape} in the state, {layer.leaf_shape} in the plan")
+        elif (np.ndim(held[name].kernel) == 4) != (layer.axes == "OIHW"):
+            differing.append(f"{name!r} is {layer.axes} in the plan, and not in the state")
         elif held[name].patterns is not None and len(held[name].patterns) != num_patterns:
             differing.append(f"{name!r} has {len(held[name].patterns)} patterns in the state, {num_patterns} asked for")
     if differing:

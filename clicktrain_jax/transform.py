@@ -5,6 +5,7 @@ knows its phase uses `phase_updates` instead and carries no conditional; both ar
 both hold one state, a `ClickTrainState`.
 """
 
+import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import optax
 from clicktrain_jax import importance as importance_lib
 from clicktrain_jax.eager import compiled
 from clicktrain_jax.importance import NO_SCORE, rescaled, scaled_scores, times_power_of_two
-from clicktrain_jax.masks import Masks, apply_masks, combine, keep_all, kept, layers_for
+from clicktrain_jax.masks import LayerMask, Masks, apply_masks, combine, keep_all, kept, layers_for
 from clicktrain_jax.patterns import fixed_set
 from clicktrain_jax.phases import PhaseSchedule
 from clicktrain_jax.plan import Plan
@@ -74,6 +75,10 @@ class _Pieces:
         self.coeff = coeff if callable(coeff) else lambda count: coeff
         # In the order of their names, which every container and every checkpoint keeps.
         self.names = sorted(layer.name for layer in plan.layers)
+
+    def check(self, state: Any) -> None:
+        """Raise a ValueError for a state that was made for another plan."""
+        check_state(state, self.plan, num_patterns_of(self.patterns), self.importance_steps)
 
     def init(self, params: Tree) -> ClickTrainState:
         self.plan.check_tree(params)
@@ -164,10 +169,12 @@ class _Pieces:
             held: whether masked weights are zero afterwards.
         """
         masks = Masks.of(state.masks)
+        if lasso is not False:
+            # Spelled out once for all that reads them.
+            masks = Masks.of(masks.view(LayerMask.full))
         grads = _where(
             lasso, lambda: add_group_lasso(grads, params, masks, self.coeff(state.count), axes=self.plan.axes), grads
         )
-        # Spelled out once for all that reads them.
         keep = None if masked is False and held is False else Masks.of(combine(masks))
         grads = _where(masked, lambda: apply_masks(grads, keep), grads)
         updates, inner_state = self.inner.update(grads, state.inner_state, params, **extra)
@@ -261,7 +268,15 @@ def phase_updates(
         state = state._replace(pruned=jnp.where(prunes, state.count, state.pruned))
         return pieces.move(grads, state, params, extra, lasso=regularizes, masked=is_pruned, held=is_pruned | prunes)
 
-    return PhaseUpdates(pieces.init, dense, gather, select, regularize, prune, pruned, masked)
+    def checked(update: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(update)
+        def call(grads: Tree, state: ClickTrainState, *rest: Any, **extra: Any) -> tuple[Tree, ClickTrainState]:
+            pieces.check(state)
+            return update(grads, state, *rest, **extra)
+
+        return call
+
+    return PhaseUpdates(pieces.init, *map(checked, (dense, gather, select, regularize, prune, pruned, masked)))
 
 
 def clicktrain(
@@ -327,7 +342,7 @@ def clicktrain(
     def whole_update(
         grads: Tree, state: ClickTrainState, params: Tree, extra: dict[str, Any]
     ) -> tuple[Tree, ClickTrainState]:
-        check_state(state, plan, num_patterns_of(pieces.patterns), importance_steps)
+        pieces.check(state)
         due = schedule.due(state.count, state.selected, state.pruned, state.gathered)
         # What jit returned may be sharded in any way, and the branches must agree.
         masks, scores = jax.tree.map(replicated, (state.masks, state.scores))

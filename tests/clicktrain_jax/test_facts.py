@@ -259,6 +259,53 @@ def test_a_state_of_another_plan_names_what_differs(case):
         jax.jit(transform(**resumed).update)(grads(0), transform(**saved).init(params()), params())
 
 
+def test_the_layout_of_a_state_counts():
+    tree = {"a": {"kernel": jnp.ones((3, 3, 3, 3))}}
+    hwio, oihw = (
+        ct.clicktrain(
+            optax.sgd(0.1), ct.make_plan(tree, {".*": 0.5}, axes=axes), select_step=0, prune_step=1, coeff=0.0
+        )
+        for axes in ("HWIO", "OIHW")
+    )
+    with pytest.raises(ValueError, match="'a/kernel' is OIHW in the plan, and not in the state"):
+        oihw.update(tree, hwio.init(tree), tree)
+
+
+@pytest.mark.parametrize("name", ["dense", "gather", "select", "regularize", "prune", "pruned", "masked"])
+def test_updates_by_phase_refuse_a_state_of_another_plan(name):
+    one, both = (
+        ct.phase_updates(optax.sgd(0.1), plan(rules=rules), coeff=0.0, importance_steps=2)
+        for rules in ({"a/kernel": 0.5}, {".*": 0.5})
+    )
+    with pytest.raises(ValueError, match="'b/kernel' is pruned by the plan alone"):
+        getattr(both, name)(grads(0), one.init(params()), params())
+
+
+NOT_FINITE = {"the selection": (2,), "the prune": (5,), "both": (2, 5), "between": (3, 4), "after it": (6, 7)}
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["inside", "outside"])
+@pytest.mark.parametrize("when", NOT_FINITE)
+def test_updates_that_are_skipped_never_leave_a_run_dense(when, outside):
+    """By the optimizer that is wrapped, or by one around the wrapper, for which they never happened."""
+    inner, bad = optax.sgd(0.01, momentum=0.9), NOT_FINITE[when]
+    tx = transform(inner if outside else optax.apply_if_finite(inner, 9))
+    tx = optax.apply_if_finite(tx, 9) if outside else tx
+    tree, state, update = params(), tx.init(params()), jax.jit(tx.update)
+    for step in range(10):
+        found = grads(step, tree=tree)
+        if step in bad:
+            found["a"]["kernel"] = found["a"]["kernel"].at[0, 0, 0, 0].set(jnp.inf)
+        updates, state = update(found, state, tree)
+        tree = optax.apply_updates(tree, updates)
+    put_off = 2 in bad and not outside
+    said = ct.status(state)
+    assert (said.count, said.selected, said.pruned) == (10 - len(bad) * outside, 2 + put_off, 5)
+    assert said.postponed == put_off and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+    same(ct.apply_masks(tree, ct.masks_of(state)), tree)
+    assert ct.report(tree, ct.masks_of(state)).conv_compression == pytest.approx(4.5)
+
+
 def test_not_the_state_of_clicktrain():
     with pytest.raises(ValueError, match="state is a tuple: expected the ClickTrainState"):
         transform().update(grads(0), optax.sgd(0.1).init(params()), params())
