@@ -211,7 +211,8 @@ def check_state(state: Any, plan: Plan, num_patterns: int, importance_steps: Any
             differing.append(f"{name!r} is pruned by the {'state' if layer is None else 'plan'} alone")
         elif tuple(held[name].shape) != layer.leaf_shape:
             differing.append(f"{name!r} has shape {held[name].shape} in the state, {layer.leaf_shape} in the plan")
-        elif (np.ndim(held[name].kernel) == 4) != (layer.axes == "OIHW"):
+        # Masks of single weights are arrays of the leaf's own shape, whatever its axes.
+        elif held[name].patterns is not None and (np.ndim(held[name].kernel) == 4) != (layer.axes == "OIHW"):
             differing.append(f"{name!r} is {layer.axes} in the plan, and not in the state")
         elif held[name].patterns is not None and len(held[name].patterns) != num_patterns:
             differing.append(f"{name!r} has {len(held[name].patterns)} patterns in the state, {num_patterns} asked for")
