@@ -92,7 +92,7 @@ class PhaseSchedule:
             value = getattr(self, field)
             if value is None and field.startswith("reselect"):
                 continue
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
+            if value is None or isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise ValueError(f"{field}={value!r}: expected an integer number of updates")
             # Updates are counted in int32.
             if not 0 <= value < 2**31 - 1:
@@ -189,9 +189,9 @@ class PhaseSchedule:
             gathered = (0 if due.forgets or due.selects else gathered) + due.gathers
             selected, pruned = count if due.selects else selected, count if due.prunes else pruned
             kind = due.phase, bool(due.gathers)
-            if current not in (None, kind):
-                yield *current, first, count
+            if current is not None and current != kind:
+                yield current[0], current[1], first, count
                 first = count
             current = kind
-        if start < stop:
-            yield *current, first, stop
+        if current is not None:
+            yield current[0], current[1], first, stop

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import numpy as np
 
 from clicktrain_jax.masks import LayerMask, Masks
@@ -36,9 +37,9 @@ class ClickTrainState(NamedTuple):
     postponed: jax.Array
     by_magnitude: jax.Array
     masks: Tree
-    gathered: jax.Array
+    gathered: Any
     scores: dict[str, jax.Array]
-    exponents: jax.Array
+    exponents: Any
     inner_state: Any
 
 

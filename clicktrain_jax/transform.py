@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -66,13 +67,13 @@ class _Pieces:
         self.inner, self.plan, self.importance_steps = optax.with_extra_args_support(inner), plan, importance_steps
         self.patterns = check_patterns(plan, fixed_set(4) if patterns is None else patterns)
         self.criterion = importance_lib.criterion(importance, plan.axes)
-        real = isinstance(coeff, numbers.Real) and 0 <= coeff < math.inf
+        real = isinstance(coeff, numbers.Real) and 0 <= float(coeff) < math.inf
         if not (callable(coeff) or isinstance(coeff, jax.Array) or real):
             raise ValueError(
                 f"coeff={coeff!r}: expected a finite number >= 0, the weight of the group lasso in the loss, or a "
                 "function of the updates done"
             )
-        self.coeff = coeff if callable(coeff) else lambda count: coeff
+        self.coeff: Callable[[Any], Any] = coeff if callable(coeff) else lambda count: coeff
         # In the order of their names, which every container and every checkpoint keeps.
         self.names = sorted(layer.name for layer in plan.layers)
 
@@ -175,7 +176,7 @@ class _Pieces:
         grads = _where(
             lasso, lambda: add_group_lasso(grads, params, masks, self.coeff(state.count), axes=self.plan.axes), grads
         )
-        keep = None if masked is False and held is False else Masks.of(combine(masks))
+        keep: Any = None if masked is False and held is False else Masks.of(combine(masks))
         grads = _where(masked, lambda: apply_masks(grads, keep), grads)
         updates, inner_state = self.inner.update(grads, state.inner_state, params, **extra)
         held_at_zero = _where(held, lambda: enforce(updates, inner_state, params, keep), (updates, inner_state))
@@ -372,12 +373,10 @@ def clicktrain(
     fixed = not any(isinstance(value, jax.Array) for value in (coeff, patterns, select_step, prune_step))
     whole_update = compiled(whole_update) if fixed else whole_update
 
-    def update(
-        grads: Tree, state: ClickTrainState, params: Tree | None = None, **extra: Any
-    ) -> tuple[Tree, ClickTrainState]:
+    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
         if params is None:
             raise ValueError("clicktrain needs the parameters: call update(grads, state, params)")
-        return whole_update(grads, state, params, extra)
+        return whole_update(updates, state, params, extra)
 
     return optax.GradientTransformationExtraArgs(pieces.init, update)
 
@@ -428,7 +427,8 @@ def _mask_mirrors(inner_state: Any, keep: dict[str, Any], leaf_names: list[str])
         return "/".join(max(splits, key=lambda split: sum((*split[0], *name) in paths for name in names))[1])
 
     def mask(path: tuple, leaf: Any) -> Any:
-        held = keep.get(name_of(path_keys(path)))
+        name = name_of(path_keys(path))
+        held = None if name is None else keep.get(name)
         if held is None or jnp.shape(leaf) != held.shape or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf
         return kept(leaf, held)
