@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from clicktrain_jax.plan.convolutions import FROM_HWIO
 from clicktrain_jax.trees import (
@@ -197,7 +198,7 @@ class Masks:
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """For jax."""
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self.layers))
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(self.layers))
         static = self.names, self._structure, _Aside(self.pending and not traced)
         return ((jax.tree_util.GetAttrKey("layers"), self.layers),), static
 

@@ -1,5 +1,9 @@
 """How the pruned phase's convolutions are run: dense under masks, or by `pallas_kernels.pattern_conv`.
 
+The loop hands structures to its nets rather than accelerating them, because they are arguments here, dealt to a GPU
+beforehand: what `clicktrain_jax.accelerate` compiles holds its masks as constants, each layer in the layout that it
+finds. Which layers gain is decided by the planner's own estimate, `clicktrain_jax.deploy.layers.gains`.
+
 The masks are known from the selection on, so the programs of the pruned phase are compiled in the background while
 the regularize phase trains. At the first pruned update the ways are timed side by side on whole updates of copies of
 the state, and the fastest is kept; what was found is cached for this kind of device.
