@@ -370,7 +370,7 @@ def clicktrain(
         )
 
     # Hyperparameters that are arrays are new ones in every update: a compiled update would serve one.
-    fixed = not any(isinstance(value, jax.Array) for value in (coeff, patterns, select_step, prune_step))
+    fixed = not any(isinstance(value, jax.Array) for value in (coeff, select_step, prune_step))
     whole_update = compiled(whole_update) if fixed else whole_update
 
     def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:

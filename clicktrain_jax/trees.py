@@ -125,6 +125,8 @@ def placed_like(array: Any, other: Any) -> Any:
     sharding = jax.typeof(other).sharding
     if all(axis is None for axis in sharding.spec):
         return replicated(array)
+    if not isinstance(array, jax.core.Tracer) and not isinstance(other, jax.core.Tracer):
+        return jax.device_put(array, other.sharding)  # which may come from the host, or from another device
     return jax.sharding.reshard(jnp.asarray(array), sharding)
 
 
