@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.configs.base import TrainConfig
 from experiments.train.costs import size_of
+from experiments.train.devices import Devices
 from experiments.train.programs import Programs
 from experiments.train.pruned_phase import Way
 from experiments.train.state import Images, TrainState
@@ -21,7 +22,8 @@ class Updates:
 
     Attributes:
         config: of the runs.
-        train_data: what they train on.
+        train_data: what they train on; on the host where a batch is divided over devices.
+        devices: where the arrays lie.
         channels: what makes the net narrower between epochs; None for nothing.
         steps_per_epoch: updates.
         loop_length: updates of a compiled loop; 0 where there is none.
@@ -30,6 +32,7 @@ class Updates:
 
     config: TrainConfig
     train_data: Images
+    devices: Devices
     channels: Any
     steps_per_epoch: int
     loop_length: int
@@ -47,9 +50,9 @@ class Updates:
 
     def compile_dense(self, state: TrainState) -> float:
         """Compile the dense phase's update, for a run that begins after it; returns the seconds."""
-        start, key = time.perf_counter(), jax.random.key(0)
-        metrics = jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
-        args = (state, metrics, self.train_data, self._order(key, 0), np.int32(0), key, {})
+        start = time.perf_counter()
+        metrics, order, key = self._begin(0, 0)
+        args = (self.devices.whole(state), metrics, self._images(self._batch), order, np.int32(0), key, {})
         if self.loop_length > 1:
             self._loop("dense", "dense", args, ahead=True)
         else:
@@ -57,6 +60,20 @@ class Updates:
         seconds = time.perf_counter() - start
         self.programs.seconds += seconds
         return seconds
+
+    def _begin(self, seed: int, epoch: int) -> tuple[Any, Any, Any]:
+        """``(metrics, order, key)`` of an epoch, whose images are put on the devices where they are divided."""
+        key = jax.random.key(seed)
+        order, metrics = self._order(key, epoch), jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
+        if self.devices.mesh is not None:
+            full = self.steps_per_epoch - bool(self.tail)
+            self._parts: dict[int, Images] = {}  # the last epoch's are let go first
+            self._parts = self.devices.epoch_images(self.dataset, np.asarray(order), self._batch, full, self.tail)
+        return self.devices.whole((metrics, order, key))
+
+    def _images(self, batch: int) -> Images:
+        """What the programs for batches of a size take."""
+        return self.train_data if self.devices.mesh is None else self._parts[batch]
 
     def _shapes(self, params: Any) -> tuple[tuple[int, ...], ...]:
         """What tells a narrowed net's programs apart."""
@@ -104,7 +121,10 @@ class Updates:
                 beside=size_of(state.opt_state),
                 ahead=ahead,
             )
-            found = jax.eval_shape(gradient_of(self, batch, way), *inputs) if ahead else gradient(*inputs)
+            if ahead:
+                found = self.devices.placed(jax.eval_shape(gradient_of(self, batch, way), *inputs))
+            else:
+                found = gradient(*inputs)
             changed = (state, metrics, index, found)
             change = self.programs.get(
                 ("change", kind, *narrowed), lambda: change_of(self, kind), changed, (0, 1), ahead=ahead
