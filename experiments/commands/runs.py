@@ -23,7 +23,7 @@ _EXAMPLE = "digits-clicktrain"
 
 def train(arguments: list[str]) -> int:
     """Train a named config, resume it, or lengthen it."""
-    from experiments.train import lengthen, loop
+    from experiments.train import lengthen, loop, processes
 
     if arguments[:1] in (["-h"], ["--help"]):
         parse(_train_fields(configs.get(_EXAMPLE)), ["--help"], "train NAME", config=(tyro.conf.AvoidSubcommands,))
@@ -31,14 +31,14 @@ def train(arguments: list[str]) -> int:
     fields = _train_fields(configs.get(name))
     asked = parse(fields, rest, f"train {name}", config=(tyro.conf.AvoidSubcommands,))
     config = asked.config
+    processes.join(config.loop)
     workdir = asked.workdir or Path("runs") / f"{config.name}-seed{config.seed}"
     folder = RunFolder(workdir)
     if asked.lengthen:
         # A missing data set is said before the folder is changed.
-        load(config.data)
-        lengthen.lengthen(folder, config)
+        processes.from_first(lambda: load(config.data) and lengthen.lengthen(folder, config))
     was_finished = folder.summary() is not None
-    if not was_finished:
+    if not was_finished and processes.is_first():
         _say_if_long(config, done=len(read_metrics(workdir)))
     try:
         summary = loop.train(config, workdir)
@@ -48,6 +48,8 @@ def train(arguments: list[str]) -> int:
         saved = f"{stop.epochs_saved} whole epochs are saved in {workdir}"
         print(f"{stop}: {saved}; to resume: {PROGRAM} train {again}", file=sys.stderr)
         raise
+    if not processes.is_first():
+        return 0
     if was_finished:
         print(
             f"{workdir} is finished: all {config.total_epochs} epochs were trained before, nothing was done now "
