@@ -75,6 +75,7 @@ class TrainConfig:
         learning_rate: at the start.
         lr_schedule: "step": times lr_gamma at each milestone. "cosine": to zero over the run, after a linear
             warm-up of one tenth of it.
+        warmup_epochs: length of a linear warm-up from zero, for large batches; None for the schedule's own.
         lr_milestones: epochs, for "step".
         lr_gamma: factor at a milestone.
         momentum: of SGD, not Nesterov.
@@ -104,6 +105,7 @@ class TrainConfig:
     partial_batch: Literal["keep", "partial", "fill", "drop"] = "keep"
     learning_rate: float = 0.1
     lr_schedule: Literal["step", "cosine"] = "step"
+    warmup_epochs: int | None = None
     lr_milestones: tuple[int, ...] = ()
     lr_gamma: float = 0.1
     momentum: float = 0.9
@@ -125,6 +127,8 @@ class TrainConfig:
         for field in ("epochs", "batch_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}: expected at least 1")
+        if self.warmup_epochs is not None and not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs}: expected 0 to {self.epochs - 1}, or None")
         for field in ("learning_rate", "width"):
             value = getattr(self, field)
             if not (value > 0 and math.isfinite(value)):

@@ -77,11 +77,13 @@ def learning_rate(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
 
 def _dense_rate(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
     total = config.epochs * steps_per_epoch
+    asked = None if config.warmup_epochs is None else config.warmup_epochs * steps_per_epoch
     if config.lr_schedule == "cosine":
-        warmup = max(1, total // 10)
+        warmup = max(1, total // 10) if asked is None else asked
         return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(total, warmup + 1))
     drops = {milestone * steps_per_epoch: config.lr_gamma for milestone in config.lr_milestones}
-    return optax.piecewise_constant_schedule(config.learning_rate, drops)
+    rate = optax.piecewise_constant_schedule(config.learning_rate, drops)
+    return (lambda step: rate(step) * jnp.minimum(1.0, (step + 1) / asked)) if asked else rate
 
 
 def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:

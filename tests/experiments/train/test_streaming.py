@@ -9,6 +9,9 @@ import pytest
 import tiny
 from PIL import Image
 
+from experiments import configs
+from experiments.bench.photos import write_photos
+from experiments.configs.work import stretched
 from experiments.data import DataConfig, Dataset, load
 from experiments.records import read_metrics
 from experiments.studies import export
@@ -180,3 +183,18 @@ def test_a_broken_image_stops_the_run_by_name(config, streamed, trainer, folder,
 def test_threads_must_be_some():
     with pytest.raises(ValueError, match="loop.input_threads=0: expected at least 1"):
         dataclasses.replace(tiny.CONFIG.loop, input_threads=0)
+
+
+@pytest.mark.slow
+def test_the_imagenet_recipe_in_small(tmp_path):
+    """Photographs of ImageNet's size through all phases of ResNet-50, an eighth as wide on crops of 64 pixels."""
+    config = stretched(configs.get("resnet50-imagenet2012-1024-2.3x"), 6)
+    data = dataclasses.replace(config.data, dir=str(write_photos(tmp_path / "photos")), image_size=64)
+    config = dataclasses.replace(
+        config, data=data, width=0.125, batch_size=4, learning_rate=0.01, warmup_epochs=1, loop=tiny.CONFIG.loop
+    )
+    summary = loop.train(config, tmp_path / "run")
+    assert (summary["train_examples"], summary["eval_examples"]) == (16, 8)
+    phases = [line["phases"] for line in read_metrics(tmp_path / "run")]
+    assert phases[0] == ["dense"] and ["select", "regularize"] in phases and "pruned" in phases[-1]
+    assert summary["conv_compression"] == pytest.approx(2.3, abs=0.15)
