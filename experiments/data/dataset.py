@@ -86,7 +86,7 @@ class DataConfig:
             for archives packed from it, whatever the training seed.
         train_examples: Train on the first n of a fixed, class-balanced order only; None for all.
         cache_dir: Where decoded arrays are kept. None: $CLICKTRAIN_CACHE, else
-            ~/.cache/clicktrain_jax.
+            ~/.cache/clicktrain-jax.
         image_size: None holds the whole set in memory; its images are of one size. A number streams it instead: images
             of any size are read and decoded while the net trains, a random-resized crop of so many pixels a side to
             train on, the centre crop to evaluate on. `dir` may then be a folder of images itself, with train/CLASS/FILE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from experiments.data import cache, digits, encoded, packed, splits, tfds_source
 from experiments.data.dataset import DataConfig, Dataset, RawArrays, check_raw, fingerprint, fingerprint_of_text
 from experiments.data.decode import encoding_of
 from experiments.data.streaming import StreamedDataset
+from pallas_kernels.tuning import cache_folder
 
 # What published recipes use, the same for every encoding and subset, so that exported nets agree.
 # CIFAR-10's spreads are the customary ones, not those of its pixels (about 0.247, 0.243, 0.262).
@@ -124,8 +124,8 @@ def place(config: DataConfig) -> Path | None:
 
 
 def default_cache_dir() -> str:
-    """Where decoded images are kept: $CLICKTRAIN_CACHE, else ~/.cache/clicktrain_jax."""
-    return os.environ.get("CLICKTRAIN_CACHE") or "~/.cache/clicktrain_jax"
+    """Where decoded images are kept: `pallas_kernels.tuning.cache_folder`."""
+    return str(cache_folder())
 
 
 def _read(config: DataConfig) -> RawArrays:

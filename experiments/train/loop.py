@@ -73,8 +73,7 @@ def train(
         finished = folder.summary()
         if finished is not None:
             return finished
-    if jax.default_backend() != "cpu":
-        keep_on_disk()
+    keep_on_disk()
     # Whatever is wrong with the config shows here, before anything is written.
     trainer = trainer or Trainer(config, dataset)
     compiled_before = trainer.compile_seconds
