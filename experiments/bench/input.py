@@ -76,7 +76,7 @@ def measure(
         def passes(dataset: StreamedDataset, repeats: int = 1) -> Iterator[Any]:
             places = np.tile(order, repeats)
             sizes = [batch_size] * (len(places) // batch_size)
-            return dataset.train_batches(places, sizes, seed=0, epoch=0, threads=threads, put=jax.device_put)
+            return dataset.train_batches(places, sizes, seed=0, epoch=0, threads=threads, put=_put)
 
         def alone(function: Callable[[bytes], Any]) -> None:
             with ThreadPoolExecutor(threads) as pool:
@@ -135,6 +135,10 @@ def measure(
         "waiting": waiting,
         "memory_mb": memory,
     }
+
+
+def _put(batch: tuple[np.ndarray, np.ndarray], size: int) -> Any:
+    return jax.device_put(batch)
 
 
 def _at(config: DataConfig, where: Path) -> DataConfig:

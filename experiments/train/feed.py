@@ -69,5 +69,5 @@ def eval_batches(trainer: Any) -> Iterator[tuple[Images, int, int]]:
         yield trainer.eval_data, begin, min(EVAL_BATCH, count - begin)
 
 
-def _put(batch: tuple[np.ndarray, np.ndarray]) -> Images:
+def _put(batch: tuple[np.ndarray, np.ndarray], size: int) -> Images:
     return Images(*jax.device_put(batch))

@@ -82,6 +82,24 @@ def test_processes_share_the_same_batches(folder, count):
         np.testing.assert_array_equal(labels, np.concatenate([share[number][1] for share in shares]))
 
 
+def test_a_batch_that_devices_cannot_divide_is_read_whole(folder):
+    """Four devices of two processes: batches of 12 are divided, a last one of 3 lies whole on each device."""
+    data = load(config(folder))
+    whole, sizes = epoch(data, batch=12, order=np.arange(15)), []
+
+    def put(batch, size):
+        sizes.append(size)
+        return batch
+
+    for index in range(2):
+        first, last = epoch(data, batch=12, order=np.arange(15), share=Share(index, 2, 4), put=put)
+        np.testing.assert_array_equal(first[0], whole[0][0][6 * index : 6 * index + 6])
+        np.testing.assert_array_equal(last[0], whole[1][0])
+    assert sizes == [12, 3] * 2
+    (six,) = data.eval_batches(6, share=Share(1, 2, 4))
+    assert len(six[1]) == 6
+
+
 def test_evaluation_crops_do_not_change(folder):
     data = load(config(folder))
     batches = list(data.eval_batches(4, threads=1))
@@ -161,7 +179,7 @@ def test_no_more_is_held_than_what_is_ready(folder):
     made = threading.Semaphore(0)
     count = 0
 
-    def put(batch):
+    def put(batch, size):
         nonlocal count
         count += 1
         made.release()
@@ -298,8 +316,8 @@ def test_bad_shares_are_refused(folder):
     data = load(config(folder))
     with pytest.raises(ValueError, match="process 2 of 2: expected 0 to 1"):
         Share(2, 2)
-    with pytest.raises(ValueError, match="a batch of 3 images for 2 processes.*partial_batch"):
-        epoch(data, share=Share(0, 2))
+    with pytest.raises(ValueError, match="3 devices of 2 processes: expected as many of each"):
+        Share(0, 2, 3)
     with pytest.raises(ValueError, match="batches of 16 images, but the order has 15"):
         data.train_batches(np.arange(15), [16], seed=0, epoch=0)
 
