@@ -3,7 +3,10 @@
 import dataclasses
 import signal
 import threading
+import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -16,6 +19,7 @@ from experiments.data import DataConfig, Dataset, load
 from experiments.records import read_metrics
 from experiments.studies import export
 from experiments.train import loop
+from experiments.train.feed import Feed
 from experiments.train.step import Trainer
 
 
@@ -178,6 +182,19 @@ def test_a_broken_image_stops_the_run_by_name(config, streamed, trainer, folder,
     monkeypatch.setattr(trainer, "dataset", dataclasses.replace(streamed, train=Broken(streamed.train)))
     with pytest.raises(ValueError, match=rf"{streamed.train.name_of(77)} \(20 bytes\) cannot be decoded"):
         loop.train(config, tmp_path / "run", trainer=trainer)
+
+
+def test_the_host_is_two_updates_ahead_of_the_device_at_most(monkeypatch):
+    """Each update under way holds a batch: as many as a slow device leaves undone would fill it."""
+    waited_for = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda step: waited_for.append(int(step)))
+    dataset = types.SimpleNamespace(train_batches=lambda *_, **__: iter("abcde"))
+    trainer = types.SimpleNamespace(
+        config=tiny.CONFIG, dataset=dataset, steps_per_epoch=5, by_batch_size=lambda first, end: [(first, end, 4)]
+    )
+    taking = Feed(trainer, np.arange(20), 0, 0)
+    assert [taking.take(jnp.int32(done)) for done in range(5)] == list("abcde")
+    assert waited_for == [0, 1, 2]
 
 
 def test_threads_must_be_some():
