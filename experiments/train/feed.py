@@ -51,7 +51,7 @@ class Feed:
             # Processes lie in the mesh's order, each with its devices side by side.
             share=Share(jax.process_index(), jax.process_count()),
             threads=trainer.config.loop.input_threads,
-            put=lambda batch: devices.batch(*batch),
+            put=lambda batch, size: devices.batch(*batch),
         )
         self._under_way: collections.deque[jax.Array] = collections.deque()
 
@@ -73,7 +73,7 @@ def eval_batches(trainer: Any) -> Iterator[tuple[Images, int, int]]:
         size = min(EVAL_BATCH, trainer.config.batch_size)
         threads, devices = trainer.config.loop.input_threads, trainer.devices
 
-        def put(batch: tuple[np.ndarray, np.ndarray]) -> Images:
+        def put(batch: tuple[np.ndarray, np.ndarray], size: int) -> Images:
             return Images(*(jax.device_put(batch) if devices.mesh is None else devices.whole(batch)))
 
         for images in trainer.dataset.eval_batches(size, threads=threads, put=put):
