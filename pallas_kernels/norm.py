@@ -5,6 +5,7 @@ the images; what lies between the normalisation and the result is computed again
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import native
+from pallas_kernels.native import meshes
 from pallas_kernels.pattern_conv import cpu
 
 Backend = Literal["xla", "cpu"]
@@ -231,28 +233,69 @@ def _places(x: Any, scale: Any, bias: Any, mean: Any, var: Any, settings: Settin
 def _forward_native(
     x: jax.Array, scale: jax.Array, bias: jax.Array, added: jax.Array | None, settings: Settings
 ) -> tuple:
-    batch, height, width, channels = x.shape
     step = 2 if settings[2] else 1
-    y = jax.ShapeDtypeStruct((batch, height // step, width // step, channels), x.dtype)
-    vector = jax.ShapeDtypeStruct((channels,), jnp.float32)
-    added = jnp.zeros((0,), x.dtype) if added is None else added
-    return tuple(_call("clicktrain_batch_norm", (y, vector, vector), (x, scale, bias, added), settings))
+    epsilon, has_added = settings[0], added is not None
+    more = np.zeros((0,), x.dtype) if added is None else added
+
+    def call(x: jax.Array, *others: jax.Array) -> tuple:
+        batch, height, width, channels = x.shape
+        y = jax.ShapeDtypeStruct((batch, height // step, width // step, channels), x.dtype)
+        vector = jax.ShapeDtypeStruct((channels,), jnp.float32)
+        return _call("clicktrain_batch_norm", (y, vector, vector), (x, *others), settings)
+
+    def on_shares(names: tuple[str, ...]) -> Callable[..., tuple]:
+        def divided(x: jax.Array, scale: jax.Array, bias: jax.Array, added: jax.Array) -> tuple:
+            _, own_mean, own_var = call(x, scale, bias, added)
+            mean = jax.lax.pmean(own_mean, names)
+            var = jax.lax.pmean(own_var + (own_mean - mean) ** 2, names)
+            # So that the kernel, which normalises by its own images, normalises by all.
+            factor = scale * jax.lax.rsqrt(var + epsilon)
+            y, _, _ = call(x, factor * jnp.sqrt(own_var + epsilon), bias + (own_mean - mean) * factor, added)
+            return y, mean, var
+
+        return divided if names else call
+
+    arguments, batched = (x, scale, bias, more), (True, False, False, has_added)
+    return meshes.call(on_shares, arguments, batched, (4, 1, 1), (True, False, False))
 
 
 def _backward_native(settings: Settings, kept: tuple, slopes: tuple) -> tuple:
     x, scale, bias, mean, var, gate, has_added = kept
-    vector = jax.ShapeDtypeStruct(mean.shape, jnp.float32)
-    # Without a ReLU what was added has dy itself for its gradient.
-    added = jax.ShapeDtypeStruct(x.shape if gate is not None else (0,), x.dtype)
-    gate = jnp.zeros((0,), x.dtype) if gate is None else gate
-    results = (jax.ShapeDtypeStruct(x.shape, x.dtype), vector, vector, added)
+    epsilon, has_gate = settings[0], gate is not None
+    gate = np.zeros((0,), x.dtype) if gate is None else gate
+
+    def call(*arguments: jax.Array) -> tuple:
+        x, mean = arguments[3], arguments[7]
+        vector = jax.ShapeDtypeStruct(mean.shape, jnp.float32)
+        # Without a ReLU what was added has dy itself for its gradient.
+        added = jax.ShapeDtypeStruct(x.shape if has_gate else (0,), x.dtype)
+        results = (jax.ShapeDtypeStruct(x.shape, x.dtype), vector, vector, added)
+        return _call("clicktrain_batch_norm_gradient", results, arguments, settings)
+
+    def on_shares(names: tuple[str, ...]) -> Callable[..., tuple]:
+        def divided(dy: jax.Array, dmean: jax.Array, dvar: jax.Array, *others: jax.Array) -> tuple:
+            _, _, scale, _, _, var = others
+            _, own_dscale, own_dbias, _ = call(dy, dmean, dvar, *others)
+            dscale, dbias = jax.lax.psum((own_dscale, own_dbias), names)
+            count = jax.lax.psum(1, names)
+            # So that the kernel, which adds up its own images, has what all add up to.
+            factor = scale * jax.lax.rsqrt(var + epsilon)
+            dmean = (dmean - factor * dbias) / count + factor * own_dbias
+            dvar = dvar / count + (own_dscale - dscale / count) * scale / (2 * (var + epsilon))
+            dx, _, _, dadded = call(dy, dmean, dvar, *others)
+            return dx, dscale, dbias, dadded
+
+        return divided if names else call
+
     arguments = (*slopes, x, gate, scale, bias, mean, var)
-    dx, dscale, dbias, dadded = _call("clicktrain_batch_norm_gradient", results, arguments, settings)
-    return dx, dscale, dbias, (dadded if gate.size else slopes[0]) if has_added else None
+    batched = (True, False, False, True, has_gate, False, False, False, False)
+    found = meshes.call(on_shares, arguments, batched, (4, 1, 1, gate.ndim), (True, False, False, has_gate))
+    dx, dscale, dbias, dadded = found
+    return dx, dscale, dbias, (dadded if has_gate else slopes[0]) if has_added else None
 
 
-def _call(target: str, results: tuple, arguments: tuple, settings: Settings) -> Any:
+def _call(target: str, results: tuple, arguments: tuple, settings: Settings) -> tuple:
     native.library()  # registers the handlers
     epsilon, relu, pool, *_ = settings
     how = {"epsilon": np.float32(epsilon), "relu": relu, "pool": pool}
-    return jax.ffi.ffi_call(target, results, vmap_method="sequential")(*arguments, **how)
+    return tuple(jax.ffi.ffi_call(target, results)(*arguments, **how))

@@ -5,21 +5,16 @@ nothing. Without a structure they are the dense convolution, so that both ways d
 """
 
 import ctypes
-import itertools
-import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.interpreters.mlir import ir
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels import compat, native
+from pallas_kernels.native import meshes
 from pallas_kernels.pattern_conv.geometry import Geometry
 from pallas_kernels.pattern_conv.pieces import Direction
 from pallas_kernels.pattern_conv.structure import Structure
@@ -198,88 +193,19 @@ def _call(
         arguments: arrays.
         settings: the handler's attributes.
         images: whether the first argument and the result have the batch as their first axis and each image of one
-            depends on the same image of the other alone.
+            depends on the same image of the other alone; else the first two have, and the result is a sum over it.
     """
     native.library()  # registers the handlers
 
-    def call(*arrays: jax.Array) -> jax.Array:
-        # Mapped, it is called with more images than `out` has.
-        result = jax.ShapeDtypeStruct((len(arrays[0]), *out.shape[1:]), out.dtype) if images else out
-        return jax.ffi.ffi_call(target, result)(*arrays, **settings)
+    def on_shares(names: tuple[str, ...]) -> Callable[..., tuple[jax.Array]]:
+        def call(*arrays: jax.Array) -> tuple[jax.Array]:
+            # Mapped or divided, it is called with other numbers of images than `out` has.
+            result = jax.ShapeDtypeStruct((len(arrays[0]), *out.shape[1:]), out.dtype) if images else out
+            found = jax.ffi.ffi_call(target, result)(*arrays, **settings)
+            return (jax.lax.psum(found, names) if names and not images else found,)
 
-    # A program for several devices divides no call by itself. Inside of `jax.shard_map` it is divided already, and the
-    # older partitioner takes no such rule.
-    is_divided = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
-    is_whole = is_divided or not jax.config.jax_use_shardy_partitioner
-    arrays = [jnp.asarray(argument) for argument in arguments]
-    function: Callable[..., Any] = _mappable(call if is_whole else _divisible(call, images), images)
-    place = jax.typeof(arrays[0]).sharding
-    kinds = zip(place.mesh.axis_names, place.mesh.axis_types)
-    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
-    if explicit:
-        # The type says where the images are, and so where the result is.
-        spec = PartitionSpec(*(place.spec[:1] if images else ()), *[None] * (len(out.shape) - images))
-        function = jax.sharding.auto_axes(function, axes=explicit, out_sharding=NamedSharding(place.mesh, spec))
-    result = function(*arrays)
-    # A call's own type says nothing of it, and what does not vary is taken for the same on all devices.
-    return compat.varying_like(result, *arrays)
+        return call
 
-
-def _divisible(function: Callable[..., jax.Array], images: bool) -> Callable[..., jax.Array]:
-    """The same function; where its images lie on several devices, each computes its own images.
-
-    Args:
-        function: of arrays. Their first axis is the batch in the first one, and in the result, or else in the first
-            two, and the result is a sum over it.
-        images: whether the batch is in the result.
-    """
-    divisible = custom_partitioning(function)
-    with_batch = 1 if images else 2
-
-    def rule(mesh: Any, operands: Sequence[Any], results: Sequence[Any]) -> str:
-        names = (f"d{index}" for index in itertools.count())
-
-        def axes(shaped: Any, has_batch: bool) -> str:
-            own = [next(names) for _ in range(ir.RankedTensorType(shaped).rank)]
-            return " ".join(["batch", *own[1:]] if has_batch else own)
-
-        taken = ", ".join(axes(operand, index < with_batch) for index, operand in enumerate(operands))
-        return f"{taken} -> {axes(results[0], images)}"
-
-    def partition(mesh: Any, operands: Sequence[Any], result: Any) -> tuple:
-        spec = getattr(operands[0].sharding, "spec", ())
-        along = next(iter(spec), None)
-        names = () if along is None else along if isinstance(along, tuple) else (along,)
-        # What pads an uneven share would be summed with the images.
-        if operands[0].shape[0] % math.prod(mesh.shape[name] for name in names):
-            names = ()
-        whole, own = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(names or None))
-
-        def summed(*arrays: jax.Array) -> jax.Array:
-            return jax.lax.psum(function(*arrays), names) if names else function(*arrays)
-
-        places = tuple(own if index < with_batch else whole for index in range(len(operands)))
-        return mesh, function if images else summed, own if images else whole, places
-
-    divisible.def_partition(partition, sharding_rule=rule)
-    return divisible
-
-
-def _mappable(function: Callable[..., jax.Array], images: bool) -> Callable[..., jax.Array]:
-    mapped = jax.custom_batching.custom_vmap(function)
-
-    @mapped.def_vmap
-    def rule(size: int, is_batched: Sequence[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
-        if images and is_batched[0] and not any(is_batched[1:]):
-            first, *others = arrays
-            y = mapped(first.reshape(-1, *first.shape[2:]), *others)
-            return y.reshape(size, -1, *y.shape[1:]), True
-        alone = [array for array, batched in zip(arrays, is_batched) if batched]
-
-        def one(parts: list[jax.Array]) -> jax.Array:
-            own = iter(parts)
-            return mapped(*(next(own) if batched else array for array, batched in zip(arrays, is_batched)))
-
-        return jax.lax.map(one, alone), True
-
-    return mapped
+    batched = [index < (1 if images else 2) for index in range(len(arguments))]
+    (result,) = meshes.call(on_shares, arguments, batched, [len(out.shape)], [images])
+    return result

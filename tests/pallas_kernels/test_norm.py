@@ -1,5 +1,10 @@
 """`batch_norm` against its definition and derivatives in NumPy's float64."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -237,3 +242,47 @@ def test_without_the_library(monkeypatch):
     assert "custom_call" not in jax.jit(pk.batch_norm).lower(x, np.ones(8), np.zeros(8)).as_text()
     with pytest.raises(ValueError, match="turned off by CLICKTRAIN_NATIVE=0"):
         pk.batch_norm(x, np.ones(8), np.zeros(8), backend="cpu")
+
+
+@pytest.mark.parametrize(("added", "relu", "pool"), WHAT)
+def test_images_on_several_devices(added, relu, pool):
+    """Each computes its own images, by the statistics of all; mapped, each batch has its own."""
+    program = f"""
+    import jax, jax.numpy as jnp, numpy as np, pallas_kernels as pk
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    added, relu, pool = {bool(added)}, {bool(relu)}, {bool(pool)}
+    rng = np.random.default_rng(0)
+    x, more = (rng.normal(3, 2, (8, 4, 6, 5)).astype(np.float32) for _ in range(2))
+    x *= np.arange(1, 9, dtype=np.float32)[:, None, None, None]  # devices have other means and variances
+    scale, bias = (rng.normal(1, 1, 5).astype(np.float32) for _ in range(2))
+    dy = rng.normal(0, 1, (8, 2, 3, 5) if pool else x.shape).astype(np.float32)
+    how = dict(epsilon=1e-3, relu=relu, pool=pool)
+
+    def loss(backend, x, scale, bias, more, dy):
+        y, mean, var = pk.batch_norm(x, scale, bias, added=more if added else None, backend=backend, **how)
+        return (y * dy).sum() + (mean * scale).sum() + (var * bias).sum(), (y, mean, var)
+
+    def both(backend):
+        return lambda *arrays: jax.value_and_grad(lambda *a: loss(backend, *a), (0, 1, 2, 3), has_aux=True)(*arrays)
+
+    def close(found, wanted):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * max(1, np.abs(b).max()))
+
+    arrays = (x, scale, bias, more, dy)
+    wanted = both("xla")(*arrays)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
+        with jax.set_mesh(mesh):
+            places = [P("d"), P(), P(), P("d"), P("d")]
+            shared = [jax.device_put(array, NamedSharding(mesh, place)) for array, place in zip(arrays, places)]
+            compiled = jax.jit(both("cpu")).lower(*shared).compile()
+            close(compiled(*shared), wanted)
+        text = compiled.as_text()
+        calls = [line for line in text.splitlines() if 'custom_call_target="clicktrain_batch_norm' in line]
+        assert calls and all("f32[2,4,6,5]" in line for line in calls), calls
+    many = [jnp.stack([array, 2 * array]) for array in arrays]
+    close(jax.vmap(both("cpu"))(*many), jax.vmap(both("xla"))(*many))
+    """
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, env=environment)
