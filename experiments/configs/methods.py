@@ -169,37 +169,68 @@ class AfterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class GradualConfig:
-    """Magnitude pruning of single weights along a cubic (Zhu and Gupta 2017).
+class SparseConfig:
+    """What methods of masks of single weights have in common.
 
     Attributes:
         compression: over all convolutions.
         distribution: of the weights kept over the layers: "uniform" shares, or Erdos-Renyi-Kernel, "erk".
-        begin_epoch: density falls from here on.
         end_epoch: masks change no more from here on.
         every_updates: masks change after so many.
     """
 
-    kind: ClassVar[str] = "gradual"
+    kind: ClassVar[str]
     epochs_after: ClassVar[int] = 0
 
     compression: float
     distribution: Literal["uniform", "erk"] = "uniform"
-    begin_epoch: int = 0
     end_epoch: int = 1
     every_updates: int = 100
 
     def __post_init__(self) -> None:
         _check(self.kind, self.compression, "compression", 1)
         _check(self.kind, self.every_updates, "every_updates", 1)
+
+    def check(self, epochs: int) -> None:
+        """Raise a ValueError where the run ends before the masks are done."""
+        if self.end_epoch > epochs:
+            raise ValueError(f"{self.kind}.end_epoch={self.end_epoch} is after the last of epochs={epochs}")
+
+    def densities(self, run: Run) -> dict[str, float]:
+        """Shares of the planned layers, such that all convolutions together are compressed so much.
+
+        Raises:
+            ValueError: a compression that the prunable convolutions cannot reach.
+        """
+        total = sum(leaf.size for _, leaf in named_leaves(run.params) if len(leaf.shape) == 4)
+        planned = sum(math.prod(layer.shape) for layer in run.plan.layers)
+        retained = round(total / self.compression) - (total - planned)
+        if not 0 < retained <= planned:
+            raise ValueError(
+                f"{self.kind}.compression={self.compression}: the layers that stay dense hold {total - planned} of "
+                f"{total} weights; expected less than {total / max(total - planned, 1):.2f}"
+            )
+        return methods.densities(run.plan, retained, self.distribution)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradualConfig(SparseConfig):
+    """Magnitude pruning of single weights along a cubic (Zhu and Gupta 2017).
+
+    Attributes:
+        begin_epoch: density falls from here on.
+    """
+
+    kind: ClassVar[str] = "gradual"
+
+    begin_epoch: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.begin_epoch < self.end_epoch:
             raise ValueError(
                 f"gradual.begin_epoch={self.begin_epoch}, gradual.end_epoch={self.end_epoch}: expected 0 <= begin < end"
             )
-
-    def check(self, epochs: int) -> None:
-        """Raise a ValueError where the run ends before the masks are done."""
-        _check_end(self, epochs)
 
     def begins_at(self, steps_per_epoch: int) -> int:
         """Where density begins to fall."""
@@ -211,7 +242,7 @@ class GradualConfig:
         optimizer = methods.gradual_magnitude(
             run.inner,
             run.plan,
-            densities=_densities(self, run),
+            densities=self.densities(run),
             begin_step=begin,
             end_step=self.end_epoch * run.steps_per_epoch,
             every=self.every_updates,
@@ -220,34 +251,21 @@ class GradualConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RiglConfig:
+class RiglConfig(SparseConfig):
     """Sparse from the first update on, weights drop and grow (Evci et al. 2020).
 
     Attributes:
-        compression, distribution: as in `GradualConfig`.
-        end_epoch: masks change no more from here on.
-        every_updates: masks change after so many.
         drop_fraction: share of the weights kept that are exchanged at first.
     """
 
     kind: ClassVar[str] = "rigl"
-    epochs_after: ClassVar[int] = 0
 
-    compression: float
-    distribution: Literal["uniform", "erk"] = "uniform"
-    end_epoch: int = 1
-    every_updates: int = 100
     drop_fraction: float = 0.3
 
     def __post_init__(self) -> None:
-        _check(self.kind, self.compression, "compression", 1)
-        _check(self.kind, self.every_updates, "every_updates", 1)
+        super().__post_init__()
         _check(self.kind, self.end_epoch, "end_epoch", 1)
         _check(self.kind, self.drop_fraction, "drop_fraction", 0, 1)
-
-    def check(self, epochs: int) -> None:
-        """Raise a ValueError where the run ends before the masks are done."""
-        _check_end(self, epochs)
 
     def begins_at(self, steps_per_epoch: int) -> int:
         """At once."""
@@ -256,7 +274,7 @@ class RiglConfig:
     def make(self, run: Run) -> Method:
         """`clicktrain_jax.methods.rigl`."""
         settings = {
-            "densities": _densities(self, run),
+            "densities": self.densities(run),
             "end_step": self.end_epoch * run.steps_per_epoch,
             "every": self.every_updates,
             "drop_fraction": self.drop_fraction,
@@ -379,25 +397,3 @@ def of_five_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
     else:
         values["kind"] = PruneConfig.kind if given == ["prune"] else ChannelConfig.kind
     return new | {"method": values}
-
-
-def _check_end(config: Any, epochs: int) -> None:
-    if config.end_epoch > epochs:
-        raise ValueError(f"{config.kind}.end_epoch={config.end_epoch} is after the last of epochs={epochs}")
-
-
-def _densities(config: Any, run: Run) -> dict[str, float]:
-    """Shares of the planned layers, such that all convolutions together are compressed so much.
-
-    Raises:
-        ValueError: a compression that the prunable convolutions cannot reach.
-    """
-    total = sum(leaf.size for _, leaf in named_leaves(run.params) if len(leaf.shape) == 4)
-    planned = sum(math.prod(layer.shape) for layer in run.plan.layers)
-    retained = round(total / config.compression) - (total - planned)
-    if not 0 < retained <= planned:
-        raise ValueError(
-            f"{config.kind}.compression={config.compression}: the layers that stay dense hold {total - planned} of "
-            f"{total} weights; expected less than {total / max(total - planned, 1):.2f}"
-        )
-    return methods.densities(run.plan, retained, config.distribution)
