@@ -29,10 +29,11 @@ def is_none(leaf: Any) -> bool:
 
 
 def key_name(key: Any) -> str:
-    """The text of one key of a jax key path."""
+    """The text of one key of a jax key path; a key that is a tuple, of a flattened dictionary, is a path itself."""
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
-            return str(getattr(key, attribute))
+            text = getattr(key, attribute)
+            return "/".join(map(str, text)) if isinstance(text, tuple) else str(text)
     return str(key)
 
 

@@ -36,6 +36,7 @@ _FREE_FIELDS = (
     "loop.tensorboard",
     "loop.keep_checkpoints",
     "loop.checkpoint_every_epochs",
+    "loop.input_threads",
     "data.dir",
     "data.cache_dir",
     "expected",

@@ -116,7 +116,7 @@ def evaluate(path: Annotated[Run, tyro.conf.arg(metavar="PATH")], data_dir: Data
         return 0 if found["top1"] == found["exported_top1"] else 1
     run = exports.restore(path, data_dir)
     loss, top1 = run.trainer.evaluate(run.state)
-    split = f"{run.dataset.eval_split} set of {len(run.dataset.eval_labels)}"
+    split = f"{run.dataset.eval_split} set of {run.dataset.eval_examples}"
     done = f"{run.config.name} after {run.epochs_done} of {run.config.total_epochs} epochs"
     print(f"{done}, {split}: top-1 {100 * top1:.2f}, loss {loss:.4f}")
     return 0

@@ -19,7 +19,7 @@ from experiments.data.writing import import_tfds, write_tfds
 
 _VERSION = "1.0.0"
 _TEST_NAMES = ("test", "val")
-_LITTER = ("Thumbs.db", "desktop.ini")  # Beside hidden files: what file managers leave behind.
+LITTER = ("Thumbs.db", "desktop.ini")  # Beside hidden files: what file managers leave behind.
 _TAKEN = {"digits": "that set is embedded and reads no files", "imagenet2012": "that set does not fit in memory"}
 _LAYOUT = "expected train/CLASS/FILE and test/CLASS/FILE (or val/CLASS/FILE)"
 
@@ -93,6 +93,23 @@ def read_folder(source: Path) -> ImageFolder:
         ValueError: If it is not laid out as expected, or an image is unusable; it names the first
             file or class that is wrong, and what to do.
     """
+    names, parts, left_out = find_classes(source)
+    files = {split: [(name, file) for name in names for file in _files(part / name)] for split, part in parts.items()}
+    shape, encoding = _check_images([file for split in files.values() for _, file in split])
+    return ImageFolder(names, files, left_out, shape, encoding)
+
+
+def find_classes(source: Path) -> tuple[list[str], dict[str, Path], list[Path]]:
+    """How a folder of images is laid out, without a look at its files.
+
+    Returns:
+        The classes in the order of their labels; split, "train" and "test" -> its folder, which holds a folder a
+        class; folders of images that are in neither.
+
+    Raises:
+        OSError: If something cannot be read.
+        ValueError: If it is not laid out as expected.
+    """
     if not source.is_dir():
         raise ValueError(f"{source} is no folder; {_LAYOUT}")
     if not (source / "train").is_dir():
@@ -109,13 +126,11 @@ def read_folder(source: Path) -> ImageFolder:
     classes = {split: {entry.name: entry for entry in _class_folders(part)} for split, part in parts.items()}
     _check_classes(parts, classes)
     names = sorted(classes["train"], key=(lambda name: (int(name), name)) if _are_numbers(classes["train"]) else None)
-    files = {split: [(name, file) for name in names for file in _files(classes[split][name])] for split in parts}
-    shape, encoding = _check_images([file for split in files.values() for _, file in split])
-    return ImageFolder(names, files, [folder for folder in tests if folder != test], shape, encoding)
+    return names, parts, [folder for folder in tests if folder != test]
 
 
 def _entries(folder: Path) -> list[Path]:
-    found = sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name not in _LITTER)
+    found = sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name not in LITTER)
     for entry in found:
         if not entry.name.isprintable() or entry.name != entry.name.strip():
             raise ValueError(f"{str(entry)!r} has a line break, a blank at its ends or the like in its name: rename it")
@@ -157,11 +172,16 @@ def _head(file: Path) -> bytes:
 def _files(folder: Path) -> list[Path]:
     found = _entries(folder)
     if not found:
-        raise ValueError(f"class {folder.name} is empty, {folder} holds no images: add some, or remove it everywhere")
+        raise empty_class(folder)
     for entry in found:
         if not entry.is_file():
             raise ValueError(f"{entry} is no file; expected image files alone in a class's folder: move it away")
     return found
+
+
+def empty_class(folder: Path) -> ValueError:
+    """What is wrong with a class without images."""
+    return ValueError(f"class {folder.name} is empty, {folder} holds no images: add some, or remove it everywhere")
 
 
 def _check_images(files: list[Path]) -> tuple[tuple[int, int, int], str]:

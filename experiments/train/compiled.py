@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.configs.base import TrainConfig
+from experiments.data import Dataset, StreamedDataset
 from experiments.train.costs import size_of
 from experiments.train.programs import Programs
 from experiments.train.pruned_phase import Way
@@ -21,7 +22,9 @@ class Updates:
 
     Attributes:
         config: of the runs.
-        train_data: what they train on.
+        dataset: what they train on.
+        streams: whether an update is given its batch, as the set is too large for the device.
+        train_data: the images on the device; of a streamed set, black ones in a batch's place.
         channels: what makes the net narrower between epochs; None for nothing.
         steps_per_epoch: updates.
         loop_length: updates of a compiled loop; 0 where there is none.
@@ -29,6 +32,8 @@ class Updates:
     """
 
     config: TrainConfig
+    dataset: Dataset | StreamedDataset
+    streams: bool
     train_data: Images
     channels: Any
     steps_per_epoch: int
@@ -49,7 +54,8 @@ class Updates:
         """Compile the dense phase's update, for a run that begins after it; returns the seconds."""
         start, key = time.perf_counter(), jax.random.key(0)
         metrics = jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
-        args = (state, metrics, self.train_data, self._order(key, 0), np.int32(0), key, {})
+        order = None if self.streams else self._order(key, 0)
+        args = (state, metrics, self.train_data, order, np.int32(0), key, {})
         if self.loop_length > 1:
             self._loop("dense", "dense", args, ahead=True)
         else:
@@ -64,7 +70,7 @@ class Updates:
 
     @property
     def _batch(self) -> int:
-        return min(self.config.batch_size, len(self.train_data.labels))
+        return min(self.config.batch_size, self.dataset.train_examples)
 
     def _pruned_program(self, way: Way, args: tuple, *, ahead: bool) -> Callable[..., Any]:
         if self.loop_length > 1:

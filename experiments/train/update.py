@@ -89,8 +89,9 @@ def gradient_of(trainer: Any, batch: int, way: str) -> Callable[..., Gradient]:
     """The gradient on one batch, as a pure function.
 
     ``(params, batch_stats, step, data, order, index, key, structures) -> Gradient``; ``index`` counts updates in the
-    epoch and the batch is ``order[index * batch_size:][:batch]``; ``way`` says how the convolutions are run. One
-    program serves epochs with mixup and without: compiling it is most of what a short run waits for.
+    epoch and the batch is ``order[index * batch_size:][:batch]``, or all of ``data`` where ``order`` is None; ``way``
+    says how the convolutions are run. One program serves epochs with mixup and without: compiling it is most of what a
+    short run waits for.
     """
     draw, of_drawn = draw_of(trainer, batch), gradient_of_drawn(trainer, batch, way)
 
@@ -128,11 +129,12 @@ def gradient_of_drawn(trainer: Any, batch: int, way: str) -> Callable[..., Gradi
     def gradient(
         params: Any, batch_stats: Any, data: Images, order: Any, index: Any, drawn: Drawn, structures: Any
     ) -> Gradient:
-        chosen = jax.lax.dynamic_slice(order, (index * config.batch_size,), (batch,))
-        images = data.images[chosen]
+        images, label = data
+        if order is not None:
+            chosen = jax.lax.dynamic_slice(order, (index * config.batch_size,), (batch,))
+            images, label = images[chosen], label[chosen]
         images = images if drawn.crops is None else crop(drawn.crops, images, pad=config.crop_padding)
         images = normalise(images, dataset.mean, dataset.std)
-        label = data.labels[chosen]
         labels = (label, label, None)
         if drawn.mixture is not None:
             images, labels = mix(drawn.mixture, images, label)

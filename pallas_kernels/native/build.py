@@ -85,7 +85,7 @@ def instruction_set() -> str:
 
 def instruction_sets_here() -> tuple[str, ...]:
     """The sets that this processor knows, the fastest first."""
-    knows = _processor_flags()
+    knows = processor_flags()
     sets = _INSTRUCTION_SETS.get(platform.machine(), {})
     return *(name for name, (_, needs) in sets.items() if needs <= knows), "portable"
 
@@ -106,7 +106,7 @@ def units(instructions: str | None = None) -> tuple[Unit, ...]:
     return tuple(Unit(source, flags) for source in sources)
 
 
-def _processor_flags() -> set[str]:
+def processor_flags() -> set[str]:
     """What Linux says that the processor knows; empty where nothing is said."""
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
