@@ -32,6 +32,10 @@ from experiments.data import DataConfig, place
 RUNS = "runs.jsonl"
 # Fields that a resumed run may change: they decide neither data nor mathematics.
 _FREE_FIELDS = (
+    "loop.devices",
+    "loop.coordinator",
+    "loop.processes",
+    "loop.process_id",
     "loop.progress",
     "loop.tensorboard",
     "loop.keep_checkpoints",

@@ -25,7 +25,7 @@ def photo(seed: int, size: tuple[int, int] = SIZE, mode: str = "RGB") -> bytes:
     soft = np.asarray(shapes.resize(size, Image.Resampling.BICUBIC), np.int16)
     noisy = (soft + random.normal(0, 9, soft.shape).astype(np.int16)).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()
-    Image.fromarray(noisy).convert(mode).save(file, "JPEG", quality=90)
+    Image.fromarray(noisy).convert(mode).save(file, "JPEG", quality=95)
     return file.getvalue()
 
 

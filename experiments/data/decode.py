@@ -72,7 +72,7 @@ def decode_images(encoded: Sequence[bytes]) -> np.ndarray:
         if image.shape != first.shape:
             raise ValueError(
                 f"image {index} is {image.shape}, image 0 is {first.shape}; expected one shape: "
-                "in-memory data sets need images of one size"
+                "in-memory data sets need images of one size; give image_size to stream them"
             )
         out[index] = image
     return out

@@ -12,8 +12,8 @@ from experiments.data import tfds_source
 from experiments.data.dataset import DatasetMissing, fingerprint_of_text
 from experiments.data.image_folder import LITTER, empty_class, find_classes
 
-# TFDS's ImageNet has a test split without labels; other sets that have no "test" call it "validation".
-_EVAL_SPLITS = {"imagenet2012": ("validation",)}
+# Of sets that have both it is "test", but ImageNet's has no labels in TFDS.
+_EVAL_SPLITS = {"imagenet2012": ("validation", "test")}
 
 
 class EncodedImages(Protocol):

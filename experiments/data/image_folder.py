@@ -33,18 +33,18 @@ class ImageFolder:
             names are numbers.
         files: Split, "train" and "test" -> (class, file) of each image.
         left_out: Folders of images that are in neither split.
-        image_shape: (H, W, C) of every image.
+        image_shape: (H, W, C) of every image; None where sizes may differ.
         encoding: As `decode.encoding_of` names it.
     """
 
     classes: list[str]
     files: dict[str, list[tuple[str, Path]]] = dataclasses.field(repr=False)
     left_out: list[Path]
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int] | None
     encoding: str
 
 
-def prepare_folder(source: Path, name: str, directory: Path) -> tuple[Path, ImageFolder]:
+def prepare_folder(source: Path, name: str, directory: Path, *, any_size: bool = False) -> tuple[Path, ImageFolder]:
     """Writes DIRECTORY/NAME/1.0.0 from a folder of images; `load` then finds it by its name.
 
     Args:
@@ -53,6 +53,7 @@ def prepare_folder(source: Path, name: str, directory: Path) -> tuple[Path, Imag
             grey or all in colour. Hidden files are passed over.
         name: Of the data set; letters, digits and "_".
         directory: The TFDS data directory; created when needed.
+        any_size: Images may be of any size, for sets that are streamed; they are then not decoded here.
 
     Returns:
         The prepared folder, and what is in it.
@@ -65,19 +66,19 @@ def prepare_folder(source: Path, name: str, directory: Path) -> tuple[Path, Imag
     import_tfds()  # Before the reading: it would be for nothing.
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
         raise ValueError(f"name={name!r}; expected letters, digits and '_', a letter first")
-    if name in _TAKEN:
+    if name in _TAKEN and not (any_size and name == "imagenet2012"):
         raise ValueError(f"name={name!r}: {_TAKEN[name]}; give another name")
     there = tfds_source.find_prepared(name, directory)
     if there is not None:
         raise ValueError(f"{there} is there already: remove it, or give another name or directory")
-    images = read_folder(source)
+    images = read_folder(source, any_size=any_size)
     splits = {split: functools.partial(_examples, source, files) for split, files in images.files.items()}
     folder = write_tfds(
         name,
         _VERSION,
         directory,
         splits,
-        image_shape=images.image_shape,
+        image_shape=images.image_shape or (None, None, 3),
         encoding=images.encoding,
         labels={"label": images.classes},
         description=f"{name}, prepared by experiments.data.image_folder from a folder of images.",
@@ -85,7 +86,7 @@ def prepare_folder(source: Path, name: str, directory: Path) -> tuple[Path, Imag
     return folder, images
 
 
-def read_folder(source: Path) -> ImageFolder:
+def read_folder(source: Path, *, any_size: bool = False) -> ImageFolder:
     """Looks at every file of a folder of images; see `prepare_folder`.
 
     Raises:
@@ -95,7 +96,8 @@ def read_folder(source: Path) -> ImageFolder:
     """
     names, parts, left_out = find_classes(source)
     files = {split: [(name, file) for name in names for file in _files(part / name)] for split, part in parts.items()}
-    shape, encoding = _check_images([file for split in files.values() for _, file in split])
+    everything = [file for split in files.values() for _, file in split]
+    shape, encoding = (None, _encodings(everything)) if any_size else _check_images(everything)
     return ImageFolder(names, files, left_out, shape, encoding)
 
 
@@ -184,15 +186,24 @@ def empty_class(folder: Path) -> ValueError:
     return ValueError(f"class {folder.name} is empty, {folder} holds no images: add some, or remove it everywhere")
 
 
+def _encodings(files: list[Path]) -> str:
+    return "+".join(sorted({_checked_encoding(file, _head(file)) for file in files}))
+
+
+def _checked_encoding(file: Path, data: bytes) -> str:
+    encoding = encoding_of([data])
+    if encoding == UNKNOWN:
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) is no PNG, JPEG, WebP, BMP or PPM file: convert it, or move it away"
+        )
+    return encoding
+
+
 def _check_images(files: list[Path]) -> tuple[tuple[int, int, int], str]:
     encodings, shape = set(), None
     for file in files:
         data = file.read_bytes()
-        encoding = encoding_of([data])
-        if encoding == UNKNOWN:
-            raise ValueError(
-                f"{file} ({len(data)} bytes) is no PNG, JPEG, WebP, BMP or PPM file: convert it, or move it away"
-            )
+        encoding = _checked_encoding(file, data)
         try:
             found = decode_image(data).shape
         except ValueError as error:
@@ -201,7 +212,8 @@ def _check_images(files: list[Path]) -> tuple[tuple[int, int, int], str]:
         if found != shape:
             raise ValueError(
                 f"{file} is {_size(found)}, {files[0]} is {_size(shape)}; expected one size for all, and all grey or "
-                "all in colour: convert the images first, for example with ImageMagick's mogrify"
+                "all in colour: convert the images first, for example with ImageMagick's mogrify, or prepare them with "
+                "--any-size and stream them"
             )
         encodings.add(encoding)
     return shape, "+".join(sorted(encodings))

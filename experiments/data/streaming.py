@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -27,34 +28,43 @@ _AHEAD = 16
 Batch = tuple[np.ndarray, np.ndarray]
 
 
+class Put(Protocol):
+    """What becomes of a batch before it is yielded."""
+
+    def __call__(self, batch: Batch, size: int) -> Any:
+        """Takes this process's part of a batch of so many images."""
+
+
+def _as_it_is(batch: Batch, size: int) -> Batch:
+    return batch
+
+
 @dataclasses.dataclass(frozen=True)
 class Share:
     """Which part of every batch a process reads.
 
     Attributes:
         index: Of the process.
-        count: Of processes; every batch is a multiple of it.
+        count: Of processes.
+        devices: Of all processes, as many of each; None for one of each. A batch that they cannot divide is read whole
+            by every process, as it lies whole on every device.
     """
 
     index: int = 0
     count: int = 1
+    devices: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
             raise ValueError(f"process {self.index} of {self.count}: expected 0 to {self.count - 1}")
+        if (self.devices or self.count) % self.count:
+            raise ValueError(f"{self.devices} devices of {self.count} processes: expected as many of each")
 
     def of(self, begin: int, end: int) -> range:
-        """This process's part of a batch that holds places [begin, end).
-
-        Raises:
-            ValueError: If it cannot be divided evenly.
-        """
-        size, rest = divmod(end - begin, self.count)
-        if rest:
-            raise ValueError(
-                f"a batch of {end - begin} images for {self.count} processes; expected a multiple: change batch_size, "
-                "and set partial_batch=drop or fill where the last batch of an epoch is smaller"
-            )
+        """This process's part of a batch that holds places [begin, end)."""
+        if (end - begin) % (self.devices or self.count):
+            return range(begin, end)
+        size = (end - begin) // self.count
         return range(begin + self.index * size, begin + (self.index + 1) * size)
 
 
@@ -117,7 +127,7 @@ class StreamedDataset:
         done: int = 0,
         share: Share = Share(),
         threads: int | None = None,
-        put: Callable[[Batch], Any] = lambda batch: batch,
+        put: Put = _as_it_is,
     ) -> Iterator[Any]:
         """An epoch's batches, or what is left of them.
 
@@ -129,44 +139,40 @@ class StreamedDataset:
             done: How many of the batches are left out: a run that was stopped after so many updates goes on.
             share: Which part of each batch this process reads.
             threads: That read and decode; one for each core by default, 16 at most.
-            put: Takes (images uint8 (b, S, S, 3), labels int32 (b,)), this process's part of a batch, and returns what
-                is yielded; called in a thread, so what it sends to a device is under way before it is asked for.
+            put: Takes (images uint8 (b, S, S, 3), labels int32 (b,)), this process's part of a batch, and how many
+                images the batch has over all processes, and returns what is yielded; called in a thread, so what it
+                sends to a device is under way before it is asked for.
 
         Yields:
             What `put` returns, batch by batch. Closing the iterator ends its threads.
 
         Raises:
             ValueError: An image cannot be read or decoded, or its label is none of the classes; it is named. Batches
-                that do not divide by the processes, or ask for more images than the order has.
+                that ask for more images than the order has.
         """
         ends = np.cumsum([0, *sizes])
         if ends[-1] > len(order):
             raise ValueError(f"batches of {ends[-1]} images, but the order has {len(order)}; expected as many or fewer")
-        parts = [share.of(int(begin), int(end)) for begin, end in zip(ends[done:], ends[done + 1 :])]
+        spans = [(int(begin), int(end)) for begin, end in zip(ends[done:], ends[done + 1 :])]
 
         def load(place: int) -> Batch:
             random = np.random.Generator(np.random.PCG64([seed, epoch, place]))
             box = functools.partial(random_box, random, least_area=self.least_crop_area)
             return self._decoded(self.train, self.train_indices[order[place]], box, draft=True)
 
-        return _batches(load, parts, threads, put)
+        return _batches(load, spans, share, threads, put)
 
     def eval_batches(
-        self,
-        batch_size: int,
-        *,
-        share: Share = Share(),
-        threads: int | None = None,
-        put: Callable[[Batch], Any] = lambda batch: batch,
+        self, batch_size: int, *, share: Share = Share(), threads: int | None = None, put: Put = _as_it_is
     ) -> Iterator[Any]:
         """The evaluation set in order, centre crops; the last batch may have fewer. As `train_batches` otherwise."""
         count = self.eval_examples
-        parts = [share.of(begin, min(begin + batch_size, count)) for begin in range(0, count, batch_size)]
+        spans = [(begin, min(begin + batch_size, count)) for begin in range(0, count, batch_size)]
 
         def load(place: int) -> Batch:
             return self._decoded(self.evaluation, self.eval_indices[place], centre_box, draft=False)
 
-        return _batches(load, parts, threads, put)
+        return _batches(load, spans, share, threads, put)
 
     def _decoded(self, images: EncodedImages, index: int, box: Any, *, draft: bool) -> Batch:
         try:
@@ -190,15 +196,23 @@ def default_threads() -> int:
 
 
 def _batches(
-    load: Callable[[int], Batch], parts: Sequence[range], threads: int | None, put: Callable[[Batch], Any]
+    load: Callable[[int], Batch], spans: Sequence[tuple[int, int]], share: Share, threads: int | None, put: Put
 ) -> Iterator[Any]:
-    """Batches of what `load` makes of places, in order; of one size but for the last one, which may be smaller."""
+    """Batches of what `load` makes of places, in order."""
+    threads = threads or default_threads()
+    # A last batch of another size is a stream of its own.
+    for size, alike in itertools.groupby(spans, lambda span: span[1] - span[0]):
+        parts = [share.of(*span) for span in alike]
+        yield from _stream(load, parts, threads, functools.partial(put, size=size))
+
+
+def _stream(
+    load: Callable[[int], Batch], parts: Sequence[range], threads: int, put: Callable[[Batch], Any]
+) -> Iterator[Any]:
+    """Batches of one size."""
     with extras.brings("experiments"):
         import grain
-    if not parts:
-        return
     places = np.concatenate([np.asarray(part) for part in parts])
-    threads = threads or default_threads()
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD * threads)
     images = grain.MapDataset.source(places).map(load).to_iter_dataset(options)
     batches = images.batch(len(parts[0]), batch_fn=_stacked).map(put)

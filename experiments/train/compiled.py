@@ -11,6 +11,7 @@ import numpy as np
 from experiments.configs.base import TrainConfig
 from experiments.data import Dataset, StreamedDataset
 from experiments.train.costs import size_of
+from experiments.train.devices import Devices
 from experiments.train.programs import Programs
 from experiments.train.pruned_phase import Way
 from experiments.train.state import Images, TrainState
@@ -24,7 +25,9 @@ class Updates:
         config: of the runs.
         dataset: what they train on.
         streams: whether an update is given its batch, as the set is too large for the device.
-        train_data: the images on the device; of a streamed set, black ones in a batch's place.
+        train_data: the images; of a streamed set, black ones in a batch's place; on the host where a batch is divided
+            over devices.
+        devices: where the arrays lie.
         channels: what makes the net narrower between epochs; None for nothing.
         steps_per_epoch: updates.
         loop_length: updates of a compiled loop; 0 where there is none.
@@ -35,6 +38,7 @@ class Updates:
     dataset: Dataset | StreamedDataset
     streams: bool
     train_data: Images
+    devices: Devices
     channels: Any
     steps_per_epoch: int
     loop_length: int
@@ -52,10 +56,9 @@ class Updates:
 
     def compile_dense(self, state: TrainState) -> float:
         """Compile the dense phase's update, for a run that begins after it; returns the seconds."""
-        start, key = time.perf_counter(), jax.random.key(0)
-        metrics = jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
-        order = None if self.streams else self._order(key, 0)
-        args = (state, metrics, self.train_data, order, np.int32(0), key, {})
+        start = time.perf_counter()
+        metrics, order, key = self._begin(0, 0)
+        args = (self.devices.whole(state), metrics, self._images(self._batch), order, np.int32(0), key, {})
         if self.loop_length > 1:
             self._loop("dense", "dense", args, ahead=True)
         else:
@@ -63,6 +66,23 @@ class Updates:
         seconds = time.perf_counter() - start
         self.programs.seconds += seconds
         return seconds
+
+    def _begin(self, seed: int, epoch: int) -> tuple[Any, Any, Any]:
+        """``(metrics, order, key)`` of an epoch, whose images are put on the devices where they are divided.
+
+        A streamed set has no order here: an update is given its batch.
+        """
+        key, metrics = jax.random.key(seed), jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
+        order = None if self.streams else self._order(key, epoch)
+        if self.devices.mesh is not None and not self.streams:
+            full = self.steps_per_epoch - bool(self.tail)
+            self._parts: dict[int, Images] = {}  # the last epoch's are let go first
+            self._parts = self.devices.epoch_images(self.dataset, np.asarray(order), self._batch, full, self.tail)
+        return self.devices.whole((metrics, order, key))
+
+    def _images(self, batch: int) -> Images:
+        """What the programs for batches of a size take."""
+        return self.train_data if self.streams or self.devices.mesh is None else self._parts[batch]
 
     def _shapes(self, params: Any) -> tuple[tuple[int, ...], ...]:
         """What tells a narrowed net's programs apart."""
@@ -110,7 +130,10 @@ class Updates:
                 beside=size_of(state.opt_state),
                 ahead=ahead,
             )
-            found = jax.eval_shape(gradient_of(self, batch, way), *inputs) if ahead else gradient(*inputs)
+            if ahead:
+                found = self.devices.placed(jax.eval_shape(gradient_of(self, batch, way), *inputs))
+            else:
+                found = gradient(*inputs)
             changed = (state, metrics, index, found)
             change = self.programs.get(
                 ("change", kind, *narrowed), lambda: change_of(self, kind), changed, (0, 1), ahead=ahead

@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.configs.base import TrainConfig
 from experiments.data import StreamedDataset
+from experiments.data.streaming import Share
 from experiments.train.state import Images
 
 EVAL_BATCH = 500
@@ -41,8 +42,17 @@ class Feed:
     def __init__(self, trainer: Any, order: np.ndarray, epoch: int, seed: int) -> None:
         parts = trainer.by_batch_size(0, trainer.steps_per_epoch)
         sizes = [batch for first, end, batch in parts for _ in range(first, end)]
-        threads = trainer.config.loop.input_threads
-        self._batches = trainer.dataset.train_batches(order, sizes, seed=seed, epoch=epoch, threads=threads, put=_put)
+        devices = trainer.devices
+        self._batches = trainer.dataset.train_batches(
+            order,
+            sizes,
+            seed=seed,
+            epoch=epoch,
+            # Processes lie in the mesh's order, each with its devices side by side.
+            share=Share(jax.process_index(), jax.process_count()),
+            threads=trainer.config.loop.input_threads,
+            put=lambda batch, size: devices.batch(*batch),
+        )
         self._under_way: collections.deque[jax.Array] = collections.deque()
 
     def take(self, step: jax.Array) -> Images:
@@ -61,13 +71,15 @@ def eval_batches(trainer: Any) -> Iterator[tuple[Images, int, int]]:
     """The evaluation set in order: ``(images, where in them the batch begins, how many it has)``."""
     if trainer.streams:
         size = min(EVAL_BATCH, trainer.config.batch_size)
-        for images in trainer.dataset.eval_batches(size, threads=trainer.config.loop.input_threads, put=_put):
+        threads, devices = trainer.config.loop.input_threads, trainer.devices
+
+        def put(batch: tuple[np.ndarray, np.ndarray], size: int) -> Images:
+            return Images(*(jax.device_put(batch) if devices.mesh is None else devices.whole(batch)))
+
+        for images in trainer.dataset.eval_batches(size, threads=threads, put=put):
             yield images, 0, len(images.labels)
         return
-    count = trainer.dataset.eval_examples
-    for begin in range(0, count, EVAL_BATCH):
-        yield trainer.eval_data, begin, min(EVAL_BATCH, count - begin)
-
-
-def _put(batch: tuple[np.ndarray, np.ndarray]) -> Images:
-    return Images(*jax.device_put(batch))
+    count, devices = trainer.dataset.eval_examples, trainer.devices.count
+    size = max(1, EVAL_BATCH // devices) * devices
+    for begin in range(0, count, size):
+        yield trainer.eval_data, begin, min(size, count - begin)

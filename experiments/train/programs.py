@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments.train.costs import bytes_of
 from pallas_kernels.native.build import processor_flags
@@ -20,6 +21,7 @@ class Programs:
 
     Args:
         options: for the compiler.
+        everywhere: where all results lie; None to leave it to jax.
 
     Attributes:
         seconds: what the run has waited for tracing and compiling so far.
@@ -27,8 +29,9 @@ class Programs:
         large: keys of the programs compiled so far that hold a net's backward pass.
     """
 
-    def __init__(self, options: dict[str, str]) -> None:
+    def __init__(self, options: dict[str, str], everywhere: jax.sharding.Sharding | None = None) -> None:
         self.options = options
+        self._places = {} if everywhere is None else {"out_shardings": everywhere}
         self.seconds, self.bytes = 0.0, 0
         self.large: list[Any] = []
         self._futures: dict[Any, Future] = {}
@@ -72,7 +75,7 @@ class Programs:
                 future = self._futures[key] = Future()
         if is_mine:
             try:
-                program = jax.jit(build(), donate_argnums=donate).lower(*args).compile(self.options)
+                program = jax.jit(build(), donate_argnums=donate, **self._places).lower(*args).compile(self.options)
             except BaseException as error:
                 with self._lock:
                     # Who waits for it hears of it; who asks later, after a Ctrl-C say, has it compiled again.
@@ -89,6 +92,17 @@ class Programs:
         if waits and not ahead:
             self.seconds += time.perf_counter() - start
         return program
+
+
+def shapes_of(tree: Any) -> Any:
+    """What stands for arrays where a program is compiled; divided over a mesh as they are."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        place = getattr(leaf, "sharding", None)
+        place = place if isinstance(place, jax.sharding.NamedSharding) else None
+        return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=place)
+
+    return jax.tree.map(shape, tree)
 
 
 def in_background(work: Callable[[], None], name: str) -> threading.Thread | None:

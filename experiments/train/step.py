@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import clicktrain_jax as ct
 import pallas_kernels as pk
@@ -28,12 +27,13 @@ from experiments.configs.base import TrainConfig
 from experiments.data import Dataset, StreamedDataset
 from experiments.train.channel_pruning import ChannelPruning
 from experiments.train.compiled import Updates
+from experiments.train.devices import Devices
 from experiments.train.feed import Feed, check_streamed, eval_batches
 from experiments.train.methods import make_method
-from experiments.train.programs import Programs, in_background
-from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of, scheduled
-from experiments.train.recipe import make_models, make_optimizer, make_plan, pattern_source
-from experiments.train.state import Images, TrainState
+from experiments.train.programs import Programs, in_background, shapes_of
+from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of, scheduled, way_asked
+from experiments.train.recipe import lasso_weight, make_models, make_optimizer, make_plan, pattern_source
+from experiments.train.state import TrainState
 from experiments.train.update import evaluation_of
 from pallas_kernels.pattern_conv import mosaic_gpu
 
@@ -63,10 +63,17 @@ class Trainer(Updates):
         config: of the runs, but for the seed.
         dataset: what they train on.
         platform: "cpu" or "gpu", that programs are made for; jax's own when None.
+        devices: that a batch is divided over; one when None, whatever the config says (`devices_of` reads it).
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset | StreamedDataset, platform: str | None = None) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset | StreamedDataset,
+        platform: str | None = None,
+        devices: Devices | None = None,
+    ) -> None:
+        self.config, self.devices = config, devices or Devices()
         self.dataset = dataset
         image_shape = tuple(dataset.image_shape)
         self.image_shape = image_shape
@@ -78,26 +85,36 @@ class Trainer(Updates):
         self.scan = program == "scan" or program == "auto" and not on_cpu and not self.streams
         if convolution == "auto":
             convolution = ("patches" if self.scan else "direct") if on_cpu else "xla"
-        self.models = make_models(config, dataset.num_classes, convolution, on_cpu=on_cpu)
+        divided = self.devices.mesh is not None
+        self.models = make_models(
+            config, dataset.num_classes, convolution, on_cpu=on_cpu, divided=divided or config.loop.ordered
+        )
         self.model = self.models["dense"]
         abstract = models.abstract_variables(self.model, image_shape)
         self.abstract_params = abstract["params"]
         count = dataset.train_examples
         if self.streams:
             # What stands for a batch where programs are compiled and tried.
-            batch = config.batch_size
-            self.train_data = Images(jnp.zeros((batch, *image_shape), jnp.uint8), jnp.zeros(batch, jnp.int32))
+            share = self.devices.share(config.batch_size)
+            images, labels = np.zeros((share, *image_shape), np.uint8), np.zeros(share, np.int32)
+            self.train_data = self.devices.batch(images, labels)
         else:
-            self.train_data = Images(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels))
-            self.eval_data = Images(jnp.asarray(dataset.eval_images), jnp.asarray(dataset.eval_labels))
+            self.train_data = self.devices.images(dataset.train_images, dataset.train_labels)
+            self.eval_data = self.devices.whole(self.devices.images(dataset.eval_images, dataset.eval_labels))
         full, self.tail = divmod(count, config.batch_size)
-        self.fills = config.partial_batch == "fill" or config.partial_batch == "keep" and not on_cpu
+        keeps = on_cpu and config.accumulate * config.shards == 1 and not (self.streams and divided)
+        self.fills = config.partial_batch == "fill" or config.partial_batch == "keep" and not keeps
         if self.fills and full:
             full, self.tail = full + bool(self.tail), 0
         if config.partial_batch == "drop":
             self.tail = 0
         self.steps_per_epoch = full + bool(self.tail)
         self.loop_length = full // max(1, -(-full // LONGEST_LOOP)) if self.scan else 0
+        if self.tail % (config.accumulate * config.shards):
+            raise ValueError(
+                f"batch_size={config.batch_size} is larger than the {count} training images, which cannot be divided "
+                f"into accumulate={config.accumulate} times shards={config.shards} equal parts: lower the batch size"
+            )
         if not self.steps_per_epoch:
             raise ValueError(
                 f"batch_size={config.batch_size} is larger than the {count} training images and partial_batch is "
@@ -122,16 +139,18 @@ class Trainer(Updates):
         if config.prune is not None:
             self._set_up_pruning()
         self.pruned = PrunedPhase(
-            config.loop.pruned_convolution,
+            way_asked(config, self.devices, on_cpu=on_cpu),
             self.plan,
-            facts_of(config, self.plan),
-            hwnc=not on_cpu,
-            deal=self.scheduled,
-            portable=on_cpu or config.precision not in mosaic_gpu.DTYPES or mosaic_gpu.why_not_here() is not None,
+            facts_of(config, self.plan) | ({"devices": self.devices.count} if divided else {}),
+            hwnc=not on_cpu and not divided,
+            deal=lambda structures: self.devices.whole(self.scheduled(structures)),
+            portable=on_cpu
+            or not divided
+            and (config.precision not in mosaic_gpu.DTYPES or mosaic_gpu.why_not_here() is not None),
         )
         self.ran: list[Segment] = []
         self.images_by_pattern = 0
-        self.programs = Programs(pk.compiler_options(config.precision))
+        self.programs = Programs(pk.compiler_options(config.precision), self.devices.everywhere)
         self._is_prepared = False
 
     def _set_up_pruning(self) -> None:
@@ -151,7 +170,7 @@ class Trainer(Updates):
         self.updates = ct.phase_updates(
             self.optimizer,
             self.plan,
-            coeff=_lasso_weight(prune, select, per_epoch),
+            coeff=lasso_weight(prune, select, per_epoch),
             patterns=self.patterns,
             importance=random_scores if prune.importance == "random" else prune.importance,
             importance_steps=prune.importance_steps,
@@ -161,7 +180,7 @@ class Trainer(Updates):
         """The structures with worklists for this batch size; as they are on a CPU, which has no use for any."""
         if not structures or "pattern_hwnc" not in self.pruned.ways:
             return structures
-        batch = min(self.config.batch_size, self.dataset.train_examples)
+        batch = self._batch // (self.config.accumulate * self.config.shards)
         return scheduled(self.models["pattern_hwnc"], (batch, *self.image_shape), structures)
 
     def fresh(self, key: jax.Array) -> TrainState:
@@ -176,7 +195,7 @@ class Trainer(Updates):
 
     def init(self, seed: int) -> TrainState:
         """What `fresh` makes of a run's seed."""
-        key = jax.random.fold_in(jax.random.key(seed), _INIT)
+        key = self.devices.whole(jax.random.fold_in(jax.random.key(seed), _INIT))
         return self.programs.get(("init",), lambda: self.fresh, (key,), counts=False)(key)
 
     def segments(self, epoch: int, done: int = 0, facts: tuple[int, int, int] | None = None) -> list[Segment]:
@@ -215,11 +234,9 @@ class Trainer(Updates):
         Returns:
             ``(state, metrics)``, metrics float32 (steps, 2): loss without group lasso, top-1.
         """
-        key = jax.random.key(seed)
-        order = self._order(key, epoch)
+        metrics, order, key = self._begin(seed, epoch)
         if self.streams:
-            self._feed, order = Feed(self, np.asarray(order), epoch, seed), None
-        metrics = jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
+            self._feed = Feed(self, np.asarray(self._order(key, epoch)), epoch, seed)
         self.ran, facts, self.images_by_pattern = [], self._facts(state), 0
         segments = self.segments(epoch, 0, facts)
         with contextlib.closing(self._feed) if self.streams else contextlib.nullcontext():
@@ -270,7 +287,7 @@ class Trainer(Updates):
         self, kind: str, first: int, known: Any, state: TrainState, metrics: Any, order: Any, key: Any
     ) -> tuple[TrainState, Any]:
         way, structures = "dense", {}
-        args = (state, metrics, self.train_data, order, np.int32(first), key)
+        args = (state, metrics, self._images(self._batch), order, np.int32(first), key)
         if kind == "dense" and self.schedule is not None:
             self._prepare_masked(args)
         if kind != "dense":
@@ -304,7 +321,7 @@ class Trainer(Updates):
         for begin, stop, batch in self.by_batch_size(first, end):
             self.images_by_pattern += (stop - begin) * batch * bool(structures)
             for index in range(begin, stop):
-                images = self._feed.take(state.step) if self.streams else self.train_data
+                images = self._feed.take(state.step) if self.streams else self._images(batch)
                 args = (state, metrics, images, order, np.int32(index), key, structures)
                 state, metrics = self._program(kind, batch, way, args)(*args)
                 on_step(index + 1)
@@ -329,7 +346,8 @@ class Trainer(Updates):
         channels = self.channels
         if channels is None or not channels.is_due(epoch):
             return state, None
-        return channels.reconfigure(state)
+        state, facts = channels.reconfigure(state)
+        return self.devices.whole(state), facts
 
     def settled(self, state: TrainState, epoch: int) -> TrainState:
         """The state after an epoch: after the last one the averaged weights and statistics are the net's."""
@@ -362,7 +380,7 @@ class Trainer(Updates):
         self._is_prepared = True
         # The one that is waited for comes first; shapes alone, as the arrays themselves are donated meanwhile.
         self._loop("dense", "dense", (*args, {}))
-        shapes = (*_shapes_of(args), {})
+        shapes = (*shapes_of(args), {})
 
         def work() -> None:
             self._program("select", self._batch, "dense", shapes, ahead=True)
@@ -378,7 +396,7 @@ class Trainer(Updates):
         def compile_way(way: Way, structures: dict[str, Any]) -> None:
             self._pruned_program(way, (*shapes, structures), ahead=True)
 
-        shapes = _shapes_of((state, metrics, self.train_data, order, np.int32(0), key))
+        shapes = shapes_of((state, metrics, self._images(self._batch), order, np.int32(0), key))
         before = self.pruned.waited_seconds
         self.pruned.prepare(known, self.masks(state), compile_way)
         self.programs.seconds += self.pruned.waited_seconds - before
@@ -386,7 +404,7 @@ class Trainer(Updates):
     def _choose_pruned(self, state: Any, metrics: Any, order: Any, key: Any) -> Choice:
         def run(way: Way, structures: dict[str, Any]) -> None:
             copies = jax.tree.map(jnp.copy, (state, metrics))
-            args = (*copies, self.train_data, order, np.int32(0), key, structures)
+            args = (*copies, self._images(self._batch), order, np.int32(0), key, structures)
             jax.block_until_ready(self._pruned_program(way, args, ahead=True)(*args))
 
         before = self.pruned.waited_seconds
@@ -395,18 +413,6 @@ class Trainer(Updates):
         return choice
 
 
-def _lasso_weight(prune: Any, select_step: int, steps_per_epoch: int) -> Any:
-    """The lasso's weight: a number, or a function of the updates done where it rises after the selection."""
-    if not prune.coeff_ramp_epochs:
-        return prune.coeff
-    length = prune.coeff_ramp_epochs * steps_per_epoch
-    return optax.linear_schedule(0.0, prune.coeff, length, transition_begin=select_step)
-
-
 @functools.partial(jax.jit, static_argnums=1)
 def _order(key: jax.Array, count: int) -> jax.Array:
     return jax.random.permutation(key, count)
-
-
-def _shapes_of(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), tree)

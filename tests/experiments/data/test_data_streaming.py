@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.__main__ import main
 from experiments.bench.photos import photo, write_photos
-from experiments.data import DataConfig, DatasetMissing, Share, StreamedDataset, load, writing
+from experiments.data import DataConfig, DatasetMissing, Share, StreamedDataset, load, prepare_folder, writing
 from experiments.data.crops import centre_box, random_box, resized_crop
 from experiments.data.streaming import READY_BATCHES
 
@@ -79,6 +80,24 @@ def test_processes_share_the_same_batches(folder, count):
     for number, (images, labels) in enumerate(whole):
         np.testing.assert_array_equal(images, np.concatenate([share[number][0] for share in shares]))
         np.testing.assert_array_equal(labels, np.concatenate([share[number][1] for share in shares]))
+
+
+def test_a_batch_that_devices_cannot_divide_is_read_whole(folder):
+    """Four devices of two processes: batches of 12 are divided, a last one of 3 lies whole on each device."""
+    data = load(config(folder))
+    whole, sizes = epoch(data, batch=12, order=np.arange(15)), []
+
+    def put(batch, size):
+        sizes.append(size)
+        return batch
+
+    for index in range(2):
+        first, last = epoch(data, batch=12, order=np.arange(15), share=Share(index, 2, 4), put=put)
+        np.testing.assert_array_equal(first[0], whole[0][0][6 * index : 6 * index + 6])
+        np.testing.assert_array_equal(last[0], whole[1][0])
+    assert sizes == [12, 3] * 2
+    (six,) = data.eval_batches(6, share=Share(1, 2, 4))
+    assert len(six[1]) == 6
 
 
 def test_evaluation_crops_do_not_change(folder):
@@ -160,7 +179,7 @@ def test_no_more_is_held_than_what_is_ready(folder):
     made = threading.Semaphore(0)
     count = 0
 
-    def put(batch):
+    def put(batch, size):
         nonlocal count
         count += 1
         made.release()
@@ -297,7 +316,29 @@ def test_bad_shares_are_refused(folder):
     data = load(config(folder))
     with pytest.raises(ValueError, match="process 2 of 2: expected 0 to 1"):
         Share(2, 2)
-    with pytest.raises(ValueError, match="a batch of 3 images for 2 processes.*partial_batch"):
-        epoch(data, share=Share(0, 2))
+    with pytest.raises(ValueError, match="3 devices of 2 processes: expected as many of each"):
+        Share(0, 2, 3)
     with pytest.raises(ValueError, match="batches of 16 images, but the order has 15"):
         data.train_batches(np.arange(15), [16], seed=0, epoch=0)
+
+
+def test_a_folder_of_any_sizes_is_prepared_to_be_streamed(folder, tmp_path, capsys):
+    mixed = copied(folder, tmp_path)
+    (mixed / "train/class0/00000.JPEG").write_bytes(photo(7, (60, 90)))
+    arguments = ["prepare-data", "--from", str(mixed), "--name", "own", "--data.dir", str(tmp_path / "tfds")]
+    assert main(arguments) == 2 and "prepare them with --any-size and stream them" in capsys.readouterr().err
+    assert main([*arguments, "--any-size"]) == 0
+    out = capsys.readouterr().out
+    assert "15 train, 6 test images of 3 classes, of any size, jpeg" in out and out.endswith("--data.image-size 224\n")
+    data = load(config(tmp_path / "tfds"))
+    assert (data.train_examples, data.eval_examples, data.num_classes) == (15, 6, 3)
+    prepare_folder(mixed, "imagenet2012", tmp_path / "tfds", any_size=True)
+    assert load(dataclasses.replace(config(tmp_path / "tfds"), name="imagenet2012")).eval_examples == 6
+    found = sorted(data.train[index] for index in range(15))
+    plain = load(config(mixed)).train
+    assert found == sorted(plain[index] for index in range(15))
+    with pytest.raises(ValueError, match="give image_size to stream them"):
+        load(DataConfig("own", str(tmp_path / "tfds"), cache_dir=str(tmp_path / "cache")))
+    (mixed / "train/class0/words.JPEG").write_text("no image")
+    with pytest.raises(ValueError, match=r"words.JPEG \(8 bytes\) is no PNG, JPEG"):
+        prepare_folder(mixed, "other", tmp_path / "tfds", any_size=True)

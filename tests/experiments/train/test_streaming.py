@@ -3,16 +3,23 @@
 import dataclasses
 import signal
 import threading
+import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
+from experiments import configs
+from experiments.bench.photos import write_photos
+from experiments.configs.work import stretched
 from experiments.data import DataConfig, Dataset, load
 from experiments.records import read_metrics
 from experiments.studies import export
 from experiments.train import loop
+from experiments.train.feed import Feed
 from experiments.train.step import Trainer
 
 
@@ -177,6 +184,34 @@ def test_a_broken_image_stops_the_run_by_name(config, streamed, trainer, folder,
         loop.train(config, tmp_path / "run", trainer=trainer)
 
 
+def test_the_host_is_two_updates_ahead_of_the_device_at_most(monkeypatch):
+    """Each update under way holds a batch: as many as a slow device leaves undone would fill it."""
+    waited_for = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda step: waited_for.append(int(step)))
+    dataset = types.SimpleNamespace(train_batches=lambda *_, **__: iter("abcde"))
+    trainer = types.SimpleNamespace(
+        config=tiny.CONFIG, dataset=dataset, steps_per_epoch=5, by_batch_size=lambda first, end: [(first, end, 4)]
+    )
+    taking = Feed(trainer, np.arange(20), 0, 0)
+    assert [taking.take(jnp.int32(done)) for done in range(5)] == list("abcde")
+    assert waited_for == [0, 1, 2]
+
+
 def test_threads_must_be_some():
     with pytest.raises(ValueError, match="loop.input_threads=0: expected at least 1"):
         dataclasses.replace(tiny.CONFIG.loop, input_threads=0)
+
+
+@pytest.mark.slow
+def test_the_imagenet_recipe_in_small(tmp_path):
+    """Photographs of ImageNet's size through all phases of ResNet-50, an eighth as wide on crops of 64 pixels."""
+    config = stretched(configs.get("resnet50-imagenet2012-1024-2.3x"), 6)
+    data = dataclasses.replace(config.data, dir=str(write_photos(tmp_path / "photos")), image_size=64)
+    config = dataclasses.replace(
+        config, data=data, width=0.125, batch_size=4, learning_rate=0.01, warmup_epochs=1, loop=tiny.CONFIG.loop
+    )
+    summary = loop.train(config, tmp_path / "run")
+    assert (summary["train_examples"], summary["eval_examples"]) == (16, 8)
+    phases = [line["phases"] for line in read_metrics(tmp_path / "run")]
+    assert phases[0] == ["dense"] and ["select", "regularize"] in phases and "pruned" in phases[-1]
+    assert summary["conv_compression"] == pytest.approx(2.3, abs=0.15)
