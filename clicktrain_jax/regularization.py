@@ -73,7 +73,7 @@ def add_group_lasso(
         grads: tree like ``params``.
         params: tree of arrays.
         masks: `Masks` of that tree, or of a part of it.
-        coeff: weight of the group lasso in the loss.
+        coeff: weight of the group lasso in the loss, a scalar.
         axes: as in `group_lasso`.
 
     Returns:

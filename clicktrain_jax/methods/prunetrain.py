@@ -123,7 +123,7 @@ def add_channel_lasso(
         grads: tree like ``params``.
         params: tree of arrays.
         nodes: as for `channel_lasso`.
-        coeff: weight of the lasso in the loss.
+        coeff: weight of the lasso in the loss, a scalar.
         prefix: as for `channel_lasso`.
 
     Returns:

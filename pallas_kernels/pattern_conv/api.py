@@ -220,7 +220,14 @@ def estimated_gain(
 
 
 def supported(structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch: int) -> dict[str, str | None]:
-    """For each backend why it cannot do this convolution here, or None where it can."""
+    """For each backend why it cannot do this convolution here, or None where it can.
+
+    Args:
+        structure: of `make_structure`.
+        geometry: of `pallas_kernels.pattern_conv.geometry.make_geometry`.
+        dtype: of images and weights.
+        batch: number of images.
+    """
     return {name: _why_not(name, structure, geometry, dtype, batch) for name in BACKENDS}
 
 
