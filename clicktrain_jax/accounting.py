@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 

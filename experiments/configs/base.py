@@ -21,7 +21,7 @@ class LoopConfig:
         epoch_program: "scan": an epoch is one compiled loop on the device, or several of 512 updates at most; the epoch
             of a selection, and a smaller last batch, are called update by update. "steps": all updates are. "auto":
             scan, but steps on a CPU, where an epoch can take minutes: the progress bar moves and Ctrl-C is heeded
-            between updates, at no measurable cost.
+            between updates, at no measurable cost; and steps for a streamed set.
         convolution: "xla": `flax.linen.Conv`. "direct": `pallas_kernels.dense_conv`, XLA's without its slow cases on a
             CPU. "patches": `clicktrain_jax.models.PatchConv`, for compiled loops on a CPU, where XLA's is far slower.
             "auto": on a CPU patches in a loop and direct otherwise, elsewhere xla.
@@ -33,6 +33,7 @@ class LoopConfig:
             epochs since.
         keep_checkpoints: how many of the newest epochs' checkpoints stay on disk.
         eval_every_epochs: evaluate after every so many epochs, and after the last.
+        input_threads: threads that read and decode a streamed set; None for one a core, 16 at most.
         devices: how many are used, a batch divided over them; None for all that jax sees.
         ordered: what the ``shards`` of a batch say is summed in their order, so that a run has the same bits on any
             number of devices that divides the shards; for each device as many gradients travel as there are shards.
@@ -50,6 +51,7 @@ class LoopConfig:
     checkpoint_every_epochs: int = 1
     keep_checkpoints: int = 2
     eval_every_epochs: int = 1
+    input_threads: int | None = None
     devices: int | None = None
     ordered: bool = False
     coordinator: str | None = None
@@ -62,6 +64,8 @@ class LoopConfig:
         for field in ("checkpoint_every_epochs", "keep_checkpoints", "eval_every_epochs"):
             if getattr(self, field) < 1:
                 raise ValueError(f"loop.{field}={getattr(self, field)}: expected at least 1")
+        if self.input_threads is not None and self.input_threads < 1:
+            raise ValueError(f"loop.input_threads={self.input_threads}: expected at least 1, or None for one a core")
         if self.devices is not None and self.devices < 1:
             raise ValueError(f"loop.devices={self.devices}: expected at least 1, or none for all that jax sees")
         told = self.coordinator, self.processes, self.process_id

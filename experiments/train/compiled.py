@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.configs.base import TrainConfig
+from experiments.data import Dataset, StreamedDataset
 from experiments.train.costs import size_of
 from experiments.train.devices import Devices
 from experiments.train.programs import Programs
@@ -22,7 +23,10 @@ class Updates:
 
     Attributes:
         config: of the runs.
-        train_data: what they train on; on the host where a batch is divided over devices.
+        dataset: what they train on.
+        streams: whether an update is given its batch, as the set is too large for the device.
+        train_data: the images; of a streamed set, black ones in a batch's place; on the host where a batch is divided
+            over devices.
         devices: where the arrays lie.
         channels: what makes the net narrower between epochs; None for nothing.
         steps_per_epoch: updates.
@@ -31,6 +35,8 @@ class Updates:
     """
 
     config: TrainConfig
+    dataset: Dataset | StreamedDataset
+    streams: bool
     train_data: Images
     devices: Devices
     channels: Any
@@ -62,10 +68,13 @@ class Updates:
         return seconds
 
     def _begin(self, seed: int, epoch: int) -> tuple[Any, Any, Any]:
-        """``(metrics, order, key)`` of an epoch, whose images are put on the devices where they are divided."""
-        key = jax.random.key(seed)
-        order, metrics = self._order(key, epoch), jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
-        if self.devices.mesh is not None:
+        """``(metrics, order, key)`` of an epoch, whose images are put on the devices where they are divided.
+
+        A streamed set has no order here: an update is given its batch.
+        """
+        key, metrics = jax.random.key(seed), jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
+        order = None if self.streams else self._order(key, epoch)
+        if self.devices.mesh is not None and not self.streams:
             full = self.steps_per_epoch - bool(self.tail)
             self._parts: dict[int, Images] = {}  # the last epoch's are let go first
             self._parts = self.devices.epoch_images(self.dataset, np.asarray(order), self._batch, full, self.tail)
@@ -73,7 +82,7 @@ class Updates:
 
     def _images(self, batch: int) -> Images:
         """What the programs for batches of a size take."""
-        return self.train_data if self.devices.mesh is None else self._parts[batch]
+        return self.train_data if self.streams or self.devices.mesh is None else self._parts[batch]
 
     def _shapes(self, params: Any) -> tuple[tuple[int, ...], ...]:
         """What tells a narrowed net's programs apart."""
@@ -81,7 +90,7 @@ class Updates:
 
     @property
     def _batch(self) -> int:
-        return min(self.config.batch_size, len(self.train_data.labels))
+        return min(self.config.batch_size, self.dataset.train_examples)
 
     def _pruned_program(self, way: Way, args: tuple, *, ahead: bool) -> Callable[..., Any]:
         if self.loop_length > 1:

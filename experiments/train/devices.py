@@ -58,6 +58,17 @@ class Devices:
         """A set on the one device; on the host for several."""
         return Images(images, labels) if self.mesh is not None else Images(jnp.asarray(images), jnp.asarray(labels))
 
+    def share(self, batch: int) -> int:
+        """How many images of a batch that is divided this process reads."""
+        return batch if self.mesh is None else batch * self.mesh.local_mesh.size // self.count
+
+    def batch(self, images: np.ndarray, labels: np.ndarray) -> Images:
+        """A batch that is divided over the devices, of the share of it that this process reads."""
+        if self.mesh is None:
+            return Images(*jax.device_put((images, labels)))
+        place = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        return Images(*(jax.make_array_from_process_local_data(place, array) for array in (images, labels)))
+
     def spec(self, batch: int, axis: int = 0) -> PartitionSpec:
         """How arrays with so many images along an axis lie: divided; whole where they cannot be."""
         return PartitionSpec(*[None] * axis, None if batch % self.count else AXIS)

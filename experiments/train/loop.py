@@ -16,7 +16,7 @@ import numpy as np
 import clicktrain_jax as ct
 from clicktrain_jax import models
 from experiments.configs.base import TrainConfig, to_dict
-from experiments.data import Dataset, load
+from experiments.data import Dataset, StreamedDataset, load
 from experiments.records import RunFolder, differences, read_metrics
 from experiments.train import processes
 from experiments.train.checkpoints import Checkpoints, digest
@@ -39,7 +39,7 @@ def train(
     config: TrainConfig,
     workdir: Path,
     *,
-    dataset: Dataset | None = None,
+    dataset: Dataset | StreamedDataset | None = None,
     trainer: Trainer | None = None,
     on_epoch: Hook | None = None,
 ) -> dict[str, Any]:
@@ -82,8 +82,7 @@ def train(
     finished = processes.from_first(folder.summary) if is_old else None
     if finished is not None:
         return finished
-    if jax.default_backend() != "cpu":
-        keep_on_disk()
+    keep_on_disk()
     # Whatever is wrong with the config shows here, before anything is written.
     trainer = trainer or processes.together(lambda: Trainer(config, dataset, devices=devices_of(config)))
     compiled_before = trainer.compile_seconds
@@ -257,8 +256,8 @@ def summarise(trainer: Trainer, config: TrainConfig, state: TrainState, lines: l
         "dataset": dataset.name,
         "encoding": dataset.encoding,
         "eval_split": dataset.eval_split,
-        "train_examples": len(dataset.train_labels),
-        "eval_examples": len(dataset.eval_labels),
+        "train_examples": dataset.train_examples,
+        "eval_examples": dataset.eval_examples,
         "method": method_name(config),
         "final_top1": evaluated[-1]["eval_top1"],
         "best_top1": max(line["eval_top1"] for line in evaluated),

@@ -1,5 +1,6 @@
 """Programs that are compiled once: by whoever needs one, or ahead of that in the background."""
 
+import hashlib
 import os
 import threading
 import time
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from experiments.train.costs import bytes_of
+from pallas_kernels.native.build import processor_flags
 from pallas_kernels.tuning import cache_folder
 
 
@@ -120,7 +122,11 @@ def keep_on_disk() -> None:
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
+    folder = "programs"
+    if jax.default_backend() == "cpu":
+        # jax's key does not tell processors apart, and a home directory may serve several.
+        folder += f"-{hashlib.sha256(' '.join(sorted(processor_flags())).encode()).hexdigest()[:8]}"
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / folder))
     # Small programs are many: together they take longer than a run should need to begin.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_enable_xla_caches", "xla_gpu_per_fusion_autotune_cache_dir")

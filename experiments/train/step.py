@@ -1,13 +1,15 @@
 """The device side of a run: one update, one evaluation, as compiled programs for each phase.
 
 The whole training set lies on the device as uint8; an update gathers its batch, augments, normalises and
-mixes it up, so the host sends one index a step and fetches one array of metrics an epoch.
+mixes it up, so the host sends one index a step and fetches one array of metrics an epoch. Of a streamed set an update
+is given its batch instead, in the same order; all else is the same.
 
 Where epochs are compiled loops, three of them serve a run: dense updates, updates under masks in any phase, updates by
 pattern. A loop has one length; updates that it does not fit, such as those of the epoch of a selection and a smaller
 last batch, are called one by one. All programs but the first one are compiled while others train.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -22,10 +24,11 @@ from clicktrain_jax import models
 from clicktrain_jax.methods import random_scores
 from clicktrain_jax.phases import Phase
 from experiments.configs.base import TrainConfig
-from experiments.data import Dataset
+from experiments.data import Dataset, StreamedDataset
 from experiments.train.channel_pruning import ChannelPruning
 from experiments.train.compiled import Updates
 from experiments.train.devices import Devices
+from experiments.train.feed import Feed, check_streamed, eval_batches
 from experiments.train.methods import make_method
 from experiments.train.programs import Programs, in_background, shapes_of
 from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of, scheduled, way_asked
@@ -36,7 +39,6 @@ from pallas_kernels.pattern_conv import mosaic_gpu
 
 # Streams of random numbers, each folded into the run's key.
 _INIT, _ORDER = range(2)  # experiments.train.update has the third
-EVAL_BATCH = 500
 # Updates that a compiled loop does at most: the host shows progress and heeds signals between loops.
 LONGEST_LOOP = 512
 
@@ -65,15 +67,22 @@ class Trainer(Updates):
     """
 
     def __init__(
-        self, config: TrainConfig, dataset: Dataset, platform: str | None = None, devices: Devices | None = None
+        self,
+        config: TrainConfig,
+        dataset: Dataset | StreamedDataset,
+        platform: str | None = None,
+        devices: Devices | None = None,
     ) -> None:
         self.config, self.devices = config, devices or Devices()
         self.dataset = dataset
-        image_shape = tuple(dataset.train_images.shape[1:])
+        image_shape = tuple(dataset.image_shape)
         self.image_shape = image_shape
         on_cpu = (platform or jax.default_backend()) == "cpu"
         convolution, program = config.loop.convolution, config.loop.epoch_program
-        self.scan = not on_cpu if program == "auto" else program == "scan"
+        self.streams = isinstance(dataset, StreamedDataset)
+        if self.streams:
+            check_streamed(config, dataset)
+        self.scan = program == "scan" or program == "auto" and not on_cpu and not self.streams
         if convolution == "auto":
             convolution = ("patches" if self.scan else "direct") if on_cpu else "xla"
         divided = self.devices.mesh is not None
@@ -83,12 +92,17 @@ class Trainer(Updates):
         self.model = self.models["dense"]
         abstract = models.abstract_variables(self.model, image_shape)
         self.abstract_params = abstract["params"]
-        self.train_data = self.devices.images(dataset.train_images, dataset.train_labels)
-        self.eval_data = self.devices.whole(self.devices.images(dataset.eval_images, dataset.eval_labels))
-
-        count = len(dataset.train_images)
+        count = dataset.train_examples
+        if self.streams:
+            # What stands for a batch where programs are compiled and tried.
+            share = self.devices.share(config.batch_size)
+            images, labels = np.zeros((share, *image_shape), np.uint8), np.zeros(share, np.int32)
+            self.train_data = self.devices.batch(images, labels)
+        else:
+            self.train_data = self.devices.images(dataset.train_images, dataset.train_labels)
+            self.eval_data = self.devices.whole(self.devices.images(dataset.eval_images, dataset.eval_labels))
         full, self.tail = divmod(count, config.batch_size)
-        keeps = on_cpu and config.accumulate * config.shards == 1
+        keeps = on_cpu and config.accumulate * config.shards == 1 and not (self.streams and divided)
         self.fills = config.partial_batch == "fill" or config.partial_batch == "keep" and not keeps
         if self.fills and full:
             full, self.tail = full + bool(self.tail), 0
@@ -221,31 +235,34 @@ class Trainer(Updates):
             ``(state, metrics)``, metrics float32 (steps, 2): loss without group lasso, top-1.
         """
         metrics, order, key = self._begin(seed, epoch)
+        if self.streams:
+            self._feed = Feed(self, np.asarray(self._order(key, epoch)), epoch, seed)
         self.ran, facts, self.images_by_pattern = [], self._facts(state), 0
         segments = self.segments(epoch, 0, facts)
-        while segments:
-            known = seed, facts and facts[0]
-            first = segments[0][2]
-            kind = self._looped(segments, first)
-            if kind is not None:
-                state, metrics = self._run_loop(kind, first, known, state, metrics, order, key)
-                end = first + self.loop_length
-                self.ran += [(*what, begin, min(stop, end)) for *what, begin, stop in segments if begin < end]
-                segments = [(*what, max(begin, end), stop) for *what, begin, stop in segments if stop > end]
-                on_step(end)
-                continue
-            segment = segments.pop(0)
-            self.ran.append(segment)
-            state, metrics = self._run_segment(segment, known, state, metrics, order, key, on_step)
-            if segment[0] == Phase.SELECT:
-                # Scores that are not finite put it off: what follows depends on whether masks stand.
-                facts = self._facts(state)
-                segments = self.segments(epoch, segment[3], facts)
+        with contextlib.closing(self._feed) if self.streams else contextlib.nullcontext():
+            while segments:
+                known = seed, facts and facts[0]
+                first = segments[0][2]
+                kind = self._looped(segments, first)
+                if kind is not None:
+                    state, metrics = self._run_loop(kind, first, known, state, metrics, order, key)
+                    end = first + self.loop_length
+                    self.ran += [(*what, begin, min(stop, end)) for *what, begin, stop in segments if begin < end]
+                    segments = [(*what, max(begin, end), stop) for *what, begin, stop in segments if stop > end]
+                    on_step(end)
+                    continue
+                segment = segments.pop(0)
+                self.ran.append(segment)
+                state, metrics = self._run_segment(segment, known, state, metrics, order, key, on_step)
+                if segment[0] == Phase.SELECT:
+                    # Scores that are not finite put it off: what follows depends on whether masks stand.
+                    facts = self._facts(state)
+                    segments = self.segments(epoch, segment[3], facts)
         return state, np.asarray(metrics)
 
     def _order(self, key: jax.Array, epoch: int) -> jax.Array:
         """Which images, one after the other; beyond the epoch's own those of the next one, as far as a batch goes."""
-        count = len(self.train_data.labels)
+        count = self.dataset.train_examples
         wanted = max(count, self.steps_per_epoch * self.config.batch_size) if self.fills and not self.tail else count
         orders = [
             _order(jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch + later), count)
@@ -304,22 +321,23 @@ class Trainer(Updates):
         for begin, stop, batch in self.by_batch_size(first, end):
             self.images_by_pattern += (stop - begin) * batch * bool(structures)
             for index in range(begin, stop):
-                args = (state, metrics, self._images(batch), order, np.int32(index), key, structures)
+                images = self._feed.take(state.step) if self.streams else self._images(batch)
+                args = (state, metrics, images, order, np.int32(index), key, structures)
                 state, metrics = self._program(kind, batch, way, args)(*args)
                 on_step(index + 1)
         return state, metrics
 
     def evaluate(self, state: TrainState) -> tuple[float, float]:
         """``(mean loss, top-1)`` on the evaluation set, in float32 sums."""
-        count, devices = len(self.eval_data.labels), self.devices.count
-        size = max(1, EVAL_BATCH // devices) * devices
+        count = self.dataset.eval_examples
         totals = []
-        for begin in range(0, count, size):
-            end = min(begin + size, count)
-            args = (state.params, state.batch_stats, self.eval_data, np.int32(begin))
-            build = functools.partial(evaluation_of, self, end - begin)
-            key = ("eval", end - begin, *self._shapes(state.params))
+        for images, begin, batch in eval_batches(self):
+            args = (state.params, state.batch_stats, images, np.int32(begin))
+            build = functools.partial(evaluation_of, self, batch)
+            key = ("eval", batch, *self._shapes(state.params))
             totals.append(self.programs.get(key, build, args, counts=False)(*args))
+            if self.streams:  # a batch waits on the device at most
+                jax.block_until_ready(totals[-2:-1])
         loss, correct = np.sum([np.asarray(total) for total in totals], axis=0, dtype=np.float64)
         return loss / count, correct / count
 

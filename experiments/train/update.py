@@ -90,8 +90,9 @@ def gradient_of(trainer: Any, batch: int, way: str) -> Callable[..., Gradient]:
     """The gradient on one batch, as a pure function.
 
     ``(params, batch_stats, step, data, order, index, key, structures) -> Gradient``; ``index`` counts updates in the
-    epoch and the batch is ``order[index * batch_size:][:batch]``; ``way`` says how the convolutions are run. One
-    program serves epochs with mixup and without: compiling it is most of what a short run waits for.
+    epoch and the batch is ``order[index * batch_size:][:batch]``, or all of ``data`` where ``order`` is None; ``way``
+    says how the convolutions are run. One program serves epochs with mixup and without: compiling it is most of what a
+    short run waits for.
     """
     draw, of_drawn = draw_of(trainer, batch), gradient_of_drawn(trainer, batch, way)
 
@@ -143,7 +144,9 @@ def gradient_of_drawn(trainer: Any, batch: int, way: str) -> Callable[..., Gradi
     def gradient(
         params: Any, batch_stats: Any, data: Images, order: Any, index: Any, drawn: Drawn, structures: Any
     ) -> Gradient:
-        if devices.mesh is None:
+        if order is None:
+            images, label = data
+        elif devices.mesh is None:
             chosen = jax.lax.dynamic_slice(order, (index * config.batch_size,), (batch,))
             images, label = data.images[chosen], data.labels[chosen]
         else:

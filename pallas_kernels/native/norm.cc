@@ -155,14 +155,23 @@ struct Windows {
   }
 };
 
-// The larger of two z, the first of equal ones, and its x - mean.
+// The larger of two z, the first of equal ones, its x - mean, and whether it is the second: -1, else 0. A number, as
+// compilers make no vectors of truth values that are kept.
 struct Larger {
   float z, d;
-  bool second;
+  int32_t second;
 };
 inline __attribute__((always_inline)) Larger larger(float z0, float d0, float z1, float d1) {
-  const bool second = z1 > z0;
-  return {second ? z1 : z0, second ? d1 : d0, second};
+  return {z1 > z0 ? z1 : z0, z1 > z0 ? d1 : d0, -static_cast<int32_t>(z1 > z0)};
+}
+
+// The value where `mask` is -1, zero where it is 0.
+inline __attribute__((always_inline)) float only(int32_t mask, float value) {
+  int32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits &= mask;
+  std::memcpy(&value, &bits, 4);
+  return value;
 }
 
 template <class T>
@@ -277,11 +286,11 @@ void pooled_gradient(const Norm& norm, const T* dy, const float* dmean, const fl
           const Larger above = larger_of(d0, d1, c), below = larger_of(d2, d3, c);
           const Larger best = larger(above.z, above.d, below.z, below.d);
           const float given = as_float(g[c]), dz = factor[c] * (!relu() || best.z > 0 ? given : 0.0f);
-          const float dz_above = best.second ? 0.0f : dz, dz_below = best.second ? dz : 0.0f;
-          put(to + c, d0 * slope[c] + constant[c] + (above.second ? 0.0f : dz_above));
-          put(to + c + channels, d1 * slope[c] + constant[c] + (above.second ? dz_above : 0.0f));
-          put(to_lower + c, d2 * slope[c] + constant[c] + (below.second ? 0.0f : dz_below));
-          put(to_lower + c + channels, d3 * slope[c] + constant[c] + (below.second ? dz_below : 0.0f));
+          const float dz_above = only(~best.second, dz), dz_below = only(best.second, dz);
+          put(to + c, d0 * slope[c] + constant[c] + only(~above.second, dz_above));
+          put(to + c + channels, d1 * slope[c] + constant[c] + only(above.second, dz_above));
+          put(to_lower + c, d2 * slope[c] + constant[c] + only(~below.second, dz_below));
+          put(to_lower + c + channels, d3 * slope[c] + constant[c] + only(below.second, dz_below));
         }
       });
     });

@@ -8,10 +8,10 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
-#include "support.h"
-#include "vector.h"
+#include "tile_weights.h"
 
 namespace clicktrain::CLICKTRAIN_ISA {
 
@@ -21,98 +21,6 @@ constexpr int64_t kWeightCache = 160 * 1024;
 constexpr int kMostPixels = 8;          // of a block
 
 inline int pixels_of(int vectors) { return vectors >= 4 ? 6 : vectors == 2 && kMostVectors == 2 ? 6 : 8; }
-
-// Outputs of one panel: `vectors` of kLanes, or one of half as many where that suffices.
-struct Panel {
-  int64_t group, first, valid;  // first output, and how many there are
-  int vectors;
-  bool half;
-  int64_t width() const { return half ? kLanes / 2 : int64_t{vectors} * kLanes; }
-};
-
-inline std::vector<Panel> panels_of(const Grouped& grouped) {
-  std::vector<Panel> panels;
-  for (int64_t group = 0; group < grouped.groups(); ++group) {
-    const int64_t begin = group * grouped.width, end = std::min(grouped.outputs, begin + grouped.width);
-    const int64_t parts = div_up(end - begin, kMostVectors * kLanes);
-    // Alike, not one short rest: 80 outputs are 48 and 32, not 64 and 16.
-    const int64_t width = round_up(div_up(end - begin, parts), kLanes);
-    for (int64_t first = begin; first < end; first += width) {
-      const int64_t valid = std::min(width, end - first);
-      panels.push_back({group, first, valid, static_cast<int>(div_up(valid, kLanes)), kLanes >= 8 && valid <= kLanes / 2});
-    }
-  }
-  return panels;
-}
-
-// Lists by tap and weights by panel, in one piece of memory.
-struct TileWeights {
-  std::vector<Panel> panels;
-  std::vector<int64_t> list_begin;    // of each group, in channels
-  std::vector<int64_t> weight_begin;  // of each panel
-  int64_t taps, groups, entries = 0, weights = 0;
-  int32_t* tap_begin = nullptr;  // (groups, taps + 1)
-  int32_t* channels = nullptr;
-  float* values = nullptr;
-
-  // `counts`: retained (tap, input) of each group.
-  TileWeights(const Grouped& grouped, const int64_t* counts) : panels(panels_of(grouped)), taps(grouped.taps()), groups(grouped.groups()) {
-    for (int64_t g = 0; g < groups; ++g) {
-      list_begin.push_back(entries);
-      entries += counts[g];
-    }
-    for (const Panel& panel : panels) {
-      weight_begin.push_back(weights);
-      weights += counts[panel.group] * panel.width();
-    }
-  }
-  int64_t bytes() const {
-    return round_up(4 * groups * (taps + 1), 64) + round_up(4 * entries, 64) + round_up(4 * weights, 64);
-  }
-  void place(void* memory) {
-    char* at = static_cast<char*>(memory);
-    tap_begin = reinterpret_cast<int32_t*>(at);
-    at += round_up(4 * groups * (taps + 1), 64);
-    channels = reinterpret_cast<int32_t*>(at);
-    at += round_up(4 * entries, 64);
-    values = reinterpret_cast<float*>(at);
-  }
-  void fill_lists(const Grouped& grouped, int64_t group) {
-    grouped.by_tap(group, tap_begin + group * (taps + 1), channels + list_begin[group]);
-  }
-  int64_t tasks() const { return static_cast<int64_t>(panels.size()); }
-  template <class Weight>
-  void fill_task(const Weight* w, const WeightPlace& place, int64_t index);
-};
-
-template <class Weight>
-void TileWeights::fill_task(const Weight* w, const WeightPlace& place, int64_t index) {
-  const Panel& panel = panels[index];
-  const int64_t width = panel.width(), valid = panel.valid;
-  const int32_t* begin = tap_begin + panel.group * (taps + 1);
-  const int32_t* list = channels + list_begin[panel.group];
-  float* out = values + weight_begin[index];
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    const Weight* base = w + tap * place.tap + panel.first * place.output;
-    if (place.output == 1) {
-      for (int64_t k = begin[tap]; k < begin[tap + 1]; ++k) {
-        const Weight* from = base + list[k] * place.input;
-        float* to = out + k * width;
-        for (int64_t o = 0; o < valid; ++o) to[o] = as_float(from[o]);
-        for (int64_t o = valid; o < width; ++o) to[o] = 0.0f;
-      }
-      continue;
-    }
-    // Outputs lie far apart: a few entries at a time, so that what is read together is used together.
-    for (int64_t k0 = begin[tap]; k0 < begin[tap + 1]; k0 += 16) {
-      const int64_t k1 = std::min<int64_t>(k0 + 16, begin[tap + 1]);
-      for (int64_t o = 0; o < valid; ++o)
-        for (int64_t k = k0; k < k1; ++k) out[k * width + o] = as_float(base[o * place.output + list[k] * place.input]);
-      for (int64_t k = k0; k < k1; ++k)
-        for (int64_t o = valid; o < width; ++o) out[k * width + o] = 0.0f;
-    }
-  }
-}
 
 // A run of entries with a pointer for each pixel of the block.
 struct Segment {
@@ -177,17 +85,23 @@ inline Multiply multiply_for(const Panel& panel, int pixels) {
   return multiply_for_pixels<kLanes, 1>(pixels);
 }
 
-// A few output pixels that are computed together.
+// A few output pixels that are computed together. Places count from the first image of the run that they are of.
 struct Block {
   int32_t count;
-  bool inside;       // all taps of all pixels lie inside of the image: one pointer a pixel, to its first tap
-  int64_t pointers;  // where its pointers begin: (taps or 1, kMostPixels)
-  uint64_t taps;     // which taps any of the pixels has
+  bool inside;     // all taps of all pixels lie inside of the image: one place a pixel, that of its first tap
+  int64_t places;  // where its places begin: (taps or 1, kMostPixels); kOutside for what lies outside of the image
+  uint64_t taps;   // which taps any of the pixels has
   int64_t out[kMostPixels];
 };
 struct Blocks {
   std::vector<Block> blocks;
-  std::vector<const float*> pointers;
+  std::vector<int64_t> places;
+};
+constexpr int64_t kOutside = -1;
+
+// Rows of output pixels that one task takes: whole images, or a part of one. Runs of one shape have the same blocks.
+struct Rows {
+  int64_t image, images, begin, end;
 };
 
 class TileProduct {
@@ -201,7 +115,7 @@ class TileProduct {
     for (int64_t w = 0; w < p_.columns.out; ++w)
       for (int64_t j = 0; j < p_.columns.taps; ++j) {
         const int64_t c = p_.columns.at(w, j);
-        column_at_.push_back(static_cast<int32_t>(c < 0 ? -1 : c * p_.inputs));
+        column_at_.push_back(c < 0 ? kOutside : c * p_.inputs);
       }
   }
 
@@ -216,8 +130,14 @@ class TileProduct {
       parts = std::clamp<int64_t>(div_up(wanted, div_up(rows, chunk)), 1, std::min(count, like_the_longest()));
       if (div_up(rows, chunk) * parts < wanted) chunk = std::max<int64_t>(1, std::min(chunk, div_up(rows, div_up(wanted, parts))));
     }
-    // Runs of equal length.
-    const int64_t chunks = div_up(rows, chunk);
+    // Runs of nearly equal length: of whole images, or the same parts of each.
+    const int64_t whole = chunk / p_.rows.out, cuts = whole > 0 ? 1 : div_up(p_.rows.out, chunk);
+    const int64_t chunks = whole > 0 ? div_up(p_.batch, whole) : p_.batch * cuts, shapes = whole > 0 ? 2 : cuts;
+    const auto rows_of = [&](int64_t c) {
+      if (whole == 0) return Rows{c / cuts, 1, p_.rows.out * (c % cuts) / cuts, p_.rows.out * (c % cuts + 1) / cuts};
+      const int64_t first = p_.batch * c / chunks;
+      return Rows{first, p_.batch * (c + 1) / chunks - first, 0, p_.rows.out};
+    };
     // An entry's offset for windows inside of the image: the tap's place and the channel.
     Scratch memory(4 * w_.entries + 64);
     int32_t* offsets = memory.as<int32_t>();
@@ -232,14 +152,33 @@ class TileProduct {
         }
       }
     }
+    // Blocks of the runs of one shape, where there are more runs than shapes. Panels of different widths take different
+    // numbers of pixels.
+    using ByWidth = std::array<Blocks, kMostPixels + 1>;
+    std::vector<ByWidth> shared(shapes < chunks ? shapes : 0);
+    const auto shape_of = [&](int64_t c) { return whole > 0 ? rows_of(c).images - p_.batch / chunks : c % cuts; };
+    const auto most_of = [](const Panel& panel) { return panel.half ? 8 : pixels_of(panel.vectors); };
+    if (!shared.empty()) {
+      std::vector<Rows> example(shapes, Rows{0, 0, 0, 0});
+      for (int64_t c = 0; c < chunks; ++c) example[shape_of(c)] = rows_of(c);
+      parallel(pool, shapes, [&](int64_t shape) {
+        if (example[shape].images == 0) return;
+        for (const Panel& panel : w_.panels) {
+          Blocks& found = shared[shape][most_of(panel)];
+          if (found.blocks.empty()) find(example[shape], most_of(panel), found);
+        }
+      });
+    }
     parallel(pool, chunks * parts, [&](int64_t task) {
       const int64_t c = task / parts, part = task % parts;
-      // Panels of different widths take different numbers of pixels.
-      Blocks blocks[kMostPixels + 1];
+      const Rows run = rows_of(c);
+      ByWidth own;
+      ByWidth& blocks = shared.empty() ? own : shared[shape_of(c)];
       for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) {
-        const int most = w_.panels[i].half ? 8 : pixels_of(w_.panels[i].vectors);
-        if (blocks[most].blocks.empty()) find(rows * c / chunks, rows * (c + 1) / chunks, most, blocks[most]);
-        run_panel(i, blocks[most], offsets, y);
+        const int most = most_of(w_.panels[i]);
+        if (blocks[most].blocks.empty()) find(run, most, blocks[most]);
+        run_panel(i, blocks[most], offsets, x_ + run.image * p_.rows.in * p_.columns.in * p_.inputs,
+                  y + run.image * p_.rows.out * p_.columns.out * p_.outputs);
       }
     });
   }
@@ -272,61 +211,62 @@ class TileProduct {
     return p_.rows.spread == 1 && p_.columns.spread == 1 && span < (int64_t{1} << 30);
   }
 
-  // One output pixel of a run of rows.
-  struct Place {
-    int32_t row, column;  // the row of the run, the column of the image
-    bool inside;
-  };
-
-  void find(int64_t begin, int64_t end, int most, Blocks& found) const {
-    const int64_t kh = p_.rows.taps, kw = p_.columns.taps;
+  void find(const Rows& run, int most, Blocks& found) const {
+    const int64_t kh = p_.rows.taps, kw = p_.columns.taps, columns = p_.columns.out;
     const uint64_t all_rows = (uint64_t{1} << kh) - 1, all_columns = (uint64_t{1} << kw) - 1;
-    std::vector<Place> places;
-    places.reserve((end - begin) * p_.columns.out);
+    std::vector<std::vector<int32_t>> columns_of(column_kinds_.size());
+    for (int64_t w = 0; w < columns; ++w) columns_of[column_kind_[w]].push_back(static_cast<int32_t>(w));
+    // Where a row's taps lie.
+    std::vector<int64_t> row_at((run.end - run.begin) * kh);
+    for (int64_t row = run.begin; row < run.end; ++row)
+      for (int64_t i = 0; i < kh; ++i) {
+        const int64_t r = p_.rows.at(row, i);
+        row_at[(row - run.begin) * kh + i] = r < 0 ? kOutside : r * p_.columns.in * p_.inputs;
+      }
+    const int64_t image_in = p_.rows.in * p_.columns.in * p_.inputs, image_out = p_.rows.out * columns;
+    const int64_t pixels = run.images * (run.end - run.begin) * columns;
+    found.blocks.reserve(pixels / most + 2);
+    found.places.reserve((pixels / most + 2) * kMostPixels);
+    bool was_inside = false;
     for (size_t rk = 0; rk < row_kinds_.size(); ++rk)
       for (size_t ck = 0; ck < column_kinds_.size(); ++ck) {
         const bool inside = uniform_ && row_kinds_[rk] == all_rows && column_kinds_[ck] == all_columns;
-        for (int64_t row = begin, h = begin % p_.rows.out; row < end; ++row, h = h + 1 == p_.rows.out ? 0 : h + 1)
-          if (row_kind_[h] == static_cast<int32_t>(rk))
-            for (int64_t w = 0; w < p_.columns.out; ++w)
-              if (column_kind_[w] == static_cast<int32_t>(ck))
-                places.push_back({static_cast<int32_t>(row - begin), static_cast<int32_t>(w), inside});
+        for (int64_t image = 0; image < run.images; ++image)
+          for (int64_t row = run.begin; row < run.end; ++row) {
+            if (row_kind_[row] != static_cast<int32_t>(rk)) continue;
+            const int64_t* rows = row_at.data() + (row - run.begin) * kh;
+            const int64_t in = image * image_in, out = image * image_out + row * columns;
+            for (const int32_t w : columns_of[ck]) {
+              if (found.blocks.empty() || found.blocks.back().count == most || was_inside != inside) {
+                found.blocks.push_back({0, inside, static_cast<int64_t>(found.places.size()), 0, {}});
+                found.places.resize(found.places.size() + (inside ? 1 : w_.taps) * kMostPixels, kOutside);
+                was_inside = inside;
+              }
+              Block& block = found.blocks.back();
+              int64_t* at = found.places.data() + block.places + block.count;
+              if (inside) {
+                *at = in + rows[0] + column_at_[w * kw];
+              } else {
+                for (int64_t tap = 0; tap < w_.taps; ++tap) {
+                  const int64_t above = rows[tap / kw], left = column_at_[w * kw + tap % kw];
+                  if (above == kOutside || left == kOutside) continue;
+                  at[tap * kMostPixels] = in + above + left;
+                  block.taps |= uint64_t{1} << tap;
+                }
+              }
+              block.out[block.count++] = out + w;
+            }
+          }
       }
-    // Where a row's taps lie; null outside.
-    std::vector<const float*> row_at((end - begin) * kh);
-    for (int64_t row = begin; row < end; ++row)
-      for (int64_t i = 0; i < kh; ++i) {
-        const int64_t r = p_.rows.at(row % p_.rows.out, i);
-        row_at[(row - begin) * kh + i] =
-            r < 0 ? nullptr : x_ + (row / p_.rows.out * p_.rows.in + r) * p_.columns.in * p_.inputs;
+    // Kernels take more pixels than a short block has: its first one again.
+    for (const Block& block : found.blocks)
+      for (int64_t tap = 0; tap < (block.inside ? 1 : w_.taps); ++tap) {
+        int64_t* at = found.places.data() + block.places + tap * kMostPixels;
+        std::fill(at + block.count, at + kMostPixels, at[0]);
       }
-    const float* zeros = zeros_.as<float>();
-    const int64_t count = static_cast<int64_t>(places.size());
-    for (int64_t first = 0; first < count;) {
-      Block block;
-      block.inside = places[first].inside;
-      block.taps = 0;
-      block.count = 1;
-      while (block.count < most && first + block.count < count && places[first + block.count].inside == block.inside)
-        ++block.count;
-      block.pointers = static_cast<int64_t>(found.pointers.size());
-      for (int p = 0; p < block.count; ++p)
-        block.out[p] = (begin + places[first + p].row) * p_.columns.out + places[first + p].column;
-      for (int64_t tap = 0; tap < (block.inside ? 1 : w_.taps); ++tap)
-        for (int p = 0; p < kMostPixels; ++p) {
-          const Place& place = places[first + (p < block.count ? p : 0)];
-          const float* row = row_at[place.row * kh + tap / kw];
-          const int32_t column = column_at_[place.column * kw + tap % kw];
-          const bool reads = row != nullptr && column >= 0;
-          if (reads) block.taps |= uint64_t{1} << tap;
-          found.pointers.push_back(reads ? row + column : zeros);
-        }
-      found.blocks.push_back(block);
-      first += block.count;
-    }
   }
 
-  void run_panel(int64_t index, const Blocks& blocks, const int32_t* offsets, float* y) const {
+  void run_panel(int64_t index, const Blocks& blocks, const int32_t* offsets, const float* x, float* y) const {
     const Panel& panel = w_.panels[index];
     const int32_t* begin = w_.tap_begin + panel.group * (w_.taps + 1);
     const int64_t list = w_.list_begin[panel.group];
@@ -338,18 +278,29 @@ class TileProduct {
     alignas(64) float few[kMostPixels * kMostVectors * kLanes];
     const Scratch memory(parts > 1 ? 4 * size * static_cast<int64_t>(blocks.blocks.size()) : 0);
     std::vector<Segment> segments(w_.taps);
+    std::vector<const float*> pointers(w_.taps * kMostPixels);
+    const float* zeros = zeros_.as<float>();
+    // Where a tap of a block reads.
+    const auto point = [&, x, zeros](const int64_t* places, int64_t tap) {
+      const float** at = pointers.data() + tap * kMostPixels;
+      for (int p = 0; p < kMostPixels; ++p) {
+        const int64_t place = places[tap * kMostPixels + p];
+        at[p] = place == kOutside ? zeros : x + place;
+      }
+      return at;
+    };
     for (int64_t part = 0; part < parts; ++part) {
       const int32_t low = static_cast<int32_t>(entries * part / parts), high = static_cast<int32_t>(entries * (part + 1) / parts);
       float* sums = parts > 1 ? memory.as<float>() : few;
       for (const Block& block : blocks.blocks) {
-        const float* const* pointers = blocks.pointers.data() + block.pointers;
+        const int64_t* places = blocks.places.data() + block.places;
         int used = 0;
         if (block.inside) {
-          segments[used++] = {pointers, low, high};
+          segments[used++] = {point(places, 0), low, high};
         } else {
           for (int64_t tap = 0; tap < w_.taps; ++tap) {
             const int32_t first = std::max(begin[tap], low), last = std::min(begin[tap + 1], high);
-            if (first < last && (block.taps >> tap & 1)) segments[used++] = {pointers + tap * kMostPixels, first, last};
+            if (first < last && (block.taps >> tap & 1)) segments[used++] = {point(places, tap), first, last};
           }
         }
         multiply_for(panel, block.count)(segments.data(), used, (block.inside ? offsets : w_.channels) + list, weights, sums,
@@ -383,7 +334,8 @@ class TileProduct {
   const float* x_;
   const Epilogue& epilogue_;
   Scratch zeros_;
-  std::vector<int32_t> row_kind_, column_kind_, column_at_;
+  std::vector<int32_t> row_kind_, column_kind_;
+  std::vector<int64_t> column_at_;
   std::vector<uint64_t> row_kinds_, column_kinds_;
   bool uniform_ = false;
 };

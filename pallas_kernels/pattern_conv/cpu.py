@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -95,7 +96,7 @@ def forward(
 
 def forward_packed(
     x: jax.Array,
-    packed: jax.Array,
+    packed: jax.Array | np.ndarray,
     structure: Structure,
     geometry: Geometry,
     *,
@@ -124,7 +125,7 @@ def weight_gradient(x: jax.Array, dy: jax.Array, structure: Structure | None, ge
     return _call("clicktrain_conv_weight_gradient", out, arguments, _settings(structure, geometry), images=False)
 
 
-def pack(w: np.ndarray, structure: Structure) -> np.ndarray:
+def pack(w: jax.Array | np.ndarray, structure: Structure) -> np.ndarray:
     """The retained weights as the kernels of this machine read them: uint8, for `forward_packed` on machines like it.
 
     Args:
@@ -174,7 +175,7 @@ def _vector(vector: jax.Array | None) -> jax.Array | np.ndarray:
     return np.zeros(0, np.float32) if vector is None else jnp.asarray(vector, jnp.float32)
 
 
-def _settings(structure: Structure | None, geometry: Geometry) -> dict[str, np.ndarray]:
+def _settings(structure: Structure | None, geometry: Geometry) -> dict[str, Any]:
     """What the handlers cannot tell from the shapes. The padding behind the image is in the output's size."""
     (top, _), (left, _) = geometry.padding
     values = {
@@ -187,7 +188,7 @@ def _settings(structure: Structure | None, geometry: Geometry) -> dict[str, np.n
 
 
 def _call(
-    target: str, out: jax.ShapeDtypeStruct, arguments: Sequence, settings: dict[str, object], images: bool
+    target: str, out: jax.ShapeDtypeStruct, arguments: Sequence, settings: dict[str, Any], images: bool
 ) -> jax.Array:
     """The handler's result. Under `jax.vmap` of the first argument alone the images of all become one batch.
 
@@ -211,7 +212,7 @@ def _call(
     is_divided = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
     is_whole = is_divided or not jax.config.jax_use_shardy_partitioner
     arrays = [jnp.asarray(argument) for argument in arguments]
-    function = _mappable(call if is_whole else _divisible(call, images), images)
+    function: Callable[..., Any] = _mappable(call if is_whole else _divisible(call, images), images)
     place = jax.typeof(arrays[0]).sharding
     kinds = zip(place.mesh.axis_names, place.mesh.axis_types)
     explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
@@ -247,7 +248,7 @@ def _divisible(function: Callable[..., jax.Array], images: bool) -> Callable[...
 
     def partition(mesh: Any, operands: Sequence[Any], result: Any) -> tuple:
         spec = getattr(operands[0].sharding, "spec", ())
-        along = spec[0] if len(spec) else None
+        along = next(iter(spec), None)
         names = () if along is None else along if isinstance(along, tuple) else (along,)
         # What pads an uneven share would be summed with the images.
         if operands[0].shape[0] % math.prod(mesh.shape[name] for name in names):
@@ -276,8 +277,8 @@ def _mappable(function: Callable[..., jax.Array], images: bool) -> Callable[...,
         alone = [array for array, batched in zip(arrays, is_batched) if batched]
 
         def one(parts: list[jax.Array]) -> jax.Array:
-            parts = iter(parts)
-            return mapped(*(next(parts) if batched else array for array, batched in zip(arrays, is_batched)))
+            own = iter(parts)
+            return mapped(*(next(own) if batched else array for array, batched in zip(arrays, is_batched)))
 
         return jax.lax.map(one, alone), True
 

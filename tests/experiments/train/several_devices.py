@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from PIL import Image
 
 from experiments.configs import LoopConfig, PruneConfig, TrainConfig
 from experiments.data import DataConfig, load
@@ -96,7 +97,29 @@ def check_ordered(counts, dataset):
     print("the same bits where the devices change")
 
 
+def check_streamed(counts, dataset):
+    """The same digits as files, decoded while they are trained on."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part, images, labels in (
+            ("train", dataset.train_images, dataset.train_labels),
+            ("test", dataset.eval_images[:30], dataset.eval_labels[:30]),
+        ):
+            for index, (image, label) in enumerate(zip(images, labels)):
+                place = Path(folder) / part / str(label)
+                place.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image[..., 0]).convert("RGB").save(place / f"{index:04d}.png")
+        fields = {"data": DataConfig("own", folder, image_size=8), "partial_batch": "fill"}
+        files = load(fields["data"])
+        _, one, losses, evaluated = run(1, files, **fields)
+        for count in counts:
+            _, state, found, also = run(count, files, **fields)
+            same_masks(one, state)
+            np.testing.assert_allclose(found, losses, rtol=2e-5)
+            np.testing.assert_allclose(also, evaluated, rtol=1e-4)
+    print("the same stream on", *counts)
+
+
 if __name__ == "__main__":
     what, *numbers = sys.argv[1:]
-    check = {"plain": check_plain, "scan": check_scan, "ordered": check_ordered}[what]
+    check = {"plain": check_plain, "scan": check_scan, "ordered": check_ordered, "streamed": check_streamed}[what]
     check([int(number) for number in numbers], load(CONFIG.data))

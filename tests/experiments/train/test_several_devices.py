@@ -34,6 +34,10 @@ def test_four_and_eight_devices_train_as_one():
     assert "the same run on 4 8\n" in emulated("several_devices.py", "plain", 4, 8)
 
 
+def test_a_stream_divided_over_two_devices_trains_as_on_one():
+    assert "the same stream on 2\n" in emulated("several_devices.py", "streamed", 2)
+
+
 @pytest.mark.slow
 def test_compiled_loops_on_two_devices_train_as_on_one():
     assert "the same loops on 2\n" in emulated("several_devices.py", "scan", 2)
