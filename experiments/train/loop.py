@@ -65,6 +65,7 @@ def train(
             none of which can be read.
         Interrupted: SIGINT or SIGTERM came.
         NonFiniteLoss: training diverged.
+        ConnectionError: of several processes another one is gone.
         Exception: whatever ``on_epoch`` raises.
     """
     if trainer is not None and any(field != "seed" for field, _, _ in differences(to_dict(trainer.config), config)):
@@ -117,6 +118,9 @@ def train(
             progress.begin(epoch)
             try:
                 state, line = _epoch(trainer, state, epoch, config, on_step)
+            except jax.errors.JaxRuntimeError as error:
+                processes.explain(error, saved)
+                raise
             except NonFinite as error:
                 raise NonFiniteLoss(
                     f"{config.name}: {error} in epoch {epoch}. The newest checkpoint, of {saved} whole epochs, is kept "

@@ -122,6 +122,16 @@ def together(work: Callable[[], Any], same: Callable[[Any], Any] = lambda found:
     return found
 
 
+def explain(error: Exception, epochs_saved: int) -> None:
+    """Raise a ConnectionError where jax raised an error in an update because another process is gone."""
+    said = str(error)
+    if jax.process_count() > 1 and any(word in said for word in ("Gloo", "NCCL", "peer", "UNAVAILABLE")):
+        raise ConnectionError(
+            f"another process of the run is gone, or cannot be reached ({said.splitlines()[0][:200]}). The newest "
+            f"checkpoint, of {epochs_saved} whole epochs, is kept: start all processes again, by the same commands"
+        ) from error
+
+
 def from_first(work: Callable[[], Any]) -> Any:
     """What the first process finds, plain data, on every process; a ValueError of its likewise."""
     if jax.process_count() == 1:

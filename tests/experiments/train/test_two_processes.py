@@ -83,6 +83,7 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(tmp_path, cache):
     start = time.monotonic()
     (code, text), _ = both.ended()
     assert code not in (0, None) and time.monotonic() - start < 60, text[-3000:]
+    assert "another process of the run is gone" in text
     before = read_metrics(folder)[:4]
     for code, text in Both(folder, cache, *longer).ended():
         assert code == 0, text[-3000:]
