@@ -37,7 +37,7 @@ def call(
     is_whole = is_divided or not jax.config.jax_use_shardy_partitioner
     arrays = [jnp.asarray(argument) for argument in arguments]
     whole = function(()) if is_whole else _divisible(function, batched, results)
-    mapped = _mappable(whole, folds=sum(batched) == 1 and all(results))
+    mapped: Callable[..., Any] = _mappable(whole, folds=sum(batched) == 1 and all(results))
     place = jax.typeof(arrays[0]).sharding
     kinds = zip(place.mesh.axis_names, place.mesh.axis_types)
     explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
@@ -64,8 +64,7 @@ def _divisible(function: OnShares, batched: Sequence[bool], results: Sequence[bo
         return f"{taken} -> {given}"
 
     def partition(mesh: Any, operands: Sequence[Any], _: Any) -> tuple:
-        spec = getattr(operands[0].sharding, "spec", ())
-        along = spec[0] if len(spec) else None
+        along = next(iter(getattr(operands[0].sharding, "spec", ())), None)
         names = () if along is None else along if isinstance(along, tuple) else (along,)
         # What pads an uneven share would be counted with the images.
         if operands[0].shape[0] % math.prod(mesh.shape[name] for name in names):
@@ -97,8 +96,8 @@ def _mappable(function: Callable[..., Arrays], folds: bool) -> Callable[..., Arr
             alone = [array for array, batched in zip(arrays, is_batched) if batched]
 
             def one(parts: list[jax.Array]) -> Arrays:
-                parts = iter(parts)
-                return mapped(*(next(parts) if batched else array for array, batched in zip(arrays, is_batched)))
+                own = iter(parts)
+                return mapped(*(next(own) if batched else array for array, batched in zip(arrays, is_batched)))
 
             found = jax.lax.map(one, alone)
         return found, (True,) * len(found)
