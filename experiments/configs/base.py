@@ -35,8 +35,9 @@ class LoopConfig:
         eval_every_epochs: evaluate after every so many epochs, and after the last.
         input_threads: threads that read and decode a streamed set; None for one a core, 16 at most.
         devices: how many are used, a batch divided over them; None for all that jax sees.
-        ordered: what the ``shards`` of a batch say is summed in their order, so that a run has the same bits on any
-            number of devices that divides the shards; for each device as many gradients travel as there are shards.
+        ordered: what the ``shards`` of a batch say is summed in their order, whatever the number of devices that
+            divides the shards; each device is sent as many gradients as there are shards. Equal bits want a compiler
+            that fuses alike, too (JAX_DISABLE_MOST_OPTIMIZATIONS=1).
         coordinator: HOST:PORT of the first of several processes that are one run, each with the same command but for
             process_id; "auto": Slurm, Open MPI or Kubernetes tell all three. None for one process.
         processes: how many there are.

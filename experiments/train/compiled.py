@@ -1,5 +1,6 @@
 """The compiled updates of a trainer: one by one, in two programs, or many in a loop."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,9 @@ from experiments.train.programs import Programs
 from experiments.train.pruned_phase import Way
 from experiments.train.state import Images, TrainState
 from experiments.train.update import change_of, gradient_of, update_loop, update_step
+
+# Of the run's key: experiments.train.step has the stream before it.
+_ORDER = 1
 
 
 class Updates:
@@ -84,6 +88,22 @@ class Updates:
         """What the programs for batches of a size take."""
         return self.train_data if self.streams or self.devices.mesh is None else self._parts[batch]
 
+    def _order(self, key: jax.Array, epoch: int) -> jax.Array:
+        """Which images, one after the other; beyond the epoch's own those of the next one, as far as a batch goes."""
+        count = self.dataset.train_examples
+        wanted = max(count, self.steps_per_epoch * self.config.batch_size) if self.fills and not self.tail else count
+        orders = [
+            _order(jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch + later), count)
+            for later in range(-(-wanted // count))
+        ]
+        return orders[0] if wanted == count else jnp.concatenate(orders)[:wanted]
+
+    def by_batch_size(self, first: int, end: int) -> list[tuple[int, int, int]]:
+        """Split updates [first, end) of an epoch by batch size, (first, end, batch): the last one may be smaller."""
+        full = self.steps_per_epoch - bool(self.tail)
+        parts = [(first, min(end, full), self.config.batch_size), (max(first, full), end, self.tail)]
+        return [(begin, stop, batch) for begin, stop, batch in parts if begin < stop]
+
     def _shapes(self, params: Any) -> tuple[tuple[int, ...], ...]:
         """What tells a narrowed net's programs apart."""
         return () if self.channels is None else tuple(leaf.shape for leaf in jax.tree.leaves(params))
@@ -148,3 +168,8 @@ class Updates:
     def update_step(self, kind: str, batch: int, way: Way = "dense") -> Callable[..., Any]:
         """One whole update as a pure function: `experiments.train.update.update_step` of this trainer."""
         return update_step(self, kind, batch, way)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _order(key: jax.Array, count: int) -> jax.Array:
+    return jax.random.permutation(key, count)

@@ -26,7 +26,7 @@ def in_parts(
         devices: that the batch is divided over; their number divides ``shards``, or that is 1.
         accumulate: parts one after the other.
         shards: parts side by side.
-        ordered: whether what shards have is summed in their order: the same bits on any number of devices.
+        ordered: whether what shards have is summed in their order, whatever the number of devices.
         unrolled: whether the parts that follow each other are written out. XLA's convolutions in a loop are slow on
             CPUs; on a GPU a loop keeps one part's activations alone.
 

@@ -38,7 +38,7 @@ from experiments.train.update import evaluation_of
 from pallas_kernels.pattern_conv import mosaic_gpu
 
 # Streams of random numbers, each folded into the run's key.
-_INIT, _ORDER = range(2)  # experiments.train.update has the third
+_INIT = 0  # experiments.train.compiled and update have the others
 # Updates that a compiled loop does at most: the host shows progress and heeds signals between loops.
 LONGEST_LOOP = 512
 
@@ -260,16 +260,6 @@ class Trainer(Updates):
                     segments = self.segments(epoch, segment[3], facts)
         return state, np.asarray(metrics)
 
-    def _order(self, key: jax.Array, epoch: int) -> jax.Array:
-        """Which images, one after the other; beyond the epoch's own those of the next one, as far as a batch goes."""
-        count = self.dataset.train_examples
-        wanted = max(count, self.steps_per_epoch * self.config.batch_size) if self.fills and not self.tail else count
-        orders = [
-            _order(jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch + later), count)
-            for later in range(-(-wanted // count))
-        ]
-        return orders[0] if wanted == count else jnp.concatenate(orders)[:wanted]
-
     def _looped(self, segments: list[Segment], first: int) -> str | None:
         """Which loop does the next updates in one piece: "dense", "masked" or "pruned"; None if none does."""
         end = first + self.loop_length
@@ -367,12 +357,6 @@ class Trainer(Updates):
         stats = {"batch_stats": state.batch_stats} if state.batch_stats else {}
         return {"params": self.method.forward(state.params), **stats}
 
-    def by_batch_size(self, first: int, end: int) -> list[tuple[int, int, int]]:
-        """Split updates [first, end) of an epoch by batch size, (first, end, batch): the last one may be smaller."""
-        full = self.steps_per_epoch - bool(self.tail)
-        parts = [(first, min(end, full), self.config.batch_size), (max(first, full), end, self.tail)]
-        return [(begin, stop, batch) for begin, stop, batch in parts if begin < stop]
-
     def _prepare_masked(self, args: tuple) -> None:
         """Have what the selection and the loops after it need compiled in the background."""
         if self._is_prepared:
@@ -411,8 +395,3 @@ class Trainer(Updates):
         choice = self.pruned.choose(run)
         self.programs.seconds += self.pruned.waited_seconds - before
         return choice
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _order(key: jax.Array, count: int) -> jax.Array:
-    return jax.random.permutation(key, count)

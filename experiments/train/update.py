@@ -20,7 +20,7 @@ from experiments.train.state import Images, TrainState
 
 # Entries of an array that a kernel of its own would be more trouble than work for.
 SMALL = 2**13
-# Of the run's key: experiments.train.step has the streams before it.
+# Of the run's key: experiments.train.step and compiled have the streams before it.
 _STEP = 2
 
 
