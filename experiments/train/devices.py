@@ -62,11 +62,14 @@ class Devices:
         """How many images of a batch that is divided this process reads."""
         return batch if self.mesh is None else batch * self.mesh.local_mesh.size // self.count
 
-    def batch(self, images: np.ndarray, labels: np.ndarray) -> Images:
-        """A batch that is divided over the devices, of the share of it that this process reads."""
+    def batch(self, images: np.ndarray, labels: np.ndarray, size: int | None = None) -> Images:
+        """A batch of ``size`` images over all processes, of the share of it that this process reads.
+
+        It is divided over the devices, as it is where ``size`` is None; whole on each where they cannot divide it.
+        """
         if self.mesh is None:
             return Images(*jax.device_put((images, labels)))
-        place = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        place = NamedSharding(self.mesh, PartitionSpec(AXIS) if size is None else self.spec(size))
         return Images(*(jax.make_array_from_process_local_data(place, array) for array in (images, labels)))
 
     def spec(self, batch: int, axis: int = 0) -> PartitionSpec:

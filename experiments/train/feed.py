@@ -49,9 +49,9 @@ class Feed:
             seed=seed,
             epoch=epoch,
             # Processes lie in the mesh's order, each with its devices side by side.
-            share=Share(jax.process_index(), jax.process_count()),
+            share=Share(jax.process_index(), jax.process_count(), devices.count),
             threads=trainer.config.loop.input_threads,
-            put=lambda batch, size: devices.batch(*batch),
+            put=lambda batch, size: devices.batch(*batch, size=size),
         )
         self._under_way: collections.deque[jax.Array] = collections.deque()
 

@@ -41,6 +41,11 @@ def test_a_stream_divided_over_two_devices_trains_as_on_one():
 
 
 @pytest.mark.slow
+def test_a_streams_last_batch_that_eight_devices_cannot_divide_lies_whole_on_each():
+    assert "the same stream on 8\n" in emulated("several_devices.py", "streamed", 8)
+
+
+@pytest.mark.slow
 def test_compiled_loops_on_two_devices_train_as_on_one():
     assert "the same loops on 2\n" in emulated("several_devices.py", "scan", 2)
 
