@@ -19,6 +19,7 @@ from experiments.data import DataConfig, Dataset, load
 from experiments.records import read_metrics
 from experiments.studies import export
 from experiments.train import loop
+from experiments.train.devices import Devices
 from experiments.train.feed import Feed
 from experiments.train.step import Trainer
 
@@ -190,7 +191,11 @@ def test_the_host_is_two_updates_ahead_of_the_device_at_most(monkeypatch):
     monkeypatch.setattr(jax, "block_until_ready", lambda step: waited_for.append(int(step)))
     dataset = types.SimpleNamespace(train_batches=lambda *_, **__: iter("abcde"))
     trainer = types.SimpleNamespace(
-        config=tiny.CONFIG, dataset=dataset, steps_per_epoch=5, by_batch_size=lambda first, end: [(first, end, 4)]
+        config=tiny.CONFIG,
+        dataset=dataset,
+        devices=Devices(),
+        steps_per_epoch=5,
+        by_batch_size=lambda first, end: [(first, end, 4)],
     )
     taking = Feed(trainer, np.arange(20), 0, 0)
     assert [taking.take(jnp.int32(done)) for done in range(5)] == list("abcde")
