@@ -56,6 +56,8 @@ table: $(READY)
 lint: $(READY)
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
+	@if $(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then \
+	$(VENV)/bin/python -m basedpyright --pythonpath $(VENV)/bin/python; else echo "types: checked by Python 3.12 or later, with the newest jax"; fi
 
 # Made in one go or not at all: .ready is written last.
 $(READY): requirements.txt

@@ -5,6 +5,7 @@
 It exits with 0 when all of that works.
 """
 
+import importlib.resources
 import json
 import pathlib
 import subprocess
@@ -76,6 +77,8 @@ def none():
         import clicktrain_jax.models  # noqa: F401
 
     refuses("models", models)
+    for package in ("clicktrain_jax", "pallas_kernels"):
+        assert (importlib.resources.files(package) / "py.typed").is_file(), package
     assert ct.__version__ in clicktrain("--version") and "train NAME" in clicktrain("--help")
     assert "pip install 'clicktrain-jax[experiments]'" in clicktrain("demo", code=2)
 

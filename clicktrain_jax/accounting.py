@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -60,7 +61,12 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Report:
-    """All leaves, and totals over them."""
+    """All leaves, and totals over them.
+
+    Attributes:
+        layers: one a leaf, in the order of the tree.
+        pending: whether the masks are of a run that has selected and not pruned.
+    """
 
     layers: tuple[LayerReport, ...]
     pending: bool = False

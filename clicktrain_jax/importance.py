@@ -144,8 +144,8 @@ def scaled_scores(
 
 
 def rescaled(values: jax.Array, goal: int = _SCALE) -> tuple[jax.Array, jax.Array]:
-    """Float32 values scaled by a power of two so that the largest is about ``2**goal``, and the exponent of what is
-    left: ``values == scaled * 2.0**exponent``. All zero, or not finite: as they are."""
+    """Float32 values (...) scaled by a power of two so that the largest is about ``2**goal``, and the exponent () of
+    what is left: ``values == scaled * 2.0**exponent``. All zero, or not finite: as they are."""
     bits = jax.lax.bitcast_convert_type(jnp.max(jnp.abs(values), initial=0.0), jnp.int32)
     exponent = jnp.right_shift(bits, 23) - 127 - goal
     exponent = jnp.where((bits >= 1 << 23) & (bits < 255 << 23), exponent, 0)
@@ -153,7 +153,7 @@ def rescaled(values: jax.Array, goal: int = _SCALE) -> tuple[jax.Array, jax.Arra
 
 
 def times_power_of_two(values: jax.Array, exponent: jax.Array) -> jax.Array:
-    """Float32 ``values * 2**exponent``, exact where the result is in float32's range."""
+    """Float32 ``values * 2**exponent``, (...) and a scalar, exact where the result is in float32's range."""
     exponent = jnp.clip(exponent, -252, 252)
     half = exponent // 2
     for part in (half, exponent - half):

@@ -10,8 +10,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from clicktrain_jax.plan.convolutions import FROM_HWIO
 from clicktrain_jax.trees import (
@@ -95,7 +97,7 @@ class LayerMask(NamedTuple):
 
     def combined(self) -> jax.Array:
         """Bool of the leaf's shape, True where a weight stays."""
-        return self.full().combined() if isinstance(self.kernel, np.ndarray) else _compiled_combined(self)
+        return self.full().combined()
 
 
 def _full(layer: LayerMask, xp: Any) -> FullMask:
@@ -109,7 +111,10 @@ def _full(layer: LayerMask, xp: Any) -> FullMask:
         return FullMask(None, kernel)
     if layer.shape[0] * layer.shape[1] > 32:
         return FullMask(xp.moveaxis(layer.patterns[layer.pattern_ids], (2, 3), (0, 1)), kernel)
-    return FullMask(_spread(_words(layer, xp), layer.shape, xp), kernel)
+    words = _words(layer, xp)
+    # The barrier keeps a compiler from looking every kernel's word up again for each of its taps, in each loop over
+    # weights that reads the mask.
+    return FullMask(_spread(words if xp is np else jax.lax.optimization_barrier(words), layer.shape, xp), kernel)
 
 
 def _words(layer: LayerMask, xp: Any) -> Any:
@@ -126,22 +131,24 @@ def _spread(words: Any, shape: tuple[int, ...], xp: Any) -> Any:
     return (xp.right_shift(words[None], taps[:, None, None]) & xp.uint32(1)).astype(bool).reshape(shape)
 
 
-def _combined(layer: LayerMask) -> jax.Array:
-    if layer.kernel.ndim == 4 or layer.patterns is None or layer.shape[0] * layer.shape[1] > 32:
-        return _full(layer, jnp).combined()
-    # The barrier keeps a compiler from looking every kernel's word up again for each of its taps, in each loop over
-    # weights that reads the mask.
-    words = jax.lax.optimization_barrier(jnp.where(layer.kernel, _words(layer, jnp), jnp.uint32(0)))
-    return _spread(words, layer.shape, jnp)
-
-
-def _compiled(function: Callable[[LayerMask], Any]) -> Callable[[LayerMask], Any]:
+@partial(jax.jit, inline=True)
+def _compiled_full(layer: LayerMask) -> FullMask:
     """One program outside of jit, and inside of it nothing that shows."""
     # What jit returned may be sharded in any way.
-    return jax.jit(lambda layer: function(LayerMask(*jax.tree.map(replicated, tuple(layer)))), inline=True)
+    return _full(LayerMask(*jax.tree.map(replicated, tuple(layer))), jnp)
 
 
-_compiled_full, _compiled_combined = _compiled(lambda layer: _full(layer, jnp)), _compiled(_combined)
+class _Aside:
+    """A value in a tree's structure by which structures do not differ."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Aside)
+
+    def __hash__(self) -> int:
+        return 0
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -158,7 +165,8 @@ class Masks:
             missing.
         names: of all leaves of the tree.
         pending: True for those that `clicktrain_jax.masks_of` reads between a run's selection and its prune: the
-            weights they mark are not zero yet. Masks that are built, or have been through a tree map, are not.
+            weights they mark are not zero yet. Copies of them are too; masks that are built, or come out of jit, are
+            not.
 
     Raises:
         ValueError: the two trees have other leaves than one another.
@@ -174,8 +182,9 @@ class Masks:
         present = {name: pair for name, pair in pairs.items() if not (pair.pattern is None and pair.kernel is None)}
         self._fill(present, tuple(patterns), jax.tree.structure(pattern, is_leaf=is_none))
 
-    def _fill(self, layers: dict[str, Any], names: tuple[str, ...], structure: Any) -> None:
+    def _fill(self, layers: dict[str, Any], names: tuple[str, ...], structure: Any, pending: Any = None) -> None:
         self.layers, self.names, self._structure = layers, names, structure
+        self.pending = pending is not None and pending.value
 
     @classmethod
     def of(cls, tree: Any) -> "Masks":
@@ -190,7 +199,9 @@ class Masks:
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """For jax."""
-        return ((jax.tree_util.GetAttrKey("layers"), self.layers),), (self.names, self._structure)
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(self.layers))
+        static = self.names, self._structure, _Aside(self.pending and not traced)
+        return ((jax.tree_util.GetAttrKey("layers"), self.layers),), static
 
     @classmethod
     def tree_unflatten(cls, static: Any, children: Any) -> "Masks":
@@ -206,7 +217,7 @@ class Masks:
         return type(self)(**{"pattern": self.pattern, "kernel": self.kernel} | parts)
 
     def __reduce__(self):
-        return type(self), (self.pattern, self.kernel)
+        return type(self), (self.pattern, self.kernel), {"pending": self.pending}
 
     def __repr__(self) -> str:
         layers = ", ".join(f"{name!r}: {tuple(layer.shape)}" for name, layer in self.layers.items())

@@ -12,8 +12,9 @@ what was marked and has grown since is kept after all.
 
 That is how a run goes as planned. Whether masks stand is a fact of the run, not arithmetic on its step: a selection is
 due from its step on until it is done. An update whose scores are not finite adds none and selects nothing, so it
-postpones the selection by one; the mean is over ``importance_steps`` finite updates all the same. The prune comes at
-its step at the earliest, and at least one update after the last selection.
+postpones the selection by one; the mean is over ``importance_steps`` finite updates all the same. Scores that were
+gathered before a window begins (a run resumed with a later selection) do not count in it. The prune comes at its step
+at the earliest, and at least one update after the last selection.
 """
 
 import dataclasses
@@ -35,7 +36,8 @@ class Phase(enum.IntEnum):
 
 
 class Due(NamedTuple):
-    """What an update is to do: bools, traced where the facts or the schedule are. At most one of all but ``gathers``.
+    """What an update is to do: bools, traced where the facts or the schedule are. At most one of all but ``gathers``
+    and ``forgets``.
 
     Attributes:
         gathers: its scores count for a selection later on.
@@ -43,6 +45,7 @@ class Due(NamedTuple):
         regularizes: its gradient gets the group lasso.
         prunes: masked weights are zero after it.
         pruned: its gradient is masked too.
+        forgets: the scores gathered so far are from before this selection's window; they are dropped.
     """
 
     gathers: Any
@@ -50,6 +53,7 @@ class Due(NamedTuple):
     regularizes: Any
     prunes: Any
     pruned: Any
+    forgets: Any
 
     @property
     def phase(self) -> Phase:
@@ -88,7 +92,7 @@ class PhaseSchedule:
             value = getattr(self, field)
             if value is None and field.startswith("reselect"):
                 continue
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
+            if value is None or isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise ValueError(f"{field}={value!r}: expected an integer number of updates")
             # Updates are counted in int32.
             if not 0 <= value < 2**31 - 1:
@@ -128,7 +132,9 @@ class PhaseSchedule:
             gathered: how many updates' scores are in the sums.
         """
         chosen, is_pruned = selected >= 0, pruned >= 0
-        first = (selected < 0) & (count > self.select_step - self.importance_steps)
+        begin = self.select_step - self.importance_steps + 1
+        first = (selected < 0) & (count >= begin)
+        forgets = (selected < 0) & (gathered > count - begin)
         again, waits, coming = False, False, 0
         if self.reselect_step is not None:
             coming = self.reselect_step
@@ -137,13 +143,16 @@ class PhaseSchedule:
             coming = selected + self.reselect_every
             waits = chosen & (coming < self.prune_step) & (pruned < 0)
         if waits is not False:
-            again = waits & (count > coming - self.importance_steps)
-        full = gathered + 1 >= self.importance_steps
+            begin = coming - self.importance_steps + 1
+            again = waits & (count >= begin)
+            forgets |= waits & (gathered > count - begin)
+        forgets &= gathered > 0
+        full = (gathered + 1 >= self.importance_steps) & (forgets ^ True)
         selects = full & (first & (count >= self.select_step) | again & (count >= coming))
         prunes = chosen & (pruned < 0) & (count >= self.prune_step) & (waits ^ True)
         ordinary = selects | prunes | is_pruned
         # Not ~, which makes -2 of Python's True.
-        return Due((first | again) & (selects ^ True), selects, chosen & (ordinary ^ True), prunes, is_pruned)
+        return Due((first | again) & (selects ^ True), selects, chosen & (ordinary ^ True), prunes, is_pruned, forgets)
 
     def planned(self, step: int) -> tuple[int, int, int]:
         """``(selected, pruned, gathered)`` before update ``step`` of a run that goes as planned."""
@@ -177,12 +186,12 @@ class PhaseSchedule:
         first, current = start, None
         for count in range(start, stop):
             due = self.due(count, selected, pruned, gathered)
-            gathered = gathered + 1 if due.gathers else 0 if due.selects else gathered
+            gathered = (0 if due.forgets or due.selects else gathered) + due.gathers
             selected, pruned = count if due.selects else selected, count if due.prunes else pruned
             kind = due.phase, bool(due.gathers)
-            if current not in (None, kind):
-                yield *current, first, count
+            if current is not None and current != kind:
+                yield current[0], current[1], first, count
                 first = count
             current = kind
-        if start < stop:
-            yield *current, first, stop
+        if current is not None:
+            yield current[0], current[1], first, stop

@@ -13,15 +13,21 @@ import jax
 import jax.numpy as jnp
 
 from clicktrain_jax.masks import Masks, layers_for
+from clicktrain_jax.patterns.kernels import ordered_sum
 from clicktrain_jax.plan.convolutions import Axes, cout_axis, tap_axes
-from clicktrain_jax.trees import Tree, map_named, named_leaves, placed_like
+from clicktrain_jax.trees import Tree, map_named, named_leaves, placed_like, replicated
 
 EPSILON = 1e-8
 
 
 def _norms(weight: jax.Array, axes: Axes | None) -> jax.Array:
     """sqrt(sum of squares over the taps + eps), the taps' axes kept as 1."""
-    return jnp.sqrt(jnp.sum(jnp.square(weight), axis=tap_axes(weight.shape, axes), keepdims=True) + EPSILON)
+    taps, spec = tap_axes(weight.shape, axes), jax.typeof(weight).sharding.spec
+    squares = jnp.square(weight if all(spec[axis] is None for axis in taps) else replicated(weight))
+    # Tap by tap it is one loop over kernels: XLA's reduction over leading axes takes four times as long on a CPU.
+    for axis in taps:
+        squares = ordered_sum(jnp.split(squares, squares.shape[axis], axis))
+    return jnp.sqrt(squares + EPSILON)
 
 
 def _marked(weight: jax.Array, keep: jax.Array | None) -> jax.Array:
@@ -67,7 +73,7 @@ def add_group_lasso(
         grads: tree like ``params``.
         params: tree of arrays.
         masks: `Masks` of that tree, or of a part of it.
-        coeff: weight of the group lasso in the loss.
+        coeff: weight of the group lasso in the loss, a scalar.
         axes: as in `group_lasso`.
 
     Returns:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import numpy as np
 
 from clicktrain_jax.masks import LayerMask, Masks
@@ -23,7 +24,7 @@ class ClickTrainState(NamedTuple):
         by_magnitude: bool (layers,), in the order of their sorted names: layers whose scores were all alike at the
             selection, so that the magnitudes of their weights decided.
         masks: tree like the parameters, a `clicktrain_jax.masks.LayerMask` at each planned leaf and None elsewhere.
-        gathered: int32, how many updates' scores are in ``scores``.
+        gathered: int32, how many updates' scores are in ``scores``; with 0 nothing in them counts.
         scores: float32 arrays by leaf name, the sum of the scores gathered so far for the next selection; empty when
             a selection takes one update's.
         exponents: int32 (layers,), as for ``by_magnitude``: the sums are ``scores * 2.0**exponents``.
@@ -36,9 +37,9 @@ class ClickTrainState(NamedTuple):
     postponed: jax.Array
     by_magnitude: jax.Array
     masks: Tree
-    gathered: jax.Array
+    gathered: Any
     scores: dict[str, jax.Array]
-    exponents: jax.Array
+    exponents: Any
     inner_state: Any
 
 
@@ -151,7 +152,8 @@ def find(opt_state: Any) -> ClickTrainState:
 
 def _by_path(opt_state: Any) -> list[ClickTrainState]:
     """The states in what is left of one: nested containers whose keys are its fields."""
-    leaves = {path_keys(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]}
+    with_paths = jax.tree_util.tree_flatten_with_path(opt_state)[0]
+    leaves = {tuple("/".join(path_keys(path)).split("/")): leaf for path, leaf in with_paths}
     heads = [keys[:-1] for keys in leaves if keys[-1:] == ("selected",)]
     states = []
     for head in heads:
@@ -210,6 +212,9 @@ def check_state(state: Any, plan: Plan, num_patterns: int, importance_steps: Any
             differing.append(f"{name!r} is pruned by the {'state' if layer is None else 'plan'} alone")
         elif tuple(held[name].shape) != layer.leaf_shape:
             differing.append(f"{name!r} has shape {held[name].shape} in the state, {layer.leaf_shape} in the plan")
+        # Masks of single weights are arrays of the leaf's own shape, whatever its axes.
+        elif held[name].patterns is not None and (np.ndim(held[name].kernel) == 4) != (layer.axes == "OIHW"):
+            differing.append(f"{name!r} is {layer.axes} in the plan, and not in the state")
         elif held[name].patterns is not None and len(held[name].patterns) != num_patterns:
             differing.append(f"{name!r} has {len(held[name].patterns)} patterns in the state, {num_patterns} asked for")
     if differing:

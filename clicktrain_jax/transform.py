@@ -5,19 +5,21 @@ knows its phase uses `phase_updates` instead and carries no conditional; both ar
 both hold one state, a `ClickTrainState`.
 """
 
+import functools
 import math
 import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
 from clicktrain_jax import importance as importance_lib
 from clicktrain_jax.eager import compiled
 from clicktrain_jax.importance import NO_SCORE, rescaled, scaled_scores, times_power_of_two
-from clicktrain_jax.masks import Masks, apply_masks, combine, keep_all, kept, layers_for
+from clicktrain_jax.masks import LayerMask, Masks, apply_masks, combine, keep_all, kept, layers_for
 from clicktrain_jax.patterns import fixed_set
 from clicktrain_jax.phases import PhaseSchedule
 from clicktrain_jax.plan import Plan
@@ -35,7 +37,7 @@ class PhaseUpdates(NamedTuple):
         init: ``params -> state``.
         dense: the inner optimizer's own update.
         gather: an update of the dense or the regularize phase whose scores are added for a selection later on, in the
-            ``importance_steps - 1`` updates before it.
+            ``importance_steps - 1`` updates before it; an update of these phases without it drops them.
         select: an ordinary update whose gradient, with what was gathered, chooses the masks. Where a score is not
             finite, or too few were, nothing is chosen and ``state.selected`` stays as it was: call it again in the
             next update.
@@ -65,15 +67,19 @@ class _Pieces:
         self.inner, self.plan, self.importance_steps = optax.with_extra_args_support(inner), plan, importance_steps
         self.patterns = check_patterns(plan, fixed_set(4) if patterns is None else patterns)
         self.criterion = importance_lib.criterion(importance, plan.axes)
-        real = isinstance(coeff, numbers.Real) and 0 <= coeff < math.inf
+        real = isinstance(coeff, numbers.Real) and 0 <= float(coeff) < math.inf
         if not (callable(coeff) or isinstance(coeff, jax.Array) or real):
             raise ValueError(
                 f"coeff={coeff!r}: expected a finite number >= 0, the weight of the group lasso in the loss, or a "
                 "function of the updates done"
             )
-        self.coeff = coeff if callable(coeff) else lambda count: coeff
+        self.coeff: Callable[[Any], Any] = coeff if callable(coeff) else lambda count: coeff
         # In the order of their names, which every container and every checkpoint keeps.
         self.names = sorted(layer.name for layer in plan.layers)
+
+    def check(self, state: Any) -> None:
+        """Raise a ValueError for a state that was made for another plan."""
+        check_state(state, self.plan, num_patterns_of(self.patterns), self.importance_steps)
 
     def init(self, params: Tree) -> ClickTrainState:
         self.plan.check_tree(params)
@@ -106,10 +112,11 @@ class _Pieces:
         new = {name: (jnp.where(finite, one, 0.0), jnp.where(finite, at, NO_SCORE)) for name, (one, at) in new.items()}
         if not state.scores:
             return state._replace(scores={name: score for name, (score, _) in new.items()}), finite
-        sums, exponents = {}, []
+        sums, exponents, counts = {}, [], state.gathered > 0
         for index, name in enumerate(self.names):
-            exponents.append(jnp.maximum(state.exponents[index], new[name][1]))
-            parts = (state.scores[name], state.exponents[index]), new[name]
+            before = jnp.where(counts, state.scores[name], 0.0), jnp.where(counts, state.exponents[index], NO_SCORE)
+            exponents.append(jnp.maximum(before[1], new[name][1]))
+            parts = before, new[name]
             sums[name] = sum(times_power_of_two(score, at - exponents[-1]) for score, at in parts)
         return state._replace(scores=sums, exponents=jnp.stack(exponents)), finite
 
@@ -163,11 +170,13 @@ class _Pieces:
             held: whether masked weights are zero afterwards.
         """
         masks = Masks.of(state.masks)
+        if lasso is not False:
+            # Spelled out once for all that reads them.
+            masks = Masks.of(masks.view(LayerMask.full))
         grads = _where(
             lasso, lambda: add_group_lasso(grads, params, masks, self.coeff(state.count), axes=self.plan.axes), grads
         )
-        # Spelled out once for all that reads them.
-        keep = None if masked is False and held is False else Masks.of(combine(masks))
+        keep: Any = None if masked is False and held is False else Masks.of(combine(masks))
         grads = _where(masked, lambda: apply_masks(grads, keep), grads)
         updates, inner_state = self.inner.update(grads, state.inner_state, params, **extra)
         held_at_zero = _where(held, lambda: enforce(updates, inner_state, params, keep), (updates, inner_state))
@@ -227,8 +236,12 @@ def phase_updates(
     """
     pieces = _Pieces(inner, plan, coeff, patterns, importance, importance_steps)
 
+    def ungathered(state: ClickTrainState) -> ClickTrainState:
+        # Scores from before an update that gathers none are of no window.
+        return state._replace(gathered=jnp.zeros_like(state.gathered))
+
     def dense(grads: Tree, state: ClickTrainState, params: Tree, **extra: Any) -> tuple[Tree, ClickTrainState]:
-        return pieces.move(grads, state, params, extra)
+        return pieces.move(grads, ungathered(state), params, extra)
 
     def gather(grads: Tree, state: ClickTrainState, params: Tree, **extra: Any) -> tuple[Tree, ClickTrainState]:
         if not state.scores:
@@ -240,7 +253,7 @@ def phase_updates(
         return pieces.move(grads, pieces.select(grads, state, params), params, extra)
 
     def regularize(grads: Tree, state: ClickTrainState, params: Tree, **extra: Any) -> tuple[Tree, ClickTrainState]:
-        return pieces.move(grads, state, params, extra, lasso=True)
+        return pieces.move(grads, ungathered(state), params, extra, lasso=True)
 
     def prune(grads: Tree, state: ClickTrainState, params: Tree, **extra: Any) -> tuple[Tree, ClickTrainState]:
         return pieces.move(grads, state._replace(pruned=state.count), params, extra, held=True)
@@ -256,7 +269,15 @@ def phase_updates(
         state = state._replace(pruned=jnp.where(prunes, state.count, state.pruned))
         return pieces.move(grads, state, params, extra, lasso=regularizes, masked=is_pruned, held=is_pruned | prunes)
 
-    return PhaseUpdates(pieces.init, dense, gather, select, regularize, prune, pruned, masked)
+    def checked(update: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(update)
+        def call(grads: Tree, state: ClickTrainState, *rest: Any, **extra: Any) -> tuple[Tree, ClickTrainState]:
+            pieces.check(state)
+            return update(grads, state, *rest, **extra)
+
+        return call
+
+    return PhaseUpdates(pieces.init, *map(checked, (dense, gather, select, regularize, prune, pruned, masked)))
 
 
 def clicktrain(
@@ -322,11 +343,11 @@ def clicktrain(
     def whole_update(
         grads: Tree, state: ClickTrainState, params: Tree, extra: dict[str, Any]
     ) -> tuple[Tree, ClickTrainState]:
-        check_state(state, plan, num_patterns_of(pieces.patterns), importance_steps)
+        pieces.check(state)
         due = schedule.due(state.count, state.selected, state.pruned, state.gathered)
         # What jit returned may be sharded in any way, and the branches must agree.
         masks, scores = jax.tree.map(replicated, (state.masks, state.scores))
-        state = state._replace(masks=masks, scores=scores)
+        state = state._replace(masks=masks, scores=scores, gathered=jnp.where(due.forgets, 0, state.gathered))
         whatever = {"inner_state": None}  # no business of the selection
 
         def look(how: Callable[..., Any]) -> Callable[[], ClickTrainState]:
@@ -349,15 +370,13 @@ def clicktrain(
         )
 
     # Hyperparameters that are arrays are new ones in every update: a compiled update would serve one.
-    fixed = not any(isinstance(value, jax.Array) for value in (coeff, patterns, select_step, prune_step))
+    fixed = not any(isinstance(value, jax.Array) for value in (coeff, select_step, prune_step))
     whole_update = compiled(whole_update) if fixed else whole_update
 
-    def update(
-        grads: Tree, state: ClickTrainState, params: Tree | None = None, **extra: Any
-    ) -> tuple[Tree, ClickTrainState]:
+    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
         if params is None:
             raise ValueError("clicktrain needs the parameters: call update(grads, state, params)")
-        return whole_update(grads, state, params, extra)
+        return whole_update(updates, state, params, extra)
 
     return optax.GradientTransformationExtraArgs(pieces.init, update)
 
@@ -408,7 +427,8 @@ def _mask_mirrors(inner_state: Any, keep: dict[str, Any], leaf_names: list[str])
         return "/".join(max(splits, key=lambda split: sum((*split[0], *name) in paths for name in names))[1])
 
     def mask(path: tuple, leaf: Any) -> Any:
-        held = keep.get(name_of(path_keys(path)))
+        name = name_of(path_keys(path))
+        held = None if name is None else keep.get(name)
         if held is None or jnp.shape(leaf) != held.shape or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf
         return kept(leaf, held)

@@ -10,9 +10,10 @@ as a leaf, so that a mask tree and its parameter tree flatten to lists of the sa
 
 import collections
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -28,10 +29,11 @@ def is_none(leaf: Any) -> bool:
 
 
 def key_name(key: Any) -> str:
-    """The text of one key of a jax key path."""
+    """The text of one key of a jax key path; a key that is a tuple, of a flattened dictionary, is a path itself."""
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
-            return str(getattr(key, attribute))
+            text = getattr(key, attribute)
+            return "/".join(map(str, text)) if isinstance(text, tuple) else str(text)
     return str(key)
 
 
@@ -123,6 +125,8 @@ def placed_like(array: Any, other: Any) -> Any:
     sharding = jax.typeof(other).sharding
     if all(axis is None for axis in sharding.spec):
         return replicated(array)
+    if not isinstance(array, jax.core.Tracer) and not isinstance(other, jax.core.Tracer):
+        return jax.device_put(array, other.sharding)  # which may come from the host, or from another device
     return jax.sharding.reshard(jnp.asarray(array), sharding)
 
 
@@ -156,7 +160,7 @@ def check_names_of(tree: Tree, expected: list[str], what: str) -> None:
     check_same_names([name for name in expected if not f"{name}/".startswith(hidden)], names, what)
 
 
-def is_kernel_shape(shape: tuple[int, ...]) -> bool:
+def is_kernel_shape(shape: tuple[int, ...]) -> TypeGuard[tuple[int, int, int, int]]:
     """True for a two-dimensional convolution's kernel, axes (kh, kw, cin, cout)."""
     return len(shape) == len(KERNEL_AXES)
 

@@ -32,10 +32,15 @@ from experiments.data import DataConfig, place
 RUNS = "runs.jsonl"
 # Fields that a resumed run may change: they decide neither data nor mathematics.
 _FREE_FIELDS = (
+    "loop.devices",
+    "loop.coordinator",
+    "loop.processes",
+    "loop.process_id",
     "loop.progress",
     "loop.tensorboard",
     "loop.keep_checkpoints",
     "loop.checkpoint_every_epochs",
+    "loop.input_threads",
     "data.dir",
     "data.cache_dir",
     "expected",
@@ -189,6 +194,16 @@ class RunFolder:
             "summary": self.summary(),
             "metrics": read_metrics(self.path),
         }
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Make the folder of a finished run again from what was kept of it; there are no checkpoints."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "setting.json", record["setting"])
+        for line in record["metrics"]:
+            self.append_metrics(line)
+        write_json(self.path / "config.json", record["config"])
+        # Last: a kill before leaves a run to be done.
+        self.write_summary(record["summary"])
 
     def keep_epochs(self, count: int) -> list[dict[str, Any]]:
         """Drop the lines of epochs that the checkpoint does not hold; returns the lines kept."""

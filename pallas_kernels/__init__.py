@@ -1,6 +1,7 @@
 """Convolutions that do the retained share of the work: arrays in, arrays out, knowing nothing of training."""
 
-from pallas_kernels import pattern_conv  # the module, which is called like its function
+from typing import TYPE_CHECKING
+
 from pallas_kernels.compat import compiler_options
 from pallas_kernels.norm import batch_norm
 from pallas_kernels.pattern_conv import (
@@ -16,6 +17,11 @@ from pallas_kernels.pattern_conv import (
     scheduled,
     supported,
 )
+
+if TYPE_CHECKING:
+    from pallas_kernels.pattern_conv import pattern_conv
+else:
+    from pallas_kernels import pattern_conv  # the module, which is called like its function
 
 __all__ = [
     "BACKENDS",

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ MOSAIC_GPU_NEEDS = "the Mosaic GPU kernels need jax 0.11.2 or later"
 
 
 @contextlib.contextmanager
-def interpreted(**params: object) -> Iterator[None]:
+def interpreted(**params: Any) -> Iterator[None]:
     """Mosaic GPU kernels traced inside are interpreted on the CPU; ``params`` of `plgpu.InterpretGPUParams`.
 
     Raises:

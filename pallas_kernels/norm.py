@@ -136,9 +136,9 @@ def _forward(x: Any, scale: Any, bias: Any, added: Any, around: Any, settings: S
 
 
 def _backward(settings: Settings, kept: tuple, slopes: tuple) -> tuple:
-    *kept, had_around = kept
-    slopes = (_backward_native if settings[3] == "cpu" else _backward_xla)(settings, kept, slopes)
-    return *slopes, jnp.zeros_like(kept[3]) if had_around else None
+    saved, had_around = kept[:-1], kept[-1]
+    slopes = (_backward_native if settings[3] == "cpu" else _backward_xla)(settings, saved, slopes)
+    return *slopes, jnp.zeros_like(saved[3]) if had_around else None
 
 
 _normalise.defvjp(_forward, _backward)
@@ -204,11 +204,9 @@ def _sums(one: jax.Array, two: jax.Array) -> tuple[jax.Array, jax.Array]:
     # A GPU's compiler has a few of its multiprocessors sum so many rows, and more in stages: also where it need not.
     parts = _PARTS if pixels <= _ONE_STAGE and pixels % _PARTS == 0 and pixels > _PARTS else 1
     sums = [terms.reshape(parts, pixels // parts, channels) for terms in (one, two)]
-    for axis in (1, 0) if parts > 1 else ((0, 1),):
-        sums = jax.lax.reduce(
-            sums, [zero, zero], lambda so_far, new: [so_far[0] + new[0], so_far[1] + new[1]], np.atleast_1d(axis)
-        )
-    return tuple(sums)
+    for axes in ((1,), (0,)) if parts > 1 else ((0, 1),):
+        sums = jax.lax.reduce(sums, [zero, zero], lambda so_far, new: [so_far[0] + new[0], so_far[1] + new[1]], axes)
+    return sums[0], sums[1]
 
 
 def _affine(x: Any, scale: Any, bias: Any, mean: Any, var: Any, epsilon: float) -> jax.Array:

@@ -1,3 +1,4 @@
+import contextlib
 import importlib.util
 import os
 import sys
@@ -33,14 +34,30 @@ sys.modules["drawn"] = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(sys.modules["drawn"])
 
 
-@pytest.fixture(scope="module")
-def optimised():
-    """Has the module's programs compiled as users' are: for what must hold to the bit."""
+@contextlib.contextmanager
+def _compiling(quickly):
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", quickly)
     jax.clear_caches()  # what was compiled the other way
-    yield
+    # For the tests' own processes.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quickly)))
+        yield
     jax.config.update("jax_disable_most_optimizations", before)
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Has the module's programs compiled as users' are: for what must hold to the bit."""
+    with _compiling(quickly=False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """Has the module's programs compiled quickly in the slow layer too: for trials of what measures elsewhere."""
+    with _compiling(quickly=True):
+        yield

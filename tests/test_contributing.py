@@ -32,7 +32,7 @@ def least(inner, plan, *, prune_step, magnitude):
             "from clicktrain_jax.methods.least import least\nfrom clicktrain_jax.methods.magnitude import",
         ),
         "experiments/configs/methods.py": (
-            "MethodConfig = PruneConfig",
+            "MethodConfig = (\n    PruneConfig",
             '''@dataclasses.dataclass(frozen=True)
 class LeastConfig:
     """Weights below a magnitude go at an epoch's begin."""
@@ -57,7 +57,9 @@ class LeastConfig:
         return Method(optimizer, masks=masks_in_state, begins_at=step)
 
 
-MethodConfig = LeastConfig | PruneConfig''',
+MethodConfig = (
+    LeastConfig
+    | PruneConfig''',
         ),
     },
     "criterion": {

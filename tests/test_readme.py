@@ -95,7 +95,9 @@ def run_page(pruned, tmp_path, monkeypatch):
         trained = any("in batches" in code for code in snippets(page))
         for code in snippets(page):
             # Runs of a few updates rather than of thousands.
-            exec(code.replace("2_000", "2").replace("5_000", "4") if trained else code, names)  # the page's own code
+            for many, few in (("2_000", "2"), ("5_000", "4"), ("10_000", "20")) if trained else ():
+                code = code.replace(many, few)
+            exec(code, names)  # the page's own code
         return names
 
     return run

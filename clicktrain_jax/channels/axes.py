@@ -195,7 +195,9 @@ class _Tracer:
         rule = _RULES.get(name)
         axes = None if rule is None else rule(self, params, values, shapes[0])
         known = [value.leaves for value in values]
-        leaves = None if None in known else frozenset[str]().union(*known)
+        leaves = frozenset[str]()
+        for each in known:
+            leaves = None if leaves is None or each is None else leaves | each
         if axes is not None:
             return [Value(axes, leaves)]
         why = f"{name!r} may depend on its order"

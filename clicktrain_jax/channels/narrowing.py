@@ -111,7 +111,7 @@ def narrow_shapes(tree: Tree, sizes: Mapping[str, int], nodes: Sequence[ChannelN
 
 def leaf_axes(node: ChannelNode) -> list[tuple[str, int, int | None]]:
     """``(leaf name, axis, outer)`` of all leaves that know of a group; outer is None where the axis is the channels."""
-    return [(*entry, None) for entry in (*node.writers, *node.followers)] + list(node.readers)
+    return [*((*entry, None) for entry in (*node.writers, *node.followers)), *node.readers]
 
 
 def leaf_shapes(tree: Tree, prefix: str) -> dict[str, tuple[int, ...]]:

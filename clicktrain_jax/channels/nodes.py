@@ -20,7 +20,7 @@ from clicktrain_jax.channels.axes import Part, TracedAxes, trace_axes
 from clicktrain_jax.trees import Tree
 
 _PARAMS = "params"
-_Parts = tuple[Part, ...]
+_Parts = tuple[Part, ...]  # at least one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _node(group: _Parts, entries: list[tuple[str, int, int]], traced: TracedAxes
         lists[role].append((name, axis, outer) if role == "reader" else (name, axis))
         read_whole |= role == "reader" and traced.axes[name, axis] == group
     # A group that nothing writes is worth telling when it is the input's channels; others are taps and positions.
-    if not lists["writer"] and not (read_whole and group[0].from_input):
+    if not lists["writer"] and not (read_whole and next(iter(group)).from_input):
         return None
     return ChannelNode(_length(group), tuple(lists["writer"]), tuple(lists[None]), tuple(lists["reader"]), fixed)
 

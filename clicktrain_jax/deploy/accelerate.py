@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 
 from clicktrain_jax.deploy import interception, layers, whole_net
@@ -79,8 +80,8 @@ class AccelerateReport:
         for conv in self.convolutions:
             runs = " ".join(word for word in (conv.runs, conv.backend, conv.layout) if word)
             kept = "" if conv.retained is None else f"{conv.retained:.1%}"
-            shapes = ("x".join(map(str, shape)) for shape in (conv.kernel_shape, conv.image_shape))
-            rows.append((conv.name or "(another kernel)", *shapes, kept, runs, conv.why))
+            kernel, image = ("x".join(map(str, shape)) for shape in (conv.kernel_shape, conv.image_shape))
+            rows.append((conv.name or "(another kernel)", kernel, image, kept, runs, conv.why))
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[5]]).rstrip() for row in rows]
         if self.seconds is not None:
@@ -280,11 +281,14 @@ class Accelerated:
         seen.append((conv, site))
         if site.plan.run == "dense" and not site.plan.backend:
             return None
+        assert conv.kernel is not None and site.layer is not None  # without either it is dense as it was traced
         kernel = conv.kernel.masked() if site.plan.run == "dense" else conv.kernel.value
+        layer = site.layer
 
-        def convolve(x: Any, kernel: Any) -> Any:
-            return site.layer.convolve(x, kernel, site.structure, site.plan)
+        def by_layer(x: Any, kernel: Any) -> Any:
+            return layer.convolve(x, kernel, site.structure, site.plan)
 
+        convolve: Callable[..., Any] = by_layer
         mesh = getattr(conv.sharding, "mesh", None)
         types = {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types))
         explicit = tuple(name for name, kind in types.items() if kind == jax.sharding.AxisType.Explicit)
@@ -306,11 +310,11 @@ class Accelerated:
         missed = [name for name in masked if name not in met]
         if not missed:
             return
-        name = missed[0]
+        name, shape = missed[0], getattr(self._masks[missed[0]], "shape", ())
         where = "it is among the arguments, but no convolution takes it" if name in names else "no argument has it"
         found = [f"{conv.name or 'another kernel'} {conv.kernel_shape}" for conv, _ in seen]
         raise ValueError(
-            f"masks: {name!r} {self._masks[name].shape} meets no convolution ({where}); so do {len(missed) - 1} more. "
+            f"masks: {name!r} {shape} meets no convolution ({where}); so do {len(missed) - 1} more. "
             f"Convolutions found: {', '.join(found) or 'none'}. Arguments must hold the parameters that the masks were "
             "made for, passed in a call, not closed over"
         )

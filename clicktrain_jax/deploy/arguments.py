@@ -159,8 +159,8 @@ def parameter_names(
     names = []
     for path, shape in zip(paths, shapes):
         prefix = max((each for each in prefixes if path.startswith(each)), key=len, default=None)
-        is_kernel = prefix is not None and len(shape) >= _MIN_KERNEL_RANK
-        names.append(path.removeprefix(prefix) if is_kernel else "")
+        is_kernel = len(shape) >= _MIN_KERNEL_RANK
+        names.append("" if prefix is None or not is_kernel else path.removeprefix(prefix))
     return names
 
 

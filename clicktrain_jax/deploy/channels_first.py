@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -84,7 +85,8 @@ def _step(equation: Any, operands: list[Any]) -> list[Any]:
         for key in _PER_AXIS[name]:
             if params[key] is not None:
                 params[key] = tuple(params[key][axis] for axis in order)
-        return [_Map(*bind(equation, [first.array, *operands[1:]], **params), order)]
+        (result,) = bind(equation, [first.array, *operands[1:]], **params)
+        return [_Map(result, order)]
     if name == "concatenate":
         arrays = [_in_order(value, order) for value in operands]
         params["dimension"] = order.index(params["dimension"])

@@ -99,7 +99,7 @@ def export(
         apply_fn if net is None else zoo(net),
         stored_variables,
         stored_masks,
-        image_shape=tuple(image_shape),
+        image_shape=image_shape,
         normalise=facts["normalise"],
     )
     facts["probe"] = check_is_inference(ready.folded)

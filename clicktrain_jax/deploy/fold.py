@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -119,7 +120,7 @@ class Folded:
         image_shape: (height, width, channels).
     """
 
-    def __init__(self, trace: Callable[[Any], Any], variables: Any, image_shape: tuple[int, ...]) -> None:
+    def __init__(self, trace: Callable[[Any], Any], variables: Any, image_shape: tuple[int, int, int]) -> None:
         self._trace, self.image_shape = trace, image_shape
         self._steps: dict[Any, Steps] = {}
         self._variables = _abstract(variables)
@@ -184,9 +185,10 @@ def fold(
     Raises:
         ValueError: the function does not return one array, or changes with what it returned before.
     """
-    shape = tuple(int(size) for size in image_shape)
-    if len(shape) != 3:
+    if len(image_shape) != 3:
         raise ValueError(f"image_shape={image_shape!r}: expected (height, width, channels)")
+    height, width, channels = map(int, image_shape)
+    shape = height, width, channels
     names = [name for name, leaf in named_leaves(variables) if leaf is not None]
     abstract = _abstract(variables)
 
@@ -275,8 +277,9 @@ class _Folding:
     def _step(self, equation: Any, values: list[Any]) -> list[Any]:
         knowns = [value if isinstance(value, _Known) else None for value in values]
         is_computable = next(self._computable)
-        if None not in knowns and is_computable:
-            return self._compute(equation, knowns)
+        whole = [known for known in knowns if known is not None]
+        if len(whole) == len(knowns) and is_computable:
+            return self._compute(equation, whole)
         if equation.primitive.name == CONVOLUTION and knowns[0] is None and knowns[1] is not None:
             images, result = self._value(values[0]), equation.outvars[0]
             self._pending[result] = _Pending(equation, images, knowns[1], None, None, result.aval.dtype)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,6 +27,7 @@ class Net(Protocol):
 
     def __call__(self, images: Any) -> jax.Array:
         """uint8 or floating (batch, height, width, channels) -> float32 (batch, classes)."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,10 +235,10 @@ class InferenceNet:
         Raises:
             ValueError: another backend; the native kernels cannot do it.
         """
-        runs = {"xla": "dense", "cpu": "dense cpu"}
+        runs: dict[str, layers.Run] = {"xla": "dense", "cpu": "dense cpu"}
         if backend not in (None, *runs):
             raise ValueError(f"dense by backend 'xla', 'cpu' or None for the faster, got {backend!r}")
-        choice = {
+        choice: whole_net.Choice = {
             name: runs[backend or ("cpu" if layer.is_fast_natively() else "xla")]
             for name, layer, _ in self._tunable(batch)
         }
@@ -282,7 +284,7 @@ class InferenceNet:
     def _count(self, batch: Any, images: Any) -> int:
         """A number of images, given itself, as images, or as images behind variables."""
         given = batch if images is None else images
-        if isinstance(given, numbers.Integral) and not isinstance(given, bool) and given > 0:
+        if isinstance(given, numbers.Integral) and not isinstance(given, bool) and int(given) > 0:
             return int(given)
         shape = tuple(getattr(given, "shape", ()))
         if len(shape) != 4 or shape[1:] != self.folded.image_shape or shape[0] < 1:
@@ -306,12 +308,12 @@ class InferenceNet:
         sites = self._sites(batch, {})
         return [(name, s.layer, s.structure) for name, s in sites.items() if s.layer is not None]
 
-    def _sites(self, batch: Any, choice: Mapping[str, layers.Run] | None) -> dict[str, Site]:
+    def _sites(self, batch: Any, choice: Mapping[str, Any] | None) -> dict[str, Site]:
         """The convolutions by kernel name; portable ones for a choice of None."""
         steps = self.folded.steps(batch).convolutions
         return {step.name: self._site(step, choice if choice is None else choice.get(step.name, "")) for step in steps}
 
-    def _site(self, step: ConvStep, wanted: str | None) -> Site:
+    def _site(self, step: ConvStep, wanted: Any) -> Site:
         mask = self._masks.get(step.leaf)
         convolution = Convolution(step.equation, (step.name,), kernel=Kernel(step.name, None, mask, step.moves))
         settings = {"is_portable": True} if wanted is None else {"is_prepared": True}

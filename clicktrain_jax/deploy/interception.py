@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,8 +41,8 @@ class Kernel:
         return Kernel(self.name, value, self.leaf_mask, self.moves + moves, self.is_pruned)
 
     @property
-    def mask(self) -> np.ndarray | None:
-        """The mask as the value's entries stand."""
+    def mask(self) -> Any:
+        """The mask, bool, as the value's entries stand; None where nothing is removed."""
         return None if self.leaf_mask is None else moved(self.leaf_mask, self.moves)
 
     def masked(self) -> Any:

@@ -15,7 +15,7 @@ from clicktrain_jax.deploy.jaxprs import unknown_parameters
 # By XLA's convolution, by the native kernels with all weights, or by the structure in a layout.
 Run = Literal["dense", "dense cpu", "NHWC", "HWNC"]
 RUNS: tuple[Run, ...] = ("dense", "dense cpu", "NHWC", "HWNC")
-DENSE_RUNS: tuple[Run, ...] = ("dense", "dense cpu")
+DENSE_RUNS: tuple[Literal["dense"], Literal["dense cpu"]] = ("dense", "dense cpu")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Backends that do the retained share of the work, the fastest first.
 _SPARSE_BACKENDS = ("mosaic_gpu", "cpu", "xla")
@@ -158,7 +158,7 @@ class Layer:
         elif plan.backend == "xla":
             y = pallas_kernels.packed_conv(x, prepared, structure, **settings)
         else:
-            y = pallas_kernels.pattern_conv(x, prepared, structure, backend=plan.backend, **settings)
+            y = pallas_kernels.pattern_conv(x, prepared, structure, **{"backend": plan.backend, **settings})
         return self._as_the_net_has_it(y, layout)
 
     def convolve(self, x: Any, kernel: Any, structure: Any, plan: Plan) -> Any:
@@ -239,7 +239,7 @@ class Planner:
         structure = None
         if not layer.mask.all():
             # One leaf may stand in several orders of its axes.
-            key = (convolution.name, kernel.moves, layer.kernel_order)
+            key = (convolution.name, () if kernel is None else kernel.moves, layer.kernel_order)
             if key not in self._structures:
                 self._structures[key] = _structure(layer.mask)
             structure = self._structures[key]
@@ -308,11 +308,12 @@ def plan_layer(
         why = "nothing of it is removed" if structure is None else "measured on the whole net: dense is as fast"
         return _dense_plan(layer, why, wanted, is_prepared)
     own = layer.own_layout
-    layouts = (own, "HWNC" if own == "NHWC" else "NHWC") if wanted is None else (wanted,)
+    other = "HWNC" if own == "NHWC" else "NHWC"
+    layouts = (own, other) if wanted is None else (wanted,)
     if wanted is None and backend is None:
         # The native kernels are worth a transpose; else a net keeps its layout.
         chosen = {layout: layer.choice(structure, layout, is_prepared) for layout in layouts}
-        layout = next((layout for layout in layouts if chosen[layout] == "cpu"), own)
+        layout = other if chosen[own] != "cpu" and chosen[other] == "cpu" else own
         if chosen[layout] not in _DENSE_BACKENDS:
             return Plan(layout, chosen[layout], "pattern_conv's own choice, not measured")
         return _dense_plan(layer, "pattern_conv takes the dense form for this shape", None, is_prepared)
@@ -337,7 +338,7 @@ def _dense_plan(layer: Layer, why: str, wanted: Run | None, is_prepared: bool) -
     return Plan("dense", "cpu" if is_native else "", why)
 
 
-def gains(structure: Any, direction: str = "forward", backend: str = "xla") -> bool:
+def gains(structure: Any, direction: Any = "forward", backend: Literal["xla", "cpu"] = "xla") -> bool:
     """Whether a layer should be faster by its structure than dense, by an estimate; as `pallas_kernels.estimated_gain`.
 
     Where nothing is measured, a portable net and a training loop decide by it.
@@ -347,7 +348,7 @@ def gains(structure: Any, direction: str = "forward", backend: str = "xla") -> b
     return pallas_kernels.estimated_gain(structure, direction, backend=backend) > pallas_kernels.LEAST_GAIN
 
 
-def own_backend() -> str:
+def own_backend() -> Literal["xla", "cpu"]:
     """The backend that runs by structures in plain programs on this device."""
     from pallas_kernels import native
 

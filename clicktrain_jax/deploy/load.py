@@ -92,7 +92,7 @@ def inference_net(
     variables: Tree,
     masks: Masks | Tree | None,
     *,
-    image_shape: tuple[int, int, int],
+    image_shape: Sequence[int],
     normalise: Mapping[str, Any] | None,
     backend: str | None = None,
     manifest: Mapping[str, Any] | None = None,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -44,7 +45,7 @@ def to_onnx(folded: "Folded", image_shape: Sequence[int], opset: int | None = No
     try:
         with _quiet():
             import flax.linen  # noqa: F401  (it takes pooling from there)
-            import jax2onnx
+            import jax2onnx  # pyright: ignore[reportMissingImports]  (of the extra "onnx" alone)
     except ImportError as error:
         raise ValueError(f"the converter to ONNX cannot be imported ({error}): {hint('onnx')}") from error
     (batch,) = jax.export.symbolic_shape("batch")

@@ -118,7 +118,7 @@ def _random_masks(params: Tree, plan: Plan, patterns: Any, share: float) -> Mask
     return select_masks(jax.tree.unflatten(jax.tree.structure(params), flat), fixed, patterns)
 
 
-def _net(apply_fn: ApplyFn, variables: Tree, params: Tree, image_shape: tuple[int, ...], masks: Any) -> InferenceNet:
+def _net(apply_fn: ApplyFn, variables: Tree, params: Tree, image_shape: Any, masks: Any) -> InferenceNet:
     if masks is not None:
         masked = apply_masks(params, masks)
         variables = {**variables, "params": masked} if params is not variables else masked
@@ -136,7 +136,7 @@ def _measure(
     names = _names(dense, plan, batch)
     empty = jax.jit(lambda x: x + 1)
     one = jnp.zeros(())
-    calls = {("call",): lambda: empty(one)}
+    calls: dict[tuple, Callable[[], Any]] = {("call",): lambda: empty(one)}
     # Layers of equal facts are measured once.
     place: dict[tuple, tuple] = {}
     for share, net in [(None, dense), *nets.items()]:
@@ -219,9 +219,9 @@ class _Cached:
         from pallas_kernels.tuning import Cache
 
         self._cache = Cache()
-        sites = [site for site in net.convolutions(batch) if site.layer is not None]
-        self._facts = {
-            "layer times": [str(site.layer.facts(None)) for site in sites],
+        found = [site.layer for site in net.convolutions(batch) if site.layer is not None]
+        self._facts: dict[str, Any] = {
+            "layer times": [str(layer.facts(None)) for layer in found],
             "plan": [f"{layer.name} {layer.shape} {layer.in_words()}" for layer in plan.layers],
             "batch": batch,
             "shares": [float(share) for share in shares],

@@ -98,7 +98,7 @@ def _groups(sites: Sequence[Site], backend: str | None) -> dict[tuple[str, ...],
     work: dict[tuple, float] = {}
     for name, places in by_name.items():
         # One leaf that several convolutions share runs in one way, which all of them can.
-        ways = [layers.can_run(*place, backend) for place in places]
+        ways = [layers.can_run(layer, structure, backend) for layer, structure in places]
         runs = tuple(run for run in ways[0] if all(run in other for other in ways))
         if len(runs) > 1:
             key = (tuple(layer.facts(structure) for layer, structure in places), runs)
@@ -140,8 +140,8 @@ def search(
         if timed[labels[run]] <= _FAR * min(timed[labels[other]] for other in kind)
     ]
 
-    flips = {
-        (names, run): choice | dict.fromkeys(names, run)
+    flips: dict[tuple[tuple[str, ...], layers.Run], Choice] = {
+        (names, run): {**choice, **dict.fromkeys(names, run)}
         for names, runs in ways.items()
         for run in runs
         if run in tried and choice[names[0]] != run
@@ -151,7 +151,7 @@ def search(
         flipped = timer({_AS_IT_IS: choice} | {_label(*flip): changed for flip, changed in flips.items()})
         gaining = [flip for flip in flips if flipped[_label(*flip)] < flipped[_AS_IT_IS]]
         for names, run in sorted(gaining, key=lambda flip: flipped[_label(*flip)]):
-            changed = choice | dict.fromkeys(names, run)
+            changed: Choice = {**choice, **dict.fromkeys(names, run)}
             pair = timer({_AS_IT_IS: choice, _label(names, run): changed})
             if pair[_label(names, run)] <= pair[_AS_IT_IS] * (1 - _MARGIN):
                 choice = changed

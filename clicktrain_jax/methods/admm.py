@@ -175,7 +175,8 @@ def admm(
 
         both, removed = _with_patterns(plan), _with_removal(plan)
         variables = jnp.zeros([], jnp.int32), zeros(both), zeros(both), zeros(removed), zeros(removed)
-        return AdmmState(*spread_like(variables, params), inner.init(params))
+        count, z, u, y, v = spread_like(variables, params)
+        return AdmmState(count, z, u, y, v, inner.init(params))
 
     def renew(state: AdmmState, weights: Arrays) -> tuple[Arrays, Arrays, Arrays, Arrays]:
         first = state.count == begin_step
@@ -196,10 +197,9 @@ def admm(
         if end_step is not None:
             active &= state.count < end_step
         variables = tuple(state[1:5])
-        variables = jax.lax.cond(active & (since % every == 0), lambda: renew(state, weights), lambda: variables)
+        z, u, y, v = jax.lax.cond(active & (since % every == 0), lambda: renew(state, weights), lambda: variables)
 
         def pulled() -> Tree:
-            z, u, y, v = variables
             weight_of_terms = rho_at(since)
 
             def add(name: str, grad: Any) -> Any:
@@ -216,13 +216,13 @@ def admm(
 
         grads = jax.lax.cond(active, pulled, lambda: grads)
         updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
-        return updates, AdmmState(optax.safe_increment(state.count), *variables, inner_state)
+        return updates, AdmmState(jnp.asarray(optax.safe_increment(state.count)), z, u, y, v, inner_state)
 
     whole_update = compiled(whole_update)
 
-    def update(grads: Tree, state: AdmmState, params: Tree | None = None, **extra: Any) -> tuple[Tree, AdmmState]:
-        check_update("admm", plan, grads, params)
-        return whole_update(grads, state, params, extra)
+    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+        check_update("admm", plan, updates, params)
+        return whole_update(updates, state, params, extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -59,7 +59,7 @@ def densities(
         raw = {name: 1.0 for name in sizes}
     else:
         raw = {layer.name: sum(layer.shape) / size_of(layer) for layer in plan.layers}
-    ideal = _capped_shares(raw, sizes, retained)
+    ideal = _capped_shares(raw, sizes, int(retained))
     counts = {name: min(max(int(ideal[name]), 1), size) for name, size in sizes.items()}
     while (missing := retained - sum(counts.values())) != 0:
         step = 1 if missing > 0 else -1
@@ -98,13 +98,15 @@ def by_plan(plan: Plan, layer_densities: Mapping[str, float] | None) -> Mapping[
     """
     if layer_densities is not None:
         return layer_densities
+    found = {}
     for layer in plan.layers:
         if layer.fraction is None:
             raise ValueError(
                 f"densities=None, and {layer.name!r} is 'auto' in the plan, whose target counts patterns: give "
                 "densities=clicktrain_jax.methods.densities(plan, 0.1), or a fraction in the rule"
             )
-    return {layer.name: 1.0 - layer.fraction for layer in plan.layers}
+        found[layer.name] = 1.0 - layer.fraction
+    return found
 
 
 def counts_of(plan: Plan, layer_densities: Mapping[str, float]) -> dict[str, int]:

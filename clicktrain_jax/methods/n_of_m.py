@@ -174,7 +174,7 @@ def sr_ste(
     ) -> tuple[Tree, ClickTrainState]:
         check_state(state, plan, 0, 1)
         updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
-        after = optax.apply_updates(planned(params, plan), planned(updates, plan))
+        after: Any = optax.apply_updates(planned(params, plan), planned(updates, plan))
         return updates, state._replace(
             count=optax.safe_increment(state.count),
             selected=state.count,
@@ -184,11 +184,9 @@ def sr_ste(
 
     whole_update = compiled(whole_update)
 
-    def update(
-        grads: Tree, state: ClickTrainState, params: Tree | None = None, **extra: Any
-    ) -> tuple[Tree, ClickTrainState]:
-        check_update("sr_ste", plan, grads, params)
-        return whole_update(grads, state, params, extra)
+    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+        check_update("sr_ste", plan, updates, params)
+        return whole_update(updates, state, params, extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -122,7 +123,7 @@ def add_channel_lasso(
         grads: tree like ``params``.
         params: tree of arrays.
         nodes: as for `channel_lasso`.
-        coeff: weight of the lasso in the loss.
+        coeff: weight of the lasso in the loss, a scalar.
         prefix: as for `channel_lasso`.
 
     Returns:
@@ -215,8 +216,8 @@ def prunetrain(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Tree) -> PruneTrainState:
-        facts = spread_like((jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)), params)
-        return PruneTrainState(*facts, inner.init(params))
+        count, coeff = spread_like((jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)), params)
+        return PruneTrainState(count, coeff, inner.init(params))
 
     def whole_update(
         grads: Tree, state: PruneTrainState, params: Tree, extra: dict[str, Any]
@@ -229,13 +230,13 @@ def prunetrain(
         coeff = jax.lax.cond(state.coeff == 0, calibrate, lambda: state.coeff)
         grads = add_channel_lasso(grads, params, nodes, coeff, prefix=prefix)
         updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
-        return updates, PruneTrainState(optax.safe_increment(state.count), coeff, inner_state)
+        return updates, PruneTrainState(jnp.asarray(optax.safe_increment(state.count)), coeff, inner_state)
 
     whole_update = compiled(whole_update)
 
     def update(
-        grads: Tree, state: PruneTrainState, params: Tree | None = None, *, value: Any = None, **extra: Any
-    ) -> tuple[Tree, PruneTrainState]:
+        updates: Tree, state: Any, params: Tree | None = None, *, value: Any = None, **extra: Any
+    ) -> tuple[Tree, Any]:
         if params is None:
             raise ValueError("prunetrain needs the parameters: call update(grads, state, params, value=loss)")
         if value is None or jnp.ndim(value):
@@ -243,7 +244,7 @@ def prunetrain(
                 f"value={value!r}: prunetrain sets its coefficient from the loss of the first batch, a scalar; call "
                 "update(grads, state, params, value=loss)"
             )
-        return whole_update(grads, state, params, {"value": value, **extra})
+        return whole_update(updates, state, params, {"value": value, **extra})
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -271,7 +272,9 @@ def _under_masks(
         masked = {name for entries in free for name, _ in entries}
         if not masked:
             raise ValueError(f"nodes: none of the {len(nodes)} groups is free to lose channels, so there are no masks")
-        layers = tuple(LayerPlan(name, shape, 0.0) for name, shape in shapes if name in masked)
+        layers = tuple(
+            LayerPlan(name, shape, 0.0) for name, shape in shapes if name in masked and is_kernel_shape(shape)
+        )
         plan = Plan(layers, tuple(name for name, _ in shapes))
 
         def renew(count: jax.Array, masks: MaskDict, weights: MaskDict, _: MaskDict) -> MaskDict:
@@ -294,17 +297,18 @@ def _under_masks(
     def of(params: Tree) -> optax.GradientTransformationExtraArgs:
         return of_shapes(tuple((name, jnp.shape(leaf)) for name, leaf in named_leaves(params) if leaf is not None))
 
-    def update(grads: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
         if params is None:
             raise ValueError("prunetrain needs the parameters: call update(grads, state, params, value=loss)")
-        return of(params).update(grads, state, params, **extra)
+        return of(params).update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(lambda params: of(params).init(params), update)
 
 
 def _lives(slices: Sequence[tuple[jax.Array, int]], threshold: float) -> jax.Array:
     """bool (channels,): some weight of the channel is not below the threshold, or none is stronger than it."""
-    lives, strength = False, 0.0
+    size = slices[0][0].shape[slices[0][1]]
+    lives, strength = jnp.zeros(size, bool), jnp.zeros(size, jnp.float32)
     for weight, axis in slices:
         others = tuple(other for other in range(4) if other != axis)
         # What is not a number is not zero.

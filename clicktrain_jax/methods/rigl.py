@@ -5,6 +5,7 @@ Evci et al., "Rigging the Lottery: Making All Tickets Winners" (arXiv 1911.11134
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import optax
@@ -13,7 +14,7 @@ from clicktrain_jax.methods.sparse import exchanging, magnitudes
 from clicktrain_jax.plan import Plan
 
 
-def exchange_fraction(step: int, end_step: int, drop_fraction: float) -> float:
+def exchange_fraction(step: Any, end_step: int, drop_fraction: Any) -> float:
     """Share of the kept weights that change places in update ``step``: drop_fraction / 2 (1 + cos(pi step / end))."""
     return drop_fraction / 2 * (1 + math.cos(math.pi * step / end_step))
 

@@ -124,6 +124,7 @@ def sparse_training(
             due = is_due(state.count)
 
             def changed() -> MaskDict:
+                assert renew is not None
                 after = optax.apply_updates(planned(params, plan), planned(updates, plan))
                 return renew(state.count, old, *jax.tree.map(replicated, (after, planned(grads, plan))))
 
@@ -141,11 +142,9 @@ def sparse_training(
 
     whole_update = compiled(whole_update)
 
-    def update(
-        grads: Tree, state: ClickTrainState, params: Tree | None = None, **extra: Any
-    ) -> tuple[Tree, ClickTrainState]:
-        check_update(name, plan, grads, params)
-        return whole_update(grads, state, params, extra)
+    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+        check_update(name, plan, updates, params)
+        return whole_update(updates, state, params, extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -174,7 +173,7 @@ def exchanging(
     every: int,
     end_step: int,
     drop_fraction: float | optax.Schedule,
-    falls: Callable[[int], float],
+    falls: Callable[[Any], Any],
     pull: Callable[[jax.Array, str, jax.Array], jax.Array],
 ) -> optax.GradientTransformationExtraArgs:
     """Training with random masks of constant size, in which weights change places: what RigL and SET share.

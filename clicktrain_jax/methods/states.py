@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from clicktrain_jax.importance import NO_SCORE
@@ -117,7 +118,7 @@ def check_key(key: Any) -> None:
 
 def is_share(value: Any) -> bool:
     """True for a real number in [0, 1]."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value <= 1
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
 
 
 def shares_at(field: str, schedule: optax.Schedule, steps: Iterable[int]) -> list[float]:
@@ -130,7 +131,7 @@ def shares_at(field: str, schedule: optax.Schedule, steps: Iterable[int]) -> lis
     with jax.ensure_compile_time_eval():
         for step in steps:
             value = schedule(step)
-            if jnp.ndim(value) or not is_share(float(value)):
+            if jnp.ndim(value) or not is_share(float(np.asarray(value))):
                 raise ValueError(f"{field} is {value!r} in update {step}: expected a share in [0, 1]")
-            found.append(float(value))
+            found.append(float(np.asarray(value)))
     return found

@@ -31,6 +31,7 @@ class DenseConvolution(Protocol):
         self, x: jax.Array, w: jax.Array, *, strides: Sequence[int], padding: Sequence[tuple[int, int]], layout: Layout
     ) -> jax.Array:
         """Convolves."""
+        ...
 
 
 def xla_convolution(
@@ -82,7 +83,7 @@ def _tiny_images_backward(padding: Pads, kept: tuple[jax.Array, jax.Array], dy: 
             for c in range(width)
             if 0 <= r + row - top < height and 0 <= c + column - left < width
         ]
-        return sum(parts) if parts else jnp.zeros((cout, cin), wide)
+        return sum(parts, jnp.zeros((cout, cin), wide))
 
     dw = jnp.stack([jnp.stack([tap(row, column) for column in range(kw)], 1) for row in range(kh)], 1)
     (dx,) = jax.linear_transpose(lambda x: xla_convolution(x, w, strides=(1, 1), padding=padding, layout="NHWC"), x)(dy)
@@ -98,7 +99,7 @@ def patch_convolution(
     """Patches gathered by slicing, then one matrix product. Arguments are those of `DenseConvolution`."""
     kh, kw, _, features = w.shape
     row_axis, column_axis = spatial_axes(layout)
-    x = jnp.pad(x, per_axis(layout, *padding, (0, 0)))
+    x = jnp.pad(x, per_axis(layout, padding[0], padding[1], (0, 0)))
     row_stride, column_stride = strides
     last_row, last_column = x.shape[row_axis] - kh, x.shape[column_axis] - kw
     taps = [

@@ -71,7 +71,7 @@ def _largest(x: jax.Array, size: int, strides: int, layout: Layout, padding: Pad
         lax.max,
         per_axis(layout, size, size, 1),
         per_axis(layout, strides, strides, 1),
-        per_axis(layout, *padding, (0, 0)),
+        per_axis(layout, padding[0], padding[1], (0, 0)),
     )
 
 

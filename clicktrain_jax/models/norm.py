@@ -45,12 +45,11 @@ class Norm(nn.BatchNorm):
         bias = self.param("bias", self.bias_init, width, self.param_dtype)
         even = not any(x.shape[axis] % 2 for axis in spatial_axes(self.layout))
         inside = self.pool and even and added is None
-        x, added = (None if maps is None else maps.astype(self.dtype) for maps in (x, added))
         y, *now = self.normalise(
-            x,
+            x.astype(self.dtype),
             scale,
             bias,
-            added=added,
+            added=None if added is None else added.astype(self.dtype),
             epsilon=self.epsilon,
             relu=self.relu,
             pool=inside,
@@ -62,6 +61,6 @@ class Norm(nn.BatchNorm):
         return max_pool(y, 2, 2, self.layout) if self.pool and not inside else y
 
 
-def norm_of(norm: Any, train: bool, dtype: Any, layout: Layout) -> Any:
-    """The handed normalisation with the settings that all nets here share."""
-    return partial(norm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, layout=layout)
+def norm_of(norm: Any, train: bool, dtype: Any, layout: Layout, **own: Any) -> Any:
+    """The handed normalisation with the settings that all nets here share, and a net's own."""
+    return partial(norm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, layout=layout, **own)

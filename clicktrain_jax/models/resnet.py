@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from clicktrain_jax.models.blocks import conv_norm_relu, convolve
 from clicktrain_jax.models.layout import Layout, conv_in_layout, from_nhwc, max_pool, per_axis, spatial_axes
 from clicktrain_jax.models.norm import Norm, norm_of
 from clicktrain_jax.models.sizes import ModuleDef, check_images, scaled_width
@@ -26,23 +27,6 @@ _BOTTLENECK_EXPANSION = 4
 
 # Uniform within sqrt(3 * scale / fan_in) = 1 / sqrt(fan_in).
 _fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def _convolve(
-    conv: ModuleDef, x: jax.Array, features: int, size: int, strides: int, dtype: Any, name: str
-) -> jax.Array:
-    """Applies a size x size convolution without bias, padded by size // 2 on every side."""
-    pad = (size // 2, size // 2)
-    return conv(
-        features,
-        (size, size),
-        strides=(strides, strides),
-        padding=(pad, pad),
-        use_bias=False,
-        dtype=dtype,
-        kernel_init=_fan_in_uniform,
-        name=name,
-    )(x)
 
 
 def _padded_shortcut(x: jax.Array, features: int, strides: int, layout: Layout) -> jax.Array:
@@ -89,20 +73,18 @@ class ResidualBlock(nn.Module):
         else:
             layers = ((inner, 1, 1), (inner, 3, strides), (inner * _BOTTLENECK_EXPANSION, 1, 1))
 
-        y = x
-        for index, (features, size, step) in enumerate(layers):
-            y = _convolve(self.conv, y, features, size, step, self.dtype, f"Conv_{index}")
-            if index < len(layers) - 1:
-                y = norm(relu=True, name=f"BatchNorm_{index}")(y)
-
-        features = layers[-1][0]
+        y, settings, last = x, {"dtype": self.dtype, "init": _fan_in_uniform}, len(layers) - 1
+        for index, (features, size, step) in enumerate(layers[:-1]):
+            y = conv_norm_relu(self.conv, norm, y, features, size, index, strides=step, **settings)
+        features, size, _ = layers[-1]
+        y = convolve(self.conv, y, features, size, f"Conv_{last}", **settings)
         if strides != 1 or (self.input_features or x.shape[-1]) != features:
             if self.shortcut == "pad":
                 x = _padded_shortcut(x, features, strides, self.layout)
             else:
-                x = _convolve(self.conv, x, features, 1, strides, self.dtype, "shortcut")
+                x = convolve(self.conv, x, features, 1, "shortcut", strides=strides, **settings)
                 x = norm(name="shortcut_BatchNorm")(x)
-        return norm(relu=True, name=f"BatchNorm_{len(layers) - 1}")(y, x)
+        return norm(relu=True, name=f"BatchNorm_{last}")(y, x)
 
 
 class ResNet(nn.Module):
@@ -159,8 +141,9 @@ class ResNet(nn.Module):
         widths = [scaled_width(features, self.width) for features in self.stage_widths]
 
         size, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
-        x = _convolve(conv, x, widths[0], size, strides, self.dtype, "Conv_0")
-        x = norm_of(self.norm, train, self.dtype, self.layout)(relu=True, name="BatchNorm_0")(x)
+        norm = norm_of(self.norm, train, self.dtype, self.layout)
+        settings = {"strides": strides, "dtype": self.dtype, "init": _fan_in_uniform}
+        x = conv_norm_relu(conv, norm, x, widths[0], size, 0, **settings)
         if self.stem == "imagenet":
             x = max_pool(x, 3, 2, self.layout, padding=((1, 1), (1, 1)))
 

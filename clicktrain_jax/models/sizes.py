@@ -86,7 +86,7 @@ def abstract_variables(model: nn.Module, image_shape: Sequence[int]) -> Mapping[
     if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError(f"image_shape must be (height, width, channels), got {image_shape!r}")
     takes_train = "train" in inspect.signature(type(model).__call__).parameters
-    options = {"train": False} if takes_train else {}
+    options: dict[str, Any] = {"train": False} if takes_train else {}
 
     # A fresh closure each time: a cached trace would never reach the interceptor of `_trace`.
     def init() -> Mapping[str, Any]:
@@ -117,7 +117,7 @@ def _trace(model: nn.Module, image_shape: Sequence[int]) -> dict[str, tuple[tupl
     with nn.intercept_methods(record):
         variables = abstract_variables(model, image_shape)
 
-    leaves = flatten_dict(variables.get("params", {}), sep="/")
+    leaves: dict[str, Any] = dict(flatten_dict(variables.get("params", {}), sep="/"))
     kernels = {
         path: leaf.shape
         for path, leaf in leaves.items()

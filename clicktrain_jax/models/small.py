@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from clicktrain_jax.models.blocks import conv_norm_relu
 from clicktrain_jax.models.layout import Layout, conv_in_layout, from_nhwc, spatial_axes
 from clicktrain_jax.models.norm import Norm, norm_of
 from clicktrain_jax.models.sizes import ModuleDef, check_images, scaled_width
@@ -69,16 +70,7 @@ class SmallCNN(nn.Module):
         norm = norm_of(self.norm, train, self.dtype, self.layout)
         x = from_nhwc(x, self.layout)
         for index, features in enumerate(_WIDTHS):
-            x = conv(
-                scaled_width(features, self.width),
-                (3, 3),
-                strides=(1, 1),
-                padding=((1, 1), (1, 1)),
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=_conv_init,
-                name=f"Conv_{index}",
-            )(x)
-            x = norm(relu=True, pool=index in _POOL_AFTER, name=f"BatchNorm_{index}")(x)
+            width, pool = scaled_width(features, self.width), index in _POOL_AFTER
+            x = conv_norm_relu(conv, norm, x, width, 3, index, pool, dtype=self.dtype, init=_conv_init)
         x = jnp.mean(x, axis=spatial_axes(self.layout), dtype=jnp.float32)
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="Dense_0")(x)

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from clicktrain_jax.models.blocks import conv_norm_relu
 from clicktrain_jax.models.layout import Layout, avg_pool, conv_in_layout, from_nhwc, to_nhwc
 from clicktrain_jax.models.norm import Norm, norm_of
 from clicktrain_jax.models.sizes import ModuleDef, check_images, scaled_width
@@ -77,27 +78,14 @@ class VGG(nn.Module):
         if len(self.convs_per_stage) != len(_STAGE_WIDTHS):
             raise ValueError(f"convs_per_stage needs {len(_STAGE_WIDTHS)} entries, got {self.convs_per_stage}")
         conv = conv_in_layout(self.conv, self.layout)
-        norm = norm_of(self.norm, train, self.dtype, self.layout)
+        norm = norm_of(self.norm, train, self.dtype, self.layout, scale_init=nn.initializers.constant(0.5))
         x = from_nhwc(x, self.layout)
         index = 0
         for stage, (count, features) in enumerate(zip(self.convs_per_stage, _STAGE_WIDTHS, strict=True)):
             for layer in range(count):
-                x = conv(
-                    scaled_width(features, self.width),
-                    (3, 3),
-                    strides=(1, 1),
-                    padding=((1, 1), (1, 1)),
-                    use_bias=False,
-                    dtype=self.dtype,
-                    kernel_init=_conv_init,
-                    name=f"Conv_{index}",
-                )(x)
-                x = norm(
-                    relu=True,
-                    pool=layer == count - 1 and stage < len(_STAGE_WIDTHS) - 1,
-                    scale_init=nn.initializers.constant(0.5),
-                    name=f"BatchNorm_{index}",
-                )(x)
+                pool = layer == count - 1 and stage < len(_STAGE_WIDTHS) - 1
+                width = scaled_width(features, self.width)
+                x = conv_norm_relu(conv, norm, x, width, 3, index, pool, dtype=self.dtype, init=_conv_init)
                 index += 1
 
         # Back to NHWC, so that the classifier finds its features in one order.

@@ -260,7 +260,7 @@ def _counted(scores: Tree, kernel_size: Size | None, names: Collection[str] | No
         if leaf is None or (names is not None and name not in names) or not is_kernel_shape(jnp.shape(leaf)):
             continue
         shape = jnp.shape(leaf)
-        size = shape[:2]
+        size = shape[0], shape[1]
         if math.prod(shape) == 0 or math.prod(size) == 1 or (kernel_size is not None and size != kernel_size):
             continue
         if has_non_finite(leaf) or has_negative(leaf):

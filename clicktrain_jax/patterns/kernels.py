@@ -91,7 +91,7 @@ def sample(kernels: Kernels, limit: int) -> tuple[jax.Array, jax.Array]:
     return _fold([kernels.scores.reshape(taps, -1)[:, picks]]), _fold([weights[None]])[0]
 
 
-def ordered_sum(terms: Sequence[jax.Array]) -> jax.Array:
+def ordered_sum(terms: jax.Array | Sequence[jax.Array]) -> jax.Array:
     """Sum over the first axis, strictly from the first term to the last.
 
     A near-tie then falls the same way on every backend: a contraction could run in another order, or in TF32.

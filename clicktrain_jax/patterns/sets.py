@@ -7,6 +7,7 @@ A pattern is a boolean (kh, kw) array, True where the tap is kept. A pattern set
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 

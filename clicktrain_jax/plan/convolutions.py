@@ -119,7 +119,7 @@ def layouts(shapes: Mapping[str, Shape]) -> dict[str, Axes | None]:
     silent = {name for name, why in convolutions(shapes).items() if why is not None and single[name] == "HWIO"}
     voices = {found for name, found in single.items() if found is not None and name not in silent}
 
-    def settle(name: str, found: Axes | None) -> Axes | None:
+    def settle(name: str, found: Any) -> Axes | None:
         if found is not None:
             return found
         if voices == {"OIHW"}:

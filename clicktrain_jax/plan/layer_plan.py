@@ -127,6 +127,7 @@ class LayerPlan:
 
         The rounding keeps a product such as 0.55 * 1600 = 880.0000000000001 from giving 881.
         """
+        assert self.fraction is not None  # else the target decides
         return math.ceil(round(self.fraction * math.prod(self.scope_block), 6))
 
     @property

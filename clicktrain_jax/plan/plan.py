@@ -7,7 +7,7 @@ so it can be closed over by a jitted step.
 import dataclasses
 import numbers
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -163,11 +163,14 @@ def make_plan(
     names = [name for name, _ in leaves]
     convolutions.check_axes(axes)
     shapes = convolutions.in_hwio(leaf_shapes, axes or "HWIO")
-    found = convolutions.layouts(leaf_shapes) if axes is None else dict.fromkeys(leaf_shapes, "HWIO")
+    found: dict[str, Axes | None] = dict.fromkeys(leaf_shapes, "HWIO")
+    if axes is None:
+        found = convolutions.layouts(leaf_shapes)
     doubts = convolutions.convolutions(shapes)
     group_rules = rule_lib.compile_numbers(groups or {}, names, "groups", "a feature_group_count")
     plain = entries is None or isinstance(entries, numbers.Integral) and not isinstance(entries, bool)
-    entry_rules = None if plain else rule_lib.compile_numbers(entries, names, "entries", "taps", none="no patterns")
+    by_rule: Any = entries
+    entry_rules = None if plain else rule_lib.compile_numbers(by_rule, names, "entries", "taps", none="no patterns")
     default, left_out = not rules and target is not None, []
     if default:
         chosen, left_out = rule_lib.default_choice(shapes, doubts, group_rules)
@@ -186,6 +189,7 @@ def make_plan(
             "costs=clicktrain_jax.layer_times(...), and no other takes them"
         )
     compiled = rule_lib.compile_rules(rules)
+    assert rules is not None
     if target is None and "auto" in rules.values():
         raise ValueError("a rule says 'auto', but there is no target: give target=8.0, or a fraction in the rule")
     for which, value in (("tile", tile), ("removal_tile", removal_tile)):
@@ -218,7 +222,7 @@ def make_plan(
         convolutions.check_layout(name, shape, found[name])
         rule_lib.check_groups(name, shape, fraction, group_rules)
         taps = shape[0] * shape[1]
-        number = entries if entry_rules is None else rule_lib.first_match(entry_rules, name, 4)
+        number: Any = entries if entry_rules is None else rule_lib.first_match(entry_rules, name, 4)
         named = entry_rules is not None and rule_lib.first_match(entry_rules, name, "") != ""
         whole = taps > 1 and (number is None or taps > 32 or default and shape[:2] != (3, 3) and not named)
         layer = LayerPlan(
@@ -239,9 +243,10 @@ def make_plan(
         )
         check_layer(layer)
         if costs is not None:
-            layer = dataclasses.replace(layer, times=costs.of(name))
+            times = costs.of(name)
+            layer = dataclasses.replace(layer, times=times)
             least = least_kernels(layer) / (shape[2] * shape[3])
-            if layer.fraction is None and not layer.times.gains(least):
+            if layer.fraction is None and not times.gains(least):
                 left_out.append((name, "measured: it gains no time, whatever is removed"))
                 continue
         layers.append(layer)
@@ -266,7 +271,7 @@ def _whole(tile: Tile, shape: tuple[int, ...]) -> tuple[int, int]:
     return min(filters or shape[3], shape[3]), min(channels or shape[2], shape[2])
 
 
-def _check_tile(which: str, tile: Tile) -> None:
+def _check_tile(which: str, tile: Any) -> None:
     valid = isinstance(tile, tuple) and len(tile) == 2
     if not valid or any(
         size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1) for size in tile

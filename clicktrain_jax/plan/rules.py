@@ -27,7 +27,7 @@ def compile_rules(rules: Mapping[str, Any] | None) -> dict[str, re.Pattern[str]]
         # numpy's scalars too.
         number = isinstance(fraction, numbers.Real) and not isinstance(fraction, bool)
         # Written so that NaN fails too.
-        if fraction is not None and fraction != "auto" and not (number and 0 <= fraction < 1):
+        if fraction is not None and fraction != "auto" and not (number and 0 <= float(fraction) < 1):
             raise ValueError(
                 f"rule {text!r}: fraction {fraction!r} is outside [0, 1); it is the share of kernels to remove, "
                 "0.55 for 55 percent, None to leave the layer dense, or 'auto' when a target decides"
@@ -160,7 +160,7 @@ def positions(name: str, output_sizes: Mapping[str, tuple[int, int]] | None) -> 
     Raises:
         ValueError: its output size is not given.
     """
-    if name not in (output_sizes or {}):
+    if output_sizes is None or name not in output_sizes:
         raise ValueError(
             f"target_of='multiply_adds' needs output_sizes with {name!r}: (height, width) of what it computes; "
             "clicktrain_jax.models.output_sizes gives them for the models here"

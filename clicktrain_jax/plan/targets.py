@@ -64,6 +64,7 @@ def in_seconds(rows: Rows, layer: LayerPlan) -> Rows:
     """Rows that save weights (kernels of `LayerPlan.kept_taps` each) as rows that save the layer's seconds."""
     kernels = jnp.cumsum(rows.costs) / (layer.kept_taps * math.prod(layer.shape[2:]))
     shares = jnp.concatenate([jnp.ones(1), 1 - kernels])
+    assert layer.times is not None
     costs, worth = (-jnp.diff(layer.times.at(shares, hull=hull)) for hull in (False, True))
     return rows._replace(costs=costs, worth=worth)
 
@@ -84,7 +85,7 @@ def make_target(
     Raises:
         ValueError: no number of 1 or more, an unknown scope, or out of reach; the reachable maximum is named.
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real) or not 1 <= ratio < math.inf:
+    if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real) or not 1 <= float(ratio) < math.inf:
         raise ValueError(f"target={ratio!r}: expected a compression of 1 or more, such as 8.0")
     if of not in SCOPES:
         raise ValueError(f"target_of={of!r}: expected one of {SCOPES}")
@@ -97,6 +98,7 @@ def make_target(
     if of == "multiply_adds" and unknown:
         raise ValueError(f"output_sizes names {unknown[0]!r}, which is no leaf of params")
     if of == "latency":
+        assert times is not None  # `make_plan` refuses it
         total, dense = times.net_s, times.rest([layer.name for layer in layers])
         least = dense + sum(_seconds(layer) for layer in layers)
         most = dense + sum(_seconds(layer, removed=False) for layer in layers)
@@ -147,6 +149,7 @@ def _least(layer: LayerPlan, removed: bool = True) -> int:
 
 def _seconds(layer: LayerPlan, removed: bool = True) -> float:
     """As `_least`, in seconds."""
+    assert layer.times is not None
     return float(np.interp(least_kernels(layer, removed) / math.prod(layer.shape[2:]), *layer.times.curve()))
 
 

@@ -54,7 +54,8 @@ def retained_by(taps: jax.Array, pattern_ids: jax.Array, patterns: jax.Array) ->
 
 def _choose_within_supersets(taps: jax.Array, layer: LayerPlan, patterns: jax.Array) -> jax.Array:
     """Each tile takes the superset in which its kernels, each under its best pattern there, retain most."""
-    places = np.arange(taps.shape[0])
+    assert layer.superset is not None
+    places = range(taps.shape[0])
     supersets = np.stack([np.isin(places, kept) for kept in itertools.combinations(places, layer.superset)])
     flat = patterns.reshape(patterns.shape[0], -1)
     allowed = ~(flat[None] & ~supersets[:, None]).any(axis=-1)  # (supersets, P): the pattern lies inside
@@ -92,7 +93,7 @@ def quad_combinations(patterns: Any, channels: int = 4) -> tuple[np.ndarray, Any
     count = patterns.shape[0]
     combinations = np.stack(np.meshgrid(*[np.arange(count)] * channels, indexing="ij"), axis=-1).reshape(-1, channels)
     flat = patterns.reshape(count, -1).astype(np.int8)
-    used = sum(flat[combinations[:, place]] for place in range(channels))
+    used = flat[combinations].sum(axis=1, dtype=np.int8)
     return combinations.astype(np.int32), (used <= 2).all(axis=-1)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -146,12 +147,12 @@ class _Draft(NamedTuple):
     """
 
     taps: jax.Array
-    patterns: jax.Array | None
+    patterns: Any
     pattern_ids: jax.Array | None
     units: jax.Array
 
 
-def _pattern_sets(scores: dict[str, jax.Array], plan: Plan, patterns: Any) -> dict[str, jax.Array]:
+def _pattern_sets(scores: dict[str, jax.Array], plan: Plan, patterns: Any) -> dict[str, Any]:
     layers = [layer for layer in plan.layers if layer.chooses_patterns]
     if not isinstance(patterns, Generated):
         sets = {layer.name: patterns for layer in layers}
@@ -168,17 +169,15 @@ def _pattern_sets(scores: dict[str, jax.Array], plan: Plan, patterns: Any) -> di
     return sets | {layer.name: np.ones((num_patterns_of(patterns), *layer.shape[:2]), bool) for layer in whole}
 
 
-def _draft(scores: jax.Array, layer: LayerPlan, patterns: jax.Array | None) -> _Draft:
+def _draft(scores: jax.Array, layer: LayerPlan, patterns: Any) -> _Draft:
     kh, kw, cin, cout = layer.shape
     taps = scores.reshape(kh * kw, cin, cout)
     if layer.chooses_patterns:
         ids = choose_patterns(taps, layer, patterns)
+        kernels = ordered_sum(taps) if layer.removal_score == "whole" else retained_by(taps, ids, patterns)
     else:
         ids = None if patterns is None else jnp.zeros((cin, cout), jnp.uint8)
-    if not layer.chooses_patterns or layer.removal_score == "whole":
         kernels = ordered_sum(taps)
-    else:
-        kernels = retained_by(taps, ids, patterns)
     return _Draft(taps, patterns, ids, tile_sums(kernels, layer.removal_tile))
 
 
@@ -196,6 +195,7 @@ def _resolve(plan: Plan, drafts: dict[str, _Draft], levels: dict[str, int]) -> d
             current += layer.cost * layer.kept_taps * kept
         else:
             current += layer.times.at(kept / math.prod(layer.shape[2:]))
+    assert plan.target is not None
     return resolve(plan.target, current, rows)
 
 

@@ -22,6 +22,7 @@ USAGE = f"""usage: {PROGRAM} bench WHAT ...
   gpu          what is still to be measured on a GPU, in order of worth; goes on where it stopped
   deploy PATH  an export beside dense engines: latency, throughput, memory, startup, size
   dtypes RUN   what storing a run's weights in fewer bits costs
+  input        images a second of the input pipeline for large sets, against decoding alone
   latency      whole nets as fast as a target in time asked, on an idle machine
   sizes        bytes of the exports of every published recipe
   torch        training in images a second beside an eager PyTorch loop with a host loader
@@ -40,7 +41,14 @@ def bench(arguments: list[str]) -> int:
         what, rest = "steps", arguments
     made = {"deploy": _deploy, "torch": _torch}
     made |= {name: functools.partial(_updates, name) for name in ("steps", "step", "loop", "selection")}
-    plain = {"collectives": _collectives, "conv": _conv, "dtypes": _dtypes, "latency": _latency, "sizes": _sizes}
+    plain = {
+        "collectives": _collectives,
+        "conv": _conv,
+        "dtypes": _dtypes,
+        "input": _input,
+        "latency": _latency,
+        "sizes": _sizes,
+    }
     if what not in made | plain:
         raise ValueError(f"unknown bench {what!r}: expected one of gpu, {', '.join(sorted(made | plain))}")
     return call(plain[what] if what in plain else made[what](), rest, f"bench {what}")
@@ -153,6 +161,21 @@ def _collectives(out: Path | None = None) -> int:
     from experiments.bench import collectives
 
     print(collectives.run(out))
+    return 0
+
+
+def _input(photos: int = 256, batch_size: int = 64, threads: int | None = None, out: Path | None = None) -> int:
+    """Images a second that the input pipeline brings to the device, against decoding alone. Takes a minute or two.
+
+    Args:
+        photos: files of ImageNet's size that are made for it.
+        batch_size: images.
+        threads: that read and decode; one for each core by default, 16 at most.
+        out: a JSON file to save the record in.
+    """
+    from experiments.bench import input as input_bench
+
+    print(input_bench.run(out, photos=photos, batch_size=batch_size, threads=threads))
     return 0
 
 

@@ -23,7 +23,7 @@ _EXAMPLE = "digits-clicktrain"
 
 def train(arguments: list[str]) -> int:
     """Train a named config, resume it, or lengthen it."""
-    from experiments.train import lengthen, loop
+    from experiments.train import lengthen, loop, processes
 
     if arguments[:1] in (["-h"], ["--help"]):
         parse(_train_fields(configs.get(_EXAMPLE)), ["--help"], "train NAME", config=(tyro.conf.AvoidSubcommands,))
@@ -31,14 +31,14 @@ def train(arguments: list[str]) -> int:
     fields = _train_fields(configs.get(name))
     asked = parse(fields, rest, f"train {name}", config=(tyro.conf.AvoidSubcommands,))
     config = asked.config
+    processes.join(config.loop)
     workdir = asked.workdir or Path("runs") / f"{config.name}-seed{config.seed}"
     folder = RunFolder(workdir)
     if asked.lengthen:
         # A missing data set is said before the folder is changed.
-        load(config.data)
-        lengthen.lengthen(folder, config)
+        processes.from_first(lambda: load(config.data) and lengthen.lengthen(folder, config))
     was_finished = folder.summary() is not None
-    if not was_finished:
+    if not was_finished and processes.is_first():
         _say_if_long(config, done=len(read_metrics(workdir)))
     try:
         summary = loop.train(config, workdir)
@@ -48,6 +48,8 @@ def train(arguments: list[str]) -> int:
         saved = f"{stop.epochs_saved} whole epochs are saved in {workdir}"
         print(f"{stop}: {saved}; to resume: {PROGRAM} train {again}", file=sys.stderr)
         raise
+    if not processes.is_first():
+        return 0
     if was_finished:
         print(
             f"{workdir} is finished: all {config.total_epochs} epochs were trained before, nothing was done now "
@@ -116,7 +118,7 @@ def evaluate(path: Annotated[Run, tyro.conf.arg(metavar="PATH")], data_dir: Data
         return 0 if found["top1"] == found["exported_top1"] else 1
     run = exports.restore(path, data_dir)
     loss, top1 = run.trainer.evaluate(run.state)
-    split = f"{run.dataset.eval_split} set of {len(run.dataset.eval_labels)}"
+    split = f"{run.dataset.eval_split} set of {run.dataset.eval_examples}"
     done = f"{run.config.name} after {run.epochs_done} of {run.config.total_epochs} epochs"
     print(f"{done}, {split}: top-1 {100 * top1:.2f}, loss {loss:.4f}")
     return 0
@@ -215,6 +217,7 @@ def prepare_data(
     source: Annotated[Path, tyro.conf.arg(name="from")],
     name: str,
     data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir", aliases=["--out"])] = None,
+    any_size: bool = False,
 ) -> int:
     """Make a TFDS data set of a folder of images, file by file as they are.
 
@@ -222,20 +225,24 @@ def prepare_data(
         source: holds train/CLASS/FILE and test/CLASS/FILE (or val/): PNG, JPEG, WebP, BMP or PPM, all of one size.
         name: of the data set, as data.name says it later.
         data_dir: the TFDS directory to write NAME into; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+        any_size: the images are of any size, for runs that stream them (data.image_size).
     """
     from experiments.data import is_lossy, prepare_folder, tfds_source
 
-    folder, images = prepare_folder(source, name, tfds_source.data_dir(data_dir))
+    folder, images = prepare_folder(source, name, tfds_source.data_dir(data_dir), any_size=any_size)
     counts = ", ".join(f"{len(files):,} {split}" for split, files in images.files.items())
-    height, width, channels = images.image_shape
-    decoded = sum(map(len, images.files.values())) * height * width * channels
-    print(
-        f"{folder}: {counts} images of {len(images.classes)} classes, {width}x{height}, "
-        f"{'grey' if channels == 1 else 'colour'}, {images.encoding}; {decoded / 1e6:.0f} MB in memory"
-    )
+    if images.image_shape is None:
+        what = f"of any size, {images.encoding}"
+    else:
+        height, width, channels = images.image_shape
+        decoded = sum(map(len, images.files.values())) * height * width * channels
+        colour = "grey" if channels == 1 else "colour"
+        what = f"{width}x{height}, {colour}, {images.encoding}; {decoded / 1e6:.0f} MB in memory"
+    print(f"{folder}: {counts} images of {len(images.classes)} classes, {what}")
     if name.startswith("cifar") and is_lossy(images.encoding):
         print(f"{images.encoding} is lossy, CIFAR's originals are not: accuracies do not compare with published ones")
     for unused in images.left_out:
         print(f"{unused} is left out")
-    print(f"train on it: --data.name {name} --data.dir {folder.parent.parent}")
+    streamed = "" if images.image_shape else " --data.image-size 224"
+    print(f"train on it: --data.name {name} --data.dir {folder.parent.parent}{streamed}")
     return 0

@@ -21,7 +21,7 @@ class LoopConfig:
         epoch_program: "scan": an epoch is one compiled loop on the device, or several of 512 updates at most; the epoch
             of a selection, and a smaller last batch, are called update by update. "steps": all updates are. "auto":
             scan, but steps on a CPU, where an epoch can take minutes: the progress bar moves and Ctrl-C is heeded
-            between updates, at no measurable cost.
+            between updates, at no measurable cost; and steps for a streamed set.
         convolution: "xla": `flax.linen.Conv`. "direct": `pallas_kernels.dense_conv`, XLA's without its slow cases on a
             CPU. "patches": `clicktrain_jax.models.PatchConv`, for compiled loops on a CPU, where XLA's is far slower.
             "auto": on a CPU patches in a loop and direct otherwise, elsewhere xla.
@@ -33,6 +33,14 @@ class LoopConfig:
             epochs since.
         keep_checkpoints: how many of the newest epochs' checkpoints stay on disk.
         eval_every_epochs: evaluate after every so many epochs, and after the last.
+        input_threads: threads that read and decode a streamed set; None for one a core, 16 at most.
+        devices: how many are used, a batch divided over them; None for all that jax sees.
+        ordered: what the ``shards`` of a batch say is summed in their order, so that a run has the same bits on any
+            number of devices that divides the shards; for each device as many gradients travel as there are shards.
+        coordinator: HOST:PORT of the first of several processes that are one run, each with the same command but for
+            process_id; "auto": Slurm, Open MPI or Kubernetes tell all three. None for one process.
+        processes: how many there are.
+        process_id: which one this is, from 0; the first keeps the run folder.
         progress: show a progress bar.
         tensorboard: write TensorBoard events too (needs tensorboardX).
     """
@@ -43,6 +51,12 @@ class LoopConfig:
     checkpoint_every_epochs: int = 1
     keep_checkpoints: int = 2
     eval_every_epochs: int = 1
+    input_threads: int | None = None
+    devices: int | None = None
+    ordered: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    process_id: int | None = None
     progress: bool = True
     tensorboard: bool = False
 
@@ -50,6 +64,20 @@ class LoopConfig:
         for field in ("checkpoint_every_epochs", "keep_checkpoints", "eval_every_epochs"):
             if getattr(self, field) < 1:
                 raise ValueError(f"loop.{field}={getattr(self, field)}: expected at least 1")
+        if self.input_threads is not None and self.input_threads < 1:
+            raise ValueError(f"loop.input_threads={self.input_threads}: expected at least 1, or None for one a core")
+        if self.devices is not None and self.devices < 1:
+            raise ValueError(f"loop.devices={self.devices}: expected at least 1, or none for all that jax sees")
+        told = self.coordinator, self.processes, self.process_id
+        if self.coordinator in (None, "auto"):
+            is_whole = told[1:] == (None, None)
+        else:
+            is_whole = None not in told and ":" in self.coordinator and 0 <= self.process_id < self.processes
+        if not is_whole:
+            raise ValueError(
+                f"loop.coordinator={told[0]!r}, processes={told[1]}, process_id={told[2]}: expected HOST:PORT, a "
+                "number of processes and one of 0 to processes - 1; or coordinator alone, 'auto'; or none of them"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +91,20 @@ class TrainConfig:
         dropout: the net's dropout rate; None for its own (0.5 in the VGGs).
         data: which images.
         epochs: length of the run, or of the dense run that is pruned after it.
-        batch_size: images an update.
+        batch_size: images an update, over all devices.
+        accumulate: a batch's gradient is the mean over so many smaller batches, one after the other, for batches that
+            do not fit a device. BatchNorm normalises each by its own statistics; the running ones take their mean.
+        shards: a batch, or each of those, is so many parts side by side, normalised by their own statistics likewise;
+            1 for those of the whole batch, whatever the number of devices. As many as there are devices: per device.
         partial_batch: what becomes of an epoch's last, smaller batch (391 updates a CIFAR epoch at 128). "keep": it is
             run, as the published recipes have it; on a GPU, where one program does all batches, it is filled with the
             first images of the next epoch. "partial": smaller on a GPU too, at the price of another program. "fill":
             filled on a CPU too. "drop": left out (390 updates).
-        learning_rate: at the start.
+        learning_rate: at the start. It does not follow the batch size: for k times the batch k times the rate is
+            customary, with a warm-up.
         lr_schedule: "step": times lr_gamma at each milestone. "cosine": to zero over the run, after a linear
             warm-up of one tenth of it.
+        warmup_epochs: length of a linear warm-up from zero, for large batches; None for the schedule's own.
         lr_milestones: epochs, for "step".
         lr_gamma: factor at a milestone.
         momentum: of SGD, not Nesterov.
@@ -97,9 +131,12 @@ class TrainConfig:
     width: float = 1.0
     dropout: float | None = None
     batch_size: int = 128
+    accumulate: int = 1
+    shards: int = 1
     partial_batch: Literal["keep", "partial", "fill", "drop"] = "keep"
     learning_rate: float = 0.1
     lr_schedule: Literal["step", "cosine"] = "step"
+    warmup_epochs: int | None = None
     lr_milestones: tuple[int, ...] = ()
     lr_gamma: float = 0.1
     momentum: float = 0.9
@@ -118,9 +155,20 @@ class TrainConfig:
     expected: str = "not published"
 
     def __post_init__(self) -> None:
-        for field in ("epochs", "batch_size"):
+        for field in ("epochs", "batch_size", "accumulate", "shards"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}: expected at least 1")
+        if self.batch_size % (self.accumulate * self.shards):
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be divided into accumulate={self.accumulate} times "
+                f"shards={self.shards} equal parts: expected a multiple of {self.accumulate * self.shards}"
+            )
+        if self.accumulate * self.shards > 1 and self.partial_batch == "partial":
+            raise ValueError("partial_batch='partial' with accumulate or shards: the last batch would have other parts")
+        if self.loop.ordered and self.shards == 1:
+            raise ValueError("loop.ordered with shards=1: one sum has no order; set shards, to 8 say")
+        if self.warmup_epochs is not None and not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs}: expected 0 to {self.epochs - 1}, or None")
         for field in ("learning_rate", "width"):
             value = getattr(self, field)
             if not (value > 0 and math.isfinite(value)):

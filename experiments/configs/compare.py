@@ -217,7 +217,7 @@ def _slim() -> Study:
         admm=AdmmConfig(6, rho=1e-2, every_updates=390, learning_rate=0.01),
         channels=(ChannelConfig(0.6, 2, 1e-2), ChannelConfig(0.8, 2, 1e-2)),
         every_updates=100,
-        rates=(0.05, 0.1),
+        rates=(0.05, 0.1, 0.2),
         trial_epochs=3,
         first=("dense", "early-8x", "early-tiles-8x", "narrow-latency", "narrow-multiply-adds", "narrow-weights"),
     )

@@ -3,56 +3,30 @@
 Each is plain data, checked when it is made, with five things more that a run asks for: ``kind``, its name in records;
 ``check(epochs)``, whether it fits a run; ``begins_at(steps_per_epoch)``, the update from which a run is not a dense
 one any more; ``epochs_after``, which it adds to the run; and ``make(run)``, the `clicktrain_jax.methods.Method` of the
-loop. A new one is a class here and a member of `MethodConfig`.
+loop. A new one is a class here and a member of `MethodConfig`; those of single weights have a module of their own.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-import jax
-import jax.numpy as jnp
 import optax
 
 import clicktrain_jax as ct
 from clicktrain_jax import methods
 from clicktrain_jax.methods import Method
-from clicktrain_jax.trees import named_leaves
 from experiments.configs.clicktrain import PruneConfig
-
-
-class Run(NamedTuple):
-    """What a method may ask of the run that it is made for.
-
-    Attributes:
-        inner: the plain optimizer.
-        params: the net's, as `jax.ShapeDtypeStruct`.
-        plan: of all prunable convolutions, for methods that read no fractions of it.
-        prune_plan: of the config's `PruneConfig`; None without one.
-        nodes: finds the net's groups of channels (`clicktrain_jax.channels`).
-        steps_per_epoch: updates.
-        epochs: of the dense run.
-    """
-
-    inner: Any
-    params: Any
-    plan: ct.Plan
-    prune_plan: ct.Plan | None
-    nodes: Callable[[], Any]
-    steps_per_epoch: int
-    epochs: int
-
-
-def masks_in_state(params: Any, opt_state: Any) -> ct.Masks:
-    """For a `Method` whose state holds its masks."""
-    return ct.masks_of(opt_state)
-
-
-def _check(owner: str, value: float, field: str, low: float, high: float = math.inf) -> None:
-    if not (low <= value <= high and math.isfinite(value)):
-        expected = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
-        raise ValueError(f"{owner}.{field}={value}: expected {expected}")
+from experiments.configs.run import Run, check
+from experiments.configs.single_weights import (
+    GradualConfig,
+    MagnitudeConfig,
+    NOfMConfig,
+    NOfMOnceConfig,
+    RandomConfig,
+    RiglConfig,
+    SetConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +53,7 @@ class AdmmConfig:
 
     def __post_init__(self) -> None:
         for field in ("epochs", "stages", "every_updates"):
-            _check("admm", getattr(self, field), field, 1)
+            check("admm", getattr(self, field), field, 1)
         for field in ("rho", "learning_rate", "rho_factor"):
             if not (getattr(self, field) > 0 and math.isfinite(getattr(self, field))):
                 raise ValueError(f"admm.{field}={getattr(self, field)}: expected a positive number")
@@ -101,7 +75,7 @@ class RetrainConfig:
     learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        _check("retrain", self.epochs, "epochs", 0)
+        check("retrain", self.epochs, "epochs", 0)
         if (self.schedule == "cosine") != (self.learning_rate is not None):
             raise ValueError(
                 f"retrain.learning_rate={self.learning_rate} with schedule={self.schedule!r}: it is for "
@@ -169,135 +143,6 @@ class AfterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class GradualConfig:
-    """Magnitude pruning of single weights along a cubic (Zhu and Gupta 2017).
-
-    Attributes:
-        compression: over all convolutions.
-        distribution: of the weights kept over the layers: "uniform" shares, or Erdos-Renyi-Kernel, "erk".
-        begin_epoch: density falls from here on.
-        end_epoch: masks change no more from here on.
-        every_updates: masks change after so many.
-    """
-
-    kind: ClassVar[str] = "gradual"
-    epochs_after: ClassVar[int] = 0
-
-    compression: float
-    distribution: Literal["uniform", "erk"] = "uniform"
-    begin_epoch: int = 0
-    end_epoch: int = 1
-    every_updates: int = 100
-
-    def __post_init__(self) -> None:
-        _check(self.kind, self.compression, "compression", 1)
-        _check(self.kind, self.every_updates, "every_updates", 1)
-        if not 0 <= self.begin_epoch < self.end_epoch:
-            raise ValueError(
-                f"gradual.begin_epoch={self.begin_epoch}, gradual.end_epoch={self.end_epoch}: expected 0 <= begin < end"
-            )
-
-    def check(self, epochs: int) -> None:
-        """Raise a ValueError where the run ends before the masks are done."""
-        _check_end(self, epochs)
-
-    def begins_at(self, steps_per_epoch: int) -> int:
-        """Where density begins to fall."""
-        return self.begin_epoch * steps_per_epoch
-
-    def make(self, run: Run) -> Method:
-        """`clicktrain_jax.methods.gradual_magnitude`."""
-        begin = self.begins_at(run.steps_per_epoch)
-        optimizer = methods.gradual_magnitude(
-            run.inner,
-            run.plan,
-            densities=_densities(self, run),
-            begin_step=begin,
-            end_step=self.end_epoch * run.steps_per_epoch,
-            every=self.every_updates,
-        )
-        return Method(optimizer, masks=masks_in_state, begins_at=begin)
-
-
-@dataclasses.dataclass(frozen=True)
-class RiglConfig:
-    """Sparse from the first update on, weights drop and grow (Evci et al. 2020).
-
-    Attributes:
-        compression, distribution: as in `GradualConfig`.
-        end_epoch: masks change no more from here on.
-        every_updates: masks change after so many.
-        drop_fraction: share of the weights kept that are exchanged at first.
-    """
-
-    kind: ClassVar[str] = "rigl"
-    epochs_after: ClassVar[int] = 0
-
-    compression: float
-    distribution: Literal["uniform", "erk"] = "uniform"
-    end_epoch: int = 1
-    every_updates: int = 100
-    drop_fraction: float = 0.3
-
-    def __post_init__(self) -> None:
-        _check(self.kind, self.compression, "compression", 1)
-        _check(self.kind, self.every_updates, "every_updates", 1)
-        _check(self.kind, self.end_epoch, "end_epoch", 1)
-        _check(self.kind, self.drop_fraction, "drop_fraction", 0, 1)
-
-    def check(self, epochs: int) -> None:
-        """Raise a ValueError where the run ends before the masks are done."""
-        _check_end(self, epochs)
-
-    def begins_at(self, steps_per_epoch: int) -> int:
-        """At once."""
-        return 0
-
-    def make(self, run: Run) -> Method:
-        """`clicktrain_jax.methods.rigl`."""
-        settings = {
-            "densities": _densities(self, run),
-            "end_step": self.end_epoch * run.steps_per_epoch,
-            "every": self.every_updates,
-            "drop_fraction": self.drop_fraction,
-        }
-        optimizer = seeded_by_weights(lambda key: methods.rigl(run.inner, run.plan, key=key, **settings))
-        return Method(optimizer, masks=masks_in_state)
-
-
-@dataclasses.dataclass(frozen=True)
-class NOfMConfig:
-    """2 of every 4 input channels, with a straight-through estimator (Zhou et al. 2021).
-
-    Attributes:
-        decay: of masked weights.
-    """
-
-    kind: ClassVar[str] = "n_of_m"
-    epochs_after: ClassVar[int] = 0
-
-    decay: float = 2e-4
-
-    def __post_init__(self) -> None:
-        _check(self.kind, self.decay, "decay", 0)
-
-    def check(self, epochs: int) -> None:
-        """It fits every run."""
-
-    def begins_at(self, steps_per_epoch: int) -> int:
-        """At once."""
-        return 0
-
-    def make(self, run: Run) -> Method:
-        """`clicktrain_jax.methods.straight_through` in the loss; the masks are read from the weights."""
-        return Method(
-            run.inner,
-            forward=lambda params: methods.straight_through(params, run.plan, decay=self.decay),
-            masks=lambda params, opt_state: methods.n_of_m_masks(params, run.plan),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class ChannelConfig:
     """PruneTrain (Lym et al. 2019): a group lasso on whole channels, and a smaller net every few epochs.
 
@@ -319,9 +164,9 @@ class ChannelConfig:
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise ValueError(f"channels.ratio={self.ratio}: expected a share between 0 and 1")
-        _check("channels", self.every_epochs, "every_epochs", 1)
-        _check("channels", self.multiple, "multiple", 1)
-        _check("channels", self.threshold, "threshold", 0)
+        check("channels", self.every_epochs, "every_epochs", 1)
+        check("channels", self.multiple, "multiple", 1)
+        check("channels", self.threshold, "threshold", 0)
 
     def check(self, epochs: int) -> None:
         """It fits every run."""
@@ -336,22 +181,19 @@ class ChannelConfig:
 
 
 # One field of a run's config (`experiments.configs.base.TrainConfig`).
-MethodConfig = PruneConfig | AfterConfig | GradualConfig | RiglConfig | NOfMConfig | ChannelConfig
+MethodConfig = (
+    PruneConfig
+    | AfterConfig
+    | MagnitudeConfig
+    | GradualConfig
+    | RiglConfig
+    | SetConfig
+    | RandomConfig
+    | NOfMConfig
+    | NOfMOnceConfig
+    | ChannelConfig
+)
 KINDS: dict[str, type] = {cls.kind: cls for cls in MethodConfig.__args__}
-
-
-def seeded_by_weights(make: Callable[[Any], Any]) -> Any:
-    """A method with random masks that depend on the run's first weights: one program serves all seeds.
-
-    Args:
-        make: key -> transformation.
-    """
-
-    def init(params: Any) -> Any:
-        bits = jax.lax.bitcast_convert_type(jax.tree.leaves(params)[-1].astype(jnp.float32), jnp.uint32)
-        return make(jax.random.fold_in(jax.random.key(0), jnp.sum(bits, dtype=jnp.uint32))).init(params)
-
-    return optax.GradientTransformationExtraArgs(init, make(jax.random.key(0)).update)
 
 
 def of_five_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -379,25 +221,3 @@ def of_five_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
     else:
         values["kind"] = PruneConfig.kind if given == ["prune"] else ChannelConfig.kind
     return new | {"method": values}
-
-
-def _check_end(config: Any, epochs: int) -> None:
-    if config.end_epoch > epochs:
-        raise ValueError(f"{config.kind}.end_epoch={config.end_epoch} is after the last of epochs={epochs}")
-
-
-def _densities(config: Any, run: Run) -> dict[str, float]:
-    """Shares of the planned layers, such that all convolutions together are compressed so much.
-
-    Raises:
-        ValueError: a compression that the prunable convolutions cannot reach.
-    """
-    total = sum(leaf.size for _, leaf in named_leaves(run.params) if len(leaf.shape) == 4)
-    planned = sum(math.prod(layer.shape) for layer in run.plan.layers)
-    retained = round(total / config.compression) - (total - planned)
-    if not 0 < retained <= planned:
-        raise ValueError(
-            f"{config.kind}.compression={config.compression}: the layers that stay dense hold {total - planned} of "
-            f"{total} weights; expected less than {total / max(total - planned, 1):.2f}"
-        )
-    return methods.densities(run.plan, retained, config.distribution)

@@ -122,10 +122,13 @@ _TABLE: tuple[tuple[str, str, _Schedule, dict[str, tuple[tuple[int, ...], float,
 
 
 def _dense(net: str, dataset: str, schedule: _Schedule) -> TrainConfig:
+    # ImageNet is streamed, in random-resized crops.
+    streamed = dataset == "imagenet2012"
     return TrainConfig(
         name=f"{net}-{dataset}-dense",
         net=net,
-        data=DataConfig(dataset),
+        data=DataConfig(dataset, image_size=224 if streamed else None),
+        crop_padding=0 if streamed else 4,
         epochs=schedule.epochs,
         batch_size=schedule.batch_size,
         lr_milestones=schedule.milestones,

@@ -48,6 +48,7 @@ def stretched(config: TrainConfig, epochs: int) -> TrainConfig:
         config,
         epochs=epochs,
         lr_milestones=tuple(map(at, config.lr_milestones)),
+        warmup_epochs=config.warmup_epochs and at(config.warmup_epochs),
         mixup_epoch=at(config.mixup_epoch),
         ema_epochs=round(config.ema_epochs * epochs / config.epochs),
         method=method,

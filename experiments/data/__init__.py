@@ -1,4 +1,4 @@
-"""Data sets as plain arrays (``load``), folders of images, the packed archive, and augmentation inside the step."""
+"""Data sets in memory or streamed (``load``), folders of images, the packed archive, augmentation inside the step."""
 
 from experiments.data.augment import augment, mixup, normalise
 from experiments.data.dataset import DataConfig, Dataset, DatasetMissing
@@ -6,11 +6,14 @@ from experiments.data.decode import is_lossy
 from experiments.data.image_folder import prepare_folder
 from experiments.data.loading import load, place
 from experiments.data.packed import load_packed, pack
+from experiments.data.streaming import Share, StreamedDataset
 
 __all__ = [
     "DataConfig",
     "Dataset",
     "DatasetMissing",
+    "Share",
+    "StreamedDataset",
     "augment",
     "is_lossy",
     "load",

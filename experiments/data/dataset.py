@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -48,6 +49,26 @@ class Dataset:
     encoding: str
     fingerprint: str
 
+    @property
+    def train_examples(self) -> int:
+        """How many images an epoch has."""
+        return len(self.train_labels)
+
+    @property
+    def eval_examples(self) -> int:
+        """How many images are evaluated on."""
+        return len(self.eval_labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of every image."""
+        return self.train_images.shape[1:]
+
+    def eval_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The evaluation set in order: uint8 (B, H, W, C) and int32 (B,), the last ones perhaps fewer."""
+        for begin in range(0, len(self.eval_labels), batch_size):
+            yield self.eval_images[begin : begin + batch_size], self.eval_labels[begin : begin + batch_size]
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -65,7 +86,12 @@ class DataConfig:
             for archives packed from it, whatever the training seed.
         train_examples: Train on the first n of a fixed, class-balanced order only; None for all.
         cache_dir: Where decoded arrays are kept. None: $CLICKTRAIN_CACHE, else
-            ~/.cache/clicktrain_jax.
+            ~/.cache/clicktrain-jax.
+        image_size: None holds the whole set in memory; its images are of one size. A number streams it instead: images
+            of any size are read and decoded while the net trains, a random-resized crop of so many pixels a side to
+            train on, the centre crop to evaluate on. `dir` may then be a folder of images itself, with train/CLASS/FILE
+            and val/CLASS/FILE, or one that holds it under the set's name.
+        least_crop_area: Of a random-resized crop, as a share of the image's.
     """
 
     name: str = "digits"
@@ -73,6 +99,8 @@ class DataConfig:
     eval_split: Literal["validation", "test"] = "test"
     train_examples: int | None = None
     cache_dir: str | None = None
+    image_size: int | None = None
+    least_crop_area: float = 0.08
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,3 +154,8 @@ def fingerprint(*arrays: np.ndarray) -> str:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
+
+
+def fingerprint_of_text(text: str) -> str:
+    """First 16 hex digits of the SHA-256 over a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -10,7 +10,7 @@ import numpy as np
 UNKNOWN = "unknown"
 _MAGIC = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"BM": "raw", b"P5": "raw", b"P6": "raw"}
 _WEBP_CHUNKS = {b"VP8L": "lossless webp", b"VP8 ": "lossy webp"}
-_DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # Pillow's modes of more than 8 bits.
+DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # Pillow's modes of more than 8 bits.
 
 
 def encoding_of(encoded: Sequence[bytes]) -> str:
@@ -72,7 +72,7 @@ def decode_images(encoded: Sequence[bytes]) -> np.ndarray:
         if image.shape != first.shape:
             raise ValueError(
                 f"image {index} is {image.shape}, image 0 is {first.shape}; expected one shape: "
-                "in-memory data sets need images of one size"
+                "in-memory data sets need images of one size; give image_size to stream them"
             )
         out[index] = image
     return out
@@ -96,13 +96,13 @@ def decode_image(data: bytes) -> np.ndarray:
 
     try:
         with Image.open(io.BytesIO(data)) as opened:
-            kept = opened.mode in ("L", "RGB", *_DEEP)
+            kept = opened.mode in ("L", "RGB", *DEEP)
             image = opened if kept else opened.convert("RGB")
             mode, size, pixels = image.mode, (image.height, image.width), image.tobytes()
     except Exception as error:  # Damage surfaces as OSError, SyntaxError, struct.error and others.
         raise ValueError(
             f"({len(data)} bytes) cannot be decoded ({error}); expected PNG, JPEG, WebP, BMP or PPM"
         ) from error
-    if mode in _DEEP:  # Pillow would clip them at 255.
+    if mode in DEEP:  # Pillow would clip them at 255.
         raise ValueError(f"has pixels of mode {mode!r}; expected 8 bits a channel")
     return np.frombuffer(pixels, np.uint8).reshape(*size, 1 if mode == "L" else 3)

@@ -19,7 +19,7 @@ from experiments.data.writing import import_tfds, write_tfds
 
 _VERSION = "1.0.0"
 _TEST_NAMES = ("test", "val")
-_LITTER = ("Thumbs.db", "desktop.ini")  # Beside hidden files: what file managers leave behind.
+LITTER = ("Thumbs.db", "desktop.ini")  # Beside hidden files: what file managers leave behind.
 _TAKEN = {"digits": "that set is embedded and reads no files", "imagenet2012": "that set does not fit in memory"}
 _LAYOUT = "expected train/CLASS/FILE and test/CLASS/FILE (or val/CLASS/FILE)"
 
@@ -33,18 +33,18 @@ class ImageFolder:
             names are numbers.
         files: Split, "train" and "test" -> (class, file) of each image.
         left_out: Folders of images that are in neither split.
-        image_shape: (H, W, C) of every image.
+        image_shape: (H, W, C) of every image; None where sizes may differ.
         encoding: As `decode.encoding_of` names it.
     """
 
     classes: list[str]
     files: dict[str, list[tuple[str, Path]]] = dataclasses.field(repr=False)
     left_out: list[Path]
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int] | None
     encoding: str
 
 
-def prepare_folder(source: Path, name: str, directory: Path) -> tuple[Path, ImageFolder]:
+def prepare_folder(source: Path, name: str, directory: Path, *, any_size: bool = False) -> tuple[Path, ImageFolder]:
     """Writes DIRECTORY/NAME/1.0.0 from a folder of images; `load` then finds it by its name.
 
     Args:
@@ -53,6 +53,7 @@ def prepare_folder(source: Path, name: str, directory: Path) -> tuple[Path, Imag
             grey or all in colour. Hidden files are passed over.
         name: Of the data set; letters, digits and "_".
         directory: The TFDS data directory; created when needed.
+        any_size: Images may be of any size, for sets that are streamed; they are then not decoded here.
 
     Returns:
         The prepared folder, and what is in it.
@@ -65,19 +66,19 @@ def prepare_folder(source: Path, name: str, directory: Path) -> tuple[Path, Imag
     import_tfds()  # Before the reading: it would be for nothing.
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
         raise ValueError(f"name={name!r}; expected letters, digits and '_', a letter first")
-    if name in _TAKEN:
+    if name in _TAKEN and not (any_size and name == "imagenet2012"):
         raise ValueError(f"name={name!r}: {_TAKEN[name]}; give another name")
     there = tfds_source.find_prepared(name, directory)
     if there is not None:
         raise ValueError(f"{there} is there already: remove it, or give another name or directory")
-    images = read_folder(source)
+    images = read_folder(source, any_size=any_size)
     splits = {split: functools.partial(_examples, source, files) for split, files in images.files.items()}
     folder = write_tfds(
         name,
         _VERSION,
         directory,
         splits,
-        image_shape=images.image_shape,
+        image_shape=images.image_shape or (None, None, 3),
         encoding=images.encoding,
         labels={"label": images.classes},
         description=f"{name}, prepared by experiments.data.image_folder from a folder of images.",
@@ -85,13 +86,31 @@ def prepare_folder(source: Path, name: str, directory: Path) -> tuple[Path, Imag
     return folder, images
 
 
-def read_folder(source: Path) -> ImageFolder:
+def read_folder(source: Path, *, any_size: bool = False) -> ImageFolder:
     """Looks at every file of a folder of images; see `prepare_folder`.
 
     Raises:
         OSError: If something cannot be read.
         ValueError: If it is not laid out as expected, or an image is unusable; it names the first
             file or class that is wrong, and what to do.
+    """
+    names, parts, left_out = find_classes(source)
+    files = {split: [(name, file) for name in names for file in _files(part / name)] for split, part in parts.items()}
+    everything = [file for split in files.values() for _, file in split]
+    shape, encoding = (None, _encodings(everything)) if any_size else _check_images(everything)
+    return ImageFolder(names, files, left_out, shape, encoding)
+
+
+def find_classes(source: Path) -> tuple[list[str], dict[str, Path], list[Path]]:
+    """How a folder of images is laid out, without a look at its files.
+
+    Returns:
+        The classes in the order of their labels; split, "train" and "test" -> its folder, which holds a folder a
+        class; folders of images that are in neither.
+
+    Raises:
+        OSError: If something cannot be read.
+        ValueError: If it is not laid out as expected.
     """
     if not source.is_dir():
         raise ValueError(f"{source} is no folder; {_LAYOUT}")
@@ -109,13 +128,11 @@ def read_folder(source: Path) -> ImageFolder:
     classes = {split: {entry.name: entry for entry in _class_folders(part)} for split, part in parts.items()}
     _check_classes(parts, classes)
     names = sorted(classes["train"], key=(lambda name: (int(name), name)) if _are_numbers(classes["train"]) else None)
-    files = {split: [(name, file) for name in names for file in _files(classes[split][name])] for split in parts}
-    shape, encoding = _check_images([file for split in files.values() for _, file in split])
-    return ImageFolder(names, files, [folder for folder in tests if folder != test], shape, encoding)
+    return names, parts, [folder for folder in tests if folder != test]
 
 
 def _entries(folder: Path) -> list[Path]:
-    found = sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name not in _LITTER)
+    found = sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name not in LITTER)
     for entry in found:
         if not entry.name.isprintable() or entry.name != entry.name.strip():
             raise ValueError(f"{str(entry)!r} has a line break, a blank at its ends or the like in its name: rename it")
@@ -157,22 +174,36 @@ def _head(file: Path) -> bytes:
 def _files(folder: Path) -> list[Path]:
     found = _entries(folder)
     if not found:
-        raise ValueError(f"class {folder.name} is empty, {folder} holds no images: add some, or remove it everywhere")
+        raise empty_class(folder)
     for entry in found:
         if not entry.is_file():
             raise ValueError(f"{entry} is no file; expected image files alone in a class's folder: move it away")
     return found
 
 
+def empty_class(folder: Path) -> ValueError:
+    """What is wrong with a class without images."""
+    return ValueError(f"class {folder.name} is empty, {folder} holds no images: add some, or remove it everywhere")
+
+
+def _encodings(files: list[Path]) -> str:
+    return "+".join(sorted({_checked_encoding(file, _head(file)) for file in files}))
+
+
+def _checked_encoding(file: Path, data: bytes) -> str:
+    encoding = encoding_of([data])
+    if encoding == UNKNOWN:
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) is no PNG, JPEG, WebP, BMP or PPM file: convert it, or move it away"
+        )
+    return encoding
+
+
 def _check_images(files: list[Path]) -> tuple[tuple[int, int, int], str]:
     encodings, shape = set(), None
     for file in files:
         data = file.read_bytes()
-        encoding = encoding_of([data])
-        if encoding == UNKNOWN:
-            raise ValueError(
-                f"{file} ({len(data)} bytes) is no PNG, JPEG, WebP, BMP or PPM file: convert it, or move it away"
-            )
+        encoding = _checked_encoding(file, data)
         try:
             found = decode_image(data).shape
         except ValueError as error:
@@ -181,7 +212,8 @@ def _check_images(files: list[Path]) -> tuple[tuple[int, int, int], str]:
         if found != shape:
             raise ValueError(
                 f"{file} is {_size(found)}, {files[0]} is {_size(shape)}; expected one size for all, and all grey or "
-                "all in colour: convert the images first, for example with ImageMagick's mogrify"
+                "all in colour: convert the images first, for example with ImageMagick's mogrify, or prepare them with "
+                "--any-size and stream them"
             )
         encodings.add(encoding)
     return shape, "+".join(sorted(encodings))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -124,28 +124,43 @@ def read_encoded(folder: Path) -> Encoded:
         ValueError: If it is in another file format, lacks a split, or is damaged; or if
             tensorflow-datasets is not installed.
     """
-    _check_format(folder)
-    tfds = prepare.import_tfds()
+    builder, num_classes, available = open_builder(folder)
     again = f"prepare {folder.parent.name} again in array_record form"
-    try:
-        builder = tfds.builder_from_directory(folder)
-        num_classes = builder.info.features["label"].num_classes
-        available = sorted(builder.info.splits)
-    except Exception as error:  # Whatever the parsers raise, the folder's metadata is unusable.
-        raise ValueError(f"{folder} is no readable TFDS data set ({error!r}): {again}") from error
     splits = {}
     for split in _SPLITS:
         if split not in available:
             raise ValueError(f"{folder} has the splits {available}; expected {_SPLITS}: {again}")
         try:
             # Asking for all records at once reads in bulk, over twice as fast as one by one.
-            source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+            source = data_source(builder, split)
             records = source.__getitems__(list(range(len(source))))
             labels = np.array([record["label"] for record in records], np.int32)
             splits[split] = EncodedSplit([record["image"] for record in records], labels)
         except Exception as error:  # array_record reports damage as RuntimeError and others.
             raise ValueError(f"cannot read {split!r} of {folder} ({error!r}): {again}") from error
     return Encoded(splits, num_classes)
+
+
+def open_builder(folder: Path) -> tuple[Any, int, list[str]]:
+    """TFDS's reader of a prepared folder, the number of classes, and the splits that it has.
+
+    Raises:
+        ValueError: If it is in another file format, or is damaged; or if tensorflow-datasets is not installed.
+    """
+    _check_format(folder)
+    tfds = prepare.import_tfds()
+    try:
+        builder = tfds.builder_from_directory(folder)
+        return builder, builder.info.features["label"].num_classes, sorted(builder.info.splits)
+    except Exception as error:  # Whatever the parsers raise, the folder's metadata is unusable.
+        again = f"prepare {folder.parent.name} again in array_record form"
+        raise ValueError(f"{folder} is no readable TFDS data set ({error!r}): {again}") from error
+
+
+def data_source(builder: Any, split: str) -> Any:
+    """A split's records by number, their images still encoded."""
+    tfds = prepare.import_tfds()
+    return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
 
 
 def _check_format(folder: Path) -> None:

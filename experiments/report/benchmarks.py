@@ -107,6 +107,30 @@ def torch_table(record: dict[str, Any]) -> str:
     return f"{explained}\n{markdown_table(header, rows)}"
 
 
+def input_table(record: dict[str, Any]) -> str:
+    """A record of `experiments.bench.input`: the input pipeline beside decoding alone."""
+    photos, memory = record["photos"], record["memory_mb"]
+    width, height = photos["size"]
+    explained = (
+        f"{photos['count']} made-up photographs of {width}x{height} pixels and {photos['bytes'] / 1e3:.0f} kB, as "
+        f"ImageNet's are, in the page cache; {record['threads']} threads. Decoding alone: Pillow, from memory into "
+        f"arrays that are thrown away; the crop, at random to {record['image_size']} pixels a side, is Pillow's too. "
+        f"The pipeline reads, decodes, crops and puts batches of {record['batch_size']} on the device. Whole passes in "
+        f"turns, {record['rounds']} of each; medians. A consumer that takes a quarter longer a batch than the "
+        f"pipeline waits for {100 * record['waiting']:.1f}% of its time. Resident memory after each quarter of a pass "
+        f"four times as long: "
+        f"{', '.join(f'{each:.0f}' for each in memory)} MB.\n"
+    )
+    rows = []
+    for row in record["results"]:
+        is_ceiling = row["name"].startswith("decode")
+        goal = "" if is_ceiling else f"{record['goal']:g}: {'met' if row['ratio'] >= record['goal'] else 'not met'}"
+        rates = (f"{row[key]:,.0f}" for key in ("images_per_s", "p20", "p80"))
+        rows.append((row["name"], *rates, f"{row['ratio']:.2f}", goal, f"{row['of_crop']:.2f}"))
+    header = ("source", "images/s", "20%", "80%", "of decoding alone", "goal", "of decoding and cropping")
+    return f"{explained}\n{markdown_table(header, rows)}"
+
+
 def tables_of(record: dict[str, Any]) -> str:
     """What `python -m experiments bench` prints, of a record of any kind."""
     if record["what"] == "collectives":
@@ -117,6 +141,8 @@ def tables_of(record: dict[str, Any]) -> str:
         return layers_tables(record)
     if record["what"] == "latency target":
         return latency_table(record)
+    if record["what"] == "input":
+        return input_table(record)
     if record["what"] == "torch":
         return torch_table(record)
     return step_table(record["results"]) if record["what"] == "step" else bench_table(record["results"])

@@ -10,11 +10,11 @@ from experiments.report import (
     benchmarks,
     comparison,
     comparison_plots,
-    front,
     gpu,
     importance,
     pattern_sheet,
     published,
+    readme,
     results,
     studies,
 )
@@ -55,7 +55,7 @@ def generate(records: Path = results.RECORDS) -> dict[Path, str]:
     return {
         results.RESULTS_FILE: "\n".join(part for part in parts if part),
         benchmarks.BENCHMARKS_FILE: benchmarks.generate(),
-        front.README: front.generate(front.README.read_text(), records),
+        readme.README: readme.generate(readme.README.read_text(), records),
         records / published.CSV: published.to_csv(found),
         **({price_csv: gpu.price_csv(price_csv.parent)} if price_csv.parent.exists() else {}),
         **{study.folder / name: text for study in compared for name, text in comparison.files(study).items()},
@@ -64,7 +64,7 @@ def generate(records: Path = results.RECORDS) -> dict[Path, str]:
 
 def draw(records: Path = results.RECORDS) -> None:
     """Draw the pictures that the documents link to, beside their records, and README's."""
-    front.draw(records=records)
+    readme.draw(records=records)
     for folder in studies.folders(records):
         study = studies.read(folder)
         if study.some_run() is not None:

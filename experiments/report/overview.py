@@ -54,6 +54,10 @@ def measured(config: TrainConfig, records: Sequence[dict[str, Any]]) -> str:
     if not mine:
         return "not measured here"
     top1 = mean_spread([record["final_top1"] for record in mine], scale=100)
-    seconds = mean_spread([record["train_and_compile_seconds"] for record in mine], digits=0)
-    images = coding(mine[0]["encoding"])
-    return f"measured {top1} (n={len(mine)}, {images} images), {seconds} s on {results.machine(mine[0])}"
+    text = f"measured {top1} (n={len(mine)}, {coding(mine[0]['encoding'])} images)"
+    # Those of runs whose cores did other work say nothing.
+    alone = [record for record in mine if not record["setting"].get("shared_cores")]
+    if alone:
+        seconds = mean_spread([record["train_and_compile_seconds"] for record in alone], digits=0)
+        text += f", {seconds} s on {results.machine(alone[0])}"
+    return text

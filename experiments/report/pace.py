@@ -35,7 +35,11 @@ class Pace(NamedTuple):
     def of(cls, records: Sequence[dict[str, Any]], where: dict[str, Any]) -> "Pace":
         """Of a machine, from all records."""
         here = results.machine({"setting": where})
-        alone = [record for record in records if record["setting"].get("runs_at_once", 1) == 1]
+        alone = [
+            record
+            for record in records
+            if record["setting"].get("runs_at_once", 1) == 1 and not record["setting"].get("shared_cores")
+        ]
         return cls([record for record in alone if results.machine(record) == here], where)
 
     @property

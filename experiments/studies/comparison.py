@@ -19,12 +19,16 @@ from typing import Any
 from experiments.configs.base import TrainConfig, to_dict
 from experiments.configs.compare import Cell, Study, Tuning
 from experiments.data.loading import default_cache_dir
-from experiments.records import RunFolder, identity, read_json, write_json
+from experiments.records import RUNS, RunFolder, identity, read_json, write_json
 from experiments.studies import jobs, latency
 from experiments.train.forks import dense_of
 from pallas_kernels.tuning.cache import ENVIRONMENT
 
 _DENSE_GROUP = "dense"
+# What is kept of a study beside its runs.
+_BESIDE = "study.json", "latency.json"
+# What is kept of the runs that tuned it.
+TRIALS = "trials.jsonl"
 
 
 def run(
@@ -53,7 +57,8 @@ def run(
         data_dir: where the images are.
         only: a regular expression; cells that it is not found in are left out, the dense one apart.
         timing: measure the nets of the first seed side by side.
-        records: a folder; what is kept of a run is copied into its ``compare-NAME`` as soon as the run is finished.
+        records: a folder; what is kept of a run is copied into its ``compare-NAME`` as soon as the run is finished,
+            and a run that it has already, of the same config and seed, is not trained again.
         say: is given a line about each run.
 
     Returns:
@@ -72,12 +77,15 @@ def run(
         raise ValueError(f"only={only!r} leaves no cell; the cells are {', '.join(c.name for c in study.cells)}")
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     workdir.mkdir(parents=True, exist_ok=True)
+    stored = None if records is None else records / f"compare-{study.name}"
     maker = _Maker(data_dir, quiet=workers > 0)
     failed: dict[str, str] = {}
     # Trials differ in few of their programs, and nobody asks how long they took to compile.
     with jobs.crew(workers, cache=workdir / "tuning" / "compiled") as crew:
 
         def do(wanted: list[jobs.Job]) -> list[jobs.Job]:
+            if stored is not None:
+                jobs.restore(wanted, stored / TRIALS)
             jobs.do_all(wanted, crew, deadline, failed, say)
             return _unfinished(wanted, failed)
 
@@ -93,6 +101,11 @@ def run(
             key=lambda one: bool(study.first) and one[0].name not in study.first,
         )
         wanted = maker.jobs([(tuned[cell.name], seed) for cell, seed in ordered], workdir)
+        if stored is not None:
+            jobs.restore(wanted, stored / RUNS)
+            for name in _BESIDE:
+                if (stored / name).exists() and not (workdir / name).exists():
+                    write_json(workdir / name, read_json(stored / name))
 
         turn = threading.Lock()
 
@@ -127,7 +140,8 @@ def collect(study: Study, workdir: Path, records: Path) -> int:
     """Copy what is kept of a study into ``records/compare-NAME``; returns how many runs were copied."""
     folder = records / f"compare-{study.name}"
     count = jobs.collect(workdir, folder)
-    for name in ("study.json", "latency.json"):
+    jobs.collect(workdir / "tuning", folder, TRIALS)
+    for name in _BESIDE:
         if (workdir / name).exists():
             write_json(folder / name, read_json(workdir / name))
     return count
@@ -297,7 +311,10 @@ def _tuned_by(cell: Cell, tuned: Collection[str]) -> list[str]:
 
 
 def _time(study: Study, workdir: Path, seed: int, data_dir: str | None, say: Callable[[str], None]) -> None:
-    """Latencies of all finished nets of one seed, side by side, unless these very nets were timed before."""
+    """Latencies of all finished nets of one seed, side by side, unless these very nets were timed before.
+
+    Nets that only their records are left of are not here to be timed.
+    """
     finished = {study.cell(name).config.name: paths[0] for name, paths in _runs(study, workdir, str(seed)).items()}
     path = workdir / "latency.json"
     shas = {name: RunFolder(folder).summary()["params_sha256"] for name, folder in finished.items()}
@@ -305,5 +322,10 @@ def _time(study: Study, workdir: Path, seed: int, data_dir: str | None, say: Cal
         earlier = read_json(path)
         if {name: net["params_sha256"] for name, net in earlier["nets"].items()} == shas:
             return
-    say(f"timing {len(finished)} nets")
-    write_json(path, latency.measure(finished, data_dir=data_dir))
+    here = {name: folder for name, folder in finished.items() if RunFolder(folder).checkpoints.exists()}
+    say(
+        f"timing {len(here)} nets"
+        + (f", {len(finished) - len(here)} are left out" if len(here) < len(finished) else "")
+    )
+    if here:
+        write_json(path, latency.measure(here, data_dir=data_dir))

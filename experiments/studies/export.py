@@ -14,12 +14,13 @@ from clicktrain_jax.deploy import storage
 from clicktrain_jax.deploy.storage.manifest import MANIFEST, WEIGHTS
 from experiments.bench import timing
 from experiments.configs.base import TrainConfig, to_dict
-from experiments.data import DataConfig, Dataset, load
+from experiments.data import DataConfig, Dataset, StreamedDataset, load
 from experiments.records import RunFolder, read_config, read_json, read_metrics
 from experiments.report import page
 from experiments.train.checkpoints import Checkpoints
+from experiments.train.feed import EVAL_BATCH
 from experiments.train.loop import template
-from experiments.train.step import EVAL_BATCH, Trainer
+from experiments.train.step import Trainer
 
 REPORT = "report.html"
 
@@ -37,7 +38,7 @@ class Restored:
     """
 
     config: TrainConfig
-    dataset: Dataset
+    dataset: Dataset | StreamedDataset
     trainer: Trainer
     epochs_done: int
     state: Any
@@ -78,14 +79,12 @@ def restore(run: Path, data_dir: str | None = None) -> Restored:
     return Restored(config, dataset, trainer, *restored)
 
 
-def top1(net: Any, dataset: Dataset) -> float:
+def top1(net: Any, dataset: Dataset | StreamedDataset) -> float:
     """Fraction of the evaluation set that an exported net classifies as labelled."""
     correct = 0
-    for begin in range(0, len(dataset.eval_labels), EVAL_BATCH):
-        labels = dataset.eval_labels[begin : begin + EVAL_BATCH]
-        logits = np.asarray(net(dataset.eval_images[begin : begin + EVAL_BATCH]))
-        correct += int((logits.argmax(axis=-1) == labels).sum())
-    return correct / len(dataset.eval_labels)
+    for images, labels in dataset.eval_batches(EVAL_BATCH):
+        correct += int((np.asarray(net(images)).argmax(axis=-1) == labels).sum())
+    return correct / dataset.eval_examples
 
 
 def export_run(
@@ -156,7 +155,7 @@ def export_run(
         accuracy = top1(ct.load(temporary), dataset)
     facts["accuracy"] = {
         "split": dataset.eval_split,
-        "examples": len(dataset.eval_labels),
+        "examples": dataset.eval_examples,
         "top1": accuracy,
         "run_top1": summary["final_top1"],
     }
@@ -220,7 +219,7 @@ def evaluate_export(path: Path, data_dir: str | None = None) -> dict[str, Any]:
     return {
         "name": facts["run"]["name"],
         "split": dataset.eval_split,
-        "examples": len(dataset.eval_labels),
+        "examples": dataset.eval_examples,
         "top1": top1(ct.load(path), dataset),
         "exported_top1": accuracy["top1"],
         "run_top1": accuracy["run_top1"],

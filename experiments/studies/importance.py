@@ -154,6 +154,10 @@ def measure(
         raise ValueError(f"{config.name} prunes: kernels are removed from nets trained dense, name a dense config")
     if config.data.eval_split != "validation":
         raise ValueError("eval_split='test': decisions are taken on validation data; set eval_split='validation'")
+    if config.data.image_size is not None:
+        raise ValueError(
+            f"data.image_size={config.data.image_size}: the study holds its images in memory; leave it unset"
+        )
     if study.checkpoint_epochs[-1] > config.epochs:
         raise ValueError(f"checkpoint_epochs={study.checkpoint_epochs}: {config.name} has {config.epochs} epochs")
     trainer = trainer or Trainer(config, load(config.data))

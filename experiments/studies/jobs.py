@@ -20,7 +20,7 @@ import jax
 
 from experiments.configs.base import TrainConfig, from_dict, to_dict
 from experiments.data import Dataset, load
-from experiments.records import RUNS, RunFolder, identity, keep
+from experiments.records import RUNS, RunFolder, differences, identity, keep, kept
 from experiments.train.forks import train_forked
 from experiments.train.loop import Interrupted, NonFiniteLoss, train
 from experiments.train.signals import heeded
@@ -92,19 +92,35 @@ def say_line(line: str) -> None:
     print(line, flush=True)
 
 
-def collect(workdir: Path, records: Path) -> int:
+def collect(workdir: Path, records: Path, name: str = RUNS) -> int:
     """Keep the records of all finished runs; checkpoints and where their images lay are left out.
 
     Args:
         workdir: holds run folders NAME-seedN.
-        records: a folder, made when missing: records of the same runs in its runs.jsonl are replaced.
+        records: a folder, made when missing: records of the same runs in its file are replaced.
+        name: of that file.
 
     Returns:
         How many runs there are.
     """
     records.mkdir(parents=True, exist_ok=True)
     finished = sorted(path.parent for path in workdir.glob("*-seed*/summary.json"))
-    return keep(records / RUNS, (RunFolder(folder).record() for folder in finished))
+    return keep(records / name, (RunFolder(folder).record() for folder in finished))
+
+
+def restore(jobs: Sequence[Job], file: Path) -> None:
+    """Make the folders, without checkpoints, of those jobs that a file of `collect` has finished records of.
+
+    A queue so goes on where another clone of the records, or another machine, stopped. A folder that is there, and a
+    record of other mathematics or data under the same name, are left alone.
+    """
+    records = {(record["name"], record["seed"]): record for record in kept(file)}
+    for job in jobs:
+        record = records.get((job.config.name, job.config.seed))
+        if job.folder.exists() or record is None or record["summary"] is None:
+            continue
+        if not differences(record["config"], job.config):
+            RunFolder(job.folder).restore(record)
 
 
 def do_all(

@@ -27,13 +27,24 @@ class Checkpoints:
     def __init__(self, path: Path, keep: int = 1, *, read_only: bool = False) -> None:
         self.path = Path(path).resolve()
         self._read_only = read_only
+        alone = ocp.options.MultiprocessingOptions()
+        if jax.process_count() > 1:
+            # This process alone writes and reads. Orbax then wants the folder to be there.
+            alone = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()})
+            self.path.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, create=not read_only, read_only=read_only
+            max_to_keep=keep,
+            enable_async_checkpointing=False,
+            create=not read_only and jax.process_count() == 1,
+            read_only=read_only,
+            multiprocessing_options=alone,
         )
         self._manager = ocp.CheckpointManager(self.path, options=options)
 
     def save(self, epochs_done: int, tree: Any) -> None:
         """Write one; it is complete on disk, or not there, whenever the process dies."""
+        # Of several processes only this one writes: an array of all would be waited for.
+        tree = jax.device_get(tree) if jax.process_count() > 1 else tree
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_named_arrays(tree)), digest=ocp.args.JsonSave({"sha256": digest(tree)})
         )
@@ -73,9 +84,11 @@ class Checkpoints:
 
     def _restore(self, number: int, template: Any) -> Any:
         arrays = _named_arrays(template)
-        # Onto the template's devices, wherever the checkpoint was written.
+        # Onto the template's devices, wherever the checkpoint was written; onto one that is this process's own where
+        # others have theirs.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if jax.process_count() > 1 else None
         abstract = {
-            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here or getattr(array, "sharding", None))
             for name, array in arrays.items()
         }
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), digest=ocp.args.JsonRestore())

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.configs.base import TrainConfig
+from experiments.data import Dataset, StreamedDataset
 from experiments.train.costs import size_of
+from experiments.train.devices import Devices
 from experiments.train.programs import Programs
 from experiments.train.pruned_phase import Way
 from experiments.train.state import Images, TrainState
@@ -21,7 +23,11 @@ class Updates:
 
     Attributes:
         config: of the runs.
-        train_data: what they train on.
+        dataset: what they train on.
+        streams: whether an update is given its batch, as the set is too large for the device.
+        train_data: the images; of a streamed set, black ones in a batch's place; on the host where a batch is divided
+            over devices.
+        devices: where the arrays lie.
         channels: what makes the net narrower between epochs; None for nothing.
         steps_per_epoch: updates.
         loop_length: updates of a compiled loop; 0 where there is none.
@@ -29,7 +35,10 @@ class Updates:
     """
 
     config: TrainConfig
+    dataset: Dataset | StreamedDataset
+    streams: bool
     train_data: Images
+    devices: Devices
     channels: Any
     steps_per_epoch: int
     loop_length: int
@@ -47,9 +56,9 @@ class Updates:
 
     def compile_dense(self, state: TrainState) -> float:
         """Compile the dense phase's update, for a run that begins after it; returns the seconds."""
-        start, key = time.perf_counter(), jax.random.key(0)
-        metrics = jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
-        args = (state, metrics, self.train_data, self._order(key, 0), np.int32(0), key, {})
+        start = time.perf_counter()
+        metrics, order, key = self._begin(0, 0)
+        args = (self.devices.whole(state), metrics, self._images(self._batch), order, np.int32(0), key, {})
         if self.loop_length > 1:
             self._loop("dense", "dense", args, ahead=True)
         else:
@@ -58,13 +67,30 @@ class Updates:
         self.programs.seconds += seconds
         return seconds
 
+    def _begin(self, seed: int, epoch: int) -> tuple[Any, Any, Any]:
+        """``(metrics, order, key)`` of an epoch, whose images are put on the devices where they are divided.
+
+        A streamed set has no order here: an update is given its batch.
+        """
+        key, metrics = jax.random.key(seed), jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
+        order = None if self.streams else self._order(key, epoch)
+        if self.devices.mesh is not None and not self.streams:
+            full = self.steps_per_epoch - bool(self.tail)
+            self._parts: dict[int, Images] = {}  # the last epoch's are let go first
+            self._parts = self.devices.epoch_images(self.dataset, np.asarray(order), self._batch, full, self.tail)
+        return self.devices.whole((metrics, order, key))
+
+    def _images(self, batch: int) -> Images:
+        """What the programs for batches of a size take."""
+        return self.train_data if self.streams or self.devices.mesh is None else self._parts[batch]
+
     def _shapes(self, params: Any) -> tuple[tuple[int, ...], ...]:
         """What tells a narrowed net's programs apart."""
         return () if self.channels is None else tuple(leaf.shape for leaf in jax.tree.leaves(params))
 
     @property
     def _batch(self) -> int:
-        return min(self.config.batch_size, len(self.train_data.labels))
+        return min(self.config.batch_size, self.dataset.train_examples)
 
     def _pruned_program(self, way: Way, args: tuple, *, ahead: bool) -> Callable[..., Any]:
         if self.loop_length > 1:
@@ -104,7 +130,10 @@ class Updates:
                 beside=size_of(state.opt_state),
                 ahead=ahead,
             )
-            found = jax.eval_shape(gradient_of(self, batch, way), *inputs) if ahead else gradient(*inputs)
+            if ahead:
+                found = self.devices.placed(jax.eval_shape(gradient_of(self, batch, way), *inputs))
+            else:
+                found = gradient(*inputs)
             changed = (state, metrics, index, found)
             change = self.programs.get(
                 ("change", kind, *narrowed), lambda: change_of(self, kind), changed, (0, 1), ahead=ahead

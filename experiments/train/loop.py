@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,12 @@ import numpy as np
 import clicktrain_jax as ct
 from clicktrain_jax import models
 from experiments.configs.base import TrainConfig, to_dict
-from experiments.data import Dataset, load
+from experiments.data import Dataset, StreamedDataset, load
 from experiments.records import RunFolder, differences, read_metrics
+from experiments.train import processes
 from experiments.train.checkpoints import Checkpoints, digest
 from experiments.train.costs import multiply_adds
+from experiments.train.devices import devices_of
 from experiments.train.programs import keep_on_disk
 from experiments.train.progress import Hook, ask, telling
 from experiments.train.signals import Interrupted, heeded
@@ -36,7 +39,7 @@ def train(
     config: TrainConfig,
     workdir: Path,
     *,
-    dataset: Dataset | None = None,
+    dataset: Dataset | StreamedDataset | None = None,
     trainer: Trainer | None = None,
     on_epoch: Hook | None = None,
 ) -> dict[str, Any]:
@@ -62,37 +65,47 @@ def train(
             none of which can be read.
         Interrupted: SIGINT or SIGTERM came.
         NonFiniteLoss: training diverged.
+        ConnectionError: of several processes another one is gone.
         Exception: whatever ``on_epoch`` raises.
     """
     if trainer is not None and any(field != "seed" for field, _, _ in differences(to_dict(trainer.config), config)):
         raise ValueError(f"the trainer was made for another config, {trainer.config.name!r}: make one for this run")
+    processes.join(config.loop)
+    processes.check_config(config)
     if dataset is None:
-        dataset = trainer.dataset if trainer is not None else load(config.data)
+        dataset = processes.together(
+            lambda: trainer.dataset if trainer is not None else load(config.data),
+            lambda data: data and data.fingerprint,
+        )
     folder = RunFolder(workdir)
-    if folder.check(config, dataset.fingerprint):
-        finished = folder.summary()
-        if finished is not None:
-            return finished
-    if jax.default_backend() != "cpu":
-        keep_on_disk()
+    is_old = processes.from_first(lambda: folder.check(config, dataset.fingerprint))
+    finished = processes.from_first(folder.summary) if is_old else None
+    if finished is not None:
+        return finished
+    keep_on_disk()
     # Whatever is wrong with the config shows here, before anything is written.
-    trainer = trainer or Trainer(config, dataset)
+    trainer = trainer or processes.together(lambda: Trainer(config, dataset, devices=devices_of(config)))
     compiled_before = trainer.compile_seconds
     state = trainer.init(config.seed)
     compiled_for_init = trainer.compile_seconds - compiled_before
-    folder.open(config, dataset.fingerprint)
     with contextlib.ExitStack() as stack:
-        checkpoints = Checkpoints(folder.checkpoints, config.loop.keep_checkpoints)
-        stack.callback(checkpoints.close)
-        saved = 0
-        restored = checkpoints.restore_newest(template(trainer, folder, state))
-        if restored is not None:
-            saved, state = restored
-        lines = folder.keep_epochs(saved)
+        checkpoints, told = None, config
+        if not processes.is_first():
+            # The first one's records are the run's.
+            folder = RunFolder(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run")
+            told = dataclasses.replace(config, loop=dataclasses.replace(config.loop, progress=False, tensorboard=False))
+        folder.open(config, dataset.fingerprint)
+        if processes.is_first():
+            checkpoints = Checkpoints(folder.checkpoints, config.loop.keep_checkpoints)
+            stack.callback(checkpoints.close)
+        saved, state = _newest(checkpoints, trainer, folder, state)
+        lines = processes.from_first(lambda: folder.keep_epochs(saved))
         # A resumed run goes on in the way that it began, whatever would be measured now.
         before = _pruned_convolution(lines)
-        trainer.pruned.begin(None if before is None else before["way"])
-        progress = stack.enter_context(telling(config, trainer, saved, folder.path))
+        # Other devices may not be able to.
+        way = None if before is None else before["way"]
+        trainer.pruned.begin(way if trainer.devices.mesh is None or way in trainer.pruned.ways else None)
+        progress = stack.enter_context(telling(told, trainer, saved, folder.path))
         stop = stack.enter_context(heeded())
 
         def on_step(count: int) -> None:
@@ -105,6 +118,9 @@ def train(
             progress.begin(epoch)
             try:
                 state, line = _epoch(trainer, state, epoch, config, on_step)
+            except jax.errors.JaxRuntimeError as error:
+                processes.explain(error, saved)
+                raise
             except NonFinite as error:
                 raise NonFiniteLoss(
                     f"{config.name}: {error} in epoch {epoch}. The newest checkpoint, of {saved} whole epochs, is kept "
@@ -119,7 +135,8 @@ def train(
             progress.end(line, layers)
             asked = ask(on_epoch, line | {"layers": layers})
             if asked or stop.signal_number is not None or _due(epoch, config.loop.checkpoint_every_epochs, config):
-                checkpoints.save(epoch + 1, state)
+                if checkpoints is not None:
+                    checkpoints.save(epoch + 1, state)
                 saved = epoch + 1
             if isinstance(asked, Exception):
                 raise asked
@@ -134,6 +151,24 @@ def train(
         # One that came during the last epoch: the run is complete, but whoever sent it wants no further one.
         stop.check(saved)
     return summary
+
+
+def _newest(
+    checkpoints: Checkpoints | None, trainer: Trainer, folder: RunFolder, fresh: TrainState
+) -> tuple[int, TrainState]:
+    """``(epochs done, state)`` of the newest checkpoint that the first process has, or none and the fresh state."""
+    restored = None
+
+    def read() -> int:
+        nonlocal restored
+        restored = checkpoints.restore_newest(template(trainer, folder, fresh))
+        return 0 if restored is None else restored[0]
+
+    saved = processes.from_first(read)
+    state = fresh if restored is None else restored[1]
+    if saved and jax.process_count() > 1:
+        state = trainer.devices.whole(processes.bytes_from_first(state))
+    return saved, state
 
 
 def template(trainer: Trainer, folder: RunFolder, fresh: TrainState) -> Any:
@@ -151,7 +186,7 @@ def template(trainer: Trainer, folder: RunFolder, fresh: TrainState) -> Any:
 
     def shaped(epochs_done: int) -> TrainState:
         past = [epoch for epoch in facts if epoch < epochs_done]
-        return channels.template(fresh, facts[max(past)]) if past else fresh
+        return trainer.devices.whole(channels.template(fresh, facts[max(past)])) if past else fresh
 
     return shaped
 
@@ -221,8 +256,8 @@ def summarise(trainer: Trainer, config: TrainConfig, state: TrainState, lines: l
         "dataset": dataset.name,
         "encoding": dataset.encoding,
         "eval_split": dataset.eval_split,
-        "train_examples": len(dataset.train_labels),
-        "eval_examples": len(dataset.eval_labels),
+        "train_examples": dataset.train_examples,
+        "eval_examples": dataset.eval_examples,
         "method": method_name(config),
         "final_top1": evaluated[-1]["eval_top1"],
         "best_top1": max(line["eval_top1"] for line in evaluated),

@@ -1,5 +1,6 @@
 """Programs that are compiled once: by whoever needs one, or ahead of that in the background."""
 
+import hashlib
 import os
 import threading
 import time
@@ -8,8 +9,10 @@ from concurrent.futures import Future
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments.train.costs import bytes_of
+from pallas_kernels.native.build import processor_flags
 from pallas_kernels.tuning import cache_folder
 
 
@@ -18,6 +21,7 @@ class Programs:
 
     Args:
         options: for the compiler.
+        everywhere: where all results lie; None to leave it to jax.
 
     Attributes:
         seconds: what the run has waited for tracing and compiling so far.
@@ -25,8 +29,9 @@ class Programs:
         large: keys of the programs compiled so far that hold a net's backward pass.
     """
 
-    def __init__(self, options: dict[str, str]) -> None:
+    def __init__(self, options: dict[str, str], everywhere: jax.sharding.Sharding | None = None) -> None:
         self.options = options
+        self._places = {} if everywhere is None else {"out_shardings": everywhere}
         self.seconds, self.bytes = 0.0, 0
         self.large: list[Any] = []
         self._futures: dict[Any, Future] = {}
@@ -70,7 +75,7 @@ class Programs:
                 future = self._futures[key] = Future()
         if is_mine:
             try:
-                program = jax.jit(build(), donate_argnums=donate).lower(*args).compile(self.options)
+                program = jax.jit(build(), donate_argnums=donate, **self._places).lower(*args).compile(self.options)
             except BaseException as error:
                 with self._lock:
                     # Who waits for it hears of it; who asks later, after a Ctrl-C say, has it compiled again.
@@ -87,6 +92,17 @@ class Programs:
         if waits and not ahead:
             self.seconds += time.perf_counter() - start
         return program
+
+
+def shapes_of(tree: Any) -> Any:
+    """What stands for arrays where a program is compiled; divided over a mesh as they are."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        place = getattr(leaf, "sharding", None)
+        place = place if isinstance(place, jax.sharding.NamedSharding) else None
+        return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=place)
+
+    return jax.tree.map(shape, tree)
 
 
 def in_background(work: Callable[[], None], name: str) -> threading.Thread | None:
@@ -106,7 +122,11 @@ def keep_on_disk() -> None:
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
+    folder = "programs"
+    if jax.default_backend() == "cpu":
+        # jax's key does not tell processors apart, and a home directory may serve several.
+        folder += f"-{hashlib.sha256(' '.join(sorted(processor_flags())).encode()).hexdigest()[:8]}"
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / folder))
     # Small programs are many: together they take longer than a run should need to begin.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_enable_xla_caches", "xla_gpu_per_fusion_autotune_cache_dir")

@@ -71,7 +71,7 @@ class Progress:
 
     def _text(self, line: dict[str, Any]) -> str:
         total = self._config.total_epochs
-        images = len(self._trainer.train_data.labels) / max(line["train_seconds"], 1e-9)
+        images = self._trainer.dataset.train_examples / max(line["train_seconds"], 1e-9)
         left = (total - line["epoch"] - 1) * (line["train_seconds"] + line.get("eval_seconds", 0.0))
         top1 = f"top-1 {100 * line['eval_top1']:.2f}" if "eval_top1" in line else "not evaluated"
         return (

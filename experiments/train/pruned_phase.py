@@ -1,5 +1,9 @@
 """How the pruned phase's convolutions are run: dense under masks, or by `pallas_kernels.pattern_conv`.
 
+The loop hands structures to its nets rather than accelerating them, because they are arguments here, dealt to a GPU
+beforehand: what `clicktrain_jax.accelerate` compiles holds its masks as constants, each layer in the layout that it
+finds. Which layers gain is decided by the planner's own estimate, `clicktrain_jax.deploy.layers.gains`.
+
 The masks are known from the selection on, so the programs of the pruned phase are compiled in the background while
 the regularize phase trains. At the first pruned update the ways are timed side by side on whole updates of copies of
 the state, and the fastest is kept; what was found is cached for this kind of device.
@@ -8,6 +12,7 @@ the state, and the fastest is kept; what was found is cached for this kind of de
 import dataclasses
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -199,6 +204,29 @@ class PrunedPhase:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+
+
+def way_asked(config: Any, devices: Any, *, on_cpu: bool) -> str:
+    """The way that a config asks for, where several devices can run it; else "dense", and a warning if it was named.
+
+    Args:
+        config: of the run.
+        devices: `experiments.train.devices.Devices`.
+        on_cpu: whether they are CPUs.
+    """
+    asked = config.loop.pruned_convolution
+    if asked == "auto":
+        # What was measured is another thing for each process, and may be for each number of devices.
+        measured = jax.process_count() == 1 and not config.loop.ordered and (on_cpu or devices.mesh is None)
+        return asked if measured else "dense"
+    if asked != "dense" and not on_cpu and devices.mesh is not None:
+        warnings.warn(
+            f"loop.pruned_convolution={asked!r}: no partitioner divides a GPU's kernels by pattern; the pruned phase "
+            "is run dense, under masks",
+            stacklevel=2,
+        )
+        return "dense"
+    return asked
 
 
 def facts_of(config: Any, plan: Plan | None) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from pallas_kernels import native
 from pallas_kernels.pattern_conv import cpu
 
 
-def make_models(config: TrainConfig, num_classes: int, convolution: str, *, on_cpu: bool) -> dict[str, nn.Module]:
+def make_models(
+    config: TrainConfig, num_classes: int, convolution: str, *, on_cpu: bool, divided: bool = False
+) -> dict[str, nn.Module]:
     """The net as each way of `experiments.train.pruned_phase` runs it, "dense" being that of all other phases.
 
     Args:
@@ -25,6 +27,7 @@ def make_models(config: TrainConfig, num_classes: int, convolution: str, *, on_c
         num_classes: of the data set.
         convolution: of `LoopConfig`, "auto" decided.
         on_cpu: whether it is made for a CPU.
+        divided: whether a batch is divided over devices.
     """
     build = functools.partial(
         models.build,
@@ -45,7 +48,8 @@ def make_models(config: TrainConfig, num_classes: int, convolution: str, *, on_c
     if config.channels is not None:
         dense = models.xla_convolution if convolution == "xla" else dense
         whole = functools.partial(models.NarrowConv, dense=dense)
-    normalise = pk.batch_norm if on_cpu else functools.partial(pk.batch_norm, backend="xla")
+    # No partitioner divides the native normalisation.
+    normalise = pk.batch_norm if on_cpu and not divided else functools.partial(pk.batch_norm, backend="xla")
     norm = functools.partial(models.Norm, normalise=normalise) if native_serves or not on_cpu else models.Norm
     return {
         "dense": build(conv=whole, norm=norm),
@@ -77,11 +81,13 @@ def learning_rate(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
 
 def _dense_rate(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
     total = config.epochs * steps_per_epoch
+    asked = None if config.warmup_epochs is None else config.warmup_epochs * steps_per_epoch
     if config.lr_schedule == "cosine":
-        warmup = max(1, total // 10)
+        warmup = max(1, total // 10) if asked is None else asked
         return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(total, warmup + 1))
     drops = {milestone * steps_per_epoch: config.lr_gamma for milestone in config.lr_milestones}
-    return optax.piecewise_constant_schedule(config.learning_rate, drops)
+    rate = optax.piecewise_constant_schedule(config.learning_rate, drops)
+    return (lambda step: rate(step) * jnp.minimum(1.0, (step + 1) / asked)) if asked else rate
 
 
 def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
@@ -90,6 +96,14 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientT
     return optax.chain(
         optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=config.momentum or None)
     )
+
+
+def lasso_weight(prune: PruneConfig, select_step: int, steps_per_epoch: int) -> Any:
+    """The lasso's weight: a number, or a function of the updates done where it rises after the selection."""
+    if not prune.coeff_ramp_epochs:
+        return prune.coeff
+    length = prune.coeff_ramp_epochs * steps_per_epoch
+    return optax.linear_schedule(0.0, prune.coeff, length, transition_begin=select_step)
 
 
 def make_plan(prune: PruneConfig, model: Any, params: Any, image_shape: tuple[int, ...], net: str) -> ct.Plan:

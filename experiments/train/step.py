@@ -1,13 +1,15 @@
 """The device side of a run: one update, one evaluation, as compiled programs for each phase.
 
 The whole training set lies on the device as uint8; an update gathers its batch, augments, normalises and
-mixes it up, so the host sends one index a step and fetches one array of metrics an epoch.
+mixes it up, so the host sends one index a step and fetches one array of metrics an epoch. Of a streamed set an update
+is given its batch instead, in the same order; all else is the same.
 
 Where epochs are compiled loops, three of them serve a run: dense updates, updates under masks in any phase, updates by
 pattern. A loop has one length; updates that it does not fit, such as those of the epoch of a selection and a smaller
 last batch, are called one by one. All programs but the first one are compiled while others train.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import clicktrain_jax as ct
 import pallas_kernels as pk
@@ -23,20 +24,21 @@ from clicktrain_jax import models
 from clicktrain_jax.methods import random_scores
 from clicktrain_jax.phases import Phase
 from experiments.configs.base import TrainConfig
-from experiments.data import Dataset
+from experiments.data import Dataset, StreamedDataset
 from experiments.train.channel_pruning import ChannelPruning
 from experiments.train.compiled import Updates
+from experiments.train.devices import Devices
+from experiments.train.feed import Feed, check_streamed, eval_batches
 from experiments.train.methods import make_method
-from experiments.train.programs import Programs, in_background
-from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of, scheduled
-from experiments.train.recipe import make_models, make_optimizer, make_plan, pattern_source
-from experiments.train.state import Images, TrainState
+from experiments.train.programs import Programs, in_background, shapes_of
+from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of, scheduled, way_asked
+from experiments.train.recipe import lasso_weight, make_models, make_optimizer, make_plan, pattern_source
+from experiments.train.state import TrainState
 from experiments.train.update import evaluation_of
 from pallas_kernels.pattern_conv import mosaic_gpu
 
 # Streams of random numbers, each folded into the run's key.
 _INIT, _ORDER = range(2)  # experiments.train.update has the third
-EVAL_BATCH = 500
 # Updates that a compiled loop does at most: the host shows progress and heeds signals between loops.
 LONGEST_LOOP = 512
 
@@ -61,34 +63,58 @@ class Trainer(Updates):
         config: of the runs, but for the seed.
         dataset: what they train on.
         platform: "cpu" or "gpu", that programs are made for; jax's own when None.
+        devices: that a batch is divided over; one when None, whatever the config says (`devices_of` reads it).
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, platform: str | None = None) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset | StreamedDataset,
+        platform: str | None = None,
+        devices: Devices | None = None,
+    ) -> None:
+        self.config, self.devices = config, devices or Devices()
         self.dataset = dataset
-        image_shape = tuple(dataset.train_images.shape[1:])
+        image_shape = tuple(dataset.image_shape)
         self.image_shape = image_shape
         on_cpu = (platform or jax.default_backend()) == "cpu"
         convolution, program = config.loop.convolution, config.loop.epoch_program
-        self.scan = not on_cpu if program == "auto" else program == "scan"
+        self.streams = isinstance(dataset, StreamedDataset)
+        if self.streams:
+            check_streamed(config, dataset)
+        self.scan = program == "scan" or program == "auto" and not on_cpu and not self.streams
         if convolution == "auto":
             convolution = ("patches" if self.scan else "direct") if on_cpu else "xla"
-        self.models = make_models(config, dataset.num_classes, convolution, on_cpu=on_cpu)
+        divided = self.devices.mesh is not None
+        self.models = make_models(
+            config, dataset.num_classes, convolution, on_cpu=on_cpu, divided=divided or config.loop.ordered
+        )
         self.model = self.models["dense"]
         abstract = models.abstract_variables(self.model, image_shape)
         self.abstract_params = abstract["params"]
-        self.train_data = Images(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels))
-        self.eval_data = Images(jnp.asarray(dataset.eval_images), jnp.asarray(dataset.eval_labels))
-
-        count = len(dataset.train_images)
+        count = dataset.train_examples
+        if self.streams:
+            # What stands for a batch where programs are compiled and tried.
+            share = self.devices.share(config.batch_size)
+            images, labels = np.zeros((share, *image_shape), np.uint8), np.zeros(share, np.int32)
+            self.train_data = self.devices.batch(images, labels)
+        else:
+            self.train_data = self.devices.images(dataset.train_images, dataset.train_labels)
+            self.eval_data = self.devices.whole(self.devices.images(dataset.eval_images, dataset.eval_labels))
         full, self.tail = divmod(count, config.batch_size)
-        self.fills = config.partial_batch == "fill" or config.partial_batch == "keep" and not on_cpu
+        keeps = on_cpu and config.accumulate * config.shards == 1 and not (self.streams and divided)
+        self.fills = config.partial_batch == "fill" or config.partial_batch == "keep" and not keeps
         if self.fills and full:
             full, self.tail = full + bool(self.tail), 0
         if config.partial_batch == "drop":
             self.tail = 0
         self.steps_per_epoch = full + bool(self.tail)
         self.loop_length = full // max(1, -(-full // LONGEST_LOOP)) if self.scan else 0
+        if self.tail % (config.accumulate * config.shards):
+            raise ValueError(
+                f"batch_size={config.batch_size} is larger than the {count} training images, which cannot be divided "
+                f"into accumulate={config.accumulate} times shards={config.shards} equal parts: lower the batch size"
+            )
         if not self.steps_per_epoch:
             raise ValueError(
                 f"batch_size={config.batch_size} is larger than the {count} training images and partial_batch is "
@@ -113,16 +139,18 @@ class Trainer(Updates):
         if config.prune is not None:
             self._set_up_pruning()
         self.pruned = PrunedPhase(
-            config.loop.pruned_convolution,
+            way_asked(config, self.devices, on_cpu=on_cpu),
             self.plan,
-            facts_of(config, self.plan),
-            hwnc=not on_cpu,
-            deal=self.scheduled,
-            portable=on_cpu or config.precision not in mosaic_gpu.DTYPES or mosaic_gpu.why_not_here() is not None,
+            facts_of(config, self.plan) | ({"devices": self.devices.count} if divided else {}),
+            hwnc=not on_cpu and not divided,
+            deal=lambda structures: self.devices.whole(self.scheduled(structures)),
+            portable=on_cpu
+            or not divided
+            and (config.precision not in mosaic_gpu.DTYPES or mosaic_gpu.why_not_here() is not None),
         )
         self.ran: list[Segment] = []
         self.images_by_pattern = 0
-        self.programs = Programs(pk.compiler_options(config.precision))
+        self.programs = Programs(pk.compiler_options(config.precision), self.devices.everywhere)
         self._is_prepared = False
 
     def _set_up_pruning(self) -> None:
@@ -142,7 +170,7 @@ class Trainer(Updates):
         self.updates = ct.phase_updates(
             self.optimizer,
             self.plan,
-            coeff=_lasso_weight(prune, select, per_epoch),
+            coeff=lasso_weight(prune, select, per_epoch),
             patterns=self.patterns,
             importance=random_scores if prune.importance == "random" else prune.importance,
             importance_steps=prune.importance_steps,
@@ -152,7 +180,7 @@ class Trainer(Updates):
         """The structures with worklists for this batch size; as they are on a CPU, which has no use for any."""
         if not structures or "pattern_hwnc" not in self.pruned.ways:
             return structures
-        batch = min(self.config.batch_size, len(self.train_data.labels))
+        batch = self._batch // (self.config.accumulate * self.config.shards)
         return scheduled(self.models["pattern_hwnc"], (batch, *self.image_shape), structures)
 
     def fresh(self, key: jax.Array) -> TrainState:
@@ -167,7 +195,7 @@ class Trainer(Updates):
 
     def init(self, seed: int) -> TrainState:
         """What `fresh` makes of a run's seed."""
-        key = jax.random.fold_in(jax.random.key(seed), _INIT)
+        key = self.devices.whole(jax.random.fold_in(jax.random.key(seed), _INIT))
         return self.programs.get(("init",), lambda: self.fresh, (key,), counts=False)(key)
 
     def segments(self, epoch: int, done: int = 0, facts: tuple[int, int, int] | None = None) -> list[Segment]:
@@ -206,34 +234,35 @@ class Trainer(Updates):
         Returns:
             ``(state, metrics)``, metrics float32 (steps, 2): loss without group lasso, top-1.
         """
-        key = jax.random.key(seed)
-        order = self._order(key, epoch)
-        metrics = jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
+        metrics, order, key = self._begin(seed, epoch)
+        if self.streams:
+            self._feed = Feed(self, np.asarray(self._order(key, epoch)), epoch, seed)
         self.ran, facts, self.images_by_pattern = [], self._facts(state), 0
         segments = self.segments(epoch, 0, facts)
-        while segments:
-            known = seed, facts and facts[0]
-            first = segments[0][2]
-            kind = self._looped(segments, first)
-            if kind is not None:
-                state, metrics = self._run_loop(kind, first, known, state, metrics, order, key)
-                end = first + self.loop_length
-                self.ran += [(*what, begin, min(stop, end)) for *what, begin, stop in segments if begin < end]
-                segments = [(*what, max(begin, end), stop) for *what, begin, stop in segments if stop > end]
-                on_step(end)
-                continue
-            segment = segments.pop(0)
-            self.ran.append(segment)
-            state, metrics = self._run_segment(segment, known, state, metrics, order, key, on_step)
-            if segment[0] == Phase.SELECT:
-                # Scores that are not finite put it off: what follows depends on whether masks stand.
-                facts = self._facts(state)
-                segments = self.segments(epoch, segment[3], facts)
+        with contextlib.closing(self._feed) if self.streams else contextlib.nullcontext():
+            while segments:
+                known = seed, facts and facts[0]
+                first = segments[0][2]
+                kind = self._looped(segments, first)
+                if kind is not None:
+                    state, metrics = self._run_loop(kind, first, known, state, metrics, order, key)
+                    end = first + self.loop_length
+                    self.ran += [(*what, begin, min(stop, end)) for *what, begin, stop in segments if begin < end]
+                    segments = [(*what, max(begin, end), stop) for *what, begin, stop in segments if stop > end]
+                    on_step(end)
+                    continue
+                segment = segments.pop(0)
+                self.ran.append(segment)
+                state, metrics = self._run_segment(segment, known, state, metrics, order, key, on_step)
+                if segment[0] == Phase.SELECT:
+                    # Scores that are not finite put it off: what follows depends on whether masks stand.
+                    facts = self._facts(state)
+                    segments = self.segments(epoch, segment[3], facts)
         return state, np.asarray(metrics)
 
     def _order(self, key: jax.Array, epoch: int) -> jax.Array:
         """Which images, one after the other; beyond the epoch's own those of the next one, as far as a batch goes."""
-        count = len(self.train_data.labels)
+        count = self.dataset.train_examples
         wanted = max(count, self.steps_per_epoch * self.config.batch_size) if self.fills and not self.tail else count
         orders = [
             _order(jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch + later), count)
@@ -258,7 +287,7 @@ class Trainer(Updates):
         self, kind: str, first: int, known: Any, state: TrainState, metrics: Any, order: Any, key: Any
     ) -> tuple[TrainState, Any]:
         way, structures = "dense", {}
-        args = (state, metrics, self.train_data, order, np.int32(first), key)
+        args = (state, metrics, self._images(self._batch), order, np.int32(first), key)
         if kind == "dense" and self.schedule is not None:
             self._prepare_masked(args)
         if kind != "dense":
@@ -292,21 +321,23 @@ class Trainer(Updates):
         for begin, stop, batch in self.by_batch_size(first, end):
             self.images_by_pattern += (stop - begin) * batch * bool(structures)
             for index in range(begin, stop):
-                args = (state, metrics, self.train_data, order, np.int32(index), key, structures)
+                images = self._feed.take(state.step) if self.streams else self._images(batch)
+                args = (state, metrics, images, order, np.int32(index), key, structures)
                 state, metrics = self._program(kind, batch, way, args)(*args)
                 on_step(index + 1)
         return state, metrics
 
     def evaluate(self, state: TrainState) -> tuple[float, float]:
         """``(mean loss, top-1)`` on the evaluation set, in float32 sums."""
-        count = len(self.eval_data.labels)
+        count = self.dataset.eval_examples
         totals = []
-        for begin in range(0, count, EVAL_BATCH):
-            end = min(begin + EVAL_BATCH, count)
-            args = (state.params, state.batch_stats, self.eval_data, np.int32(begin))
-            build = functools.partial(evaluation_of, self, end - begin)
-            key = ("eval", end - begin, *self._shapes(state.params))
+        for images, begin, batch in eval_batches(self):
+            args = (state.params, state.batch_stats, images, np.int32(begin))
+            build = functools.partial(evaluation_of, self, batch)
+            key = ("eval", batch, *self._shapes(state.params))
             totals.append(self.programs.get(key, build, args, counts=False)(*args))
+            if self.streams:  # a batch waits on the device at most
+                jax.block_until_ready(totals[-2:-1])
         loss, correct = np.sum([np.asarray(total) for total in totals], axis=0, dtype=np.float64)
         return loss / count, correct / count
 
@@ -315,7 +346,8 @@ class Trainer(Updates):
         channels = self.channels
         if channels is None or not channels.is_due(epoch):
             return state, None
-        return channels.reconfigure(state)
+        state, facts = channels.reconfigure(state)
+        return self.devices.whole(state), facts
 
     def settled(self, state: TrainState, epoch: int) -> TrainState:
         """The state after an epoch: after the last one the averaged weights and statistics are the net's."""
@@ -348,7 +380,7 @@ class Trainer(Updates):
         self._is_prepared = True
         # The one that is waited for comes first; shapes alone, as the arrays themselves are donated meanwhile.
         self._loop("dense", "dense", (*args, {}))
-        shapes = (*_shapes_of(args), {})
+        shapes = (*shapes_of(args), {})
 
         def work() -> None:
             self._program("select", self._batch, "dense", shapes, ahead=True)
@@ -364,7 +396,7 @@ class Trainer(Updates):
         def compile_way(way: Way, structures: dict[str, Any]) -> None:
             self._pruned_program(way, (*shapes, structures), ahead=True)
 
-        shapes = _shapes_of((state, metrics, self.train_data, order, np.int32(0), key))
+        shapes = shapes_of((state, metrics, self._images(self._batch), order, np.int32(0), key))
         before = self.pruned.waited_seconds
         self.pruned.prepare(known, self.masks(state), compile_way)
         self.programs.seconds += self.pruned.waited_seconds - before
@@ -372,7 +404,7 @@ class Trainer(Updates):
     def _choose_pruned(self, state: Any, metrics: Any, order: Any, key: Any) -> Choice:
         def run(way: Way, structures: dict[str, Any]) -> None:
             copies = jax.tree.map(jnp.copy, (state, metrics))
-            args = (*copies, self.train_data, order, np.int32(0), key, structures)
+            args = (*copies, self._images(self._batch), order, np.int32(0), key, structures)
             jax.block_until_ready(self._pruned_program(way, args, ahead=True)(*args))
 
         before = self.pruned.waited_seconds
@@ -381,18 +413,6 @@ class Trainer(Updates):
         return choice
 
 
-def _lasso_weight(prune: Any, select_step: int, steps_per_epoch: int) -> Any:
-    """The lasso's weight: a number, or a function of the updates done where it rises after the selection."""
-    if not prune.coeff_ramp_epochs:
-        return prune.coeff
-    length = prune.coeff_ramp_epochs * steps_per_epoch
-    return optax.linear_schedule(0.0, prune.coeff, length, transition_begin=select_step)
-
-
 @functools.partial(jax.jit, static_argnums=1)
 def _order(key: jax.Array, count: int) -> jax.Array:
     return jax.random.permutation(key, count)
-
-
-def _shapes_of(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), tree)

@@ -15,6 +15,7 @@ from clicktrain_jax.methods import Method
 from experiments.configs.base import TrainConfig
 from experiments.data import normalise
 from experiments.data.augment import Crops, Mixture, crop, draw_crops, draw_mixture, mix
+from experiments.train.parts import in_parts
 from experiments.train.state import Images, TrainState
 
 # Entries of an array that a kernel of its own would be more trouble than work for.
@@ -89,8 +90,9 @@ def gradient_of(trainer: Any, batch: int, way: str) -> Callable[..., Gradient]:
     """The gradient on one batch, as a pure function.
 
     ``(params, batch_stats, step, data, order, index, key, structures) -> Gradient``; ``index`` counts updates in the
-    epoch and the batch is ``order[index * batch_size:][:batch]``; ``way`` says how the convolutions are run. One
-    program serves epochs with mixup and without: compiling it is most of what a short run waits for.
+    epoch and the batch is ``order[index * batch_size:][:batch]``, or all of ``data`` where ``order`` is None; ``way``
+    says how the convolutions are run. One program serves epochs with mixup and without: compiling it is most of what a
+    short run waits for.
     """
     draw, of_drawn = draw_of(trainer, batch), gradient_of_drawn(trainer, batch, way)
 
@@ -105,6 +107,7 @@ def gradient_of(trainer: Any, batch: int, way: str) -> Callable[..., Gradient]:
 def gradient_of_drawn(trainer: Any, batch: int, way: str) -> Callable[..., Gradient]:
     """`gradient_of` with what was drawn before: ``(params, batch_stats, data, order, index, drawn, structures)``."""
     config, dataset, model, forward = trainer.config, trainer.dataset, trainer.models[way], trainer.method.forward
+    devices = trainer.devices
 
     def loss_of(params: Any, batch_stats: Any, structures: Any, images: Any, labels: tuple, key: jax.Array) -> Any:
         held = {"structures": structures} if structures else {}
@@ -125,21 +128,39 @@ def gradient_of_drawn(trainer: Any, batch: int, way: str) -> Callable[..., Gradi
             top1 = lam * top1 + (1 - lam) * (guess == second).mean()
         return loss, (new["batch_stats"], top1)
 
+    def of_images(*arguments: Any) -> Gradient:
+        (loss, (batch_stats, top1)), grads = jax.value_and_grad(loss_of, has_aux=True)(*arguments)
+        return Gradient(grads, batch_stats, loss, top1)
+
+    of_batch = in_parts(
+        of_images,
+        devices,
+        accumulate=config.accumulate,
+        shards=config.shards,
+        ordered=config.loop.ordered,
+        unrolled=not trainer.scan,
+    )
+
     def gradient(
         params: Any, batch_stats: Any, data: Images, order: Any, index: Any, drawn: Drawn, structures: Any
     ) -> Gradient:
-        chosen = jax.lax.dynamic_slice(order, (index * config.batch_size,), (batch,))
-        images = data.images[chosen]
-        images = images if drawn.crops is None else crop(drawn.crops, images, pad=config.crop_padding)
+        if order is None:
+            images, label = data
+        elif devices.mesh is None:
+            chosen = jax.lax.dynamic_slice(order, (index * config.batch_size,), (batch,))
+            images, label = data.images[chosen], data.labels[chosen]
+        else:
+            # A last, smaller batch is alone in its array: whatever its index, the only one is taken.
+            images, label = (jax.lax.dynamic_index_in_dim(array, index, keepdims=False) for array in data)
+        if drawn.crops is not None:
+            images = devices.each(functools.partial(crop, pad=config.crop_padding), batch)(drawn.crops, images)
         images = normalise(images, dataset.mean, dataset.std)
-        label = data.labels[chosen]
         labels = (label, label, None)
         if drawn.mixture is not None:
             images, labels = mix(drawn.mixture, images, label)
-        (loss, (batch_stats, top1)), grads = jax.value_and_grad(loss_of, has_aux=True)(
-            params, batch_stats, structures, images, labels, drawn.dropout
-        )
-        return Gradient(grads, batch_stats, loss, top1)
+        images, *both = devices.divided((images, *labels[:2]))
+        labels = (*both, labels[2])
+        return of_batch(params, batch_stats, structures, images, labels, drawn.dropout)
 
     return gradient
 
@@ -206,6 +227,7 @@ def evaluation_of(trainer: Any, batch: int) -> Callable[..., jax.Array]:
     def evaluate(params: Any, batch_stats: Any, data: Images, begin: Any) -> jax.Array:
         images = jax.lax.dynamic_slice_in_dim(data.images, begin, batch)
         labels = jax.lax.dynamic_slice_in_dim(data.labels, begin, batch)
+        images, labels = trainer.devices.divided((images, labels))
         images = normalise(images, trainer.dataset.mean, trainer.dataset.std)
         variables = {"params": trainer.method.forward(params), "batch_stats": batch_stats}
         logits = trainer.model.apply(variables, images, train=False)

@@ -59,7 +59,7 @@ def library() -> ctypes.CDLL:
         RuntimeError: there is none; the message says why.
     """
     reason = why_not()
-    if reason is not None:
+    if reason is not None or _loaded is None:
         raise RuntimeError(reason)
     return _loaded
 

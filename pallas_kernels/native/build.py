@@ -85,7 +85,7 @@ def instruction_set() -> str:
 
 def instruction_sets_here() -> tuple[str, ...]:
     """The sets that this processor knows, the fastest first."""
-    knows = _processor_flags()
+    knows = processor_flags()
     sets = _INSTRUCTION_SETS.get(platform.machine(), {})
     return *(name for name, (_, needs) in sets.items() if needs <= knows), "portable"
 
@@ -106,7 +106,7 @@ def units(instructions: str | None = None) -> tuple[Unit, ...]:
     return tuple(Unit(source, flags) for source in sources)
 
 
-def _processor_flags() -> set[str]:
+def processor_flags() -> set[str]:
     """What Linux says that the processor knows; empty where nothing is said."""
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
@@ -203,10 +203,10 @@ def ffi_version() -> int:
         text = header.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise RuntimeError(f"the headers of this jaxlib's FFI cannot be read: {error}") from error
-    found = [re.search(rf"^#define XLA_FFI_API_{part} (\d+)", text, re.MULTILINE) for part in ("MAJOR", "MINOR")]
-    if None in found:
+    major, minor = (re.search(rf"^#define XLA_FFI_API_{part} (\d+)", text, re.MULTILINE) for part in ("MAJOR", "MINOR"))
+    if major is None or minor is None:
         raise RuntimeError(f"{header} does not say which version of XLA's FFI it is")
-    return int(found[0][1]) * 1000 + int(found[1][1])
+    return int(major[1]) * 1000 + int(minor[1])
 
 
 def _run(command: Sequence[str]) -> None:

@@ -77,7 +77,8 @@ def pattern_conv(
     batch = x.shape[geometry.batch_axis]
     _check_vectors(structure.shape[3], scale, bias)
     if backend is None:
-        module = Mixed(*(choose(structure, geometry, x.dtype, batch, direction) for direction in DIRECTIONS))
+        chosen: list[Backend] = [choose(structure, geometry, x.dtype, batch, direction) for direction in DIRECTIONS]
+        module = Mixed(*chosen)
         module = module_of(module.forward_by) if module.alike else module
     else:
         module = module_of(backend)
@@ -111,7 +112,7 @@ def pack(w: jax.Array | np.ndarray, structure: Structure, *, backend: Literal["x
     """
     if backend not in ("xla", "cpu"):
         raise ValueError(f"weights are packed for the backend 'xla' or 'cpu', got {backend!r}")
-    return xla.pack(w, structure) if backend == "xla" else cpu.pack(w, structure)
+    return (xla if backend == "xla" else cpu).pack(w, structure)
 
 
 def packed_conv(
@@ -219,7 +220,14 @@ def estimated_gain(
 
 
 def supported(structure: Structure, geometry: Geometry, dtype: jnp.dtype, batch: int) -> dict[str, str | None]:
-    """For each backend why it cannot do this convolution here, or None where it can."""
+    """For each backend why it cannot do this convolution here, or None where it can.
+
+    Args:
+        structure: of `make_structure`.
+        geometry: of `pallas_kernels.pattern_conv.geometry.make_geometry`.
+        dtype: of images and weights.
+        batch: number of images.
+    """
     return {name: _why_not(name, structure, geometry, dtype, batch) for name in BACKENDS}
 
 

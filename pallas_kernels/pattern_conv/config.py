@@ -177,7 +177,8 @@ def product_options(
 
 def product_tiles(batch: int, size: tuple[int, int], outputs: int, tile: int, depth: int) -> ProductTiles:
     """The first of `product_options` that is no strip."""
-    return product_options(batch, size, outputs, tile, depth)[0]
+    options = product_options(batch, size, outputs, tile, depth)
+    return next(tiles for tiles in options if isinstance(tiles, ProductTiles))
 
 
 def strip_tiles(batch: int, size: tuple[int, int], tile: int, depth: int, window: int) -> StripTiles | None:

@@ -7,8 +7,10 @@ nothing. Without a structure they are the dense convolution, so that both ways d
 import ctypes
 import numbers
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -90,7 +92,7 @@ def forward(
 
 def forward_packed(
     x: jax.Array,
-    packed: jax.Array,
+    packed: jax.Array | np.ndarray,
     structure: Structure,
     geometry: Geometry,
     *,
@@ -119,7 +121,7 @@ def weight_gradient(x: jax.Array, dy: jax.Array, structure: Structure | None, ge
     return _call("clicktrain_conv_weight_gradient", out, arguments, _settings(structure, geometry), images=False)
 
 
-def pack(w: np.ndarray, structure: Structure) -> np.ndarray:
+def pack(w: jax.Array | np.ndarray, structure: Structure) -> np.ndarray:
     """The retained weights as the kernels of this machine read them: uint8, for `forward_packed` on machines like it.
 
     Args:
@@ -169,7 +171,7 @@ def _vector(vector: jax.Array | None) -> jax.Array | np.ndarray:
     return np.zeros(0, np.float32) if vector is None else jnp.asarray(vector, jnp.float32)
 
 
-def _settings(structure: Structure | None, geometry: Geometry) -> dict[str, np.ndarray]:
+def _settings(structure: Structure | None, geometry: Geometry) -> dict[str, Any]:
     """What the handlers cannot tell from the shapes. The padding behind the image is in the output's size."""
     (top, _), (left, _) = geometry.padding
     values = {
@@ -182,7 +184,7 @@ def _settings(structure: Structure | None, geometry: Geometry) -> dict[str, np.n
 
 
 def _call(
-    target: str, out: jax.ShapeDtypeStruct, arguments: Sequence, settings: dict[str, object], images: bool
+    target: str, out: jax.ShapeDtypeStruct, arguments: Sequence, settings: dict[str, Any], images: bool
 ) -> jax.Array:
     """The handler's result. Under `jax.vmap` of the first argument alone the images of all become one batch.
 

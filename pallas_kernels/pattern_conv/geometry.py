@@ -78,7 +78,7 @@ class Geometry:
 
 def make_geometry(
     x_shape: tuple[int, ...],
-    window: tuple[int, int],
+    window: Sequence[int],
     strides: Sequence[int],
     padding: Padding,
     layout: str,
@@ -89,13 +89,15 @@ def make_geometry(
     Raises:
         ValueError: an unknown layout or padding, strides that are not two positive integers, or an output of no size.
     """
+    rows, columns = window
+    window = rows, columns
     if layout not in ("NHWC", "HWNC"):
         raise ValueError(f"layout is 'NHWC' or 'HWNC', got {layout!r}")
     two = isinstance(strides, Sequence) and len(strides) == 2
     if not two or not all(isinstance(s, numbers.Integral) and s >= 1 for s in strides):
         raise ValueError(f"strides are two positive integers (rows, columns), got {strides}")
     strides = (int(strides[0]), int(strides[1]))
-    image = tuple(x_shape[1:3]) if layout == "NHWC" else tuple(x_shape[0:2])
+    image = (x_shape[1], x_shape[2]) if layout == "NHWC" else (x_shape[0], x_shape[1])
     geometry = Geometry(image, window, strides, _explicit(padding, image, window, strides), layout, precision)
     if min(geometry.output) < 1:
         raise ValueError(f"an image of {image} with padding {geometry.padding} is smaller than the window {window}")
@@ -116,9 +118,9 @@ def _explicit(
             pads.append((total // 2, total - total // 2))
         return pads[0], pads[1]
     nested = isinstance(padding, Sequence) and all(isinstance(pair, Sequence) for pair in padding)
-    pads = tuple(tuple(pair) for pair in padding) if nested else ()
+    pads: Any = tuple(tuple(pair) for pair in padding) if nested else ()
     if [len(pair) for pair in pads] != [2, 2] or not all(
-        isinstance(n, numbers.Integral) and n >= 0 for pair in pads for n in pair
+        isinstance(n, numbers.Integral) and int(n) >= 0 for pair in pads for n in pair
     ):
         raise ValueError(f"padding is 'SAME', 'VALID' or ((top, bottom), (left, right)), none negative, got {padding}")
     (top, bottom), (left, right) = pads

@@ -8,9 +8,10 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import jax.core
 import numpy as np
 
 from pallas_kernels.pattern_conv import config
@@ -91,7 +92,7 @@ def facts(structure: Structure, geometry: Geometry, batch: int, direction: str) 
     }
 
 
-def _first(structure: Structure, geometry: Geometry, batch: int, direction: str):
+def _first(structure: Structure, geometry: Geometry, batch: int, direction: str) -> tuple[Any, bool]:
     """(the tuned tiles, or what promises most; whether they were tuned)."""
     found = options(structure, geometry, batch, direction)
     choice = recall(facts(structure, geometry, batch, direction), found, Cache())
@@ -99,12 +100,7 @@ def _first(structure: Structure, geometry: Geometry, batch: int, direction: str)
 
 
 def product_plan(
-    structure: Structure,
-    geometry: Geometry,
-    batch: int,
-    transposed: bool,
-    multiprocessors: int,
-    tiles: ProductTiles | StripTiles | None = None,
+    structure: Structure, geometry: Geometry, batch: int, transposed: bool, multiprocessors: int, tiles: Any = None
 ):
     """The launch of the forward pass, transposed of the input gradient; see `mosaic_gpu.forward`.
 
@@ -129,7 +125,7 @@ def product_plan(
             f"tiles of {tiles.images} images, {tiles.outputs} outputs, {tiles.depth} deep do not fit {batch} images "
             f"and lists for {output_tile} outputs with {depth_tile} channels an entry"
         )
-    make = StripPlan if strip else Plan
+    make: Any = StripPlan if strip else Plan
     outputs = structure.shape[2] if transposed else structure.shape[3]
     geometry = dataclasses.replace(geometry, precision=None)
     plan = make(geometry, tiles, transposed, output_tile, depth_tile, batch, outputs, 1)
@@ -137,9 +133,7 @@ def product_plan(
     return dataclasses.replace(plan, blocks=min(multiprocessors, plan.items))
 
 
-def weight_plan(
-    structure: Structure, geometry: Geometry, batch: int, multiprocessors: int, tiles: WeightTiles | None = None
-):
+def weight_plan(structure: Structure, geometry: Geometry, batch: int, multiprocessors: int, tiles: Any = None):
     """The launch of the weight gradient; see `mosaic_gpu.weight_gradient`.
 
     Raises:
@@ -176,7 +170,7 @@ def scheduled(run: Callable[[Structures], object], structures: Structures) -> St
     token = _FOUND.set({})
     try:
         jax.eval_shape(lambda: run(structures))
-        found = _FOUND.get()
+        found = _FOUND.get() or {}
     finally:
         _FOUND.reset(token)
     leaves, tree = jax.tree.flatten(structures, is_leaf=lambda leaf: isinstance(leaf, Structure))
@@ -226,13 +220,13 @@ def _best(asked: _Asked) -> Work:
     """The even worklist whose busiest multiprocessor moves least; that of the tuned tiles where there are any."""
     structure, (_, _, geometry, batch, transposed, multiprocessors, _) = asked.structure, asked.content
     direction = "input_gradient" if transposed else "forward"
-    lists = [np.asarray(array) for array in lists_of(structure, transposed)]
+    pairs, counts = (np.asarray(array) for array in lists_of(structure, transposed))
     tuned, is_tuned = _first(structure, geometry, batch, direction)
     tried = [tuned] if is_tuned else options(structure, geometry, batch, direction).values()
     best = None
     for tiles in tried:
         plan = product_plan(structure, geometry, batch, transposed, multiprocessors, tiles)
-        cost = costs(plan, *lists)
+        cost = costs(plan, pairs, counts)
         mean = cost.sum() / multiprocessors
         if best is not None and (False, mean) >= best[0]:
             continue  # even if it could be dealt without a rest
@@ -241,4 +235,5 @@ def _best(asked: _Asked) -> Work:
         found = bool(busiest > EVEN * mean), busiest
         if best is None or found < best[0]:
             best = found, work
+    assert best is not None
     return best[1]

@@ -110,7 +110,8 @@ def forward(
         None if vector is None else jnp.pad(vector.astype(jnp.float32), (0, _up(cout, filters) - cout))
         for vector in (scale, bias)
     ]
-    return _run(x, w, launch(structure, geometry, batch, False, compat.multiprocessors(x), tiles), lists, *padded, relu)
+    work = launch(structure, geometry, batch, False, compat.multiprocessors(x), tiles)
+    return _run(x, w, work, lists, padded[0], padded[1], relu)
 
 
 def input_gradient(
@@ -171,8 +172,8 @@ def weight_gradient(
     if geometry.image == (1, 1):
         # What lies past a single pixel could not be told from it (see `mosaic.ring`): give it a neighbour.
         x = jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)))
-    lists = structure.pairs, structure.pair_counts
-    return added(partial_sums(x, dy, *lists, plan), *lists, plan)
+    pairs, counts = jnp.asarray(structure.pairs), jnp.asarray(structure.pair_counts)
+    return added(partial_sums(x, dy, pairs, counts, plan), pairs, counts, plan)
 
 
 def _run(x, w, work, lists, scale=None, bias=None, relu=False):
@@ -180,7 +181,8 @@ def _run(x, w, work, lists, scale=None, bias=None, relu=False):
     from pallas_kernels.pattern_conv.mosaic.strips import strips
 
     run = strips if isinstance(work.plan.tiles, StripTiles) else products
-    return run(x, w, *lists, work, scale, bias, relu)
+    pairs, counts = lists
+    return run(x, w, pairs, counts, work, scale, bias, relu)
 
 
 def _supported(x: jax.Array, structure: Structure, geometry: Geometry) -> int:

@@ -8,6 +8,7 @@ done once on the host (`launches`); where they are traced, the tiles are sorted 
 import dataclasses
 import functools
 import heapq
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ class Work:
         starts: int32 (lanes + 1,), where each lane's begin.
     """
 
-    plan: object
+    plan: Any
     order: jax.Array | np.ndarray
     starts: jax.Array | np.ndarray
 

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import numbers
+from typing import Any
 
 import jax
 import numpy as np
@@ -122,7 +123,7 @@ def mask_of(structure: Structure) -> jax.Array | np.ndarray:
     """The mask back from the structure, bool (kh, kw, cin, cout); works on traced arrays too."""
     kh, kw, cin, cout = structure.shape
     filters, channels = structure.tile
-    xp = np if isinstance(structure.pattern_ids, np.ndarray) else jax.numpy
+    xp: Any = np if isinstance(structure.pattern_ids, np.ndarray) else jax.numpy
     table = np.zeros((len(structure.patterns) + 1, kh * kw), bool)
     for index, taps in enumerate(structure.patterns):
         table[index + 1, list(taps)] = True

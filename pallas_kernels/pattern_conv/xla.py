@@ -10,6 +10,7 @@ costs page faults: tiles are computed one after another (`_Order`), a few images
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def forward(x: jax.Array, w: jax.Array, structure: Structure, geometry: Geometry
     return _forward(x, _Packer(w, structure, order), structure, geometry, order)
 
 
-def pack(w: jax.Array, structure: Structure) -> Packed:
+def pack(w: jax.Array | np.ndarray, structure: Structure) -> Packed:
     """The retained weights in the order in which they are read, zeros in unused room.
 
     Numpy weights with a structure of numpy arrays are packed by numpy: at once, with nothing to compile.
@@ -160,14 +161,14 @@ def _window_strides(piece: Pieces, geometry: Geometry) -> tuple[int, int]:
 class _Packer:
     """Weights of one piece and tile, (rows, columns, entries, filters), gathered from the kernel when asked for."""
 
-    def __init__(self, w: jax.Array, structure: Structure, order: "_Order | None") -> None:
+    def __init__(self, w: Any, structure: Structure, order: "_Order | None") -> None:
         self.structure, self.order = structure, order
         filters, tiles = _filters(structure), _num_tiles(structure)
-        self.numpy = np if isinstance(w, np.ndarray) else jnp
+        self.numpy: Any = np if isinstance(w, np.ndarray) else jnp
         # One row for each (tap, channel, tile): a gather of whole rows is several times faster than of elements.
         self.rows = self.numpy.pad(w, ((0, 0),) * 3 + ((0, tiles * filters - structure.shape[3]),)).reshape(-1, filters)
 
-    def __call__(self, index: int, tile: int) -> jax.Array:
+    def __call__(self, index: int, tile: int) -> Any:
         """The weights of one piece, in one tile."""
         _, kw, cin, _ = self.structure.shape
         piece = self.structure.pieces[index]
@@ -345,7 +346,7 @@ def _collect(spread: jax.Array, piece: Pieces, tile: int, geometry: Geometry, or
     right = max(0, left + geometry.image[1] - width)
     # One more entry of zeros, for channels that have no piece here.
     planes = jnp.pad(jnp.transpose(spread, (3, 1, 2, 0)), ((0, 1), (kh - 1, below), (kw - 1, right), (0, 0)))
-    total = 0
+    total: Any = 0
     for index in range(piece.entry_of.shape[0]):
         entry = jnp.asarray(piece.entry_of)[index, tile]
         row, column = (jnp.asarray(place)[index, tile] for place in (piece.row_of, piece.column_of))
@@ -367,7 +368,8 @@ def _place(product: jax.Array, piece: Pieces, tile: int, structure: Structure) -
     kh, kw, cin, _ = structure.shape
     room, (high, wide) = piece.rooms[tile], piece.window
     width = product.shape[3]
-    product, total = product.reshape(-1, width), 0
+    total: Any = 0
+    product = product.reshape(-1, width)
     taps = np.arange(kh * kw)[:, None]
     for index in range(piece.entry_of.shape[0]):
         entry = jnp.asarray(piece.entry_of)[index, tile][None]

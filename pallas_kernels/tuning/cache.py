@@ -14,6 +14,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 
@@ -32,8 +33,12 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(named or "~/.cache/clicktrain-jax"))
 
 
-def device_kind(device: jax.Device | None = None) -> str:
-    """What decides speed, in words: a GPU's name; for a CPU, which has none in jax, its kind and number of cores."""
+def device_kind(device: Any = None) -> str:
+    """What decides speed, in words: a GPU's name; for a CPU, which has none in jax, its kind and number of cores.
+
+    Args:
+        device: a `jax.Device`; None for the first one.
+    """
     device = jax.devices()[0] if device is None else device
     if device.platform == "cpu":
         return f"cpu {platform.machine()} {os.cpu_count()} cores"

@@ -111,6 +111,14 @@ def main():
             masks = ct.select_masks(scores, plan, PATTERNS)
             chosen.append((masks.pattern, masks.kernel))
         jax.tree.map(np.testing.assert_array_equal, *chosen)
+    # Masks of strangers, which lie on no mesh.
+    keep = jax.tree.map(lambda leaf: RNG.random(leaf.shape) < 0.3 if leaf.ndim == 4 else None, PARAMS)
+    lasso = [
+        ct.add_group_lasso(params, params, keep, 1.0)
+        for params in (PARAMS, on(explicit[4], P("d"))(PARAMS), on(explicit[4], P(None, None, "d"))(PARAMS))
+    ]
+    for got in lasso[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, lasso[0])
     print("all meshes agree")
 
 

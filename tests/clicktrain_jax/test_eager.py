@@ -36,14 +36,20 @@ def loop(toy, tx, steps, tree=None, state=None, **extra):
     return tree, state
 
 
-OPTIONS = {"plain": {}, "gathered": {"importance_steps": 2}, "schedule": {"coeff": optax.linear_schedule(0.0, 0.1, 5)}}
+OPTIONS = {
+    "plain": {},
+    "gathered": {"importance_steps": 2},
+    "schedule": {"coeff": optax.linear_schedule(0.0, 0.1, 5)},
+    "patterns on a device": {"patterns": jnp.asarray(ct.patterns.fixed_set(4))},
+}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_nothing_is_compiled_from_the_second_update_on(toy, compilations, options):
     tx = ct.clicktrain(optax.adam(1e-2), toy.plan(), **toy.SCHEDULE | options)
     tree, state = loop(toy, tx, 2)
-    assert compilations
+    # The update as a whole, and what stands around it here.
+    assert 0 < len(compilations) < 40
     compilations.clear()
     loop(toy, tx, toy.STOP - 2, tree, state)
     assert not compilations

@@ -123,6 +123,33 @@ def test_a_run_that_is_pruned_stays_so_whatever_the_new_schedule():
     assert ct.status(later[1]) == ct.Status(13, 2, 5, 0, ())
 
 
+@pytest.mark.parametrize(("stop", "again"), [(9, 20), (10, 20), (10, 11)], ids=str)
+def test_a_run_stopped_inside_its_window_forgets_it_when_the_selection_comes_later(stop, again):
+    """Scores of before the new window: none of them counts, whole updates pass between or not."""
+    options = {"importance_steps": 3, "prune_step": 30}
+    tree, state = run(transform(select_step=10, **options), stop)[-1]
+    assert int(state.gathered) == stop - 8
+    history = run(transform(select_step=again, **options), 25 - stop, state=state, tree=tree)
+    # Of a window that is already open nobody knows which scores are its own: it begins anew.
+    selected = max(again, stop + 2)
+    assert ct.status(history[-1][1]).selected == selected
+    scores = [
+        ct.importance.taylor(history[step - stop][0], grads(step - stop)) for step in range(selected - 2, selected + 1)
+    ]
+    total = jax.tree.map(lambda *each: np.sum(each, axis=0, dtype=np.float32), *scores)
+    same(ct.masks_of(history[-1][1]), ct.select_masks(total, plan(), FOUR))
+
+
+def test_updates_by_phase_forget_what_was_gathered_too():
+    updates_of = ct.phase_updates(optax.sgd(0.0), plan(), coeff=0.0, importance_steps=2)
+    state, tree = updates_of.init(params()), params()
+    for step, name in enumerate(("gather", "dense", "gather", "select")):
+        _, state = getattr(updates_of, name)(grads(step), state, tree)
+    expected = ct.select_masks(scores_of([(tree, None)] * 4, (2, 3)), plan(), FOUR)
+    same(ct.masks_of(state), expected)
+    assert ct.status(state).selected == 3
+
+
 @pytest.mark.parametrize("importance", ["taylor", "group_taylor", lambda w, g: ct.importance.taylor(w, g)])
 def test_a_layer_that_says_nothing_is_judged_by_magnitude(importance):
     tree, tx = params(), transform(select_step=0, prune_step=1, importance=importance)
@@ -230,6 +257,53 @@ def test_a_state_of_another_plan_names_what_differs(case):
     saved, resumed, message = RESUMED[case]
     with pytest.raises(ValueError, match=message):
         jax.jit(transform(**resumed).update)(grads(0), transform(**saved).init(params()), params())
+
+
+def test_the_layout_of_a_state_counts():
+    tree = {"a": {"kernel": jnp.ones((3, 3, 3, 3))}}
+    hwio, oihw = (
+        ct.clicktrain(
+            optax.sgd(0.1), ct.make_plan(tree, {".*": 0.5}, axes=axes), select_step=0, prune_step=1, coeff=0.0
+        )
+        for axes in ("HWIO", "OIHW")
+    )
+    with pytest.raises(ValueError, match="'a/kernel' is OIHW in the plan, and not in the state"):
+        oihw.update(tree, hwio.init(tree), tree)
+
+
+@pytest.mark.parametrize("name", ["dense", "gather", "select", "regularize", "prune", "pruned", "masked"])
+def test_updates_by_phase_refuse_a_state_of_another_plan(name):
+    one, both = (
+        ct.phase_updates(optax.sgd(0.1), plan(rules=rules), coeff=0.0, importance_steps=2)
+        for rules in ({"a/kernel": 0.5}, {".*": 0.5})
+    )
+    with pytest.raises(ValueError, match="'b/kernel' is pruned by the plan alone"):
+        getattr(both, name)(grads(0), one.init(params()), params())
+
+
+NOT_FINITE = {"the selection": (2,), "the prune": (5,), "both": (2, 5), "between": (3, 4), "after it": (6, 7)}
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["inside", "outside"])
+@pytest.mark.parametrize("when", NOT_FINITE)
+def test_updates_that_are_skipped_never_leave_a_run_dense(when, outside):
+    """By the optimizer that is wrapped, or by one around the wrapper, for which they never happened."""
+    inner, bad = optax.sgd(0.01, momentum=0.9), NOT_FINITE[when]
+    tx = transform(inner if outside else optax.apply_if_finite(inner, 9))
+    tx = optax.apply_if_finite(tx, 9) if outside else tx
+    tree, state, update = params(), tx.init(params()), jax.jit(tx.update)
+    for step in range(10):
+        found = grads(step, tree=tree)
+        if step in bad:
+            found["a"]["kernel"] = found["a"]["kernel"].at[0, 0, 0, 0].set(jnp.inf)
+        updates, state = update(found, state, tree)
+        tree = optax.apply_updates(tree, updates)
+    put_off = 2 in bad and not outside
+    said = ct.status(state)
+    assert (said.count, said.selected, said.pruned) == (10 - len(bad) * outside, 2 + put_off, 5)
+    assert said.postponed == put_off and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+    same(ct.apply_masks(tree, ct.masks_of(state)), tree)
+    assert ct.report(tree, ct.masks_of(state)).conv_compression == pytest.approx(4.5)
 
 
 def test_not_the_state_of_clicktrain():

@@ -128,6 +128,21 @@ def test_what_is_due_when_a_run_does_not_go_as_planned():
     assert due(schedule, 6, 2, 5, 0) == ("PRUNED", False)
 
 
+def test_what_was_gathered_before_a_window_is_forgotten():
+    schedule = PhaseSchedule(8, 20, importance_steps=3)
+    forgets = [
+        facts
+        for facts in np.ndindex(10, 4)
+        if schedule.due(facts[0], -1, -1, facts[1]).forgets and facts[0] >= facts[1]
+    ]
+    # The window is 6, 7, 8; updates before it may have left sums, of which it knows only the number.
+    assert forgets == [(count, left) for count in range(10) for left in range(1, min(3, count) + 1) if left > count - 6]
+    assert list(schedule.segments(5, 9, (-1, -1, 2)))[:2] == [(Phase.DENSE, False, 5, 6), (Phase.DENSE, True, 6, 8)]
+    assert list(schedule.segments(7, 10, (-1, -1, 2)))[0] == (Phase.DENSE, True, 7, 9)
+    again = PhaseSchedule(2, 20, reselect_step=9, importance_steps=3)
+    assert [again.due(count, 2, -1, 2).forgets for count in (5, 7, 8, 9)] == [True, True, True, False]
+
+
 def test_segments_with_windows():
     assert [(phase.name, *rest) for phase, *rest in PhaseSchedule(3, 8, 7, 3).segments(0, 10)] == [
         ("DENSE", False, 0, 1), ("DENSE", True, 1, 3), ("SELECT", False, 3, 4), ("REGULARIZE", False, 4, 5),

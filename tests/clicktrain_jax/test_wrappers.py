@@ -8,6 +8,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from flax.traverse_util import flatten_dict
 
 import clicktrain_jax as ct
 from clicktrain_jax.trees import named_leaves
@@ -49,6 +50,8 @@ PLACES = {
     "train state": lambda tx, tree, state: TrainState(step=0, apply_fn=None, params=tree, tx=tx, opt_state=state),
     "nnx state": lambda tx, tree, state: nnx_states(state),
     "pure dictionary": lambda tx, tree, state: nnx.to_pure_dict(nnx_states(state)),
+    "flattened": lambda tx, tree, state: flatten_dict(nnx.to_pure_dict(nnx_states(state))),
+    "flattened to strings": lambda tx, tree, state: flatten_dict(flax.serialization.to_state_dict(state), sep="/"),
     "restored": lambda tx, tree, state: flax.serialization.msgpack_restore(
         flax.serialization.to_bytes({"a": [state, 1]})
     ),
@@ -79,6 +82,13 @@ LABELS = {"conv": "train", "head": "freeze"}
 OUTER = {
     "multi_transform": lambda tx: optax.multi_transform({"train": tx, "freeze": optax.set_to_zero()}, LABELS),
     "masked": lambda tx: optax.masked(tx, {"conv": True, "head": False}),
+    "labels by a function": lambda tx: optax.multi_transform(
+        {"train": tx, "freeze": optax.set_to_zero()}, lambda tree: LABELS
+    ),
+    "masked, by a function": lambda tx: optax.masked(tx, lambda tree: jax.tree.map(lambda leaf: leaf.ndim == 4, tree)),
+    "masked twice": lambda tx: optax.masked(
+        optax.masked(tx, {"conv": True, "head": False}), {"conv": True, "head": True}
+    ),
     "masked, leaf by leaf": lambda tx: optax.masked(tx, {"conv": {"kernel": True}, "head": {"kernel": False}}),
 }
 

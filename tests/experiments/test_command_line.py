@@ -68,7 +68,7 @@ def test_bad_input(tiny_config, capsys, tmp_path, monkeypatch, arguments, messag
     assert not (tmp_path / "runs").exists()
 
 
-BENCHES = "steps step loop selection conv gpu deploy dtypes sizes torch collectives latency"
+BENCHES = "steps step loop selection conv gpu deploy dtypes sizes torch collectives latency input"
 HELP = [*([name] for name in COMMANDS), *(["bench", what] for what in BENCHES.split()), ["train", "digits-dense"]]
 
 

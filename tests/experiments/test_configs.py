@@ -57,6 +57,7 @@ def test_names_are_unique_and_every_pruned_config_has_its_dense_one():
         configs.demo,
         configs.slim,
         configs.published,
+        configs.imagenet,
         configs.own,
         configs.modern,
         configs.price,
@@ -138,7 +139,8 @@ def test_records_from_before_there_was_one_field_for_the_method_are_read():
         assert config.method == ours.method, config.name
         assert not [field for field, _, _ in differences(stored, ours) if field.startswith("method")]
         kinds.add(config.method and config.method.kind)
-    assert kinds == {None, *KINDS}
+    # Younger than the five fields are the others.
+    assert kinds == {None, *KINDS} - {"magnitude", "set", "random", "n_of_m_once"}
 
 
 def test_two_methods_in_an_old_record_are_refused():
@@ -190,3 +192,18 @@ def test_impossible_prunings_are_refused():
         from_dict(to_dict(tiny.CONFIG) | {"epoch": 3})
     with pytest.raises(ValueError, match="did you mean vgg13-cifar10-9.0x"):
         configs.get("vgg13-cifar10-9x")
+
+
+def test_imagenet_in_large_batches_keeps_the_authors_schedule_at_a_rate_in_proportion():
+    large, published = ALL["resnet50-imagenet2012-1024-2.3x"], ALL["resnet50-imagenet2012-2.3x"]
+    assert large.method == published.method and large.lr_milestones == published.lr_milestones == (31, 61, 75)
+    assert large.data == published.data and large.data.image_size == 224 and large.crop_padding == 0
+    rate = learning_rate(large, 1251)
+    assert float(rate(0)) == pytest.approx(0.4 / (5 * 1251))
+    assert float(rate(5 * 1251 // 2)) == pytest.approx(0.2, rel=1e-3)
+    at = [float(rate(epoch * 1251 + 1)) for epoch in (5, 30, 31, 61, 75, 94)]
+    assert at == pytest.approx([0.4, 0.4, 0.04, 0.004, 0.0004, 0.0004])
+    with pytest.raises(ValueError, match="warmup_epochs=95: expected 0 to 94"):
+        dataclasses.replace(large, warmup_epochs=95)
+    cosine = dataclasses.replace(large, lr_schedule="cosine", lr_milestones=())
+    assert float(learning_rate(cosine, 100)(500)) == pytest.approx(0.4)

@@ -18,3 +18,9 @@ def pytest_collection_modifyitems(items):
 def small():
     """Whether this is a trial without a GPU."""
     return jax.default_backend() != "gpu"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_trial_is_quick(small, request):
+    if small:
+        request.getfixturevalue("quick")

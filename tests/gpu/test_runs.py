@@ -40,13 +40,21 @@ def images(small):
     return Dataset("random", images, labels, *held_out, 10, (0.5,) * 3, (0.25,) * 3, "test", "raw", f"random{count}")
 
 
+def _trainer(config, images, program):
+    return Trainer(dataclasses.replace(config, loop=dataclasses.replace(config.loop, epoch_program=program)), images)
+
+
+@pytest.fixture(scope="module")
+def one_loop(config, images):
+    return _trainer(config, images, "scan")
+
+
 def test_one_compiled_loop_an_epoch_trains_as_one_call_an_update_and_equal_seeds_give_equal_bits(
-    config, images, tmp_path
+    config, images, one_loop, tmp_path
 ):
     ends, digests = {}, []
-    for program, runs in (("scan", 2), ("steps", 1)):
-        asked = dataclasses.replace(config, loop=dataclasses.replace(config.loop, epoch_program=program))
-        trainer = Trainer(asked, images)
+    for program, runs, trainer in (("scan", 2, one_loop), ("steps", 1, _trainer(config, images, "steps"))):
+        asked = trainer.config
         for run in range(runs):
             summary = train(asked, tmp_path / f"{program}{run}", trainer=trainer)
             digests.append(summary["params_sha256"])
@@ -56,9 +64,12 @@ def test_one_compiled_loop_an_epoch_trains_as_one_call_an_update_and_equal_seeds
     np.testing.assert_allclose(ends["scan"], ends["steps"], rtol=0.05)
 
 
-def test_a_run_that_is_resumed_ends_with_the_bits_of_one_that_was_not_stopped(config, images, tmp_path):
-    train(config, tmp_path / "stopped", dataset=images, on_epoch=lambda told: told["epoch"] == 2)
-    # Programs of their own: a compiler that tunes could choose differently.
-    resumed = train(config, tmp_path / "stopped", dataset=images)
-    whole = train(config, tmp_path / "whole", dataset=images)
+def test_a_run_that_is_resumed_ends_with_the_bits_of_one_that_was_not_stopped(
+    config, images, one_loop, small, tmp_path
+):
+    # On a GPU programs of their own: a compiler that tunes could choose differently.
+    config, programs = (one_loop.config, {"trainer": one_loop}) if small else (config, {"dataset": images})
+    train(config, tmp_path / "stopped", **programs, on_epoch=lambda told: told["epoch"] == 2)
+    resumed = train(config, tmp_path / "stopped", **programs)
+    whole = train(config, tmp_path / "whole", **programs)
     assert resumed["params_sha256"] == whole["params_sha256"]

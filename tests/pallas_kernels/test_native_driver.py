@@ -20,8 +20,8 @@ SOURCES = (*(build.HERE / name for name in ("plain.cc", "support.cc", "kernels.c
 FLAGS = ("-std=c++17", "-ffp-contract=fast", "-pthread", "-Wall", "-Wextra", "-Werror", f"-I{build.HERE}")
 # Scratch memory is as large as asked for and not used again, so that what is read beyond its end, or before it is
 # written, is seen.
-MEMORY = ("-O1", "-g", "-DCLICKTRAIN_CHECKED", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-THREADS = ("-O1", "-g", "-fsanitize=thread")
+MEMORY = ("-O1", "-g1", "-DCLICKTRAIN_CHECKED", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+THREADS = ("-O1", "-g1", "-fsanitize=thread")
 HERE = build.instruction_sets_here()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -114,7 +115,7 @@ def candidates(node: Convolution) -> list[tuple[Tiles | LaneForm, float]]:
     # The last tile may not write more than the map has, in whole vectors.
     sizes = [size for size in _TILE_RATES if size <= VECTOR or not 0 < node.shape[2] % size <= VECTOR]
     by_tiles = {size: tile_work(node, size) / _TILE_RATES[size] for size in sizes}
-    filters = min(by_tiles, key=by_tiles.get)
+    filters = min(by_tiles, key=by_tiles.__getitem__)
     found: list[tuple[Tiles | LaneForm, float]] = [(Tiles(filters), by_tiles[filters])]
     form = lanes(node)
     if form is not None:
@@ -144,15 +145,14 @@ def lanes(node: Convolution) -> LaneForm | None:
         return None
     row_stride, column_stride = node.strides
     count = 4 if max(out_height * out_width, height * width) <= 4 else 16
-    best = None
+    found = []
     for down, across in _GRIDS[count]:
         # Each piece of the result is computed of the same piece of the map that is read, and its margin.
         rows = max(-(-out_height // down), -(-height // (down * row_stride)))
         columns = max(-(-out_width // across), -(-width // (across * column_stride)))
-        key = (rows * columns, abs(down - across))
-        if best is None or key < best[0]:
-            best = key, (down, across), (rows, columns)
-    _, grid, piece = best
+        found.append(((down, across), (rows, columns)))
+    # The smallest piece, and of those the squarest grid.
+    grid, piece = min(found, key=lambda each: (math.prod(each[1]), abs(each[0][0] - each[0][1])))
     source = Lanes(grid, (piece[0] * row_stride, piece[1] * column_stride))
     groups, is_split = _groups(node.mask)
     if piece == (1, 1) and not is_split and sum(len(group.places) for group in groups) <= _MOST_PLACES:
@@ -167,7 +167,8 @@ def margin_of(node: Convolution, results: tuple[int, int], sources: tuple[int, i
         before = node.padding[axis]
         last = node.strides[axis] * (results[axis] - 1) + node.kernel.shape[axis] - 1 - before
         sizes += [max(0, before), max(0, last - (sources[axis] - 1))]
-    return tuple(sizes)
+    above, below, left, right = sizes
+    return above, below, left, right
 
 
 def blocks(height: int, width: int, most: int) -> list[tuple[int, int, int, int, int, int]]:

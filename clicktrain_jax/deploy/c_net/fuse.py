@@ -4,7 +4,7 @@ import collections
 
 import numpy as np
 
-from clicktrain_jax.deploy.c_net.nodes import Convolution, Entrywise, Graph, Input, Node, Pool
+from clicktrain_jax.deploy.c_net.nodes import Convolution, Entrywise, Graph, Input, Node, Op, Pool
 
 
 def fuse(graph: Graph) -> Graph:
@@ -49,7 +49,7 @@ def _take(node: Entrywise, uses: collections.Counter, position: dict[Node, int])
     return None
 
 
-def _into_convolution(source: Convolution, op: object) -> bool:
+def _into_convolution(source: Convolution, op: Op) -> bool:
     if op.operand is None or np.ndim(op.operand) > 1:
         return False
     if not source.ops and op.name in ("add", "sub"):

@@ -102,10 +102,11 @@ class _Reader:
         where = _lifted(value.where)
         others = [axis for axis in range(where.ndim) if axis not in axes]
         where = where.transpose(*others, *axes)
-        where = where.reshape(where.shape[-3:])
+        height, width, channels = where.shape[-3:]
+        where = where.reshape(height, width, channels)
         if where.shape == value.node.shape and np.array_equal(where.ravel(), np.arange(where.size)):
             return value.node
-        return self._add(nodes.Gather(where.shape, [value.node], where=where))
+        return self._add(nodes.Gather((height, width, channels), [value.node], where=where))
 
     def whole(self, value: _Value) -> _Value:
         """The same value, each entry of which stands somewhere."""

@@ -38,7 +38,7 @@ def emit(source: Source, step: Step, name: str) -> None:
 
 def _keeps(source: Source, step: Step) -> str | None:
     """The table that tells which lanes are inside of the image, where not all are."""
-    return None if step.target.layout.covers(step.node.shape) else inside(source, step.target)
+    return None if step.target.lanes.covers(step.node.shape) else inside(source, step.target)
 
 
 def _first(step: Step) -> int:
@@ -111,8 +111,8 @@ def _by_channel(source: Source, step: Step, name: str) -> None:
     np.add.at(of_block, keys[:, 0], sizes)
     place = source.table(f"{name}_places", _starts(of_block), "int32_t")
     kind = source.kinds[offset], source.kinds[to]
-    width = target.layout.piece[1]
-    own = [(r, c) for r in range(target.layout.piece[0]) for c in range(width)]
+    width = target.lanes.piece[1]
+    own = [(r, c) for r in range(target.lanes.piece[0]) for c in range(width)]
     loops = "".join(_kernels(step, g, group, own) for g, group in enumerate(form.groups))
     keep = _keeps(source, step)
     last = ""
@@ -217,14 +217,14 @@ def _by_filter(source: Source, step: Step, name: str) -> None:
 
     def loops(most: int) -> str:
         text = ""
-        for top, side, height, width, block_rows, block_columns in blocks(*target.layout.piece, most):
+        for top, side, height, width, block_rows, block_columns in blocks(*target.lanes.piece, most):
             function = _block(source, step, block_rows, block_columns, keep is not None)
             here = f"h * {target.row} + v * {target.column} + {target.first}"
             more = ""
             if other is not None:
                 more = f", z + (h * {other.row} + v * {other.column} + {other.first}) + (size_t)f * {other.channel}"
             if keep is not None:
-                more += f", {keep} + (h * {target.layout.piece[1]} + v) * {target.layout.count}"
+                more += f", {keep} + (h * {target.lanes.piece[1]} + v) * {target.lanes.count}"
             text += f"""  for (int h = {top}; h < {top + height}; h += {block_rows})
     for (int v = {side}; v < {side + width}; v += {block_columns})
       for (int b = 0; b < {count_of_blocks}; ++b) {{
@@ -274,7 +274,7 @@ def _block(source: Source, step: Step, rows: int, columns: int, is_masked: bool)
     text.append("  if (is_last) {")
     for s, (r, c) in zip(sums, pixels):
         z = f"z + {r * other.row + c * other.column}" if other else ""
-        keep = f"{s} = keep{lanes}({s}, keep + {(r * target.layout.piece[1] + c) * lanes});" if is_masked else ""
+        keep = f"{s} = keep{lanes}({s}, keep + {(r * target.lanes.piece[1] + c) * lanes});" if is_masked else ""
         if node.ops or keep:
             text.append(f"    {finish(lanes, s, node.ops, z)} {keep}")
     text.append("  }")
@@ -313,8 +313,8 @@ def neighbours(source: Source, target: Buffer, name: str) -> None:
     if not any(target.margin):
         return
     above, below, left, right = target.margin
-    (height, width), (down, across) = target.layout.piece, target.layout.grid
-    lanes = target.layout.count
+    (height, width), (down, across) = target.lanes.piece, target.lanes.grid
+    lanes = target.lanes.count
     copies, masks, known = [], [], {}
     for row in range(-above, height + below):
         for column in range(-left, width + right):
@@ -347,7 +347,7 @@ def neighbours(source: Source, target: Buffer, name: str) -> None:
 
 def inside(source: Source, target: Buffer) -> str:
     """A table: all bits for what is inside of the image, none for what is not, for each pixel of a piece."""
-    (height, width), (down, across) = target.layout.piece, target.layout.grid
+    (height, width), (down, across) = target.lanes.piece, target.lanes.grid
     bits = [
         0xFFFFFFFF if d * height + row < target.shape[0] and a * width + column < target.shape[1] else 0
         for row in range(height)
@@ -361,14 +361,14 @@ def inside(source: Source, target: Buffer) -> str:
 def pool(source: Source, step: Step, name: str) -> None:
     """Write pooling in windows that no two pieces share, and its call."""
     node, image, target = step.node, step.sources[0], step.target
-    lanes, (height, width) = target.layout.count, target.layout.piece
+    lanes, (height, width) = target.lanes.count, target.lanes.piece
     rows, columns = node.window
     reads = [f"load{lanes}(from + {r * image.row + c * image.column})" for r in range(rows) for c in range(columns)]
     operation = {"max": "max", "min": "min", "sum": "add"}[node.kind]
     value = reads[0]
     for read in reads[1:]:
         value = f"{operation}{lanes}({value}, {read})"
-    if not target.layout.covers(node.shape):
+    if not target.lanes.covers(node.shape):
         value = f"keep{lanes}({value}, {inside(source, target)} + (h * {width} + v) * {lanes})"
     source.parts.append(f"""
 static void {name}(const float *restrict x, float *restrict y) {{

@@ -77,6 +77,12 @@ class Buffer:
     offset: int = 0
 
     @property
+    def lanes(self) -> Lanes:
+        """Its layout, where that is in lanes."""
+        assert isinstance(self.layout, Lanes)
+        return self.layout
+
+    @property
     def pixels(self) -> tuple[int, int]:
         """Rows and columns that are stored, with the margin; of a piece in lanes."""
         above, below, left, right = self.margin

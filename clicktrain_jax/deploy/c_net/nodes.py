@@ -91,7 +91,7 @@ class Input(Node):
     table: np.ndarray | None = None
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Convolution(Node):
     """A convolution; a dense layer is one whose window is the whole map.
 
@@ -105,9 +105,9 @@ class Convolution(Node):
     """
 
     name: str = ""
-    kernel: np.ndarray | None = None
-    mask: np.ndarray | None = None
-    bias: np.ndarray | None = None
+    kernel: np.ndarray
+    mask: np.ndarray
+    bias: np.ndarray
     strides: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
 
@@ -145,7 +145,7 @@ class Entrywise(Node):
     """Steps that are applied to each entry, all in ``ops``; the second of two maps is of its shape or (1, 1, 1)."""
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Gather(Node):
     """Entries of another map in another place.
 
@@ -154,7 +154,7 @@ class Gather(Node):
             channels last; -1 for zero.
     """
 
-    where: np.ndarray | None = None
+    where: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ def plan(graph: Graph) -> Program:
         graph: fused.
     """
     found = {node: forms.candidates(node) for node in graph.nodes if isinstance(node, Convolution)}
-    work = {(node, form): cost for node, each in found.items() for form, cost in each}
+    work: dict[tuple[Node, object], float] = {(node, form): cost for node, each in found.items() for form, cost in each}
     chosen: Forms = {node: min(each, key=lambda pair: pair[1])[0] for node, each in found.items()}
 
     def cost(chosen: Forms) -> float:
@@ -106,19 +106,19 @@ class _Planner:
         source = self._own[node.inputs[0]]
         if not isinstance(source, Lanes) or node.window != node.strides or any(node.padding) or node.ops:
             return None
-        if any(size % step for size, step in zip(source.piece, node.strides)):
+        (height, width), (rows, columns) = source.piece, node.strides
+        if height % rows or width % columns:
             return None
-        piece = tuple(size // step for size, step in zip(source.piece, node.strides))
-        result = Lanes(source.grid, piece)
+        result = Lanes(source.grid, (height // rows, width // columns))
         wanted = [self._forms.get(user) for user in self._users[node]]
         return result if all(isinstance(f, forms.LaneForm) and f.source == result for f in wanted) else None
 
     def _reads(self, node: Node, place: int) -> tuple[Rows | Lanes, Margin]:
         """The layout in which a node reads its input, and the margin."""
         source, form = node.inputs[place], self._forms.get(node)
-        if isinstance(form, forms.LaneForm):
-            return (form.source, form.margin(node)) if place == 0 else (form.target, NO_MARGIN)
         if isinstance(node, Convolution):
+            if isinstance(form, forms.LaneForm):
+                return (form.source, form.margin(node)) if place == 0 else (form.target, NO_MARGIN)
             if place == 1:
                 return Rows(round_up(source.shape[2], VECTOR)), NO_MARGIN
             return _rows(source), forms.margin_of(node, node.shape[:2], source.shape[:2])
@@ -128,7 +128,8 @@ class _Planner:
 
     def _want(self, node: Node, layout: Rows | Lanes, margin: Margin) -> None:
         wanted = self._wanted[node]
-        wanted[layout] = tuple(map(max, wanted.get(layout, NO_MARGIN), margin))
+        above, below, left, right = map(max, wanted.get(layout, NO_MARGIN), margin)
+        wanted[layout] = above, below, left, right
         own = self._own[node]
         if isinstance(node, Input) or layout == own:
             return

@@ -19,7 +19,7 @@ def image(source: Source, step: Step, name: str) -> None:
     if table is not None:
         value = f"{source.weights(table.T)}[c * 256 + {value}]"
     rows, columns = _tables(source, step.target, name)
-    if isinstance(step.target.layout, Lanes) and not step.target.layout.covers(step.node.shape):
+    if isinstance(step.target.layout, Lanes) and not step.target.lanes.covers(step.node.shape):
         _clear(source, step.target)
     source.parts.append(f"""
 static void {name}(const net_pixel *image, float *restrict y) {{
@@ -196,18 +196,18 @@ def to_rows(source: Source, step: Step, name: str) -> None:
 
 def _convert(source: Source, step: Step, name: str, inner: Buffer, outer: Buffer, assignment: str) -> None:
     height, width, channels = step.node.shape
-    (piece_height, piece_width), count = inner.layout.piece, inner.layout.count
+    (piece_height, piece_width), count = inner.lanes.piece, inner.lanes.count
     rows, columns = outer.rows_and_columns()
     # Where the pixel of each lane is; those outside of the image are left out.
     pixels = []
     for r in range(piece_height):
         for q in range(piece_width):
-            for down in range(inner.layout.grid[0]):
-                for across in range(inner.layout.grid[1]):
+            for down in range(inner.lanes.grid[0]):
+                for across in range(inner.lanes.grid[1]):
                     h, v = down * piece_height + r, across * piece_width + q
                     pixels.append(rows[h] + columns[v] if h < height and v < width else -1)
     table = source.table(f"{name}_pixels", pixels, "int32_t")
-    is_whole = inner.layout.covers(step.node.shape)
+    is_whole = inner.lanes.covers(step.node.shape)
     to_inner = assignment.startswith("{inside}")
     inside, outside = ("y", "x") if to_inner else ("x", "y")
     statement = assignment.format(inside=f"{inside}[i + l]", outside=f"{outside}[pixel[l] + c]")

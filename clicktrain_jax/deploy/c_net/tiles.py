@@ -54,7 +54,7 @@ def emit(source: Source, step: Step, name: str) -> None:
 
     def loops(most: int) -> str:
         text = ""
-        for top, side, height, width, block_rows, block_columns in blocks(*node.shape[:2], most):
+        for top, side, height, width, block_rows, block_columns in blocks(node.shape[0], node.shape[1], most):
             function = _block(source, filters, block_rows, block_columns, node.ops)
             y = f"y + (h * {target.row} + v * {target.column} + {target.first}) + t * {filters}"
             z = ""

@@ -67,8 +67,9 @@ def to_c(net: InferenceNet, *, most_in_source: int = _MOST_IN_SOURCE) -> Mapping
 
 
 def _header(program: Program, is_apart: bool) -> str:
-    height, width, channels = program.graph.nodes[0].shape
-    has_pixels = program.graph.nodes[0].table is not None
+    image = program.graph.nodes[0]
+    height, width, channels = image.shape
+    has_pixels = isinstance(image, Input) and image.table is not None
     pixel = "uint8_t" if has_pixels else "float"
     what = "8-bit pixels; they are normalised inside" if has_pixels else "numbers as the net's own function takes them"
     load = ""

@@ -36,7 +36,7 @@ def pack(values: np.ndarray, width: int) -> bytes:
     return np.packbits(planes).tobytes()
 
 
-def unpack(data: bytes | np.ndarray, width: int, count: int) -> np.ndarray:
+def unpack(data: bytes | memoryview | np.ndarray, width: int, count: int) -> np.ndarray:
     """The inverse of `pack`.
 
     Args:
@@ -47,8 +47,8 @@ def unpack(data: bytes | np.ndarray, width: int, count: int) -> np.ndarray:
     Returns:
         (count,): uint8, uint16 or uint32, the smallest that holds the width.
     """
-    data = np.frombuffer(data, np.uint8, packed_bytes(count, width))
-    planes = np.unpackbits(data, count=width * count).reshape(width, count)
+    packed = np.frombuffer(data, np.uint8, packed_bytes(count, width))
+    planes = np.unpackbits(packed, count=width * count).reshape(width, count)
     if width == 1:
         return planes[0]
     values = np.zeros(count, np.uint8 if width <= 8 else np.uint16 if width <= 16 else np.uint32)

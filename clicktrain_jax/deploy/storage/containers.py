@@ -75,12 +75,12 @@ def masks_by_name(
 
 
 def _bools(name: str, leaf: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> np.ndarray:
-    mask = np.asarray(leaf)
-    if shapes[name] is None:
+    mask, shape = np.asarray(leaf), shapes[name]
+    if shape is None:
         raise ValueError(f"there is a mask for {name!r}, and the leaf is None: expected None there too")
     if mask.dtype != bool:
         raise ValueError(f"the mask of {name!r} has dtype {mask.dtype}, expected bool: True where a weight stays")
-    check_shape(name, np.broadcast_to(False, shapes[name]), mask)
+    check_shape(name, np.broadcast_to(False, shape), mask)
     return mask
 
 
@@ -147,7 +147,7 @@ def fill(like: Tree, leaves: Mapping[str, Any]) -> Tree:
     return map_named(put, like)
 
 
-def fill_masks(like: Tree | None, prefix: str, masks: Mapping[str, FullMask]) -> Masks:
+def fill_masks(like: Tree | None, prefix: str, masks: Mapping[str, FullMask | None]) -> Masks:
     """`Masks` by name in the containers that ``like`` has below the prefix.
 
     They become nested dictionaries where there is no ``like``, or where its leaves are more than the masks'.

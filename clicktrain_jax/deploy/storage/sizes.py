@@ -89,7 +89,7 @@ def sizes(manifest: dict[str, Any]) -> Sizes:
 def _of_leaf(leaf: Leaf) -> Bytes:
     found = {name.removeprefix(leaf.name): tensor_bytes(*tensor) for name, tensor in leaf.tensors().items()}
     return Bytes(
-        math.prod(leaf.shape),
+        math.prod(leaf.shape or ()),
         leaf.weights if leaf.mask is None else leaf.mask.kept,
         found[""],
         found.get(MASK_SUFFIX, 0),

@@ -81,7 +81,7 @@ class Plan:
         asked = dataclasses.replace(geometry, precision=None), batch, transposed
         return (self.geometry, self.batch, self.transposed) == asked
 
-    def place(self, item: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    def place(self, item: jax.Array) -> tuple[jax.Array, ...]:
         """(image block, row, column, channel tile) of an output tile."""
         return digits(item, self.grid)
 

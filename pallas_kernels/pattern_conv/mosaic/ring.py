@@ -6,6 +6,8 @@ length 1. A pixel that shall lie outside must therefore be past the end along BO
 row that exists would be the next row's first. The interpreter does not fold, and shows nothing of this.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -29,7 +31,7 @@ def swizzle_of(*lengths: int) -> int:
     return next(elements for elements in (64, 32, 16) if all(length % elements == 0 for length in lengths))
 
 
-def swizzled(elements: int, dtype: jnp.dtype) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+def swizzled(elements: int, dtype: Any) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """The layout of a slot whose rows of so many elements are swizzled, as the tensor cores read them."""
     return plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(elements * jnp.dtype(dtype).itemsize)
 

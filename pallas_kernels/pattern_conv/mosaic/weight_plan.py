@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,9 +113,9 @@ def groups_before(plan: WeightPlan, counts, index: jax.Array | int) -> jax.Array
 
 def runs(plan: WeightPlan, counts: np.ndarray) -> list[tuple[int, int]]:
     """Of each block the first of its steps, of all items' one after the other, and one past its last."""
-    total = plan.total(int(sum(-(-int(count) // plan.tiles.entries) for count in counts)))
+    total: Any = plan.total(int(sum(-(-int(count) // plan.tiles.entries) for count in counts)))
     share, more = plan.share(total)
-    ends = [min(block * share + min(block, more), total) for block in range(plan.blocks + 1)]
+    ends: list[Any] = [min(block * share + min(block, more), total) for block in range(plan.blocks + 1)]
     return list(zip(ends, ends[1:]))
 
 

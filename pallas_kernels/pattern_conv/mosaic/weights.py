@@ -111,7 +111,7 @@ def _copy(plan: WeightPlan, lists, x, dy, *, x_slots, dy_slots, out, full, empty
     """The copying warpgroup: fills the slots in the order in which they come free."""
     tiles = plan.tiles
     (height, width), (kh, kw) = plan.geometry.image, plan.geometry.window
-    strides, ((top, _), (left, _)) = plan.geometry.strides, plan.geometry.padding
+    strides, (top, left) = plan.geometry.strides, (before for before, _ in plan.geometry.padding)
     plgpu.set_max_registers(MANY_COPY_REGISTERS, action="decrease")
     run = _run(plan, lists[1])
 
@@ -176,7 +176,7 @@ def _compute(plan: WeightPlan, lists, result, *, x_slots, dy_slots, out, full, e
         return lax.rem(step, tiles.stages)
 
     def turn(number, used):
-        item, index, _, _, first, begin, steps = _work(plan, lists[1], run, number)
+        item, index, *_parts, first, begin, steps = _work(plan, lists[1], run, number)
         codes = [_code(plan, lists, index, first + entry) for entry in range(tiles.entries)]
         looks = [plan.follows(codes, _code(plan, lists, index, first + entry)) for entry in mine]
 

@@ -1,5 +1,7 @@
 """What exports and promises of zeros are made of: weights that are zero, one copy of them, a net in evaluation."""
 
+import copy
+import pickle
 import re
 
 import flax.linen as nn
@@ -75,6 +77,25 @@ def test_a_run_that_ends_between_selection_and_prune(tmp_path):
             with pytest.raises(ValueError, match="the prune is not"):
                 ct.export(tmp_path / "net", apply, VARIABLES | {"params": params}, masks, **SETTINGS)
     ct.export(tmp_path / "net", apply, VARIABLES | {"params": params}, masks, **SETTINGS)
+
+
+COPIES = {
+    "on the host": jax.device_get,
+    "by a tree map": lambda masks: jax.tree.map(jnp.asarray, masks),
+    "pickled": lambda masks: pickle.loads(pickle.dumps(masks)),
+    "copied": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_of_pending_masks_are_pending(tmp_path, how):
+    copied = COPIES[how](PENDING)
+    assert copied.pending and not COPIES[how](ct.Masks(MASKS, MASKS)).pending
+    assert jax.tree.structure(copied) == jax.tree.structure(ct.Masks(MASKS, MASKS))
+    assert ct.report(VARIABLES["params"], copied).pending
+    with pytest.raises(ValueError, match="the prune is not"):
+        ct.export(tmp_path / "net", apply, VARIABLES, copied, **SETTINGS)
+    assert not jax.jit(lambda masks: masks)(PENDING).pending
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])

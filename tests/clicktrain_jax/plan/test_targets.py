@@ -155,6 +155,30 @@ def test_by_hand():
     assert np.asarray(masks.kernel["b"]).ravel().tolist() == [False, True, True, True]
 
 
+def test_damage_is_weighed_against_what_the_layer_still_holds():
+    """By their scores alone, whatever their scale, the three least of the first layer would go."""
+    tree = {"a": np.zeros((1, 1, 4, 1), np.float32), "b": np.zeros((1, 1, 4, 1), np.float32)}
+    tree["a"][0, 0, :, 0] = [1, 2, 3, 10]  # relative damage 1/16, 2/15 = 0.13, 3/13 = 0.23
+    tree["b"][0, 0, :, 0] = [20, 21, 22, 63]  # 20/126 = 0.16, 21/106 = 0.20, 22/85 = 0.26
+    plan = ct.make_plan(tree, {".": "auto"}, target=2.0, floor=False, groups={".": 1})
+    masks = ct.select_masks(tree, plan, FOUR)
+    for name in "ab":
+        assert np.asarray(masks.kernel[name]).ravel().tolist() == [False, False, True, True]
+
+
+def test_what_fractions_leave_counts_for_the_target():
+    """A quarter of one layer, and at least one kernel of the other: 17 of 128 may be reached, 80 are to begin with."""
+    rng = np.random.default_rng(0)
+    tree = {name: rng.exponential(size=(1, 1, 8, 8)).astype(np.float32) for name in "ab"}
+    rules = {"a": 0.75, "b": "auto"}
+    plan = ct.make_plan(tree, rules, target=5.0, floor=False)
+    assert ct.report(tree, ct.select_masks(tree, plan, FOUR)).conv_compression == pytest.approx(5.0, rel=0.03)
+    with pytest.raises(ValueError, match="the reachable maximum is 7.52"):
+        ct.make_plan(tree, rules, target=8.0, floor=False)
+    with pytest.raises(ValueError, match="already reach, 1.60"):
+        ct.make_plan(tree, rules, target=1.5, floor=False)
+
+
 def test_ties_go_until_the_target_and_no_further():
     tree = {name: np.ones((3, 3, 8, 8), np.float32) for name in "abc"}
     plan = ct.make_plan(tree, {".": "auto"}, target=4.5)

@@ -20,6 +20,8 @@ from experiments.configs.work import conv_work
 from experiments.records import RUNS, keep
 from experiments.report import gpu
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 ROOT = Path(__file__).resolve().parents[3]
 
 

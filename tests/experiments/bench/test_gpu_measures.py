@@ -7,6 +7,8 @@ import pytest
 from experiments.bench import conv_ways, gpu_conv_checks, gpu_measures
 from pallas_kernels.pattern_conv import cases
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def test_one_that_fails_is_recorded(tmp_path, monkeypatch, capsys):
     def fails(smoke, packed):

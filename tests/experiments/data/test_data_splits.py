@@ -103,7 +103,7 @@ def test_train_examples():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "imagenet2012"}, "in-memory loop does not take it.*planned"),
+        ({"name": "imagenet2012"}, "does not fit in memory: give image_size"),
         ({"name": "cifar11"}, "'cifar11' is no known data set.*digits"),
         ({"eval_split": "train"}, "eval_split='train'.*'validation' or 'test'"),
         ({"train_examples": 0}, "train_examples=0.*at least 1"),

@@ -4,7 +4,7 @@ import re
 
 from experiments.bench import gpu_measures
 from experiments.records import RUNS, keep
-from experiments.report import benchmarks, comparison, documents, front, results, studies
+from experiments.report import benchmarks, comparison, documents, readme, results, studies
 from experiments.report.statistics import markdown_table, mean_spread, paired
 
 
@@ -29,7 +29,7 @@ def test_committed_tables_are_what_the_records_say():
     expected = {
         results.RESULTS_FILE,
         benchmarks.BENCHMARKS_FILE,
-        front.README,
+        readme.README,
         results.RECORDS / "published.csv",
         results.RECORDS / "price" / "price.csv",
     }

@@ -8,7 +8,7 @@ import tiny
 from experiments.configs import compare
 from experiments.configs.compare import Cell, Study, Tuning
 from experiments.configs.methods import AfterConfig, RetrainConfig
-from experiments.records import RUNS, RunFolder, kept, read_json
+from experiments.records import RUNS, RunFolder, keep, kept, read_json
 from experiments.studies import comparison as harness
 from experiments.studies import jobs
 
@@ -144,6 +144,31 @@ def test_some_cells_run_with_every_seed_before_the_others_and_each_is_kept_at_on
     config = kept(records / "compare-try" / RUNS)[0]["config"]
     assert config["data"]["dir"] is None and config["data"]["cache_dir"] is None
     assert read_json(records / "compare-try" / "study.json")["tuning"][0]["epochs"] == 1
+
+
+def test_what_the_records_hold_is_not_trained_again(pretend, tmp_path, monkeypatch):
+    options = {"seeds": (0,), "tuning_seeds": (7,), "workers": 0, "timing": False, "records": tmp_path / "records"}
+    harness.run(STUDY, tmp_path / "first", **options)
+    stored = tmp_path / "records" / "compare-try"
+    before = {path.name: path.read_bytes() for path in stored.iterdir()}
+    count = len(pretend)
+    # In a clone elsewhere: the records are there, the run folders are not.
+    assert harness.run(STUDY, tmp_path / "second", **options) == {"finished": 4, "missing": 0, "failed": {}}
+    assert len(pretend) == count
+    assert {path.name: path.read_bytes() for path in stored.iterdir()} == before
+    # One seed more; what was another run under the same name, and what was not finished, are trained.
+    runs = kept(stored / RUNS)
+    runs[0]["config"]["epochs"] += 1
+    runs[1]["summary"] = None
+    keep(stored / RUNS, runs)
+    harness.run(STUDY, tmp_path / "third", **{**options, "seeds": (0, 1)})
+    trained = {(job.config.name, job.config.seed) for job in pretend[count:]}
+    assert trained == {(run["name"], run["seed"]) for run in runs[:2]} | {(run["name"], 1) for run in runs}
+    # Nets without checkpoints are not timed.
+    timed = []
+    monkeypatch.setattr(harness.latency, "measure", lambda runs, data_dir: timed.extend(runs) or {"nets": {}})
+    harness.run(STUDY, tmp_path / "second", **{**options, "timing": True})
+    assert not timed
 
 
 def test_no_final_run_before_all_trials(pretend, tmp_path):

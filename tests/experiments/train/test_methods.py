@@ -12,9 +12,13 @@ from experiments.configs.methods import (
     AfterConfig,
     ChannelConfig,
     GradualConfig,
+    MagnitudeConfig,
     NOfMConfig,
+    NOfMOnceConfig,
+    RandomConfig,
     RetrainConfig,
     RiglConfig,
+    SetConfig,
 )
 from experiments.records import read_metrics
 from experiments.studies.export import restore
@@ -37,6 +41,15 @@ ADMM = dataclasses.replace(
     REWIND, name="admm", method=AfterConfig(LATER, RetrainConfig(2), AdmmConfig(2, every_updates=2))
 )
 SPARSE = GradualConfig(4.0, begin_epoch=2, end_epoch=4, every_updates=2)
+METHODS = {
+    "gradual": SPARSE,
+    "rigl": RiglConfig(4.0, "erk", end_epoch=4, every_updates=2),
+    "set": SetConfig(4.0, "erk", end_epoch=4, every_updates=2),
+    "random": RandomConfig(4.0, "erk"),
+    "magnitude": MagnitudeConfig(4.0, prune_epoch=2),
+    "n_of_m": NOfMConfig(),
+    "n_of_m_once": NOfMOnceConfig(prune_epoch=2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -104,19 +117,14 @@ def test_one_shot_prunes_at_the_very_end(trunk, tiny_dataset, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", ["gradual", pytest.param("rigl", marks=pytest.mark.slow), pytest.param("n_of_m", marks=pytest.mark.slow)]
+    "method", ["gradual", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "gradual")]
 )
 def test_sparse_training_reaches_its_compression(method, trunk, tiny_dataset, tmp_path):
-    sparse = SPARSE
-    if method == "rigl":
-        sparse = RiglConfig(4.0, "erk", end_epoch=4, every_updates=2)
-    elif method == "n_of_m":
-        sparse = NOfMConfig()
-    config = dataclasses.replace(DENSE, name=method, method=sparse)
+    config = dataclasses.replace(DENSE, name=method, method=METHODS[method])
     trainer = Trainer(config, tiny_dataset)
     summary = forks.train_forked(config, tmp_path / "run", trunk, trainer=trainer)
     assert summary["method"] == method and summary["masks_sha256"] is not None
-    if method == "n_of_m":
+    if method.startswith("n_of_m"):
         assert summary["conv_retained"] == 72 + (summary["conv_weights"] - 72) // 2  # all but the first layer
     else:
         assert summary["conv_retained"] == round(summary["conv_weights"] / 4)
@@ -128,10 +136,10 @@ def test_sparse_training_reaches_its_compression(method, trunk, tiny_dataset, tm
     assert kept + 72 == summary["conv_retained"]
     # What the net is evaluated with is what is exported.
     assert found.trainer.evaluate(found.state)[1] == summary["final_top1"]
-    if method == "rigl":  # each run draws its own first masks
+    if method in ("rigl", "set", "random"):  # each run draws its own first masks
         first, second = (jax.tree.leaves(trainer.init(seed).opt_state.masks)[0] for seed in (0, 1))
         assert (np.asarray(first) != np.asarray(second)).any()
-    if method == "gradual":
+    if method in ("gradual", "magnitude", "n_of_m_once"):
         assert forks.fork_epoch(config, trainer.steps_per_epoch) == 2
         shared = [[line["train_loss"] for line in read_metrics(path)] for path in (tmp_path / "run", trunk)]
         assert shared[0][:2] == shared[1][:2]
@@ -177,6 +185,9 @@ def test_prunetrain_gets_narrower_and_goes_on_after_a_kill(tiny_dataset, tmp_pat
         ({"method": AfterConfig(AFTER, RetrainConfig(6))}, "expected at most the dense run's 5"),
         ({"method": dataclasses.replace(SPARSE, end_epoch=9)}, "gradual.end_epoch=9 is after the last"),
         ({"method": RiglConfig(4.0, end_epoch=9)}, "rigl.end_epoch=9 is after the last"),
+        ({"method": SetConfig(4.0, end_epoch=9)}, "set.end_epoch=9 is after the last"),
+        ({"method": MagnitudeConfig(4.0, prune_epoch=5)}, "magnitude.prune_epoch=5: expected less than epochs=5"),
+        ({"method": NOfMOnceConfig(prune_epoch=5)}, "n_of_m_once.prune_epoch=5: expected less than epochs=5"),
     ],
 )
 def test_configs_that_make_no_sense(changes, message):
@@ -192,6 +203,8 @@ def test_configs_that_make_no_sense(changes, message):
         (lambda: RetrainConfig(-1), "retrain.epochs=-1"),
         (lambda: AdmmConfig(2, rho=0.0), "admm.rho=0.0: expected a positive number"),
         (lambda: RiglConfig(4.0, drop_fraction=1.5), "rigl.drop_fraction=1.5: expected 0 to 1"),
+        (lambda: RandomConfig(0.5), "random.compression=0.5: expected 1 or more"),
+        (lambda: MagnitudeConfig(2.0, prune_epoch=-1), "magnitude.prune_epoch=-1"),
         (lambda: NOfMConfig(-1.0), "n_of_m.decay=-1.0"),
         (lambda: GradualConfig(0.5), "gradual.compression=0.5: expected 1 or more"),
         (lambda: GradualConfig(2.0, begin_epoch=3, end_epoch=3), "expected 0 <= begin < end"),

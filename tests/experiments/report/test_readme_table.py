@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.report import front
+from experiments.report import readme
 
 
 def engine(seconds):
@@ -24,17 +24,17 @@ def write_export(folder, name, tile, ours, cores=2, **dense):
 
 
 def test_without_records_it_says_so(tmp_path):
-    lines = front.status(tmp_path).splitlines()[2:]
-    assert len(lines) == 5 and all("**not measured**" in line for line in lines)
-    front.draw(tmp_path / "picture.png", tmp_path)
+    lines = readme.status(tmp_path).splitlines()[2:]
+    assert len(lines) == 8 and all("**not measured**" in line for line in lines)
+    readme.draw(tmp_path / "picture.png", tmp_path)
     assert not (tmp_path / "picture.png").exists()
 
 
 def test_the_fastest_dense_engine_counts_and_one_core_does_not(tmp_path):
     write_export(tmp_path / "deploy", "vgg13", [32, 1], 1.0, XLA=9.0, PyTorch=2.5)
     write_export(tmp_path / "deploy", "vgg13", [32, 1], 1.0, cores=1, XLA=99.0)
-    assert "**on CPUs, 2.5 times**" in front.status(tmp_path)
-    front.draw(tmp_path / "pictures" / "speed.png", tmp_path)
+    assert "| **2.5 times**" in readme.status(tmp_path)
+    readme.draw(tmp_path / "pictures" / "speed.png", tmp_path)
     assert (tmp_path / "pictures" / "speed.png").stat().st_size > 1000
 
 
@@ -45,13 +45,29 @@ def test_cards_are_not_mixed(tmp_path):
         steps = [{"net": "vgg13", "batch": 128, "way": way, "ms": ms} for way, ms in ways.items()]
         record = {"ok": True, "smoke": False, "steps": steps, "setting": {"device": {"kind": kind}}}
         (tmp_path / "gpu" / f"steps-{dense_ms:g}.json").write_text(json.dumps(record))
-    found = front.status(tmp_path)
-    assert "on an H100 1.00 times; a whole step on an H200 4.00 times" in found
+    found = readme.status(tmp_path)
+    assert "on an H100 1.00 times; on an H200 4.00 times" in found
+
+
+@pytest.mark.parametrize(
+    ("gaps", "answer"),
+    [
+        ([], "not measured"),
+        (["+0.20 ± 0.30 (within the spread)"], "no difference seen"),
+        (["+2.76", "-0.10 ± 0.22 (within the spread)"], "yes"),
+        (["-1.20 ± 0.22"], "no"),
+        (["-1.20 ± 0.22", "+2.76"], "it depends"),
+    ],
+)
+def test_a_verdict_counts_what_is_clear(gaps, answer):
+    assert readme._verdict(gaps) == answer
 
 
 def test_what_stands_around_the_table_stays():
-    assert front.generate(f"before\n{front.BEGIN}\nold\n{front.END}\nafter\n").startswith(f"before\n{front.BEGIN}\n| ")
-    text = front.README.read_text()
-    assert front.generate(text) == text
+    assert readme.generate(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n").startswith(
+        f"before\n{readme.BEGIN}\n| "
+    )
+    text = readme.README.read_text()
+    assert readme.generate(text) == text
     with pytest.raises(ValueError, match="expected <!-- written"):
-        front.generate("no marks")
+        readme.generate("no marks")

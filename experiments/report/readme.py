@@ -1,7 +1,7 @@
 """README's first figures and its picture, from the committed records: does it compress, is it accurate, is it fast."""
 
 import statistics
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +9,24 @@ from experiments.configs import price
 from experiments.records import RUNS, kept, read_json
 from experiments.report import claims, deploy, exports, studies
 from experiments.report.results import RECORDS
-from experiments.report.statistics import markdown_table, mean_spread
+from experiments.report.statistics import markdown_table
 from experiments.report.studies import Cell, Study, mean
 
 _ROOT = RECORDS.parents[1]
 README, PICTURE = _ROOT / "README.md", _ROOT / "docs" / "pictures" / "speed.png"
 BEGIN, END = "<!-- written by `python -m experiments table --write` -->", "<!-- to here -->"
 _NOT_MEASURED = "not measured"
-# The comparison and the compression that the first figures are taken from; the recipe whose files are weighed.
-_STUDY, _COMPRESSION, _SIZED = "compare-digits", 8.0, "vgg13-cifar10-9.0x"
-_OWN = ("price-vgg13-own-9.0x-1x1", "price-vgg13-own-9.0x-64x1")
+_DIGITS, _SLIM = "compare-digits", "compare-slim"
+# The compression that studies are read at; the recipe whose files are weighed.
+_COMPRESSION, _SIZED = 8.0, "vgg13-cifar10-9.0x"
+_OWN, _OWN_TILES = "price-vgg13-own-9.0x-1x1", "price-vgg13-own-9.0x-64x64"
 _DENSE, _NARROW = "price-vgg13-dense", "price-vgg13-narrow-weights"
 # What `experiments.report.claims` says of a difference smaller than its spread.
 _TIE = "within the spread"
+# An answer in a few words, and the figures that it rests on.
 _Answer = tuple[str, list[str]]
 _NETS = {"vgg13": "VGG-13", "resnet18": "ResNet-18"}
+_NAMES = {_DIGITS: "digits, a small net", _SLIM: "CIFAR-10, VGG-11 of a quarter's width"}
 
 
 def generate(text: str, records: Path = RECORDS) -> str:
@@ -44,26 +47,27 @@ def generate(text: str, records: Path = RECORDS) -> str:
 
 
 def status(records: Path = RECORDS) -> str:
-    """One row a question, the answer with its figures."""
-    study = _study(records)
+    """One row a question: the answer, and its figures."""
+    digits, slim = (_study(records, name) for name in (_DIGITS, _SLIM))
+    both = [study for study in (slim, digits) if study]
     rows = [
-        ("Does it compress?", *_compression(records, study)),
-        ("Is it as accurate?", *_accuracy(records, study)),
-        ("Is it faster to train?", *_training(records, study)),
-        ("Is it faster to run, and where?", *_speed(records)),
-        ("It, or a narrower dense net?", *_against_narrow(records, study)),
+        ("Is the net smaller?", *_size(records)),
+        ("As accurate as the dense net?", *_accuracy(records, both)),
+        ("More accurate than a narrow net of its size?", *_at_equal_size(records, both)),
+        ("More accurate than a narrow net of its speed?", *_at_equal_speed(both)),
+        ("Faster to run on a CPU?", *_speed(records)),
+        ("Faster to run on a GPU?", *_gpu_export(records)),
+        ("Faster to train, one pruned update?", *_update(records)),
+        ("Faster to train, the whole run?", *_training(both)),
     ]
     return markdown_table(
-        ("question", "answer, with its figures"),
-        [
-            (question, f"**{answer}**: {'; '.join(figure for figure in figures if figure)}")
-            for question, answer, figures in rows
-        ],
+        ("question", "answer", "measured"),
+        [(question, f"**{answer}**", "; ".join(filter(None, figures))) for question, answer, figures in rows],
     )
 
 
-def _study(records: Path) -> Study | None:
-    folder = records / _STUDY
+def _study(records: Path, name: str) -> Study | None:
+    folder = records / name
     if not (folder / "study.json").exists():
         return None
     study = studies.read(folder)
@@ -76,22 +80,15 @@ def _cell(study: Study) -> Cell | None:
     return max(found, key=lambda cell: mean(cell.top1()), default=None)
 
 
-def _compression(records: Path, study: Study | None) -> _Answer:
-    figures = [f"VGG-13's convolutions {run['conv_compression']:.2f}x" for run in _summaries(records, _OWN[0])[:1]]
-    ratios = [mean(study.compression(cell)) for cell in study.of("ClickTrain")] if study else []
-    if ratios:
-        figures.append(f"the digits net's {min(ratios):.0f}x to {max(ratios):.0f}x")
-    return "yes" if figures else _NOT_MEASURED, [*figures, _files(records)]
-
-
-def _files(records: Path) -> str:
+def _size(records: Path) -> _Answer:
     path = records / "deploy" / "sizes.json"
     rows = [row for row in read_json(path)["rows"] if row["name"] == _SIZED] if path.exists() else []
     row = next((row for row in rows if tuple(row["tile"]) == (1, 1)), None)
     if row is None:
-        return f"files: {_NOT_MEASURED}"
+        return _NOT_MEASURED, []
     whole, small = (exports.ratio(row[dtype]) for dtype in ("float32", "int8"))
-    return f"the exported file of `{_SIZED}` is {whole:.2f} times smaller, {small:.2f} times in int8"
+    ratio = f"{_SIZED.rpartition('-')[2].removesuffix('x')} times fewer weights in VGG-13's convolutions"
+    return f"{whole:.1f} times", [f"{ratio}; the exported file {whole:.2f} times smaller, {small:.2f} times in int8"]
 
 
 def _summaries(records: Path, name: str) -> list[dict[str, Any]]:
@@ -99,26 +96,39 @@ def _summaries(records: Path, name: str) -> list[dict[str, Any]]:
     return [run["summary"] for run in runs if run["name"] == name and run["summary"] is not None]
 
 
-def _accuracy(records: Path, study: Study | None) -> _Answer:
-    runs, dense = (_summaries(records, name) for name in (_OWN[0], _DENSE))
-    answer, figures = _NOT_MEASURED, [f"CIFAR-10: {_NOT_MEASURED}"]
-    if runs and dense:
-        mine, whole = ([100 * run["final_top1"] for run in each] for each in (runs, dense))
-        gap = statistics.fmean(mine) - statistics.fmean(whole)
-        answer = f"{abs(gap):.1f} points {'below' if gap < 0 else 'above'} dense on CIFAR-10"
+def _accuracy(records: Path, both: Sequence[Study]) -> _Answer:
+    whole, *others = (_summaries(records, name) for name in (_DENSE, _OWN, _OWN_TILES))
+    gaps, figures = [], []
+    if whole and others[0]:
+        gaps = [_top1(runs) - _top1(whole) for runs in others if runs]
+        said = ", ".join(f"{what}{_top1(runs):.2f}%" for runs, what in zip(others, ("", "in tiles of 64 ")) if runs)
         figures = [
-            f"VGG-13, {runs[0]['epochs']} epochs, {len(mine)} seed{'s' if len(mine) > 1 else ''}: {mean_spread(mine)}% "
-            f"at {runs[0]['conv_compression']:.2f}x, dense {mean_spread(whole)}%"
+            f"VGG-13 on CIFAR-10 at {others[0][0]['conv_compression']:.0f}x, {whole[0]['epochs']} epochs, "
+            f"{_seeds(len(whole))}: {said}, dense {_top1(whole):.2f}%"
         ]
-    return answer, [*figures, _digits(study), _published(records)]
+    for study in both:
+        cell = _cell(study)
+        if cell:
+            gaps.append(mean(cell.top1()) - mean(study.dense.top1()))
+            top1, dense = (claims.spread(one.top1()) for one in (cell, study.dense))
+            figures.append(f"{_told(study, cell)}: {top1}%, dense {dense}%")
+    if not gaps:
+        return _NOT_MEASURED, []
+    least, most = (round(-gap, 1) for gap in (max(gaps), min(gaps)))
+    answer = f"{least if least == most else f'{least} to {most}'} points below" if least >= 0 else "see the figures"
+    return answer, [*figures, _published(records)]
 
 
-def _digits(study: Study | None) -> str:
-    cell = study and _cell(study)
-    if not cell:
-        return ""
-    top1, dense = (claims.spread(one.top1()) for one in (cell, study.dense))
-    return f"digits, {len(cell.runs)} seeds: {top1}% at {_COMPRESSION:g}x, dense {dense}%"
+def _told(study: Study, cell: Cell) -> str:
+    return f"{_NAMES[study.folder.name]}, {_COMPRESSION:g}x, {_seeds(len(cell.runs))}"
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' if count > 1 else ''}"
+
+
+def _top1(runs: Sequence[Mapping[str, Any]]) -> float:
+    return 100 * statistics.fmean(run["final_top1"] for run in runs)
 
 
 def _published(records: Path) -> str:
@@ -126,20 +136,67 @@ def _published(records: Path) -> str:
     return "the authors' recipes: see RESULTS.md" if found else f"the authors' recipes at full length: {_NOT_MEASURED}"
 
 
-def _training(records: Path, study: Study | None) -> _Answer:
-    cell = study and _cell(study)
+def _at_equal_size(records: Path, both: Sequence[Study]) -> _Answer:
+    figures, gaps = [], []
+    curves = {name: curve(records, name) for name in (_OWN, _NARROW)}
+    common = max(curves[_OWN].keys() & curves[_NARROW].keys(), default=None)
+    if common is not None:
+        gap = curves[_OWN][common] - curves[_NARROW][common]
+        gaps.append(f"{gap:+.2f}")
+        figures.append(f"VGG-13 on CIFAR-10 at 9x, after {common} epochs, 1 seed: {gap:+.2f} points")
+    found, said = _narrow(both, lambda name: "weights" in name)
+    return _verdict(gaps + found), figures + said
+
+
+def _at_equal_speed(both: Sequence[Study]) -> _Answer:
+    found, said = _narrow(both, lambda name: "N=1" in name)
+    return _verdict(found), said
+
+
+def _narrow(both: Sequence[Study], wanted: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """ClickTrain's points more than the narrow net's in each study that has them, and as told."""
+    found, said = [], []
+    for study in both:
+        cell, part = _cell(study), claims.against_narrow(study)
+        row = next((row for row in part.rows if cell and row[0] == cell.label), None)
+        gaps = [] if row is None else [gap for name, gap in zip(part.header[1:], row[1:]) if wanted(name)]
+        gaps = [gap for gap in gaps if gap[:1] in "+-"]
+        found += gaps
+        for gap in gaps:
+            points, _, remark = gap.partition(" (")
+            said.append(f"{_told(study, cell)}: {points} points{remark and f' ({remark}'}")
+    return found, said
+
+
+def _verdict(gaps: Sequence[str]) -> str:
+    """Of differences as `experiments.report.claims` writes them."""
+    if not gaps:
+        return _NOT_MEASURED
+    clear = [gap for gap in gaps if _TIE not in gap]
+    if not clear:
+        return "no difference seen"
+    signs = {gap[0] for gap in clear}
+    return {"+": "yes", "-": "no"}[signs.pop()] if len(signs) == 1 else "it depends"
+
+
+def _training(both: Sequence[Study]) -> _Answer:
+    """In times dense's speed, as all speeds of the table."""
     answer, figures = _NOT_MEASURED, []
-    if cell:
-        ratio = study.time(cell)
-        answer = f"{'no' if mean(ratio) > 1 else 'yes'}, end to end on digits"
-        figures = [
-            f"{claims.spread(ratio)} of dense's seconds, {claims.spread(study.ratio(cell, 'train_seconds'))} "
-            "without compiling"
-        ]
-    return answer, [*figures, _update(records), _gpu_step(records)]
+    for study in both:
+        cell = _cell(study)
+        ratio = study.time(cell) if cell else {}
+        if ratio:
+            alone = mean(study.ratio(cell, "train_seconds"))
+            if answer == _NOT_MEASURED:
+                answer = f"{'no' if mean(ratio) > 1 else 'yes'}: {1 / mean(ratio):.1f} times in a short run"
+            figures.append(
+                f"{_told(study, cell)}, {mean(cell.column('epochs')):.0f} epochs: {1 / mean(ratio):.2f} times; "
+                f"{1 / alone:.2f} with the seconds of compiling left out"
+            )
+    return answer, figures or [""]
 
 
-def _update(records: Path) -> str:
+def _update(records: Path) -> _Answer:
     path = records / "bench" / "step-cpu.json"
     record = read_json(path) if path.exists() else {"results": []}
     found: dict[str, list[float]] = {}
@@ -147,10 +204,11 @@ def _update(records: Path) -> str:
         if row["name"].startswith("pruned") and "width 1," in row.get("net", ""):
             found.setdefault(_NETS.get(row["net"].split(",")[0], row["net"]), []).append(row["times_faster"])
     if not found:
-        return ""
+        return _NOT_MEASURED, [_gpu_step(records)]
+    every = [times for each in found.values() for times in each]
     said = ", ".join(f"{net} {_span(times)} times" for net, times in found.items())
     cores = record["setting"]["cpu"]["cores"]
-    return f"an update of the pruned phase (8x, {_cores(cores)}) against the fastest dense one: {said}"
+    return f"{_span(every, 1)} times on a CPU", [f"at 8x, {_cores(cores)}: {said}", _gpu_step(records)]
 
 
 def _gpu_step(records: Path) -> str:
@@ -162,7 +220,7 @@ def _gpu_step(records: Path) -> str:
         dense = {(row["net"], row["batch"]): row["ms"] for row in rows if row["way"] == "dense"}
         ratios[kind] = [dense[row["net"], row["batch"]] / row["ms"] for row in rows if row["way"] != "dense"]
     said = [
-        f"a whole step on an {kind.replace('NVIDIA ', '').split()[0]} {_span(times)} times"
+        f"on an {kind.replace('NVIDIA ', '').split()[0]} {_span(times)} times"
         for kind, times in sorted(ratios.items())
         if times
     ]
@@ -195,24 +253,30 @@ def times_faster(record: Mapping[str, Any]) -> dict[int, float]:
 
 
 def _speed(records: Path) -> _Answer:
-    parts, found = [], deployed(records)
-    ratios = [times_faster(record) for record in found]
-    for record, times in zip(found, ratios):
-        if times:
-            parts.append(f"{_name(record)} {_span(times.values(), 1)}")
-    if not parts:
-        return _NOT_MEASURED, [f"on a CPU: {_NOT_MEASURED}"]
-    every = [ratio for times in ratios for ratio in times.values()]
-    answer = f"on CPUs, {_span(every, 1)} times"
-    cores = found[0]["setting"]["cpu"]["cores"]
-    words = f"whole nets at 8x on {_cores(cores)}, times faster than the fastest dense engine: {', '.join(parts)}"
-    return answer, [words, _gpu_export(records)]
+    """Against the fastest dense engine of each batch size."""
+    found = [(record, times_faster(record)) for record in deployed(records)]
+    found = [(record, times) for record, times in found if times]
+    if not found:
+        return _NOT_MEASURED, []
+    parts: dict[str, list[float]] = {}
+    for record, times in found:
+        parts.setdefault(_shape(record), []).extend(times.values())
+    every = [ratio for times in parts.values() for ratio in times]
+    cores = found[0][0]["setting"]["cpu"]["cores"]
+    said = ", ".join(f"{name} {_span(times, 1)}" for name, times in parts.items())
+    nets = " and ".join(sorted({_NETS[record["net"]["net"]["name"]] for record, _ in found}))
+    return f"{_span(every, 1)} times", [f"{nets} at 8x, {_cores(cores)}, against the fastest dense engine: {said}"]
 
 
 def _name(record: Mapping[str, Any]) -> str:
-    """The net and what its masks share: a tile of filters, or nothing."""
-    net, tile = record["net"]["net"]["name"], tuple(record["tile"] or (1, 1))
-    return f"{_NETS.get(net, net)} {'kernel by kernel' if tile == (1, 1) else f'in tiles of {tile[0]}'}"
+    """The net and what its masks share."""
+    return f"{_NETS[record['net']['net']['name']]} {_shape(record)}"
+
+
+def _shape(record: Mapping[str, Any]) -> str:
+    """What masks share: a tile of filters, or nothing."""
+    tile = tuple(record["tile"] or (1, 1))
+    return "kernel by kernel" if tile == (1, 1) else f"in tiles of {tile[0]}"
 
 
 def _span(values: Collection[float], digits: int = 2) -> str:
@@ -224,33 +288,10 @@ def _cores(count: int) -> str:
     return f"{count} core{'s' if count > 1 else ''}"
 
 
-def _gpu_export(records: Path) -> str:
+def _gpu_export(records: Path) -> _Answer:
     found = [read_json(path) for path in (records / "deploy").glob("bench-*.json")]
     measured = any(record["setting"]["device"]["platform"] != "cpu" for record in found)
-    return "on a GPU: see BENCHMARKS.md" if measured else f"exported nets on a GPU: {_NOT_MEASURED}"
-
-
-def _against_narrow(records: Path, study: Study | None) -> _Answer:
-    answer, figures = _NOT_MEASURED, []
-    cell = study and _cell(study)
-    part = claims.against_narrow(study) if cell else None
-    row = next((row for row in part.rows if row[0] == cell.label), None) if cell else None
-    if row is not None:
-        columns = dict(zip(part.header, row))
-        shown = [name for name in part.header[1:] if "N=1" in name or "weights" in name]
-        latency = columns[shown[0]]
-        better = "ClickTrain is more accurate" if not latency.startswith("-") else "a narrow net is more accurate"
-        answer = f"at equal speed {'a narrow net does as well' if _TIE in latency else better} on digits"
-        said = "; ".join(f"{columns[name]} {name}" for name in shown)
-        figures.append(f"its points more than the narrow net's, digits at {_COMPRESSION:g}x: {said}")
-    curves = {name: curve(records, name) for name in (_OWN[0], _NARROW)}
-    common = max(curves[_OWN[0]].keys() & curves[_NARROW].keys(), default=None)
-    if common is not None:
-        gap = curves[_OWN[0]][common] - curves[_NARROW][common]
-        figures.append(f"VGG-13 on CIFAR-10 at like weights, {common} epochs, one seed: {gap:+.2f}")
-        if row is not None and gap > 0:
-            answer += ", at equal size ClickTrain is more accurate on CIFAR-10"
-    return answer, [*figures, f"CIFAR-10 at equal latency: {_NOT_MEASURED}"]
+    return ("see BENCHMARKS.md" if measured else _NOT_MEASURED), []
 
 
 def curve(records: Path, name: str) -> dict[int, float]:

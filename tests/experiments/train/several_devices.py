@@ -1,0 +1,125 @@
+"""A run's first epochs on 1, 2, 4 and 8 emulated devices: the same masks, nearly the same losses, one program each.
+
+A program of its own, as the number of devices is fixed when jax starts; the counts to try are its arguments.
+"""
+
+import collections
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from experiments.configs import LoopConfig, PruneConfig, TrainConfig
+from experiments.data import DataConfig, load
+from experiments.train import loop
+from experiments.train.checkpoints import digest
+from experiments.train.devices import devices_of
+from experiments.train.step import Trainer
+
+# Two updates of 32 images and one of 6 an epoch, which 2 devices divide and 8 do not.
+CONFIG = TrainConfig(
+    name="several",
+    net="small",
+    width=0.125,
+    data=DataConfig("digits", train_examples=70),
+    epochs=3,
+    batch_size=32,
+    crop_padding=1,
+    mixup_epoch=2,
+    method=PruneConfig(fractions=(0.5,), coeff=1e-3, select_epoch=1, prune_epoch=2),
+)
+
+
+def run(devices, dataset, ordered=False, epoch_program="steps", **fields):
+    way = dict(pruned_convolution="pattern", epoch_program=epoch_program)
+    how = LoopConfig(devices=devices, ordered=ordered, progress=False, **way)
+    config = dataclasses.replace(CONFIG, loop=how, **fields)
+    trainer = Trainer(config, dataset, devices=devices_of(config))
+    state, losses = trainer.init(0), []
+    for epoch in range(config.epochs):
+        state, metrics = trainer.run_epoch(state, epoch, 0)
+        losses.append(metrics[:, 0])
+    evaluated = trainer.evaluate(state)
+    assert trainer.pruned.choice.way == "pattern"
+    # One program for each kind of update and size of batch.
+    kinds = collections.Counter(key[:3] for key in trainer.programs._futures)
+    assert set(kinds.values()) == {1}, kinds
+    for leaf in jax.tree.leaves(state):
+        parts = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(parts) == devices and all(part.tobytes() == parts[0].tobytes() for part in parts)
+    return trainer, jax.device_get(state), np.concatenate(losses), evaluated
+
+
+def check_scan(counts, dataset):
+    """Epochs as compiled loops."""
+    _, one, losses, _ = run(1, dataset, epoch_program="scan")
+    for count in counts:
+        _, state, found, _ = run(count, dataset, epoch_program="scan")
+        same_masks(one, state)
+        np.testing.assert_allclose(found, losses, rtol=2e-5)
+    print("the same loops on", *counts)
+
+
+def same_masks(one, two):
+    jax.tree.map(np.testing.assert_array_equal, one.opt_state.masks, two.opt_state.masks)
+
+
+def check_plain(counts, dataset):
+    _, one, losses, evaluated = run(1, dataset)
+    for count in counts:
+        trainer, state, found, also = run(count, dataset)
+        same_masks(one, state)
+        np.testing.assert_allclose(found, losses, rtol=2e-5)
+        np.testing.assert_allclose(also, evaluated, rtol=1e-4)
+        program = trainer.programs._futures["gradient", 32, "dense", *trainer._shapes_key({}, None)].result().as_text()
+        # Each device convolves its own images.
+        assert f"f32[{32 // count},8,8,8]" in program and "f32[32,8,8,8]" not in program
+    print("the same run on", *counts)
+
+
+def check_ordered(counts, dataset):
+    """As many shards as the last count, summed in their order: the same bits, also where a run changes devices."""
+    runs = [run(count, dataset, shards=counts[-1], ordered=True)[1:] for count in (1, *counts)]
+    for other in runs[1:]:
+        jax.tree.map(np.testing.assert_array_equal, runs[0], other)
+    print("the same bits on 1", *counts)
+    with tempfile.TemporaryDirectory() as folder:
+        # An epoch each, from the other's checkpoint.
+        for count in (counts[-1], counts[-1] // 4 or 1, counts[-1]):
+            fields = {"devices": count, "ordered": True, "pruned_convolution": "pattern", "progress": False}
+            config = dataclasses.replace(CONFIG, shards=counts[-1], loop=LoopConfig(**fields))
+            summary = loop.train(config, Path(folder) / "run", dataset=dataset, on_epoch=lambda line: True)
+    assert summary["params_sha256"] == digest(runs[0][0].params)
+    print("the same bits where the devices change")
+
+
+def check_streamed(counts, dataset):
+    """The same digits as files, decoded while they are trained on."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part, images, labels in (
+            ("train", dataset.train_images, dataset.train_labels),
+            ("test", dataset.eval_images[:30], dataset.eval_labels[:30]),
+        ):
+            for index, (image, label) in enumerate(zip(images, labels)):
+                place = Path(folder) / part / str(label)
+                place.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image[..., 0]).convert("RGB").save(place / f"{index:04d}.png")
+        fields = {"data": DataConfig("own", folder, image_size=8), "partial_batch": "fill"}
+        files = load(fields["data"])
+        _, one, losses, evaluated = run(1, files, **fields)
+        for count in counts:
+            _, state, found, also = run(count, files, **fields)
+            same_masks(one, state)
+            np.testing.assert_allclose(found, losses, rtol=2e-5)
+            np.testing.assert_allclose(also, evaluated, rtol=1e-4)
+    print("the same stream on", *counts)
+
+
+if __name__ == "__main__":
+    what, *numbers = sys.argv[1:]
+    check = {"plain": check_plain, "scan": check_scan, "ordered": check_ordered, "streamed": check_streamed}[what]
+    check([int(number) for number in numbers], load(CONFIG.data))

@@ -1,0 +1,72 @@
+"""A batch divided over devices: the run of one device."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+import tiny
+
+from experiments.train.devices import devices_of
+
+HERE = pathlib.Path(__file__).parent
+
+
+def emulated(script, *arguments, devices=8):
+    """What a script says on so many devices: a process of its own, as jax fixes their number when it starts."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parents[2])}
+    command = [sys.executable, "-W", "error", str(HERE / script), *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
+
+
+def test_two_devices_train_as_one():
+    assert "the same run on 2\n" in emulated("several_devices.py", "plain", 2)
+
+
+@pytest.mark.slow
+def test_four_and_eight_devices_train_as_one():
+    assert "the same run on 4 8\n" in emulated("several_devices.py", "plain", 4, 8)
+
+
+def test_a_stream_divided_over_two_devices_trains_as_on_one():
+    assert "the same stream on 2\n" in emulated("several_devices.py", "streamed", 2)
+
+
+@pytest.mark.slow
+def test_compiled_loops_on_two_devices_train_as_on_one():
+    assert "the same loops on 2\n" in emulated("several_devices.py", "scan", 2)
+
+
+@pytest.mark.parametrize("counts", [(2,), pytest.param((2, 4, 8), marks=pytest.mark.slow)], ids=str)
+def test_shards_summed_in_their_order_give_equal_bits_on_any_number_of_devices(counts):
+    said = emulated("several_devices.py", "ordered", *counts)
+    assert f"the same bits on 1 {' '.join(map(str, counts))}\n" in said
+    assert "the same bits where the devices change\n" in said
+
+
+@pytest.mark.parametrize(
+    ("fields", "devices", "message"),
+    [
+        (dict(batch_size=30), 4, "batch_size=30 cannot be divided over 4 devices: choose .* --loop.devices 3"),
+        (dict(batch_size=24, accumulate=4), 4, "batch_size / accumulate=6 cannot be divided over 4 devices"),
+        (dict(shards=2), 4, "shards=2 cannot be divided over 4 devices: choose .* --loop.devices 2"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused(fields, devices, message, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices() * devices)
+    with pytest.raises(ValueError, match=message):
+        devices_of(tiny.changed(**fields))
+
+
+def test_more_devices_than_there_are_are_refused():
+    asked = tiny.changed(loop=dataclasses.replace(tiny.CONFIG.loop, devices=99))
+    with pytest.raises(ValueError, match="loop.devices=99: jax sees"):
+        devices_of(asked)
+    with pytest.raises(ValueError, match="loop.devices=0: expected at least 1"):
+        dataclasses.replace(tiny.CONFIG.loop, devices=0)
