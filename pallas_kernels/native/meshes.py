@@ -64,7 +64,7 @@ def _divisible(function: OnShares, batched: Sequence[bool], results: Sequence[bo
         return f"{taken} -> {given}"
 
     def partition(mesh: Any, operands: Sequence[Any], _: Any) -> tuple:
-        spec = getattr(operands[0].sharding, "spec", ())
+        spec: Any = getattr(operands[0].sharding, "spec", ())
         along = spec[0] if len(spec) else None
         names = () if along is None else along if isinstance(along, tuple) else (along,)
         # What pads an uneven share would be counted with the images.
@@ -97,8 +97,8 @@ def _mappable(function: Callable[..., Arrays], folds: bool) -> Callable[..., Arr
             alone = [array for array, batched in zip(arrays, is_batched) if batched]
 
             def one(parts: list[jax.Array]) -> Arrays:
-                parts = iter(parts)
-                return mapped(*(next(parts) if batched else array for array, batched in zip(arrays, is_batched)))
+                rest = iter(parts)
+                return mapped(*(next(rest) if batched else array for array, batched in zip(arrays, is_batched)))
 
             found = jax.lax.map(one, alone)
         return found, (True,) * len(found)
