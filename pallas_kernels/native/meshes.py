@@ -37,7 +37,7 @@ def call(
     is_whole = is_divided or not jax.config.jax_use_shardy_partitioner
     arrays = [jnp.asarray(argument) for argument in arguments]
     whole = function(()) if is_whole else _divisible(function, batched, results)
-    mapped = _mappable(whole, folds=sum(batched) == 1 and all(results))
+    mapped: Callable[..., Any] = _mappable(whole, folds=sum(batched) == 1 and all(results))
     place = jax.typeof(arrays[0]).sharding
     kinds = zip(place.mesh.axis_names, place.mesh.axis_types)
     explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
@@ -46,8 +46,9 @@ def call(
         specs = [(*(place.spec[:1] if has else ()), *[None] * (rank - has)) for rank, has in zip(ranks, results)]
         places = tuple(NamedSharding(place.mesh, PartitionSpec(*spec)) for spec in specs)
         mapped = jax.sharding.auto_axes(mapped, axes=explicit, out_sharding=places)
+    found: Any = mapped(*arrays)
     # A call's own type says nothing of it, and what does not vary is taken for the same on all devices.
-    return tuple(compat.varying_like(result, *arrays) for result in mapped(*arrays))
+    return tuple(compat.varying_like(result, *arrays) for result in found)
 
 
 def _divisible(function: OnShares, batched: Sequence[bool], results: Sequence[bool]) -> Callable[..., Arrays]:
@@ -65,7 +66,7 @@ def _divisible(function: OnShares, batched: Sequence[bool], results: Sequence[bo
 
     def partition(mesh: Any, operands: Sequence[Any], _: Any) -> tuple:
         spec = getattr(operands[0].sharding, "spec", ())
-        along = spec[0] if len(spec) else None
+        along = next(iter(spec), None)
         names = () if along is None else along if isinstance(along, tuple) else (along,)
         # What pads an uneven share would be counted with the images.
         if operands[0].shape[0] % math.prod(mesh.shape[name] for name in names):
@@ -97,8 +98,8 @@ def _mappable(function: Callable[..., Arrays], folds: bool) -> Callable[..., Arr
             alone = [array for array, batched in zip(arrays, is_batched) if batched]
 
             def one(parts: list[jax.Array]) -> Arrays:
-                parts = iter(parts)
-                return mapped(*(next(parts) if batched else array for array, batched in zip(arrays, is_batched)))
+                own = iter(parts)
+                return mapped(*(next(own) if batched else array for array, batched in zip(arrays, is_batched)))
 
             found = jax.lax.map(one, alone)
         return found, (True,) * len(found)

@@ -7,6 +7,7 @@ nothing. Without a structure they are the dense convolution, so that both ways d
 import ctypes
 import numbers
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.core
