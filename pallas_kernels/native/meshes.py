@@ -46,9 +46,8 @@ def call(
         specs = [(*(place.spec[:1] if has else ()), *[None] * (rank - has)) for rank, has in zip(ranks, results)]
         places = tuple(NamedSharding(place.mesh, PartitionSpec(*spec)) for spec in specs)
         mapped = jax.sharding.auto_axes(mapped, axes=explicit, out_sharding=places)
-    found: Any = mapped(*arrays)
     # A call's own type says nothing of it, and what does not vary is taken for the same on all devices.
-    return tuple(compat.varying_like(result, *arrays) for result in found)
+    return tuple(compat.varying_like(result, *arrays) for result in mapped(*arrays))
 
 
 def _divisible(function: OnShares, batched: Sequence[bool], results: Sequence[bool]) -> Callable[..., Arrays]:
@@ -65,8 +64,7 @@ def _divisible(function: OnShares, batched: Sequence[bool], results: Sequence[bo
         return f"{taken} -> {given}"
 
     def partition(mesh: Any, operands: Sequence[Any], _: Any) -> tuple:
-        spec = getattr(operands[0].sharding, "spec", ())
-        along = next(iter(spec), None)
+        along = next(iter(getattr(operands[0].sharding, "spec", ())), None)
         names = () if along is None else along if isinstance(along, tuple) else (along,)
         # What pads an uneven share would be counted with the images.
         if operands[0].shape[0] % math.prod(mesh.shape[name] for name in names):
