@@ -23,6 +23,7 @@ from clicktrain_jax.states import fill_masks
 from experiments import configs
 from experiments.configs.base import PruneConfig, TrainConfig
 from experiments.data import Dataset
+from experiments.train.memory import keep_freed
 from experiments.train.pruned_phase import gaining_structures
 from experiments.train.step import Trainer
 from pallas_kernels import native
@@ -67,6 +68,8 @@ def measure(
     Raises:
         ValueError: nothing gains by its structure, or the target is out of reach.
     """
+    if jax.default_backend() == "cpu":
+        keep_freed()  # as the loop does
     size = (net, width, batch_size, precision)
     native_dense = jax.default_backend() == "cpu" and native.is_fast()
     names = _DENSE | ({"direct": f"native ({_DENSE['direct']})"} if native_dense else {})

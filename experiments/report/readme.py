@@ -57,7 +57,7 @@ def status(records: Path = RECORDS) -> str:
         ("More accurate than a narrow net of its speed?", *_at_equal_speed(both)),
         ("Faster to run on a CPU?", *_speed(records)),
         ("Faster to run on a GPU?", *_gpu_export(records)),
-        ("Faster to train, one pruned update?", *_update(records)),
+        ("Faster to train, an update after the prune?", *_update(records)),
         ("Faster to train, the whole run?", *_training(both)),
     ]
     return markdown_table(

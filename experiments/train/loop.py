@@ -22,6 +22,7 @@ from experiments.train import processes
 from experiments.train.checkpoints import Checkpoints, digest
 from experiments.train.costs import multiply_adds
 from experiments.train.devices import devices_of
+from experiments.train.memory import keep_freed
 from experiments.train.programs import keep_on_disk
 from experiments.train.progress import Hook, ask, telling
 from experiments.train.signals import Interrupted, heeded
@@ -83,6 +84,8 @@ def train(
     if finished is not None:
         return finished
     keep_on_disk()
+    if jax.default_backend() == "cpu":
+        keep_freed()
     # Whatever is wrong with the config shows here, before anything is written.
     trainer = trainer or processes.together(lambda: Trainer(config, dataset, devices=devices_of(config)))
     compiled_before = trainer.compile_seconds
