@@ -161,7 +161,7 @@ def weight_gradient(
         ValueError: the convolution is not supported (`why_not`), or the tiles do not fit it.
     """
     from pallas_kernels.pattern_conv.mosaic.added import added
-    from pallas_kernels.pattern_conv.mosaic.weights import partial_sums
+    from pallas_kernels.pattern_conv.mosaic.weight_gradient import partial_sums
 
     batch = _supported(x, structure, geometry)
     plan = weight_plan(structure, geometry, batch, compat.multiprocessors(x), tiles)
