@@ -26,7 +26,9 @@ from experiments.configs import TrainConfig, price
 from experiments.data import DataConfig, load
 from experiments.records import read_json, write_json
 from experiments.train import loop
+from experiments.train.programs import keep_on_disk
 from experiments.train.pruned_phase import structure_names
+from experiments.train.step import Trainer
 from experiments.train.update import update_loop
 from pallas_kernels.pattern_conv import cases
 
@@ -225,7 +227,8 @@ def train(name: str, seed: int, out: Path, packed: str | None, at_once: int, smo
     folder = run_folder(out, name, seed)
     setting = folder / "setting.json"
     try:
-        summary = loop.train(config, folder, dataset=load(config.data))
+        keep_on_disk()
+        summary = loop.train(config, folder, trainer=Trainer(config, load(config.data)))
     finally:  # Of one that was stopped as well.
         if setting.exists():
             write_json(setting, read_json(setting) | {"runs_at_once": at_once})

@@ -34,6 +34,7 @@ def train(arguments: list[str]) -> int:
     processes.join(config.loop)
     workdir = asked.workdir or Path("runs") / f"{config.name}-seed{config.seed}"
     folder = RunFolder(workdir)
+    processes.check_config(config, lengthen=asked.lengthen)
     if asked.lengthen:
         # A missing data set is said before the folder is changed.
         processes.from_first(lambda: load(config.data) and lengthen.lengthen(folder, config))

@@ -200,7 +200,7 @@ class TrainConfig:
             return
         begin = self.total_epochs - self.ema_epochs
         # The epoch from which masks stand; None for a method that goes on changing them, or the net.
-        fixed = self.prune.prune_epoch + 1 if self.prune else getattr(self.method, "end_epoch", None)
+        fixed = self.prune.prune_epoch + 1 if self.prune else getattr(self.method, "masks_stand_from", None)
         if fixed is None:
             raise ValueError(f"ema_epochs={self.ema_epochs} with {self.method.kind}: its masks never stand still")
         if begin < fixed:

@@ -4,8 +4,8 @@ Command: python -m experiments train resnet50-imagenet2012-1024-2.3x --data.dir 
 DIR holds train/CLASS/FILE and val/CLASS/FILE, or TFDS's imagenet2012 in array_record form. Crops of 224 pixels,
 batches of 1,024 at 0.4 (0.1 for 256) after a warm-up of five epochs, as Goyal et al. (arXiv 1706.02677) have it, with
 their weight decay; smoothed labels; selection, prune and coefficient are those of `experiments.configs.published`.
-Expected of the dense net: 76%. Neither is measured; hours on GPUs are estimated in docs/scale.md. A batch that does not
-fit a device wants a smaller --batch-size, and a rate in proportion.
+Expected of the dense net: 76%. Neither is measured; hours on GPUs are estimated in docs/plan-for-scale.md. A
+batch that does not fit a device wants --accumulate, or a smaller --batch-size and a rate in proportion.
 """
 
 import dataclasses

@@ -39,6 +39,11 @@ class _Sparse:
         if end > epochs:
             raise ValueError(f"{self.kind}.end_epoch={end} is after the last of epochs={epochs}")
 
+    @property
+    def masks_stand_from(self) -> int:
+        """The epoch from which on masks change no more."""
+        return getattr(self, "end_epoch", 0)
+
     def begins_at(self, steps_per_epoch: int) -> int:
         """At once."""
         return 0
@@ -73,6 +78,11 @@ class MagnitudeConfig(_Sparse):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.kind, self.prune_epoch, "prune_epoch", 0)
+
+    @property
+    def masks_stand_from(self) -> int:
+        """The epoch after the prune's."""
+        return self.prune_epoch + 1
 
     def check(self, epochs: int) -> None:
         """Raise a ValueError where the run ends before the prune."""
@@ -170,7 +180,7 @@ class RiglConfig(_Sparse):
 
 @dataclasses.dataclass(frozen=True)
 class SetConfig(RiglConfig):
-    """As RigL, but what grows is drawn at random (Mocanu et al. 2018)."""
+    """As RigL, but what grows is drawn at random (Mocanu et al. 2018), by the same draw in runs of all seeds."""
 
     kind: ClassVar[str] = "set"
     _function: ClassVar[Callable[..., Any]] = staticmethod(methods.sparse_evolutionary)
@@ -191,6 +201,11 @@ class NOfMOnceConfig:
 
     def __post_init__(self) -> None:
         check(self.kind, self.prune_epoch, "prune_epoch", 0)
+
+    @property
+    def masks_stand_from(self) -> int:
+        """The epoch after the prune's."""
+        return self.prune_epoch + 1
 
     def check(self, epochs: int) -> None:
         """Raise a ValueError where the run ends before the prune."""

@@ -90,7 +90,8 @@ class DataConfig:
         image_size: None holds the whole set in memory; its images are of one size. A number streams it instead: images
             of any size are read and decoded while the net trains, a random-resized crop of so many pixels a side to
             train on, the centre crop to evaluate on. `dir` may then be a folder of images itself, with train/CLASS/FILE
-            and val/CLASS/FILE, or one that holds it under the set's name.
+            and val/CLASS/FILE, or one that holds it under the set's name. Of a TFDS set the labels are not known
+            beforehand: "validation" and `train_examples` are plain draws there.
         least_crop_area: Of a random-resized crop, as a share of the image's.
     """
 

@@ -91,16 +91,19 @@ class FolderImages:
     """
 
     def __init__(self, part: Path, classes: list[str]) -> None:
-        self._part, self._files, counts = str(part), [], []
+        self._part, self._files, sizes, counts = str(part), [], [], []
         for name in classes:
             # Text, not paths: a million of these are to fit in memory.
             with os.scandir(part / name) as entries:
-                names = sorted(f"{name}/{entry.name}" for entry in entries if _is_image(entry))
-            if not names:
+                found = sorted((f"{name}/{entry.name}", entry.stat().st_size) for entry in entries if _is_image(entry))
+            if not found:
                 raise empty_class(part / name)
+            names, own_sizes = zip(*found)
             self._files += names
+            sizes.append(np.asarray(own_sizes))
             counts.append(len(names))
         self.labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
+        self._sizes = np.concatenate(sizes)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -116,8 +119,8 @@ class FolderImages:
 
     @property
     def fingerprint(self) -> str:
-        """Of the files' names."""
-        return fingerprint_of_text("\n".join(self._files))
+        """Of the files' names and sizes."""
+        return fingerprint_of_text("\n".join([*self._files, *map(str, self._sizes)]))
 
 
 def _is_image(entry: os.DirEntry) -> bool:

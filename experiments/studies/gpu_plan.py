@@ -295,9 +295,11 @@ def _in_the_loop() -> Callable[[TrainConfig, Path], dict[str, Any]]:
     """Train with each data set loaded once. Programs are not shared: every run is to pay for its own compiling."""
     from experiments.data import load
     from experiments.train import loop
+    from experiments.train.step import Trainer
 
     loaded = functools.cache(load)
-    return lambda config, folder: loop.train(config, folder, dataset=loaded(config.data))
+    # On one device, as its estimates are.
+    return lambda config, folder: loop.train(config, folder, trainer=Trainer(config, loaded(config.data)))
 
 
 class _Deadline:

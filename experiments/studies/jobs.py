@@ -77,8 +77,10 @@ class Trainers:
 def do(job: Job, trainers: Trainers | None = None) -> dict[str, Any]:
     """Do a job here; ``{}`` when it is done, ``{"error": text}`` when the run cannot be made or diverges."""
     try:
-        trainer = None if trainers is None else trainers.get(job.config)
+        # On one device, as a fork is, whatever jax sees: several of a crew may share a machine.
+        trainer = trainers.get(job.config) if trainers is not None else None
         if job.trunk is None:
+            trainer = trainer or Trainer(job.config, load(job.config.data))
             train(job.config, job.folder, trainer=trainer)
         else:
             train_forked(job.config, job.folder, job.trunk, trainer=trainer)

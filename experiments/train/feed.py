@@ -70,13 +70,14 @@ class Feed:
 def eval_batches(trainer: Any) -> Iterator[tuple[Images, int, int]]:
     """The evaluation set in order: ``(images, where in them the batch begins, how many it has)``."""
     if trainer.streams:
-        size = min(EVAL_BATCH, trainer.config.batch_size)
-        threads, devices = trainer.config.loop.input_threads, trainer.devices
-
-        def put(batch: tuple[np.ndarray, np.ndarray], size: int) -> Images:
-            return Images(*(jax.device_put(batch) if devices.mesh is None else devices.whole(batch)))
-
-        for images in trainer.dataset.eval_batches(size, threads=threads, put=put):
+        devices = trainer.devices
+        batches = trainer.dataset.eval_batches(
+            -(-min(EVAL_BATCH, trainer.config.batch_size) // devices.count) * devices.count,
+            share=Share(jax.process_index(), jax.process_count(), devices.count),
+            threads=trainer.config.loop.input_threads,
+            put=lambda batch, size: devices.batch(*batch, size=size),
+        )
+        for images in batches:
             yield images, 0, len(images.labels)
         return
     count, devices = trainer.dataset.eval_examples, trainer.devices.count

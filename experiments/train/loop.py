@@ -83,11 +83,10 @@ def train(
     finished = processes.from_first(folder.summary) if is_old else None
     if finished is not None:
         return finished
-    keep_on_disk()
     if jax.default_backend() == "cpu":
         keep_freed()
     # Whatever is wrong with the config shows here, before anything is written.
-    trainer = trainer or processes.together(lambda: Trainer(config, dataset, devices=devices_of(config)))
+    trainer = trainer or processes.together(lambda: _trainer(config, dataset))
     compiled_before = trainer.compile_seconds
     state = trainer.init(config.seed)
     compiled_for_init = trainer.compile_seconds - compiled_before
@@ -154,6 +153,18 @@ def train(
         # One that came during the last epoch: the run is complete, but whoever sent it wants no further one.
         stop.check(saved)
     return summary
+
+
+def _trainer(config: TrainConfig, dataset: Dataset | StreamedDataset) -> Trainer:
+    """Of a run by itself: on all devices that it asks for, its programs kept for the next run.
+
+    Who brings a trainer along, to compare runs say, has each of them compile for itself.
+    """
+    devices = devices_of(config)
+    # What divides a native convolution has another text in each process: such programs would be kept and never found.
+    if devices.mesh is None or jax.default_backend() != "cpu":
+        keep_on_disk()
+    return Trainer(config, dataset, devices=devices)
 
 
 def _newest(

@@ -63,8 +63,8 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def check_config(config: TrainConfig) -> None:
-    """Have all processes ask for the same run.
+def check_config(config: TrainConfig, *, lengthen: bool = False) -> None:
+    """Have all processes ask for the same run, and agree whether it is lengthened first.
 
     Raises:
         ValueError: on every process, where one asks for another.
@@ -72,13 +72,14 @@ def check_config(config: TrainConfig) -> None:
     if jax.process_count() == 1:
         return
     plain = json.loads(json.dumps(to_dict(config)))
-    told = _exchange({"config": plain, "jax": jax.__version__, "devices": jax.local_device_count()}, COME_WITHIN)
+    mine = {"config": plain, "jax": jax.__version__, "devices": jax.local_device_count(), "--lengthen": lengthen}
+    told = _exchange(mine, COME_WITHIN)
     for process, theirs in enumerate(told):
         for field, first, other in differences(told[0]["config"], from_dict(theirs["config"])):
             raise ValueError(
                 f"process {process} asks for another run than process 0: {field} is {other!r}, not {first!r}"
             )
-        for field in ("jax", "devices"):
+        for field in ("jax", "devices", "--lengthen"):
             if theirs[field] != told[0][field]:
                 raise ValueError(
                     f"process {process} has {field} {theirs[field]}, process 0 has {told[0][field]}: make them alike"

@@ -235,6 +235,7 @@ def facts_of(config: Any, plan: Plan | None) -> dict[str, Any]:
         "pruned update": config.net,
         "width": config.width,
         "batch": config.batch_size,
+        **({"parts": parts} if (parts := [config.accumulate, config.shards]) != [1, 1] else {}),
         "precision": config.precision,
         "plan": f"{plan.layers} {plan.target}" if plan is not None else "",
     }

@@ -77,7 +77,7 @@ class Trainer(Updates):
         self.dataset = dataset
         image_shape = tuple(dataset.image_shape)
         self.image_shape = image_shape
-        on_cpu = (platform or jax.default_backend()) == "cpu"
+        on_cpu = self.on_cpu = (platform or jax.default_backend()) == "cpu"
         convolution, program = config.loop.convolution, config.loop.epoch_program
         self.streams = isinstance(dataset, StreamedDataset)
         if self.streams:
@@ -102,7 +102,7 @@ class Trainer(Updates):
             self.train_data = self.devices.images(dataset.train_images, dataset.train_labels)
             self.eval_data = self.devices.whole(self.devices.images(dataset.eval_images, dataset.eval_labels))
         full, self.tail = divmod(count, config.batch_size)
-        keeps = on_cpu and config.accumulate * config.shards == 1 and not (self.streams and divided)
+        keeps = on_cpu and config.accumulate * config.shards == 1
         self.fills = config.partial_batch == "fill" or config.partial_batch == "keep" and not keeps
         if self.fills and full:
             full, self.tail = full + bool(self.tail), 0

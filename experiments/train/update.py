@@ -138,7 +138,7 @@ def gradient_of_drawn(trainer: Any, batch: int, way: str) -> Callable[..., Gradi
         accumulate=config.accumulate,
         shards=config.shards,
         ordered=config.loop.ordered,
-        unrolled=not trainer.scan,
+        unrolled=trainer.on_cpu and not trainer.scan,
     )
 
     def gradient(

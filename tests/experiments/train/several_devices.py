@@ -109,7 +109,7 @@ def check_streamed(counts, dataset):
                 place.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image[..., 0]).convert("RGB").save(place / f"{index:04d}.png")
         # The last batch of 12 is divided over 2 and 4 devices, and lies whole on each of 8.
-        fields = {"data": DataConfig("own", folder, image_size=8), "partial_batch": "partial"}
+        fields = {"data": DataConfig("own", folder, image_size=8)}
         files = load(fields["data"])
         _, one, losses, evaluated = run(1, files, **fields)
         for count in counts:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import clicktrain_jax as ct
-from experiments.configs.methods import ChannelConfig, RiglConfig
+from experiments.configs.methods import ChannelConfig, MagnitudeConfig, RiglConfig
 from experiments.data import load
 from experiments.train import loop
 from experiments.train.step import Trainer
@@ -95,6 +95,7 @@ def test_a_run_measures_its_layers_for_a_target_in_time(monkeypatch):
         ({"ema_epochs": 6}, "ema_epochs=6: expected 0 to the run's 5"),
         ({"ema_epochs": 2, "method": RiglConfig(2.0, end_epoch=4)}, "masks change until epoch 4"),
         ({"ema_epochs": 2, "method": ChannelConfig()}, "its masks never stand still"),
+        ({"ema_epochs": 2, "method": MagnitudeConfig(2.0, prune_epoch=3)}, "masks change until epoch 4"),
         ({"label_smoothing": 1.0}, "expected shares"),
     ],
 )
