@@ -37,7 +37,7 @@ def call(
     is_whole = is_divided or not jax.config.jax_use_shardy_partitioner
     arrays = [jnp.asarray(argument) for argument in arguments]
     whole = function(()) if is_whole else _divisible(function, batched, results)
-    mapped: Callable[..., Any] = _mappable(whole, folds=sum(batched) == 1 and all(results))
+    mapped: Callable[..., Any] = _mappable(_undifferentiable(whole), folds=sum(batched) == 1 and all(results))
     place = jax.typeof(arrays[0]).sharding
     kinds = zip(place.mesh.axis_names, place.mesh.axis_types)
     explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
@@ -81,6 +81,17 @@ def _divisible(function: OnShares, batched: Sequence[bool], results: Sequence[bo
 
     divisible.def_partition(partition, sharding_rule=rule)
     return divisible
+
+
+def _undifferentiable(function: Callable[..., Arrays]) -> Callable[..., Arrays]:
+    """The same function; what would differentiate it, a second derivative say, is told in words."""
+    refusing = jax.custom_jvp(function)
+
+    @refusing.defjvp
+    def rule(primals: Any, tangents: Any) -> Any:
+        raise TypeError("native kernels cannot be differentiated further: choose backend='xla' for a second derivative")
+
+    return refusing
 
 
 def _mappable(function: Callable[..., Arrays], folds: bool) -> Callable[..., Arrays]:

@@ -60,11 +60,11 @@ def test_the_lasso_rises_after_the_selection():
     prune = dataclasses.replace(tiny.CONFIG.prune, coeff_ramp_epochs=2, reselect_every_epochs=1)
     trainer = Trainer(tiny.changed(method=prune), load(tiny.CONFIG.data))
     assert trainer.schedule.reselect_every == trainer.steps_per_epoch == 5
-    from experiments.train.step import _lasso_weight
+    from experiments.train.recipe import lasso_weight
 
-    weight = _lasso_weight(prune, 5, 5)
+    weight = lasso_weight(prune, 5, 5)
     np.testing.assert_allclose([weight(step) for step in (5, 10, 15, 20)], [0, 5e-4, 1e-3, 1e-3], atol=1e-9)
-    assert _lasso_weight(tiny.CONFIG.prune, 5, 5) == 1e-3
+    assert lasso_weight(tiny.CONFIG.prune, 5, 5) == 1e-3
 
 
 def test_a_run_measures_its_layers_for_a_target_in_time(monkeypatch):
