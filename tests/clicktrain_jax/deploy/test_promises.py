@@ -1,8 +1,12 @@
 """What exports and promises of zeros are made of: weights that are zero, one copy of them, a net in evaluation."""
 
 import copy
+import os
 import pickle
+import platform
 import re
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -228,3 +232,15 @@ def test_what_is_printed_is_short(loaded):
         assert 20 < len(repr(thing)) < 400 and "array" not in repr(thing).lower()
     assert repr(report).startswith("AccelerateReport(2 convolutions, ")
     assert repr(plan).splitlines()[1].startswith("Conv_1/kernel")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library does not fill what is freed")
+def test_a_net_of_16_bits_is_exported_whatever_freed_memory_holds(tmp_path):
+    """XLA of jax 0.12 fuses 16-bit operations on CPUs into programs that read memory nobody has written."""
+    code = (
+        "import pathlib, sys; from experiments.bench import drawn; "
+        "drawn.export(pathlib.Path(sys.argv[1]), 'vgg13', 4.0, (16, 1), width=0.25, precision='bfloat16')"
+    )
+    settings = os.environ | {"MALLOC_PERTURB_": "85", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=settings, check=True, timeout=600)
