@@ -85,7 +85,9 @@ def check_ordered(counts, dataset):
     """As many shards as the last count, summed in their order: the same bits, also where a run changes devices."""
     runs = [run(count, dataset, shards=counts[-1], ordered=True)[1:] for count in (1, *counts)]
     for other in runs[1:]:
-        jax.tree.map(np.testing.assert_array_equal, runs[0], other)
+        jax.tree.map(np.testing.assert_array_equal, runs[0][:2], other[:2])
+        # Evaluated in batches that the devices divide: sums of other numbers of images.
+        np.testing.assert_allclose(other[2], runs[0][2], rtol=1e-6)
     print("the same bits on 1", *counts)
     with tempfile.TemporaryDirectory() as folder:
         # An epoch each, from the other's checkpoint.
