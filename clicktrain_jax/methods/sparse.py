@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from clicktrain_jax.eager import compiled
+from clicktrain_jax.enforcing import enforce
 from clicktrain_jax.masks import Masks, apply_masks, build_masks
 from clicktrain_jax.methods.densities import by_plan, counts_of, size_of
 from clicktrain_jax.methods.states import (
@@ -29,7 +30,6 @@ from clicktrain_jax.methods.states import (
 )
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.states import ClickTrainState, check_state
-from clicktrain_jax.transform import enforce
 from clicktrain_jax.trees import Tree, replicated, spread_like
 
 Renew = Callable[[jax.Array, MaskDict, MaskDict, MaskDict], MaskDict]

@@ -50,6 +50,37 @@ class _Sparse:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Once:
+    """What goes at one epoch's begin, and never again.
+
+    Attributes:
+        prune_epoch: whose first update makes it zero.
+    """
+
+    kind: ClassVar[str]
+    epochs_after: ClassVar[int] = 0
+
+    prune_epoch: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.kind, self.prune_epoch, "prune_epoch", 0)
+
+    @property
+    def masks_stand_from(self) -> int:
+        """The epoch after the prune's."""
+        return self.prune_epoch + 1
+
+    def check(self, epochs: int) -> None:
+        """Raise a ValueError where the run ends before the prune."""
+        if self.prune_epoch >= epochs:
+            raise ValueError(f"{self.kind}.prune_epoch={self.prune_epoch}: expected less than epochs={epochs}")
+
+    def begins_at(self, steps_per_epoch: int) -> int:
+        """The prune."""
+        return self.prune_epoch * steps_per_epoch
+
+
+@dataclasses.dataclass(frozen=True)
 class RandomConfig(_Sparse):
     """Masks drawn once, before the first update (Liu et al. 2022)."""
 
@@ -63,7 +94,7 @@ class RandomConfig(_Sparse):
 
 
 @dataclasses.dataclass(frozen=True)
-class MagnitudeConfig(_Sparse):
+class MagnitudeConfig(_Once, _Sparse):
     """The smallest weights go at one epoch's begin (Han et al. 2015).
 
     Attributes:
@@ -73,24 +104,9 @@ class MagnitudeConfig(_Sparse):
 
     kind: ClassVar[str] = "magnitude"
 
-    prune_epoch: int = 0
-
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.kind, self.prune_epoch, "prune_epoch", 0)
-
-    @property
-    def masks_stand_from(self) -> int:
-        """The epoch after the prune's."""
-        return self.prune_epoch + 1
-
-    def check(self, epochs: int) -> None:
-        """Raise a ValueError where the run ends before the prune."""
-        _check_prune(self, epochs)
-
-    def begins_at(self, steps_per_epoch: int) -> int:
-        """The prune."""
-        return self.prune_epoch * steps_per_epoch
+        _Sparse.__post_init__(self)
+        _Once.__post_init__(self)
 
     def make(self, run: Run) -> Method:
         """`clicktrain_jax.methods.magnitude`."""
@@ -187,7 +203,7 @@ class SetConfig(RiglConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class NOfMOnceConfig:
+class NOfMOnceConfig(_Once):
     """2 of every 4 input channels, chosen once by magnitude (Mishra et al. 2021).
 
     Attributes:
@@ -195,25 +211,6 @@ class NOfMOnceConfig:
     """
 
     kind: ClassVar[str] = "n_of_m_once"
-    epochs_after: ClassVar[int] = 0
-
-    prune_epoch: int = 0
-
-    def __post_init__(self) -> None:
-        check(self.kind, self.prune_epoch, "prune_epoch", 0)
-
-    @property
-    def masks_stand_from(self) -> int:
-        """The epoch after the prune's."""
-        return self.prune_epoch + 1
-
-    def check(self, epochs: int) -> None:
-        """Raise a ValueError where the run ends before the prune."""
-        _check_prune(self, epochs)
-
-    def begins_at(self, steps_per_epoch: int) -> int:
-        """The prune."""
-        return self.prune_epoch * steps_per_epoch
 
     def make(self, run: Run) -> Method:
         """`clicktrain_jax.methods.n_of_m`."""
@@ -252,11 +249,6 @@ class NOfMConfig:
             forward=lambda params: methods.straight_through(params, run.plan, decay=self.decay),
             masks=lambda params, opt_state: methods.n_of_m_masks(params, run.plan),
         )
-
-
-def _check_prune(config: Any, epochs: int) -> None:
-    if config.prune_epoch >= epochs:
-        raise ValueError(f"{config.kind}.prune_epoch={config.prune_epoch}: expected less than epochs={epochs}")
 
 
 def _seeded_by_weights(make: Callable[[Any], Any]) -> Any:
