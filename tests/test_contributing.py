@@ -32,6 +32,8 @@ def least(inner, plan, *, prune_step, magnitude):
             "from clicktrain_jax.methods.least import least\nfrom clicktrain_jax.methods.magnitude import",
         ),
         "experiments/configs/methods.py": (
+            "from experiments.configs.run import Run, check",
+            "from experiments.configs.run import Run, check, masks_in_state",
             "MethodConfig = (\n    PruneConfig",
             '''@dataclasses.dataclass(frozen=True)
 class LeastConfig:

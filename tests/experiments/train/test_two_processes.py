@@ -129,17 +129,24 @@ def two(monkeypatch):
 
 
 def told(config):
-    return {"config": json.loads(json.dumps(to_dict(config))), "jax": jax.__version__, "devices": 1}
+    return {
+        "config": json.loads(json.dumps(to_dict(config))),
+        "jax": jax.__version__,
+        "devices": 1,
+        "--lengthen": False,
+    }
 
 
 def test_processes_ask_for_the_same_run(two, monkeypatch):
     monkeypatch.setattr(jax, "local_device_count", lambda: 1)
-    two += [told(tiny.CONFIG), told(tiny.changed(seed=3)), told(tiny.CONFIG) | {"jax": "0.0"}]
+    two += [told(tiny.CONFIG), told(tiny.changed(seed=3)), told(tiny.CONFIG) | {"jax": "0.0"}, told(tiny.CONFIG)]
     processes.check_config(tiny.CONFIG)
     with pytest.raises(ValueError, match="process 1 asks for another run than process 0: seed is 0, not 3"):
         processes.check_config(tiny.CONFIG)
     with pytest.raises(ValueError, match="process 1 has jax .*, process 0 has 0.0"):
         processes.check_config(tiny.CONFIG)
+    with pytest.raises(ValueError, match="process 1 has --lengthen True, process 0 has False"):
+        processes.check_config(tiny.CONFIG, lengthen=True)
 
 
 def test_what_one_process_cannot_do_none_does(two):
