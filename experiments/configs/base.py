@@ -31,6 +31,8 @@ class LoopConfig:
             masks promise no gain, such as those of the paper's form on a CPU, stays dense.
         checkpoint_every_epochs: save after every so many epochs, and after the last; a resumed run repeats the
             epochs since.
+        checkpoint_every_steps: save within an epoch too, after every so many updates of it; None for not. A resumed run
+            goes on from there; the place is kept in no more than one such checkpoint, and gone once the epoch is saved.
         keep_checkpoints: how many of the newest epochs' checkpoints stay on disk.
         eval_every_epochs: evaluate after every so many epochs, and after the last.
         input_threads: threads that read and decode a streamed set; None for one a core, 16 at most.
@@ -50,6 +52,7 @@ class LoopConfig:
     convolution: Literal["auto", "xla", "direct", "patches"] = "auto"
     pruned_convolution: Literal["auto", "dense", "pattern", "pattern_hwnc"] = "auto"
     checkpoint_every_epochs: int = 1
+    checkpoint_every_steps: int | None = None
     keep_checkpoints: int = 2
     eval_every_epochs: int = 1
     input_threads: int | None = None
@@ -67,6 +70,11 @@ class LoopConfig:
                 raise ValueError(f"loop.{field}={getattr(self, field)}: expected at least 1")
         if self.input_threads is not None and self.input_threads < 1:
             raise ValueError(f"loop.input_threads={self.input_threads}: expected at least 1, or None for one a core")
+        if self.checkpoint_every_steps is not None and self.checkpoint_every_steps < 1:
+            raise ValueError(
+                f"loop.checkpoint_every_steps={self.checkpoint_every_steps}: expected at least 1, or None for none "
+                "within epochs"
+            )
         if self.devices is not None and self.devices < 1:
             raise ValueError(f"loop.devices={self.devices}: expected at least 1, or none for all that jax sees")
         told = self.coordinator, self.processes, self.process_id

@@ -35,6 +35,7 @@ from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of, s
 from experiments.train.recipe import lasso_weight, make_models, make_optimizer, make_plan, pattern_source
 from experiments.train.state import TrainState
 from experiments.train.update import evaluation_of
+from experiments.train.within import Begun
 from pallas_kernels.pattern_conv import mosaic_gpu
 
 # Streams of random numbers, each folded into the run's key.
@@ -220,29 +221,48 @@ class Trainer(Updates):
         return tuple(int(fact) for fact in jax.device_get((held.selected, held.pruned, held.gathered)))
 
     def run_epoch(
-        self, state: TrainState, epoch: int, seed: int, on_step: Callable[[int], None] = lambda _: None
+        self,
+        state: TrainState,
+        epoch: int,
+        seed: int,
+        on_step: Callable[[int], None] = lambda _: None,
+        *,
+        begun: Begun | None = None,
+        save: Callable[[TrainState, jax.Array], None] = lambda *_: None,
+        save_every: int | None = None,
     ) -> tuple[TrainState, np.ndarray]:
         """Train one epoch. ``state`` is donated: its buffers are gone afterwards.
 
         Args:
-            state: at the epoch's start.
+            state: at the epoch's start, or where it was saved within.
             epoch: from 0.
             seed: the run's.
             on_step: called on the host with the number of updates dispatched, between updates ("steps") or
                 between segments ("scan"); may raise to stop.
+            begun: what was done of the epoch before.
+            save: called with the state and the metrics so far, between updates ("steps"), or at the first end of a loop
+                after so many ("scan"); not at the epoch's end.
+            save_every: after how many updates; None for never.
 
         Returns:
             ``(state, metrics)``, metrics float32 (steps, 2): loss without group lasso, top-1.
         """
         metrics, order, key = self._begin(seed, epoch)
+        done, self.ran, self.images_by_pattern = 0, [], 0
+        if begun is not None:
+            done, metrics, self.images_by_pattern = begun.done, begun.metrics, begun.facts["images_by_pattern"]
+            self.ran = [(Phase(phase), *rest) for phase, *rest in begun.facts["ran"]]
         if self.streams:
-            self._feed = Feed(self, np.asarray(self._order(key, epoch)), epoch, seed)
-        self.ran, facts, self.images_by_pattern = [], self._facts(state), 0
-        segments = self.segments(epoch, 0, facts)
+            self._feed = Feed(self, np.asarray(self._order(key, epoch)), epoch, seed, done)
+        facts = self._facts(state)
+        segments = self.segments(epoch, done, facts)
         with contextlib.closing(self._feed) if self.streams else contextlib.nullcontext():
             while segments:
                 known = seed, facts and facts[0]
                 first = segments[0][2]
+                if save_every and first // save_every > done // save_every:
+                    save(state, metrics)
+                    done = first
                 kind = self._looped(segments, first)
                 if kind is not None:
                     state, metrics = self._run_loop(kind, first, known, state, metrics, order, key)
@@ -252,6 +272,9 @@ class Trainer(Updates):
                     on_step(end)
                     continue
                 segment = segments.pop(0)
+                if save_every and (cut := (first // save_every + 1) * save_every) < segment[3]:
+                    segments.insert(0, (*segment[:2], cut, segment[3]))
+                    segment = (*segment[:3], cut)
                 self.ran.append(segment)
                 state, metrics = self._run_segment(segment, known, state, metrics, order, key, on_step)
                 if segment[0] == Phase.SELECT:
