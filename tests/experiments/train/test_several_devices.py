@@ -18,8 +18,9 @@ HERE = pathlib.Path(__file__).parent
 def emulated(script, *arguments, devices=8):
     """What a script says on so many devices: a process of its own, as jax fixes their number when it starts."""
     flags = f"--xla_force_host_platform_device_count={devices}"
-    settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parents[2])}
-    if "ordered" in arguments:
+    path = f"{HERE.parents[2]}{os.pathsep}{HERE.parent}"
+    settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    if {"ordered", "within"} & set(arguments):
         settings["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # else what is fused, and so rounded, differs by program
     command = [sys.executable, "-W", "error", str(HERE / script), *map(str, arguments)]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=600)
@@ -55,6 +56,11 @@ def test_shards_summed_in_their_order_give_equal_bits_on_any_number_of_devices(c
     said = emulated("several_devices.py", "ordered", *counts)
     assert f"the same bits on 1 {' '.join(map(str, counts))}\n" in said
     assert "the same bits where the devices change\n" in said
+
+
+@pytest.mark.slow
+def test_a_stream_stopped_within_epochs_goes_on_with_the_same_bits_on_other_devices():
+    assert "the same bits within epochs on 1 2\n" in emulated("several_devices.py", "within", 2, devices=2)
 
 
 @pytest.mark.parametrize(

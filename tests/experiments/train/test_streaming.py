@@ -29,17 +29,7 @@ from experiments.train.within import Within
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_dataset):
     """The tiny run's digits in colour, as a folder of PNG files."""
-    root = tmp_path_factory.mktemp("digits")
-    parts = {
-        "train": (tiny_dataset.train_images, tiny_dataset.train_labels),
-        "test": (tiny_dataset.eval_images[:64], tiny_dataset.eval_labels[:64]),
-    }
-    for part, (images, labels) in parts.items():
-        for index, (image, label) in enumerate(zip(images, labels)):
-            place = root / part / str(label)
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image[..., 0]).convert("RGB").save(place / f"{index:04d}.png")
-    return root
+    return tiny.as_files(tmp_path_factory.mktemp("digits"), tiny_dataset, 64)
 
 
 @pytest.fixture(scope="module")
