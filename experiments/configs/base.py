@@ -40,6 +40,9 @@ class LoopConfig:
         ordered: what the ``shards`` of a batch say is summed in their order, whatever the number of devices that
             divides the shards; each device is sent as many gradients as there are shards. Equal bits want a compiler
             that fuses alike, too (JAX_DISABLE_MOST_OPTIMIZATIONS=1).
+        compact_gradients: from the prune on the devices send each other the gradients of retained weights alone, in one
+            reduction, for the same result. It wants ``shards``: statistics of a whole batch are summed, and gradients
+            with them, where the compiler likes.
         coordinator: HOST:PORT of the first of several processes that are one run, each with the same command but for
             process_id; "auto": Slurm, Open MPI or Kubernetes tell all three. None for one process.
         processes: how many there are.
@@ -58,6 +61,7 @@ class LoopConfig:
     input_threads: int | None = None
     devices: int | None = None
     ordered: bool = False
+    compact_gradients: bool = False
     coordinator: str | None = None
     processes: int | None = None
     process_id: int | None = None
@@ -176,6 +180,12 @@ class TrainConfig:
             raise ValueError("partial_batch='partial' with accumulate or shards: the last batch would have other parts")
         if self.loop.ordered and self.shards == 1:
             raise ValueError("loop.ordered with shards=1: one sum has no order; set shards, to 8 say")
+        if self.loop.compact_gradients and (self.shards == 1 or self.loop.ordered or self.prune is None):
+            raise ValueError(
+                f"loop.compact_gradients with shards={self.shards}, loop.ordered={self.loop.ordered} and method="
+                f"{self.method and self.method.kind!r}: expected shards (one for each device, say), no order, and "
+                "ClickTrain, whose prune takes gradients away"
+            )
         if self.warmup_epochs is not None and not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs}: expected 0 to {self.epochs - 1}, or None")
         for field in ("learning_rate", "width"):

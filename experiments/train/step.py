@@ -34,7 +34,7 @@ from experiments.train.programs import Programs, in_background, shapes_of
 from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of, scheduled, way_asked
 from experiments.train.recipe import lasso_weight, make_models, make_optimizer, make_plan, pattern_source
 from experiments.train.state import TrainState
-from experiments.train.update import evaluation_of
+from experiments.train.update import evaluation_of, with_retained
 from experiments.train.within import Begun
 from pallas_kernels.pattern_conv import mosaic_gpu
 
@@ -153,6 +153,7 @@ class Trainer(Updates):
         self.images_by_pattern = 0
         self.programs = Programs(pk.compiler_options(config.precision), self.devices.everywhere)
         self._is_prepared = False
+        self._retained: tuple[Any, Any] = None, None
 
     def _set_up_pruning(self) -> None:
         prune = self.config.prune
@@ -310,6 +311,7 @@ class Trainer(Updates):
             way, structures = choice.way, choice.structures
             kind = "masked" if way == "dense" else "pruned"
             self.images_by_pattern += self.loop_length * self.config.batch_size * bool(structures)
+            structures = self._sending(structures, known, state)
         return self._loop(kind, way, (*args, structures))(*args, structures)
 
     def _run_segment(
@@ -330,15 +332,26 @@ class Trainer(Updates):
         if phase == Phase.PRUNED and not self.loop_length:
             choice = self._choose_pruned(state, metrics, order, key)
             way, structures = choice.way, choice.structures
+        by_pattern = bool(structures)
+        if phase == Phase.PRUNED:
+            structures = self._sending(structures, known, state)
         kind = "gather" if gathers else phase.name.lower()
         for begin, stop, batch in self.by_batch_size(first, end):
-            self.images_by_pattern += (stop - begin) * batch * bool(structures)
+            self.images_by_pattern += (stop - begin) * batch * by_pattern
             for index in range(begin, stop):
                 images = self._feed.take(state.step) if self.streams else self._images(batch)
                 args = (state, metrics, images, order, np.int32(index), key, structures)
                 state, metrics = self._program(kind, batch, way, args)(*args)
                 on_step(index + 1)
         return state, metrics
+
+    def _sending(self, structures: dict[str, Any], known: Any, state: TrainState) -> dict[str, Any]:
+        """With what the devices send each other of the pruned phase's gradients, where that is not all of them."""
+        if not self.config.loop.compact_gradients or self.devices.mesh is None:
+            return structures
+        if self._retained[0] != known:
+            self._retained = known, self.devices.whole(ct.reduction.retained(state.params, self.masks(state)))
+        return with_retained(structures, self._retained[1])
 
     def evaluate(self, state: TrainState) -> tuple[float, float]:
         """``(mean loss, top-1)`` on the evaluation set, in float32 sums."""

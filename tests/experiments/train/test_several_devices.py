@@ -58,6 +58,19 @@ def test_shards_summed_in_their_order_give_equal_bits_on_any_number_of_devices(c
     assert "the same bits where the devices change\n" in said
 
 
+@pytest.mark.parametrize("counts", [(2,), pytest.param((4,), marks=pytest.mark.slow)], ids=str)
+def test_compact_gradients_give_the_same_bits_for_fewer_bytes(counts):
+    said = emulated("several_devices.py", "compact", *counts)
+    assert f"the same bits by compact gradients on {' '.join(map(str, counts))}\n" in said
+
+
+@pytest.mark.parametrize("fields", [dict(shards=1), dict(shards=2, method=None)])
+def test_compact_gradients_without_what_they_need_are_refused(fields):
+    how = dataclasses.replace(tiny.CONFIG.loop, compact_gradients=True)
+    with pytest.raises(ValueError, match="loop.compact_gradients with shards=., .* expected shards"):
+        tiny.changed(loop=how, **fields)
+
+
 @pytest.mark.slow
 def test_a_stream_stopped_within_epochs_goes_on_with_the_same_bits_on_other_devices():
     assert "the same bits within epochs on 1 2\n" in emulated("several_devices.py", "within", 2, devices=2)
