@@ -218,13 +218,8 @@ def _stream(
     together = math.gcd(size, _TOGETHER)
     places = np.concatenate([np.asarray(part) for part in parts]).reshape(-1, together)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=-(-_AHEAD * threads // together))
-
-    def some(places: np.ndarray) -> Batch:
-        pixels, labels = zip(*map(load, places.tolist()))
-        return np.stack(pixels), np.asarray(labels, np.int32)
-
-    images = grain.MapDataset.source(places).map(some).to_iter_dataset(options)
-    batches = images.batch(size // together, batch_fn=_joined).map(put)
+    images = grain.MapDataset.source(places).map(lambda some: [load(place) for place in some.tolist()])
+    batches = images.to_iter_dataset(options).batch(size // together, batch_fn=_stacked).map(put)
     ready = iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=READY_BATCHES))
     try:
         yield from ready
@@ -232,6 +227,6 @@ def _stream(
         ready.close()
 
 
-def _joined(parts: Sequence[Batch]) -> Batch:
-    pixels, labels = zip(*parts)
-    return np.concatenate(pixels), np.concatenate(labels)
+def _stacked(images: Sequence[list[Batch]]) -> Batch:
+    pixels, labels = zip(*itertools.chain(*images))
+    return np.stack(pixels), np.asarray(labels, np.int32)

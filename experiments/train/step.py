@@ -311,7 +311,7 @@ class Trainer(Updates):
             way, structures = choice.way, choice.structures
             kind = "masked" if way == "dense" else "pruned"
             self.images_by_pattern += self.loop_length * self.config.batch_size * bool(structures)
-            structures = self._sending(structures, known, state)
+            structures = self._sending(structures)
         return self._loop(kind, way, (*args, structures))(*args, structures)
 
     def _run_segment(
@@ -334,7 +334,7 @@ class Trainer(Updates):
             way, structures = choice.way, choice.structures
         by_pattern = bool(structures)
         if phase == Phase.PRUNED:
-            structures = self._sending(structures, known, state)
+            structures = self._sending(structures)
         kind = "gather" if gathers else phase.name.lower()
         for begin, stop, batch in self.by_batch_size(first, end):
             self.images_by_pattern += (stop - begin) * batch * by_pattern
@@ -345,13 +345,17 @@ class Trainer(Updates):
                 on_step(index + 1)
         return state, metrics
 
-    def _sending(self, structures: dict[str, Any], known: Any, state: TrainState) -> dict[str, Any]:
+    def _sending(self, structures: dict[str, Any]) -> dict[str, Any]:
         """With what the devices send each other of the pruned phase's gradients, where that is not all of them."""
-        if not self.config.loop.compact_gradients or self.devices.mesh is None:
-            return structures
-        if self._retained[0] != known:
-            self._retained = known, self.devices.whole(ct.reduction.retained(state.params, self.masks(state)))
-        return with_retained(structures, self._retained[1])
+        retained = self._retained[1]
+        return structures if retained is None else with_retained(structures, retained)
+
+    def _note_retained(self, known: Any, state: TrainState) -> None:
+        if not self.config.loop.compact_gradients or self.devices.mesh is None or self._retained[0] == known:
+            return
+        masks = self.masks(state)
+        masks.pending = False  # what is only marked as yet is gone where this is used
+        self._retained = known, self.devices.whole(ct.reduction.retained(state.params, masks))
 
     def evaluate(self, state: TrainState) -> tuple[float, float]:
         """``(mean loss, top-1)`` on the evaluation set, in float32 sums."""
@@ -414,8 +418,9 @@ class Trainer(Updates):
             return  # no update follows the prune
 
         def compile_way(way: Way, structures: dict[str, Any]) -> None:
-            self._pruned_program(way, (*shapes, structures), ahead=True)
+            self._pruned_program(way, (*shapes, self._sending(structures)), ahead=True)
 
+        self._note_retained(known, state)
         shapes = shapes_of((state, metrics, self._images(self._batch), order, np.int32(0), key))
         before = self.pruned.waited_seconds
         self.pruned.prepare(known, self.masks(state), compile_way)
@@ -424,7 +429,7 @@ class Trainer(Updates):
     def _choose_pruned(self, state: Any, metrics: Any, order: Any, key: Any) -> Choice:
         def run(way: Way, structures: dict[str, Any]) -> None:
             copies = jax.tree.map(jnp.copy, (state, metrics))
-            args = (*copies, self._images(self._batch), order, np.int32(0), key, structures)
+            args = (*copies, self._images(self._batch), order, np.int32(0), key, self._sending(structures))
             jax.block_until_ready(self._pruned_program(way, args, ahead=True)(*args))
 
         before = self.pruned.waited_seconds
