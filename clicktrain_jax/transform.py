@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from clicktrain_jax import importance as importance_lib
-from clicktrain_jax.eager import compiled
+from clicktrain_jax.eager import branch, transformation
 from clicktrain_jax.enforcing import enforce
 from clicktrain_jax.importance import NO_SCORE, rescaled, scaled_scores, times_power_of_two
 from clicktrain_jax.masks import LayerMask, Masks, apply_masks, combine, keep_all
@@ -78,9 +78,9 @@ class _Pieces:
         # In the order of their names, which every container and every checkpoint keeps.
         self.names = sorted(layer.name for layer in plan.layers)
 
-    def check(self, state: Any) -> None:
-        """Raise a ValueError for a state that was made for another plan."""
-        check_state(state, self.plan, num_patterns_of(self.patterns), self.importance_steps)
+    def checked(self, state: Any) -> ClickTrainState:
+        """The state; a ValueError for one that was made for another plan."""
+        return check_state(state, self.plan, num_patterns_of(self.patterns), self.importance_steps)
 
     def init(self, params: Tree) -> ClickTrainState:
         self.plan.check_tree(params)
@@ -273,8 +273,7 @@ def phase_updates(
     def checked(update: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(update)
         def call(grads: Tree, state: ClickTrainState, *rest: Any, **extra: Any) -> tuple[Tree, ClickTrainState]:
-            pieces.check(state)
-            return update(grads, state, *rest, **extra)
+            return update(grads, pieces.checked(state), *rest, **extra)
 
         return call
 
@@ -344,7 +343,7 @@ def clicktrain(
     def whole_update(
         grads: Tree, state: ClickTrainState, params: Tree, extra: dict[str, Any]
     ) -> tuple[Tree, ClickTrainState]:
-        pieces.check(state)
+        state = pieces.checked(state)
         due = schedule.due(state.count, state.selected, state.pruned, state.gathered)
         # What jit returned may be sharded in any way, and the branches must agree.
         masks, scores = jax.tree.map(replicated, (state.masks, state.scores))
@@ -358,7 +357,7 @@ def clicktrain(
         if state.scores:
             ways.append(look(pieces.gather))
         # The only conditional, around the only costly thing.
-        seen = _branch(jnp.int32(due.selects) + 2 * jnp.int32(due.gathers), ways)
+        seen = branch(jnp.int32(due.selects) + 2 * jnp.int32(due.gathers), ways)
         pruned = jnp.where(due.prunes, state.count, state.pruned)
         return pieces.move(
             grads,
@@ -370,20 +369,8 @@ def clicktrain(
             held=due.prunes | due.pruned,
         )
 
-    # Hyperparameters that are arrays are new ones in every update: a compiled update would serve one.
-    fixed = not any(isinstance(value, jax.Array) for value in (coeff, select_step, prune_step))
-    whole_update = compiled(whole_update) if fixed else whole_update
-
-    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+    def check(grads: Tree, params: Tree | None, extra: dict[str, Any]) -> None:
         if params is None:
             raise ValueError("clicktrain needs the parameters: call update(grads, state, params)")
-        return whole_update(updates, state, params, extra)
 
-    return optax.GradientTransformationExtraArgs(pieces.init, update)
-
-
-def _branch(index: jax.Array, ways: list[Callable[[], Any]]) -> Any:
-    """`jax.lax.switch`; by Python where the index is there, which compiles nothing."""
-    if isinstance(index, jax.core.Tracer):
-        return jax.lax.switch(index, ways)
-    return ways[int(index)]()
+    return transformation(pieces.init, whole_update, check)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clicktrain_jax.eager import compiled
+from clicktrain_jax.eager import transformation
 from clicktrain_jax.masks import Masks, build_masks
 from clicktrain_jax.methods.sparse import one_shot
 from clicktrain_jax.methods.states import MaskDict, check_integer, check_update, first_state, masks_tree, planned
@@ -172,7 +172,7 @@ def sr_ste(
     def whole_update(
         grads: Tree, state: ClickTrainState, params: Tree, extra: dict[str, Any]
     ) -> tuple[Tree, ClickTrainState]:
-        check_state(state, plan, 0, 1)
+        state = check_state(state, plan, 0, 1)
         updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
         after: Any = optax.apply_updates(planned(params, plan), planned(updates, plan))
         return updates, state._replace(
@@ -182,13 +182,7 @@ def sr_ste(
             inner_state=inner_state,
         )
 
-    whole_update = compiled(whole_update)
-
-    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
-        check_update("sr_ste", plan, updates, params)
-        return whole_update(updates, state, params, extra)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, whole_update, functools.partial(check_update, "sr_ste", plan))
 
 
 def straight_through(params: Tree, plan: Plan, n: int = 2, m: int = 4, decay: float = 2e-4) -> Tree:

@@ -74,7 +74,7 @@ def find_state(opt_state: Any, kind: type, what: str) -> Any:
     return kind(**found[0]) if isinstance(found[0], dict) else found[0]
 
 
-def check_update(name: str, plan: Plan, grads: Tree, params: Tree | None) -> None:
+def check_update(name: str, plan: Plan, grads: Tree, params: Tree | None, extra: dict[str, Any]) -> None:
     """Raise a ValueError when an update lacks the parameters, or a planned layer its gradient."""
     if params is None:
         raise ValueError(f"{name} needs the parameters: call update(grads, state, params)")
