@@ -50,6 +50,17 @@ def transformation(
     return optax.GradientTransformationExtraArgs(first, call)
 
 
+def optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """The optimizer that a method stands around; its ``update`` takes any keyword.
+
+    Raises:
+        ValueError: no optax transformation.
+    """
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise ValueError(f"inner is a {type(inner).__name__}: expected an optax transformation, such as optax.sgd(0.1)")
+    return optax.with_extra_args_support(inner)
+
+
 def branch(index: Any, ways: list[Callable[[], Any]]) -> Any:
     """`jax.lax.switch`, or ``jax.lax.cond`` for a bool; by Python where the index is there, which compiles nothing."""
     if not isinstance(index, jax.core.Tracer):

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clicktrain_jax.eager import branch, transformation
+from clicktrain_jax.eager import branch, optimizer, transformation
 from clicktrain_jax.methods.states import check_axes, check_integer, check_update, find_state, planned
 from clicktrain_jax.patterns import Generated
 from clicktrain_jax.plan import Plan
@@ -165,7 +165,7 @@ def admm(
             "net first (clicktrain_jax.patterns)"
         )
     patterns = check_patterns(plan, patterns)
-    inner = optax.with_extra_args_support(inner)
+    inner = optimizer(inner)
 
     def init(params: Tree) -> AdmmState:
         plan.check_tree(params)
@@ -192,6 +192,7 @@ def admm(
         return *step(project_patterns, state.pattern_dual), *step(project_kernels, state.kernel_dual)
 
     def whole_update(grads: Tree, state: AdmmState, params: Tree, extra: dict[str, Any]) -> tuple[Tree, AdmmState]:
+        plan.check_tree(params)
         weights = _wide(planned(params, plan))
         since = state.count - begin_step
         active = since >= 0

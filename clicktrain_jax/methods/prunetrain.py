@@ -30,7 +30,7 @@ import optax
 
 from clicktrain_jax.channels import ChannelNode
 from clicktrain_jax.channels.narrowing import channels_of, check_leaves, is_written_by_convolutions, leaf_shapes
-from clicktrain_jax.eager import branch, transformation
+from clicktrain_jax.eager import branch, optimizer, transformation
 from clicktrain_jax.methods.sparse import all_kept, sparse_training
 from clicktrain_jax.methods.states import MaskDict, check_integer
 from clicktrain_jax.plan import Plan
@@ -213,7 +213,7 @@ def prunetrain(
         return _under_masks(lasso, nodes, prefix, every, threshold)
     if not 0 < ratio < 1:
         raise ValueError(f"ratio={ratio!r}: expected the lasso's share of the first loss, between 0 and 1")
-    inner = optax.with_extra_args_support(inner)
+    inner = optimizer(inner)
 
     def init(params: Tree) -> PruneTrainState:
         count, coeff = spread_like((jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)), params)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clicktrain_jax.eager import branch, transformation
+from clicktrain_jax.eager import branch, optimizer, transformation
 from clicktrain_jax.enforcing import enforce
 from clicktrain_jax.masks import Masks, apply_masks, build_masks
 from clicktrain_jax.methods.densities import by_plan, counts_of, size_of
@@ -106,7 +106,7 @@ def sparse_training(
         A transformation whose state is a `clicktrain_jax.ClickTrainState`: ``selected`` is the update of the last
         renewal, ``pruned`` the first update after which masked weights are zero.
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = optimizer(inner)
 
     def init(params: Tree) -> ClickTrainState:
         plan.check_tree(params)
@@ -115,6 +115,7 @@ def sparse_training(
     def whole_update(
         grads: Tree, state: ClickTrainState, params: Tree, extra: dict[str, Any]
     ) -> tuple[Tree, ClickTrainState]:
+        plan.check_tree(params)
         state = check_state(state, plan, 0, 1)
         # What jit returned may be sharded in any way, and the branches must agree.
         held = Masks.of(state.masks).layers

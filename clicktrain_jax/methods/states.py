@@ -11,7 +11,7 @@ import optax
 
 from clicktrain_jax.importance import NO_SCORE
 from clicktrain_jax.masks import LayerMask
-from clicktrain_jax.plan import Plan
+from clicktrain_jax.plan import Plan, check_plan
 from clicktrain_jax.states import ClickTrainState, fill_masks
 from clicktrain_jax.trees import Tree, named_leaves, spread_like
 
@@ -86,6 +86,7 @@ def check_update(name: str, plan: Plan, grads: Tree, params: Tree | None, extra:
 
 def check_axes(name: str, plan: Plan) -> None:
     """Raise a ValueError for a plan of kernels that are not (kh, kw, cin, cout)."""
+    check_plan(plan)
     if plan.axes != "HWIO":
         raise ValueError(
             f"{name} takes kernels (kh, kw, cin, cout); the plan's are {plan.axes}: transpose them, "
