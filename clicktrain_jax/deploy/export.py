@@ -9,7 +9,7 @@ import numpy as np
 from clicktrain_jax.deploy import storage
 from clicktrain_jax.deploy.arguments import check_function
 from clicktrain_jax.deploy.fold import sizes_of
-from clicktrain_jax.deploy.load import inference_net, located, masks_by_leaf, zoo
+from clicktrain_jax.deploy.load import inference_net, located, masks_by_leaf, normalising, zoo
 from clicktrain_jax.deploy.portable import STABLEHLO, to_stablehlo
 from clicktrain_jax.deploy.pruned import by_name, check_is_inference, check_zeros, zeroed
 from clicktrain_jax.masks import Masks
@@ -77,6 +77,7 @@ def export(
     if opset is not None and not (onnx and isinstance(opset, int) and opset > 0):
         said = f"opset={opset!r}, onnx={onnx!r}"
         raise ValueError(f"{said}: expected a version of ONNX's operators, such as 17, and onnx=True")
+    normalising(apply_fn, normalise)  # which refuses what is no such thing
     facts = {
         **(facts or {}),
         "net": None if net is None else dict(net),

@@ -127,9 +127,12 @@ def normalising(apply_fn: ApplyFn, normalise: Mapping[str, Any] | None) -> Apply
     """
     if normalise is None:
         return apply_fn
-    if set(normalise) != {"mean", "std"}:
-        raise ValueError(f"normalise={dict(normalise)!r}: expected {{'mean': [...], 'std': [...]}}, or None")
-    mean, std = (np.atleast_1d(np.asarray(normalise[key], np.float32)) for key in ("mean", "std"))
+    try:
+        if set(normalise) != {"mean", "std"}:
+            raise TypeError
+        mean, std = (np.atleast_1d(np.asarray(normalise[key], np.float32)) for key in ("mean", "std"))
+    except (TypeError, ValueError, IndexError):
+        raise ValueError(f"normalise={normalise!r}: expected {{'mean': [...], 'std': [...]}}, or None") from None
     channels = max(mean.size, std.size)
     is_finite = np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()
     if max(mean.ndim, std.ndim) > 1 or not {mean.size, std.size} <= {1, channels} or not is_finite:

@@ -307,6 +307,9 @@ def test_bad_images_are_refused(path, bad, message):
 def test_bad_arguments_are_refused(case, path, tmp_path):
     with pytest.raises(ValueError, match="normalise"):
         case.export(tmp_path / "out", normalise={"mean": [0.5], "std": [0.0]})
+    for normalise in (0.5, "mean", ["mean", "std"], {"mean": 0.5}, {"mean": "half", "std": 1.0}):
+        with pytest.raises(ValueError, match="normalise=.*: expected {'mean'"):
+            case.export(tmp_path / "out", normalise=normalise)
     with pytest.raises(ValueError, match="3 channels, normalise has 2"):
         case.export(tmp_path / "out", normalise={"mean": [0.5, 0.5], "std": [1.0, 1.0]})
     with pytest.raises(ValueError, match="belongs to another tree"):
