@@ -99,10 +99,19 @@ def units(instructions: str | None = None) -> tuple[Unit, ...]:
     """What a library is made of: for a set of instructions, `instruction_set`'s when None, or "reference"."""
     instructions = instruction_set() if instructions is None else instructions
     if instructions == "reference":
-        plain = ("ffi.cc", "norm_ffi.cc", "plain.cc", "reference.cc", "support.cc", "norm.cc")
+        plain = (
+            "ffi.cc",
+            "norm_ffi.cc",
+            "plain.cc",
+            "reference.cc",
+            "support.cc",
+            "norm.cc",
+            "chain.cc",
+            "chain_ffi.cc",
+        )
         return tuple(map(Unit, plain))
     flags = instruction_sets()[instructions]
-    sources = ("ffi.cc", "norm_ffi.cc", "plain.cc", "support.cc", "kernels.cc", "norm.cc")
+    sources = ("ffi.cc", "norm_ffi.cc", "plain.cc", "support.cc", "kernels.cc", "norm.cc", "chain.cc", "chain_ffi.cc")
     return tuple(Unit(source, flags) for source in sources)
 
 
