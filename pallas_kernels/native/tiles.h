@@ -126,7 +126,7 @@ class TileProduct {
     const int64_t threads = pool.threads(), count = static_cast<int64_t>(w_.panels.size());
     int64_t parts = 1;
     if (threads > 1) {
-      const int64_t wanted = 6 * threads;
+      const int64_t wanted = 3 * threads;
       parts = std::clamp<int64_t>(div_up(wanted, div_up(rows, chunk)), 1, std::min(count, like_the_longest()));
       if (div_up(rows, chunk) * parts < wanted) chunk = std::max<int64_t>(1, std::min(chunk, div_up(rows, div_up(wanted, parts))));
     }
