@@ -15,7 +15,6 @@ import numpy as np
 
 from clicktrain_jax.deploy import layers
 from clicktrain_jax.deploy.fold import ConvStep, OtherStep, Steps
-from pallas_kernels import chain
 
 _NHWC = (0, 3, 1, 2)  # where jax has batch, channels, rows and columns
 _POOLS = {"reduce_window_max": "max", "reduce_window_sum": "sum", "reduce_max": "max", "reduce_sum": "sum"}
@@ -33,12 +32,14 @@ class Chained:
         outvars: the value that it gives.
     """
 
-    steps: tuple[chain.Step, ...]
+    steps: tuple[Any, ...]
     inputs: int
     outvars: tuple[Any]
 
     def __call__(self, operands: Sequence[Any]) -> list[jax.Array]:
         """The result, of images and arrays."""
+        from pallas_kernels import chain
+
         images = [x if x.ndim == 4 else x.reshape(len(x), 1, 1, -1) for x in operands[: self.inputs]]
         y = chain.chain(images, self.steps, [array.reshape(-1) for array in operands[self.inputs :]])
         return [y.reshape(len(y), *self.outvars[0].aval.shape[1:])]
@@ -75,9 +76,9 @@ class _Run:
     """What was read of a run; steps count values as `_Value` does."""
 
     inputs: list[Any] = dataclasses.field(default_factory=list)
-    input_shapes: list[chain.Shape] = dataclasses.field(default_factory=list)
-    steps: list[chain.Step] = dataclasses.field(default_factory=list)
-    shapes: list[chain.Shape] = dataclasses.field(default_factory=list)
+    input_shapes: list[Any] = dataclasses.field(default_factory=list)
+    steps: list[Any] = dataclasses.field(default_factory=list)
+    shapes: list[Any] = dataclasses.field(default_factory=list)
     arrays: list[str] = dataclasses.field(default_factory=list)
     values: dict[Any, _Value] = dataclasses.field(default_factory=dict)
     convolutions: int = 0
@@ -86,7 +87,7 @@ class _Run:
         fields = {key: value if isinstance(value, int) else value.copy() for key, value in vars(self).items()}
         return _Run(**fields)
 
-    def shape(self, index: int) -> chain.Shape:
+    def shape(self, index: int) -> Any:
         return self.shapes[index] if index >= 0 else self.input_shapes[-1 - index]
 
     def array(self, name: str) -> int:
@@ -94,7 +95,9 @@ class _Run:
             self.arrays.append(name)
         return self.arrays.index(name)
 
-    def add(self, step: chain.Step, result: Any) -> None:
+    def add(self, step: Any, result: Any) -> None:
+        from pallas_kernels import chain
+
         # As the shapes are told by place: the step's own, one after the other.
         sources = [step.source, *([step.second] if isinstance(step, chain.Sum) else [])]
         own = dataclasses.replace(step, source=0, **({"second": 1} if len(sources) == 2 else {}))
@@ -106,8 +109,9 @@ class _Run:
         self.steps[value.index] = dataclasses.replace(self.steps[value.index], **fields)
         self.values[result] = _Value(value.index, tuple(result.aval.shape[1:]))
 
-    def numbered(self) -> tuple[chain.Step, ...]:
+    def numbered(self) -> tuple[Any, ...]:
         """The steps, counted as `chain.chain` does: inputs first."""
+        from pallas_kernels import chain
 
         def number(index: int) -> int:
             return index + len(self.inputs) if index >= 0 else -1 - index
@@ -215,6 +219,8 @@ class _Reader:
         return value
 
     def _convolution(self, run: _Run, step: ConvStep) -> None:
+        from pallas_kernels import chain
+
         site, params = self._sites[step.name], step.equation.params
         numbers = params["dimension_numbers"]
         dtypes = {step.dtype, step.images.aval.dtype}
@@ -238,6 +244,8 @@ class _Reader:
         run.convolutions += 1
 
     def _pool(self, run: _Run, equation: Any, value: _Value) -> None:
+        from pallas_kernels import chain
+
         kind, params = _POOLS[equation.primitive.name], equation.params
         height, width, _ = shape = run.shape(value.index)
         if value.shape != shape:
@@ -256,6 +264,8 @@ class _Reader:
 
     def _dense(self, run: _Run, step: OtherStep) -> None:
         """A matrix product with weights: a convolution whose window is the whole map."""
+        from pallas_kernels import chain
+
         (kind, name), weights = step.operands[1], step.equation.invars[1].aval
         value = self._value(run, step.operands[0])
         numbers = step.equation.params["dimension_numbers"]
@@ -269,6 +279,8 @@ class _Reader:
         run.add(chain.Conv(value.index, run.array(packed), structure), step.equation.outvars[0])
 
     def _entrywise(self, run: _Run, step: OtherStep, name: str) -> None:
+        from pallas_kernels import chain
+
         first, second = step.operands
         result = step.equation.outvars[0]
         if first[0] == second[0] == "value":
