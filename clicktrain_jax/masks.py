@@ -178,7 +178,7 @@ class Masks:
     def __init__(self, pattern: Tree, kernel: Tree) -> None:
         patterns, kernels = dict(named_leaves(pattern)), dict(named_leaves(kernel))
         check_same_names(list(patterns), list(kernels), "masks.kernel")
-        pairs = {name: FullMask(leaf, kernels[name]) for name, leaf in patterns.items()}
+        pairs = {name: FullMask(_bools(name, leaf), _bools(name, kernels[name])) for name, leaf in patterns.items()}
         present = {name: pair for name, pair in pairs.items() if not (pair.pattern is None and pair.kernel is None)}
         self._fill(present, tuple(patterns), jax.tree.structure(pattern, is_leaf=is_none))
 
@@ -194,7 +194,9 @@ class Masks:
             return tree
         with_paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_layer)
         found = {"/".join(path_keys(path)): leaf for path, leaf in with_paths}
-        layers = {name: _as_layer(leaf) for name, leaf in found.items() if leaf is not None}
+        if any(name.rpartition("/")[2] == "by_magnitude" for name in found):
+            raise ValueError("masks is an optimizer state: expected clicktrain_jax.masks_of(opt_state)")
+        layers = {name: _as_layer(name, leaf) for name, leaf in found.items() if leaf is not None}
         return cls.tree_unflatten((tuple(found), structure), (layers,))
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
@@ -248,12 +250,25 @@ def _is_layer(node: Any) -> bool:
     )
 
 
-def _as_layer(node: Any) -> LayerMask | FullMask:
+def _bools(name: str, mask: Any) -> Any:
+    """A mask, of 0 and 1 too, as bool."""
+    if not hasattr(mask, "astype") or mask.dtype == bool:
+        return mask
+    if isinstance(mask, Tracer):
+        return mask != 0
+    if not np.isin(mask, (0, 1)).all():
+        raise ValueError(
+            f"masks: the mask of {name!r} has dtype {mask.dtype}, expected bool: True where a weight stays, or 0 and 1"
+        )
+    return mask.astype(bool)
+
+
+def _as_layer(name: str, node: Any) -> LayerMask | FullMask:
     """A layer's mask of arrays, whatever wraps them (an nnx optimizer wraps arrays in variables)."""
     if isinstance(node, FullMask):
         return node
     if not isinstance(node, (LayerMask, dict)):
-        return FullMask(None, node)
+        return FullMask(None, _bools(name, node))
     fields = node if isinstance(node, dict) else node._asdict()
     arrays = {name: jax.tree.leaves(value) for name, value in fields.items()}
     return LayerMask(**{name: values[0] if values else None for name, values in arrays.items()})

@@ -90,7 +90,9 @@ def retained(params: Tree, masks: Masks) -> Retained:
     return Retained(indices, sizes)
 
 
-def pmean(grads: Tree, retained: Retained, axis_name: Any, *, dtype: Any = jnp.float32) -> Tree:
+def pmean(
+    grads: Tree, retained: Retained, axis_name: Any, *, dtype: Any = jnp.float32, reduce: Any = jax.lax.pmean
+) -> Tree:
     """The mean of a gradient over a mesh axis, of the retained weights alone, in one reduction.
 
     Args:
@@ -99,6 +101,7 @@ def pmean(grads: Tree, retained: Retained, axis_name: Any, *, dtype: Any = jnp.f
         axis_name: as `jax.lax.pmean` takes it; so it is called inside `jax.shard_map`.
         dtype: what travels, and what is summed in: float32, or bfloat16 for half the bytes and three digits (on CPUs
             XLA widens it again).
+        reduce: ``jax.lax.psum`` for the sum.
 
     Returns:
         The same tree and dtypes; zeros at removed weights.
@@ -119,7 +122,7 @@ def pmean(grads: Tree, retained: Retained, axis_name: Any, *, dtype: Any = jnp.f
                     f"grads: {name!r} has {flat.size} entries, {retained.sizes[name]} were expected. Use the tree "
                     "that the masks were made for."
                 )
-    whole = jax.lax.pmean(jnp.concatenate(list(parts.values())), axis_name)
+    whole = reduce(jnp.concatenate(list(parts.values())), axis_name)
     found, begin = {}, 0
     for name, leaf in leaves:
         if leaf is None:

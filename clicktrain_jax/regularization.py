@@ -7,10 +7,13 @@
 counts in both sums, so one with nothing to push adds sqrt(eps) = 1e-4 to each.
 """
 
+import math
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from clicktrain_jax.masks import Masks, layers_for
 from clicktrain_jax.patterns.kernels import ordered_sum
@@ -64,6 +67,17 @@ def group_lasso(params: Tree, masks: Masks, *, axes: Axes | None = None) -> tupl
     return sums[0], sums[1]
 
 
+def check_coeff(coeff: Any) -> None:
+    """Raise a ValueError for what is no scalar, negative or not finite; of a traced one the shape is all that shows."""
+    traced = isinstance(coeff, jax.core.Tracer)
+    number = np.ndim(coeff) == 0 and (traced or jnp.issubdtype(np.asarray(coeff).dtype, jnp.number))
+    if not number or not (traced or 0 <= np.asarray(coeff) < math.inf):
+        raise ValueError(
+            f"coeff={coeff!r}: expected a finite number >= 0, the weight of the group lasso in the loss, or a "
+            "function of the updates done"
+        )
+
+
 def add_group_lasso(
     grads: Tree, params: Tree, masks: Masks, coeff: float | jax.Array, *, axes: Axes | None = None
 ) -> Tree:
@@ -80,9 +94,9 @@ def add_group_lasso(
         A tree like ``grads``, each leaf in its own dtype; the sum is formed in float32 or wider.
 
     Raises:
-        ValueError: trees or shapes that do not belong together.
+        ValueError: trees or shapes that do not belong together; a coefficient that is negative or not finite.
     """
-
+    check_coeff(coeff)
     layers = layers_for(params, masks)
 
     def add(name: str, grad: Any, weight: Any) -> Any:

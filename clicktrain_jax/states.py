@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax.masks import LayerMask, Masks
@@ -43,6 +44,7 @@ class ClickTrainState(NamedTuple):
     inner_state: Any
 
 
+_INTEGERS = ("count", "selected", "pruned", "postponed", "gathered", "exponents")
 # What a state is known by where its type is lost.
 _FACTS = ("count", "selected", "pruned", "postponed", "by_magnitude")
 
@@ -122,6 +124,7 @@ def masks_of(opt_state: Any) -> Masks:
     """
     state = find(opt_state)
     masks = Masks.of(state.masks)
+    masks.layers = {name: _as_chosen(layer) for name, layer in masks.layers.items()}
     if not isinstance(state.pruned, jax.core.Tracer):
         selected, pruned = jax.device_get((state.selected, state.pruned))
         masks.pending = bool(selected >= 0 > pruned)
@@ -200,8 +203,12 @@ def fill_masks(like: Tree, layers: dict[str, LayerMask]) -> Tree:
     return nest(filled)
 
 
-def check_state(state: Any, plan: Plan, num_patterns: int, importance_steps: Any) -> None:
-    """Raise a ValueError that names the layers in which a state and a plan differ: it was saved with another plan."""
+def check_state(state: Any, plan: Plan, num_patterns: int, importance_steps: Any) -> ClickTrainState:
+    """The state, of the dtypes that it was made with: `optax.contrib.sam` mixes two by arithmetic.
+
+    Raises:
+        ValueError: it was saved with another plan; the layers in which they differ are named.
+    """
     if not isinstance(state, ClickTrainState):
         raise ValueError(f"state is a {type(state).__name__}: expected the ClickTrainState that init makes")
     held = Masks.of(state.masks).layers
@@ -227,3 +234,16 @@ def check_state(state: Any, plan: Plan, num_patterns: int, importance_steps: Any
             f"importance_steps={importance_steps}, and the optimizer state was made for "
             f"{'more than 1' if state.scores else '1'}: go on with what it was saved with"
         )
+    return state._replace(
+        **{name: _as(jnp.int32, getattr(state, name)) for name in _INTEGERS},
+        by_magnitude=_as(bool, state.by_magnitude),
+        masks=jax.tree.map(_as_chosen, state.masks, is_leaf=lambda node: isinstance(node, LayerMask)),
+    )
+
+
+def _as(dtype: Any, array: Any) -> Any:
+    return array if array is None or array.dtype == dtype else array.astype(dtype)
+
+
+def _as_chosen(layer: LayerMask) -> LayerMask:
+    return LayerMask(_as(jnp.uint8, layer.pattern_ids), _as(bool, layer.kernel), _as(bool, layer.patterns))

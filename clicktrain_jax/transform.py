@@ -6,8 +6,6 @@ both hold one state, a `ClickTrainState`.
 """
 
 import functools
-import math
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,14 +15,14 @@ import jax.numpy as jnp
 import optax
 
 from clicktrain_jax import importance as importance_lib
-from clicktrain_jax.eager import compiled
+from clicktrain_jax.eager import branch, optimizer, transformation
 from clicktrain_jax.enforcing import enforce
 from clicktrain_jax.importance import NO_SCORE, rescaled, scaled_scores, times_power_of_two
 from clicktrain_jax.masks import LayerMask, Masks, apply_masks, combine, keep_all
 from clicktrain_jax.patterns import fixed_set
 from clicktrain_jax.phases import PhaseSchedule
 from clicktrain_jax.plan import Plan
-from clicktrain_jax.regularization import add_group_lasso
+from clicktrain_jax.regularization import add_group_lasso, check_coeff
 from clicktrain_jax.selection import check_patterns, num_patterns_of, select_layers
 from clicktrain_jax.states import ClickTrainState, check_state, fill_masks
 from clicktrain_jax.trees import Tree, named_leaves, replicated, spread_like
@@ -65,22 +63,20 @@ class _Pieces:
     def __init__(
         self, inner: Any, plan: Plan, coeff: Any, patterns: Any, importance: Any, importance_steps: Any
     ) -> None:
-        self.inner, self.plan, self.importance_steps = optax.with_extra_args_support(inner), plan, importance_steps
+        self.inner, self.plan, self.importance_steps = optimizer(inner), plan, importance_steps
         self.patterns = check_patterns(plan, fixed_set(4) if patterns is None else patterns)
         self.criterion = importance_lib.criterion(importance, plan.axes)
-        real = isinstance(coeff, numbers.Real) and 0 <= float(coeff) < math.inf
-        if not (callable(coeff) or isinstance(coeff, jax.Array) or real):
-            raise ValueError(
-                f"coeff={coeff!r}: expected a finite number >= 0, the weight of the group lasso in the loss, or a "
-                "function of the updates done"
-            )
+        if not callable(coeff):
+            check_coeff(coeff)
         self.coeff: Callable[[Any], Any] = coeff if callable(coeff) else lambda count: coeff
         # In the order of their names, which every container and every checkpoint keeps.
         self.names = sorted(layer.name for layer in plan.layers)
 
-    def check(self, state: Any) -> None:
-        """Raise a ValueError for a state that was made for another plan."""
-        check_state(state, self.plan, num_patterns_of(self.patterns), self.importance_steps)
+    def checked(self, grads: Tree, state: Any, params: Tree) -> ClickTrainState:
+        """The state; a ValueError where it, the gradients or the parameters are not those of the plan."""
+        self.plan.check_tree(params)
+        self.plan.check_tree(grads, "grads")
+        return check_state(state, self.plan, num_patterns_of(self.patterns), self.importance_steps)
 
     def init(self, params: Tree) -> ClickTrainState:
         self.plan.check_tree(params)
@@ -272,9 +268,8 @@ def phase_updates(
 
     def checked(update: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(update)
-        def call(grads: Tree, state: ClickTrainState, *rest: Any, **extra: Any) -> tuple[Tree, ClickTrainState]:
-            pieces.check(state)
-            return update(grads, state, *rest, **extra)
+        def call(grads: Tree, state: Any, params: Tree, *rest: Any, **extra: Any) -> tuple[Tree, ClickTrainState]:
+            return update(grads, pieces.checked(grads, state, params), params, *rest, **extra)
 
         return call
 
@@ -344,7 +339,7 @@ def clicktrain(
     def whole_update(
         grads: Tree, state: ClickTrainState, params: Tree, extra: dict[str, Any]
     ) -> tuple[Tree, ClickTrainState]:
-        pieces.check(state)
+        state = pieces.checked(grads, state, params)
         due = schedule.due(state.count, state.selected, state.pruned, state.gathered)
         # What jit returned may be sharded in any way, and the branches must agree.
         masks, scores = jax.tree.map(replicated, (state.masks, state.scores))
@@ -358,7 +353,7 @@ def clicktrain(
         if state.scores:
             ways.append(look(pieces.gather))
         # The only conditional, around the only costly thing.
-        seen = _branch(jnp.int32(due.selects) + 2 * jnp.int32(due.gathers), ways)
+        seen = branch(jnp.int32(due.selects) + 2 * jnp.int32(due.gathers), ways)
         pruned = jnp.where(due.prunes, state.count, state.pruned)
         return pieces.move(
             grads,
@@ -370,20 +365,8 @@ def clicktrain(
             held=due.prunes | due.pruned,
         )
 
-    # Hyperparameters that are arrays are new ones in every update: a compiled update would serve one.
-    fixed = not any(isinstance(value, jax.Array) for value in (coeff, select_step, prune_step))
-    whole_update = compiled(whole_update) if fixed else whole_update
-
-    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+    def check(grads: Tree, params: Tree | None, extra: dict[str, Any]) -> None:
         if params is None:
             raise ValueError("clicktrain needs the parameters: call update(grads, state, params)")
-        return whole_update(updates, state, params, extra)
 
-    return optax.GradientTransformationExtraArgs(pieces.init, update)
-
-
-def _branch(index: jax.Array, ways: list[Callable[[], Any]]) -> Any:
-    """`jax.lax.switch`; by Python where the index is there, which compiles nothing."""
-    if isinstance(index, jax.core.Tracer):
-        return jax.lax.switch(index, ways)
-    return ways[int(index)]()
+    return transformation(pieces.init, whole_update, check)

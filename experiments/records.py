@@ -6,6 +6,7 @@
     metrics.jsonl   a line an epoch
     summary.json    final and best accuracy, compression, seconds; written at the end
     checkpoints/    see `experiments.train.checkpoints`
+    within/         the last one within an epoch, where a run makes such
 
 What is kept of runs, below experiments/results, is a line each in a runs.jsonl: `keep` and `kept`.
 """
@@ -40,6 +41,7 @@ _FREE_FIELDS = (
     "loop.tensorboard",
     "loop.keep_checkpoints",
     "loop.checkpoint_every_epochs",
+    "loop.checkpoint_every_steps",
     "loop.input_threads",
     "data.dir",
     "data.cache_dir",
@@ -171,6 +173,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Where the checkpoints lie."""
         return self.path / "checkpoints"
+
+    @property
+    def within(self) -> Path:
+        """Where those within epochs lie."""
+        return self.path / "within"
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, else None."""

@@ -122,7 +122,7 @@ MUTANTS = [Mutant(*each) for each in (
      "test_checkpoints::test_flax_serialization"),
     ("status", "sorted(Masks.of(state.masks).layers)", "reversed(sorted(Masks.of(state.masks).layers))",
      "test_facts::test_a_layer_that_says_nothing_is_judged_by_magnitude"),
-    ("compiled.call", "if isinstance(item[1], _CONSTANTS)", "if False",
+    ("transformation.call", "if isinstance(item[1], _CONSTANTS)", "if False",
      "test_eager::test_arguments_for_the_inner_optimizer[a switch]"),
     # Importance and the lasso.
     ("group_taylor.score", "group / jnp.where(whole > 0, whole, 1.0)", "group",

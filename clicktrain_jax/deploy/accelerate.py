@@ -397,5 +397,5 @@ def _concrete(name: str, leaf: Any) -> np.ndarray:
         raise ValueError(f"masks: {name!r} is traced; the structure is made from values: call accelerate outside jit")
     mask = np.asarray(leaf)
     if mask.dtype != bool:
-        raise ValueError(f"masks: {name!r} is {mask.dtype} {mask.shape}, expected bool")
+        raise ValueError(f"masks: {name!r} is {mask.dtype} {mask.shape}, expected bool, as of masks_of(opt_state)")
     return mask

@@ -8,6 +8,7 @@ import numpy as np
 
 from clicktrain_jax.deploy import storage
 from clicktrain_jax.deploy.arguments import check_function
+from clicktrain_jax.deploy.fold import sizes_of
 from clicktrain_jax.deploy.load import inference_net, located, masks_by_leaf, zoo
 from clicktrain_jax.deploy.portable import STABLEHLO, to_stablehlo
 from clicktrain_jax.deploy.pruned import by_name, check_is_inference, check_zeros, zeroed
@@ -79,7 +80,7 @@ def export(
     facts = {
         **(facts or {}),
         "net": None if net is None else dict(net),
-        "image_shape": [int(size) for size in image_shape],
+        "image_shape": list(sizes_of(image_shape)),
         "normalise": None
         if normalise is None
         else {key: np.ravel(np.asarray(normalise[key], float)).tolist() for key in normalise},

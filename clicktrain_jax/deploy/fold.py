@@ -166,6 +166,15 @@ class Folded:
         return self.steps(images.shape[0]).run(arrays, images, convolve or plain)
 
 
+def sizes_of(image_shape: Any) -> tuple[int, int, int]:
+    """Height, width and channels; a ValueError for anything else."""
+    sizes = tuple(image_shape) if np.iterable(image_shape) else ()
+    if len(sizes) != 3 or not all(hasattr(size, "__index__") and size > 0 for size in sizes):
+        raise ValueError(f"image_shape={image_shape!r}: expected (height, width, channels)")
+    height, width, channels = map(int, sizes)
+    return height, width, channels
+
+
 def fold(
     apply_fn: Callable[[Any, Any], Any], variables: Any, image_shape: Sequence[int], dtype: Any = jnp.float32
 ) -> Folded:
@@ -185,9 +194,7 @@ def fold(
     Raises:
         ValueError: the function does not return one array, or changes with what it returned before.
     """
-    if len(image_shape) != 3:
-        raise ValueError(f"image_shape={image_shape!r}: expected (height, width, channels)")
-    height, width, channels = map(int, image_shape)
+    height, width, channels = sizes_of(image_shape)
     shape = height, width, channels
     names = [name for name, leaf in named_leaves(variables) if leaf is not None]
     abstract = _abstract(variables)

@@ -14,6 +14,7 @@ projections and duals are renewed from them first, and the same update's gradien
 """
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clicktrain_jax.eager import compiled
+from clicktrain_jax.eager import branch, optimizer, transformation
 from clicktrain_jax.methods.states import check_axes, check_integer, check_update, find_state, planned
 from clicktrain_jax.patterns import Generated
 from clicktrain_jax.plan import Plan
@@ -164,7 +165,7 @@ def admm(
             "net first (clicktrain_jax.patterns)"
         )
     patterns = check_patterns(plan, patterns)
-    inner = optax.with_extra_args_support(inner)
+    inner = optimizer(inner)
 
     def init(params: Tree) -> AdmmState:
         plan.check_tree(params)
@@ -191,13 +192,14 @@ def admm(
         return *step(project_patterns, state.pattern_dual), *step(project_kernels, state.kernel_dual)
 
     def whole_update(grads: Tree, state: AdmmState, params: Tree, extra: dict[str, Any]) -> tuple[Tree, AdmmState]:
+        plan.check_tree(params)
         weights = _wide(planned(params, plan))
         since = state.count - begin_step
         active = since >= 0
         if end_step is not None:
             active &= state.count < end_step
         variables = tuple(state[1:5])
-        z, u, y, v = jax.lax.cond(active & (since % every == 0), lambda: renew(state, weights), lambda: variables)
+        z, u, y, v = branch(active & (since % every == 0), [lambda: variables, lambda: renew(state, weights)])
 
         def pulled() -> Tree:
             weight_of_terms = rho_at(since)
@@ -214,17 +216,11 @@ def admm(
 
             return map_named(add, grads)
 
-        grads = jax.lax.cond(active, pulled, lambda: grads)
+        grads = branch(active, [lambda: grads, pulled])
         updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
         return updates, AdmmState(jnp.asarray(optax.safe_increment(state.count)), z, u, y, v, inner_state)
 
-    whole_update = compiled(whole_update)
-
-    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
-        check_update("admm", plan, updates, params)
-        return whole_update(updates, state, params, extra)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, whole_update, functools.partial(check_update, "admm", plan))
 
 
 def admm_residual(state: Any, params: Tree) -> dict[str, float]:

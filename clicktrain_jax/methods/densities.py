@@ -4,7 +4,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Literal
 
-from clicktrain_jax.plan import Plan
+from clicktrain_jax.plan import Plan, check_plan
 from clicktrain_jax.plan.layer_plan import LayerPlan
 
 _DISTRIBUTIONS = ("uniform", "erk")
@@ -96,6 +96,7 @@ def by_plan(plan: Plan, layer_densities: Mapping[str, float] | None) -> Mapping[
     Raises:
         ValueError: none are given and the plan has a target in place of fractions.
     """
+    check_plan(plan)
     if layer_densities is not None:
         return layer_densities
     found = {}

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clicktrain_jax.eager import compiled
+from clicktrain_jax.eager import optimizer, transformation
 from clicktrain_jax.masks import Masks, build_masks
 from clicktrain_jax.methods.sparse import one_shot
 from clicktrain_jax.methods.states import MaskDict, check_integer, check_update, first_state, masks_tree, planned
-from clicktrain_jax.plan import Plan
+from clicktrain_jax.plan import Plan, check_plan
 from clicktrain_jax.plan.layer_plan import LayerPlan
 from clicktrain_jax.states import ClickTrainState, check_state
 from clicktrain_jax.trees import Tree, map_named, placed_like, replicated, spread_like
@@ -162,7 +162,7 @@ def sr_ste(
     """
     _check(n, m)
     _check_channels(plan, m)
-    inner = optax.with_extra_args_support(inner)
+    inner = optimizer(inner)
 
     def init(params: Tree) -> ClickTrainState:
         plan.check_tree(params)
@@ -172,7 +172,8 @@ def sr_ste(
     def whole_update(
         grads: Tree, state: ClickTrainState, params: Tree, extra: dict[str, Any]
     ) -> tuple[Tree, ClickTrainState]:
-        check_state(state, plan, 0, 1)
+        plan.check_tree(params)
+        state = check_state(state, plan, 0, 1)
         updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
         after: Any = optax.apply_updates(planned(params, plan), planned(updates, plan))
         return updates, state._replace(
@@ -182,13 +183,7 @@ def sr_ste(
             inner_state=inner_state,
         )
 
-    whole_update = compiled(whole_update)
-
-    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
-        check_update("sr_ste", plan, updates, params)
-        return whole_update(updates, state, params, extra)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, whole_update, functools.partial(check_update, "sr_ste", plan))
 
 
 def straight_through(params: Tree, plan: Plan, n: int = 2, m: int = 4, decay: float = 2e-4) -> Tree:
@@ -264,6 +259,7 @@ def _check_layers(params: Tree, plan: Plan, n: int, m: int) -> None:
 
 
 def _check_channels(plan: Plan, m: int) -> None:
+    check_plan(plan)
     for layer in plan.layers:
         channels = layer.leaf_shape[_cin(layer)]
         if channels % m:

@@ -30,7 +30,7 @@ import optax
 
 from clicktrain_jax.channels import ChannelNode
 from clicktrain_jax.channels.narrowing import channels_of, check_leaves, is_written_by_convolutions, leaf_shapes
-from clicktrain_jax.eager import compiled
+from clicktrain_jax.eager import branch, optimizer, transformation
 from clicktrain_jax.methods.sparse import all_kept, sparse_training
 from clicktrain_jax.methods.states import MaskDict, check_integer
 from clicktrain_jax.plan import Plan
@@ -213,7 +213,7 @@ def prunetrain(
         return _under_masks(lasso, nodes, prefix, every, threshold)
     if not 0 < ratio < 1:
         raise ValueError(f"ratio={ratio!r}: expected the lasso's share of the first loss, between 0 and 1")
-    inner = optax.with_extra_args_support(inner)
+    inner = optimizer(inner)
 
     def init(params: Tree) -> PruneTrainState:
         count, coeff = spread_like((jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)), params)
@@ -227,26 +227,22 @@ def prunetrain(
             return ratio * value / ((1 - ratio) * channel_lasso(params, nodes, prefix=prefix))
 
         # Not by the count: a run may start from another one's state, whose updates had no lasso.
-        coeff = jax.lax.cond(state.coeff == 0, calibrate, lambda: state.coeff)
+        coeff = branch(state.coeff == 0, [lambda: state.coeff, calibrate])
         grads = add_channel_lasso(grads, params, nodes, coeff, prefix=prefix)
         updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
         return updates, PruneTrainState(jnp.asarray(optax.safe_increment(state.count)), coeff, inner_state)
 
-    whole_update = compiled(whole_update)
-
-    def update(
-        updates: Tree, state: Any, params: Tree | None = None, *, value: Any = None, **extra: Any
-    ) -> tuple[Tree, Any]:
+    def check(grads: Tree, params: Tree | None, extra: dict[str, Any]) -> None:
         if params is None:
             raise ValueError("prunetrain needs the parameters: call update(grads, state, params, value=loss)")
+        value = extra.get("value")
         if value is None or jnp.ndim(value):
             raise ValueError(
                 f"value={value!r}: prunetrain sets its coefficient from the loss of the first batch, a scalar; call "
                 "update(grads, state, params, value=loss)"
             )
-        return whole_update(updates, state, params, {"value": value, **extra})
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, whole_update, check)
 
 
 def _under_masks(

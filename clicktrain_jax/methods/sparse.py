@@ -4,6 +4,7 @@ Masks are bool arrays by leaf name in the leaves' own shapes, True where a weigh
 as its density asks for. The state holds them as every other state does, and `clicktrain_jax.masks_of` reads them.
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clicktrain_jax.eager import compiled
+from clicktrain_jax.eager import branch, optimizer, transformation
 from clicktrain_jax.enforcing import enforce
 from clicktrain_jax.masks import Masks, apply_masks, build_masks
 from clicktrain_jax.methods.densities import by_plan, counts_of, size_of
@@ -105,7 +106,7 @@ def sparse_training(
         A transformation whose state is a `clicktrain_jax.ClickTrainState`: ``selected`` is the update of the last
         renewal, ``pruned`` the first update after which masked weights are zero.
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = optimizer(inner)
 
     def init(params: Tree) -> ClickTrainState:
         plan.check_tree(params)
@@ -114,7 +115,8 @@ def sparse_training(
     def whole_update(
         grads: Tree, state: ClickTrainState, params: Tree, extra: dict[str, Any]
     ) -> tuple[Tree, ClickTrainState]:
-        check_state(state, plan, 0, 1)
+        plan.check_tree(params)
+        state = check_state(state, plan, 0, 1)
         # What jit returned may be sharded in any way, and the branches must agree.
         held = Masks.of(state.masks).layers
         old = {layer: replicated(mask.combined()) for layer, mask in held.items()}
@@ -128,7 +130,7 @@ def sparse_training(
                 after = optax.apply_updates(planned(params, plan), planned(updates, plan))
                 return renew(state.count, old, *jax.tree.map(replicated, (after, planned(grads, plan))))
 
-            new = jax.lax.cond(due, changed, lambda: old)
+            new = branch(due, [lambda: old, changed])
             selected = jnp.where(due, state.count, selected)
         both = {layer: old[layer] & new[layer] for layer in old}
         updates, inner_state = enforce(updates, inner_state, params, _masks(params, both))
@@ -140,13 +142,7 @@ def sparse_training(
             inner_state=inner_state,
         )
 
-    whole_update = compiled(whole_update)
-
-    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
-        check_update(name, plan, updates, params)
-        return whole_update(updates, state, params, extra)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, whole_update, functools.partial(check_update, name, plan))
 
 
 def one_shot(

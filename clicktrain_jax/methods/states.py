@@ -11,7 +11,7 @@ import optax
 
 from clicktrain_jax.importance import NO_SCORE
 from clicktrain_jax.masks import LayerMask
-from clicktrain_jax.plan import Plan
+from clicktrain_jax.plan import Plan, check_plan
 from clicktrain_jax.states import ClickTrainState, fill_masks
 from clicktrain_jax.trees import Tree, named_leaves, spread_like
 
@@ -74,7 +74,7 @@ def find_state(opt_state: Any, kind: type, what: str) -> Any:
     return kind(**found[0]) if isinstance(found[0], dict) else found[0]
 
 
-def check_update(name: str, plan: Plan, grads: Tree, params: Tree | None) -> None:
+def check_update(name: str, plan: Plan, grads: Tree, params: Tree | None, extra: dict[str, Any]) -> None:
     """Raise a ValueError when an update lacks the parameters, or a planned layer its gradient."""
     if params is None:
         raise ValueError(f"{name} needs the parameters: call update(grads, state, params)")
@@ -86,6 +86,7 @@ def check_update(name: str, plan: Plan, grads: Tree, params: Tree | None) -> Non
 
 def check_axes(name: str, plan: Plan) -> None:
     """Raise a ValueError for a plan of kernels that are not (kh, kw, cin, cout)."""
+    check_plan(plan)
     if plan.axes != "HWIO":
         raise ValueError(
             f"{name} takes kernels (kh, kw, cin, cout); the plan's are {plan.axes}: transpose them, "

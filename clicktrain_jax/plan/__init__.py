@@ -6,7 +6,7 @@ steps of a run. Each module imports those named before it.
 """
 
 from clicktrain_jax.plan.layer_plan import LayerPlan
-from clicktrain_jax.plan.plan import Plan, make_plan
+from clicktrain_jax.plan.plan import Plan, check_plan, make_plan
 from clicktrain_jax.plan.shares import schedule
 
-__all__ = ["LayerPlan", "Plan", "make_plan", "schedule"]
+__all__ = ["LayerPlan", "Plan", "check_plan", "make_plan", "schedule"]

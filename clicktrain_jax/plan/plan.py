@@ -76,6 +76,14 @@ class Plan:
     __repr__ = __str__
 
 
+def check_plan(plan: Any) -> None:
+    """Raise a ValueError for what is no `Plan`."""
+    if not isinstance(plan, Plan):
+        raise ValueError(
+            f"plan is a {type(plan).__name__}: expected what clicktrain_jax.make_plan(params, rules) returns"
+        )
+
+
 def make_plan(
     params: Tree,
     rules: Mapping[str, Fraction] | None = None,

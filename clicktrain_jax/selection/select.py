@@ -17,7 +17,7 @@ from clicktrain_jax.importance import rescaled
 from clicktrain_jax.masks import LayerMask, Masks, build_masks
 from clicktrain_jax.patterns import Generated, check_set
 from clicktrain_jax.patterns.kernels import ordered_sum
-from clicktrain_jax.plan import Plan
+from clicktrain_jax.plan import Plan, check_plan
 from clicktrain_jax.plan.layer_plan import LayerPlan
 from clicktrain_jax.plan.targets import in_seconds, resolve
 from clicktrain_jax.selection.kernel_choice import keep, protect, rows_of
@@ -96,6 +96,7 @@ def check_patterns(plan: Plan, patterns: Any) -> Any:
         ValueError: another kernel size than a planned layer's; with a target, patterns of other than ``entries``
             taps; with quads, patterns of which no four fit beside each other.
     """
+    check_plan(plan)
     with_patterns = [layer for layer in plan.layers if layer.chooses_patterns]
     quads = any(layer.quads for layer in with_patterns)
     if isinstance(patterns, Generated):

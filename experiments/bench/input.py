@@ -6,8 +6,10 @@ Photographs of ImageNet's size are made, and read from a folder and from a TFDS 
 ceilings have the same files in memory and as many threads: one decodes them and does nothing else, one crops them too.
 """
 
+import contextlib
 import functools
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,8 +28,11 @@ from experiments.data.streaming import default_threads
 from experiments.data.writing import write_tfds
 from experiments.records import setting, write_json
 from experiments.report.benchmarks import tables_of
+from pallas_kernels import native
 
 DECODE, CROP, FILES, RECORDS = "decode only", "decode and crop", "image files", "array_record"
+# Beside them: the crop without the native library.
+PILLOW = "pillow alone"
 GOAL = 0.8
 ROUNDS = 7
 # A consumer that takes this much longer a batch than the pipeline is never to wait.
@@ -61,7 +66,8 @@ def measure(
     Returns:
         The record: beside what was asked, ``results``: ``{"name", "images_per_s", "p20", "p80", "ratio", "of_crop"}``,
         the ratios to decoding alone, and with the crop, being medians of the rounds'; ``waiting``, the share of its
-        time that a slower consumer waits; ``memory_mb``, this process's resident memory after each quarter of a long
+        time that a slower consumer waits; ``pillow``, as one of the results, decoding and cropping without the native
+        library; ``memory_mb``, this process's resident memory after each quarter of a long
         pass.
     """
     threads = threads or default_threads()
@@ -92,14 +98,19 @@ def measure(
             for batch in passes(sets[name]):
                 jax.block_until_ready(batch)
 
+        def by_pillow() -> None:
+            with _without_native():
+                alone(crop)
+
         images = len(order) // batch_size * batch_size
         ways: dict[str, Callable[[], None]] = {
             DECODE: lambda: alone(decode_image),
             CROP: lambda: alone(crop),
+            PILLOW: by_pillow,
             FILES: lambda: stream(FILES),
             RECORDS: lambda: stream(RECORDS),
         }
-        counts = {DECODE: len(order), CROP: len(order), FILES: images, RECORDS: images}
+        counts = {DECODE: len(order), CROP: len(order), PILLOW: len(order), FILES: images, RECORDS: images}
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(rounds + 1):
             for name in list(ways)[number % len(ways) :] + list(ways)[: number % len(ways)]:
@@ -121,6 +132,7 @@ def measure(
         }
         for name, found in rates.items()
     ]
+    pillow = results.pop(list(rates).index(PILLOW))
     return {
         "what": "input",
         "command": "python -m experiments bench input",
@@ -132,9 +144,21 @@ def measure(
         "rounds": rounds,
         "goal": GOAL,
         "results": results,
+        "pillow": pillow,
         "waiting": waiting,
         "memory_mb": memory,
     }
+
+
+@contextlib.contextmanager
+def _without_native() -> Iterator[None]:
+    before = os.environ.get(native.ENVIRONMENT)
+    os.environ[native.ENVIRONMENT] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[native.ENVIRONMENT]
+        os.environ |= {} if before is None else {native.ENVIRONMENT: before}
 
 
 def _put(batch: tuple[np.ndarray, np.ndarray], size: int) -> Any:

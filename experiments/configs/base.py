@@ -31,6 +31,8 @@ class LoopConfig:
             masks promise no gain, such as those of the paper's form on a CPU, stays dense.
         checkpoint_every_epochs: save after every so many epochs, and after the last; a resumed run repeats the
             epochs since.
+        checkpoint_every_steps: save within an epoch too, after every so many updates of it; None for not. A resumed run
+            goes on from there; the place is kept in no more than one such checkpoint, and gone once the epoch is saved.
         keep_checkpoints: how many of the newest epochs' checkpoints stay on disk.
         eval_every_epochs: evaluate after every so many epochs, and after the last.
         input_threads: threads that read and decode a streamed set; None for one a core, 16 at most.
@@ -38,6 +40,9 @@ class LoopConfig:
         ordered: what the ``shards`` of a batch say is summed in their order, whatever the number of devices that
             divides the shards; each device is sent as many gradients as there are shards. Equal bits want a compiler
             that fuses alike, too (JAX_DISABLE_MOST_OPTIMIZATIONS=1).
+        compact_gradients: from the prune on the devices send each other the gradients of retained weights alone, in one
+            reduction, for the same result. It wants ``shards``: statistics of a whole batch are summed, and gradients
+            with them, where the compiler likes.
         coordinator: HOST:PORT of the first of several processes that are one run, each with the same command but for
             process_id; "auto": Slurm, Open MPI or Kubernetes tell all three. None for one process.
         processes: how many there are.
@@ -50,11 +55,13 @@ class LoopConfig:
     convolution: Literal["auto", "xla", "direct", "patches"] = "auto"
     pruned_convolution: Literal["auto", "dense", "pattern", "pattern_hwnc"] = "auto"
     checkpoint_every_epochs: int = 1
+    checkpoint_every_steps: int | None = None
     keep_checkpoints: int = 2
     eval_every_epochs: int = 1
     input_threads: int | None = None
     devices: int | None = None
     ordered: bool = False
+    compact_gradients: bool = False
     coordinator: str | None = None
     processes: int | None = None
     process_id: int | None = None
@@ -67,6 +74,11 @@ class LoopConfig:
                 raise ValueError(f"loop.{field}={getattr(self, field)}: expected at least 1")
         if self.input_threads is not None and self.input_threads < 1:
             raise ValueError(f"loop.input_threads={self.input_threads}: expected at least 1, or None for one a core")
+        if self.checkpoint_every_steps is not None and self.checkpoint_every_steps < 1:
+            raise ValueError(
+                f"loop.checkpoint_every_steps={self.checkpoint_every_steps}: expected at least 1, or None for none "
+                "within epochs"
+            )
         if self.devices is not None and self.devices < 1:
             raise ValueError(f"loop.devices={self.devices}: expected at least 1, or none for all that jax sees")
         told = self.coordinator, self.processes, self.process_id
@@ -168,6 +180,12 @@ class TrainConfig:
             raise ValueError("partial_batch='partial' with accumulate or shards: the last batch would have other parts")
         if self.loop.ordered and self.shards == 1:
             raise ValueError("loop.ordered with shards=1: one sum has no order; set shards, to 8 say")
+        if self.loop.compact_gradients and (self.shards == 1 or self.loop.ordered or self.prune is None):
+            raise ValueError(
+                f"loop.compact_gradients with shards={self.shards}, loop.ordered={self.loop.ordered} and method="
+                f"{self.method and self.method.kind!r}: expected shards (one for each device, say), no order, and "
+                "ClickTrain, whose prune takes gradients away"
+            )
         if self.warmup_epochs is not None and not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs}: expected 0 to {self.epochs - 1}, or None")
         for field in ("learning_rate", "width"):

@@ -144,7 +144,7 @@ class TfdsImages:
     """
 
     def __init__(self, builder: object, split: str, folder: Path) -> None:
-        self._source = tfds_source.data_source(builder, split)
+        self._source, self._features = tfds_source.feature_source(builder, split)
         self._name = f"{split} of {folder}"
 
     def __len__(self) -> int:
@@ -152,13 +152,14 @@ class TfdsImages:
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
         """The image file and its label."""
-        record = self._source[index]
-        return record["image"], int(record["label"])
+        features = self._features(index)
+        return features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
 
     def name_of(self, index: int) -> str:
         """The record's number, and its name or id where it has one."""
-        record = self._source[index]
-        told = next((f" ({record[key].decode()})" for key in ("file_name", "id") if key in record), "")
+        features = self._features(index)
+        named = (features[key].bytes_list.value[0].decode() for key in ("file_name", "id") if key in features)
+        told = next((f" ({name})" for name in named), "")
         return f"record {index} of {self._name}{told}"
 
 

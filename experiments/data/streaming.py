@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
@@ -22,8 +23,9 @@ from experiments.data.encoded import EncodedImages
 
 # Batches that are ready before they are asked for; on the device, where `put` brings them there.
 READY_BATCHES = 2
-# Images that a thread may be ahead of the batch that is being put together.
-_AHEAD = 16
+# Images that a thread may be ahead of the batch that is being put together, and those that it makes in one go, so that
+# fewer things pass between threads.
+_AHEAD, _TOGETHER = 16, 8
 
 Batch = tuple[np.ndarray, np.ndarray]
 
@@ -212,10 +214,12 @@ def _stream(
     """Batches of one size."""
     with extras.brings("experiments"):
         import grain
-    places = np.concatenate([np.asarray(part) for part in parts])
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD * threads)
-    images = grain.MapDataset.source(places).map(load).to_iter_dataset(options)
-    batches = images.batch(len(parts[0]), batch_fn=_stacked).map(put)
+    size = len(parts[0])
+    together = math.gcd(size, _TOGETHER)
+    places = np.concatenate([np.asarray(part) for part in parts]).reshape(-1, together)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=-(-_AHEAD * threads // together))
+    images = grain.MapDataset.source(places).map(lambda some: [load(place) for place in some.tolist()])
+    batches = images.to_iter_dataset(options).batch(size // together, batch_fn=_stacked).map(put)
     ready = iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=READY_BATCHES))
     try:
         yield from ready
@@ -223,6 +227,6 @@ def _stream(
         ready.close()
 
 
-def _stacked(images: Sequence[Batch]) -> Batch:
-    pixels, labels = zip(*images)
+def _stacked(images: Sequence[list[Batch]]) -> Batch:
+    pixels, labels = zip(*itertools.chain(*images))
     return np.stack(pixels), np.asarray(labels, np.int32)

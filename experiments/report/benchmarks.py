@@ -111,10 +111,17 @@ def input_table(record: dict[str, Any]) -> str:
     """A record of `experiments.bench.input`: the input pipeline beside decoding alone."""
     photos, memory = record["photos"], record["memory_mb"]
     width, height = photos["size"]
+    pillow = ""
+    if "pillow" in record:
+        one = record["pillow"]
+        pillow = (
+            " by the native library (with Pillow's resize "
+            f"{one['images_per_s']:,.0f} images/s, {one['ratio']:.2f} of decoding alone)"
+        )
     explained = (
         f"{photos['count']} made-up photographs of {width}x{height} pixels and {photos['bytes'] / 1e3:.0f} kB, as "
         f"ImageNet's are, in the page cache; {record['threads']} threads. Decoding alone: Pillow, from memory into "
-        f"arrays that are thrown away; the crop, at random to {record['image_size']} pixels a side, is Pillow's too. "
+        f"arrays that are thrown away; the crop is at random, to {record['image_size']} pixels a side{pillow}. "
         f"The pipeline reads, decodes, crops and puts batches of {record['batch_size']} on the device. Whole passes in "
         f"turns, {record['rounds']} of each; medians. A consumer that takes a quarter longer a batch than the "
         f"pipeline waits for {100 * record['waiting']:.1f}% of its time. Resident memory after each quarter of a pass "

@@ -1,4 +1,4 @@
-"""Checkpoints at epoch ends: orbax files, with a digest of their content beside them.
+"""Checkpoints: orbax files, with a digest of their content beside them.
 
 A checkpoint that cannot be read, or whose content is not what was written, is set aside and the one before
 it is used; the caller is told.
@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 
 
 class Checkpoints:
-    """The checkpoints of one run; a checkpoint's number is the count of epochs done.
+    """The checkpoints of one run at epoch ends; a checkpoint's number is the count of epochs done.
 
     Args:
         path: their folder, made when missing unless ``read_only``.
@@ -41,14 +41,26 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self.path, options=options)
 
-    def save(self, epochs_done: int, tree: Any) -> None:
-        """Write one; it is complete on disk, or not there, whenever the process dies."""
+    def save(self, epochs_done: int, tree: Any, facts: dict[str, Any] | None = None) -> None:
+        """Write one, and plain data beside it; it is complete on disk, or not there, whenever the process dies."""
         # Of several processes only this one writes: an array of all would be waited for.
         tree = jax.device_get(tree) if jax.process_count() > 1 else tree
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_named_arrays(tree)), digest=ocp.args.JsonSave({"sha256": digest(tree)})
-        )
+        told = {"sha256": digest(tree)} | ({} if facts is None else {"facts": facts})
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_named_arrays(tree)), digest=ocp.args.JsonSave(told))
         self._manager.save(epochs_done, args=args)
+
+    def numbers(self) -> list[int]:
+        """Of all that are there."""
+        return sorted(self._manager.all_steps())
+
+    def facts(self, number: int) -> dict[str, Any]:
+        """What was saved beside one."""
+        return self._manager.restore(number, args=ocp.args.Composite(digest=ocp.args.JsonRestore())).digest["facts"]
+
+    def clear(self) -> None:
+        """Take all of them away."""
+        for number in self.numbers():
+            self._manager.delete(number)
 
     def restore_newest(self, template: Any) -> tuple[int, Any] | None:
         """``(epochs done, tree)`` of the newest good checkpoint; None when there are no checkpoints.
@@ -65,7 +77,7 @@ class Checkpoints:
                 "NUMBER.broken".
         """
         broken: dict[int, str] = {}
-        for number in sorted(self._manager.all_steps(), reverse=True):
+        for number in reversed(self.numbers()):
             try:
                 tree = self._restore(number, template(number) if callable(template) else template)
             except Exception as error:  # whatever a damaged file makes orbax raise

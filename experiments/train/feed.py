@@ -37,9 +37,10 @@ class Feed:
         order: (N,) which images, one after the other.
         epoch: from 0.
         seed: of the run.
+        done: updates of the epoch that were done before.
     """
 
-    def __init__(self, trainer: Any, order: np.ndarray, epoch: int, seed: int) -> None:
+    def __init__(self, trainer: Any, order: np.ndarray, epoch: int, seed: int, done: int = 0) -> None:
         parts = trainer.by_batch_size(0, trainer.steps_per_epoch)
         sizes = [batch for first, end, batch in parts for _ in range(first, end)]
         devices = trainer.devices
@@ -48,6 +49,7 @@ class Feed:
             sizes,
             seed=seed,
             epoch=epoch,
+            done=done,
             # Processes lie in the mesh's order, each with its devices side by side.
             share=Share(jax.process_index(), jax.process_count(), devices.count),
             threads=trainer.config.loop.input_threads,

@@ -47,6 +47,8 @@ def lengthen(folder: RunFolder, config: TrainConfig) -> bool:
     for name in _KEPT:
         if (folder.path / name).exists():
             shutil.copyfile(folder.path / name, kept / name)
+    # Of an epoch of the shorter run's schedules; what it did of it is done again.
+    shutil.rmtree(folder.within, ignore_errors=True)
     # In this order a kill leaves a run that is unfinished at most, and can be lengthened again.
     (folder.path / "summary.json").unlink(missing_ok=True)
     setting = folder.path / "setting.json"

@@ -28,6 +28,7 @@ from experiments.train.progress import Hook, ask, telling
 from experiments.train.signals import Interrupted, heeded
 from experiments.train.state import NonFinite, TrainState
 from experiments.train.step import Trainer
+from experiments.train.within import Begun, Within
 
 __all__ = ["Interrupted", "NonFiniteLoss", "summarise", "template", "train"]
 
@@ -48,8 +49,8 @@ def train(
 
     Args:
         config: the run.
-        workdir: its folder. One of the same config is resumed from its last saved epoch; a finished one is
-            returned as it is.
+        workdir: its folder. One of the same config is resumed from its last saved epoch, or from where the epoch after
+            it was saved within; a finished one is returned as it is.
         dataset: what `experiments.data.load` returns for the config; loaded when None.
         trainer: compiled programs to share between seeds, of the same config but for the seed; made when None.
         on_epoch: called after every epoch with its line of metrics.jsonl (``epoch`` from 0, ``phases``, ``train_loss``,
@@ -91,7 +92,7 @@ def train(
     state = trainer.init(config.seed)
     compiled_for_init = trainer.compile_seconds - compiled_before
     with contextlib.ExitStack() as stack:
-        checkpoints, told = None, config
+        checkpoints, within, told = None, None, config
         if not processes.is_first():
             # The first one's records are the run's.
             folder = RunFolder(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run")
@@ -100,10 +101,13 @@ def train(
         if processes.is_first():
             checkpoints = Checkpoints(folder.checkpoints, config.loop.keep_checkpoints)
             stack.callback(checkpoints.close)
-        saved, state = _newest(checkpoints, trainer, folder, state)
+            if config.loop.checkpoint_every_steps is not None or folder.within.exists():
+                within = Within(folder.within)
+                stack.callback(within.close)
+        saved, state, begun = _newest(checkpoints, within, trainer, folder, state)
         lines = processes.from_first(lambda: folder.keep_epochs(saved))
         # A resumed run goes on in the way that it began, whatever would be measured now.
-        before = _pruned_convolution(lines)
+        before = _pruned_convolution(lines if begun is None else [*lines, begun.facts["line"]])
         # Other devices may not be able to.
         way = None if before is None else before["way"]
         trainer.pruned.begin(way if trainer.devices.mesh is None or way in trainer.pruned.ways else None)
@@ -119,7 +123,8 @@ def train(
         for epoch in range(saved, config.total_epochs):
             progress.begin(epoch)
             try:
-                state, line = _epoch(trainer, state, epoch, config, on_step)
+                state, line = _epoch(trainer, state, epoch, config, on_step, begun, within)
+                begun = None
             except jax.errors.JaxRuntimeError as error:
                 processes.explain(error, saved)
                 raise
@@ -139,6 +144,8 @@ def train(
             if asked or stop.signal_number is not None or _due(epoch, config.loop.checkpoint_every_epochs, config):
                 if checkpoints is not None:
                     checkpoints.save(epoch + 1, state)
+                if within is not None:
+                    within.clear()
                 saved = epoch + 1
             if isinstance(asked, Exception):
                 raise asked
@@ -168,21 +175,39 @@ def _trainer(config: TrainConfig, dataset: Dataset | StreamedDataset) -> Trainer
 
 
 def _newest(
-    checkpoints: Checkpoints | None, trainer: Trainer, folder: RunFolder, fresh: TrainState
-) -> tuple[int, TrainState]:
-    """``(epochs done, state)`` of the newest checkpoint that the first process has, or none and the fresh state."""
-    restored = None
+    checkpoints: Checkpoints | None, within: Within | None, trainer: Trainer, folder: RunFolder, fresh: TrainState
+) -> tuple[int, TrainState, Begun | None]:
+    """``(epochs done, state, what is done of the next one)`` of the newest checkpoint that the first process has.
 
-    def read() -> int:
-        nonlocal restored
-        restored = checkpoints.restore_newest(template(trainer, folder, fresh))
-        return 0 if restored is None else restored[0]
+    None done, the fresh state and None where it has none.
+    """
+    per_epoch, made = trainer.steps_per_epoch, template(trainer, folder, fresh)
+    metrics = trainer.devices.whole(jnp.zeros((per_epoch, 2), jnp.float32))
+    tree = fresh, metrics
 
-    saved = processes.from_first(read)
-    state = fresh if restored is None else restored[1]
-    if saved and jax.process_count() > 1:
-        state = trainer.devices.whole(processes.bytes_from_first(state))
-    return saved, state
+    def shaped(facts: dict[str, Any]) -> tuple[TrainState, jax.Array]:
+        line = facts["line"]
+        if "channels" in line:
+            return trainer.devices.whole(trainer.channels.template(fresh, line["channels"])), metrics
+        return made(line["epoch"]) if callable(made) else made, metrics
+
+    def read() -> tuple[int, dict[str, Any] | None]:
+        nonlocal tree
+        updates = 0
+        if (restored := checkpoints.restore_newest(made)) is not None:
+            updates, tree = restored[0] * per_epoch, (restored[1], metrics)
+        found = None if within is None else within.newest(updates, shaped)
+        if found is None:
+            return updates, None
+        updates, tree, facts = found
+        return updates, facts
+
+    updates, facts = processes.from_first(read)
+    if updates and jax.process_count() > 1:
+        tree = trainer.devices.whole(processes.bytes_from_first(tree))
+    state, metrics = tree
+    saved, done = divmod(updates, per_epoch)
+    return saved, state, None if facts is None else Begun(done, metrics, facts)
 
 
 def template(trainer: Trainer, folder: RunFolder, fresh: TrainState) -> Any:
@@ -210,29 +235,48 @@ def _due(epoch: int, every: int, config: TrainConfig) -> bool:
 
 
 def _epoch(
-    trainer: Trainer, state: TrainState, epoch: int, config: TrainConfig, on_step: Callable[[int], None]
+    trainer: Trainer,
+    state: TrainState,
+    epoch: int,
+    config: TrainConfig,
+    on_step: Callable[[int], None],
+    begun: Begun | None,
+    within: Within | None,
 ) -> tuple[TrainState, dict[str, Any]]:
     compiled_before, start, cpu_start = trainer.compile_seconds, time.perf_counter(), time.process_time()
-    state, reconfigured = trainer.between_epochs(state, epoch)
-    state, metrics = trainer.run_epoch(state, epoch, config.seed, on_step)
+    before = {} if begun is None else begun.facts["line"]
+    kept = {key: before[key] for key in ("channels", "convolution") if key in before}
+
+    def so_far() -> dict[str, Any]:
+        compiled = trainer.compile_seconds - compiled_before
+        line: dict[str, Any] = {
+            "epoch": epoch,
+            "phases": list(dict.fromkeys(phase.name.lower() for phase, *_ in trainer.ran)),
+            "train_seconds": before.get("train_seconds", 0.0) + time.perf_counter() - start - compiled,
+            # All threads', compiling among it.
+            "cpu_seconds": before.get("cpu_seconds", 0.0) + time.process_time() - cpu_start,
+            "compile_seconds": before.get("compile_seconds", 0.0) + compiled,
+        }
+        if trainer.pruned.choice is not None and "pruned" in line["phases"]:
+            line["convolution"] = trainer.pruned.choice.record()
+        return line | kept
+
+    def save(state: TrainState, metrics: jax.Array) -> None:
+        ran = {"ran": trainer.ran, "images_by_pattern": trainer.images_by_pattern}
+        within.save(state, metrics, {"line": so_far(), **ran})
+
+    if begun is None:
+        state, reconfigured = trainer.between_epochs(state, epoch)
+        kept |= {} if reconfigured is None else {"channels": reconfigured}
+    asked = {} if begun is None else {"begun": begun}
+    if within is not None:
+        asked |= {"save": save, "save_every": config.loop.checkpoint_every_steps}
+    state, metrics = trainer.run_epoch(state, epoch, config.seed, on_step, **asked)
     state = trainer.settled(state, epoch)
-    compiled = trainer.compile_seconds - compiled_before
-    line: dict[str, Any] = {
-        "epoch": epoch,
-        "phases": list(dict.fromkeys(phase.name.lower() for phase, *_ in trainer.ran)),
-        "train_loss": float(metrics[:, 0].mean()),
-        "train_top1": float(metrics[:, 1].mean()),
-        "train_seconds": time.perf_counter() - start - compiled,
-        # All threads', compiling among it.
-        "cpu_seconds": time.process_time() - cpu_start,
-    }
+    line = so_far() | {"train_loss": float(metrics[:, 0].mean()), "train_top1": float(metrics[:, 1].mean())}
     line["training_multiply_adds"] = multiply_adds(trainer, state)
     if "select" in line["phases"]:
         line["selection"] = _selection(state)
-    if reconfigured is not None:
-        line["channels"] = reconfigured
-    if trainer.pruned.choice is not None and "pruned" in line["phases"]:
-        line["convolution"] = trainer.pruned.choice.record()
     if not np.isfinite(metrics[:, 0]).all():
         raise NonFinite(f"the loss of update {np.flatnonzero(~np.isfinite(metrics[:, 0]))[0]} is not finite")
     # The last update may be the one that diverged: its loss was taken before it.
@@ -245,8 +289,7 @@ def _epoch(
         if not math.isfinite(line["eval_loss"]):
             raise NonFinite("the evaluation loss is not finite")
         line["eval_seconds"] = time.perf_counter() - start - eval_compiled
-        compiled += eval_compiled
-    line["compile_seconds"] = compiled
+        line["compile_seconds"] += eval_compiled
     return state, line
 
 

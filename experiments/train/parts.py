@@ -12,7 +12,14 @@ from experiments.train.devices import AXIS, Devices
 
 
 def in_parts(
-    of_images: Callable[..., Any], devices: Devices, *, accumulate: int, shards: int, ordered: bool, unrolled: bool
+    of_images: Callable[..., Any],
+    devices: Devices,
+    *,
+    accumulate: int,
+    shards: int,
+    ordered: bool,
+    unrolled: bool,
+    summed: Callable[[Any, Any], Any],
 ) -> Callable[..., Any]:
     """What is found on a batch, as the mean of what is found on its parts; the function itself where there is one part.
 
@@ -29,15 +36,20 @@ def in_parts(
         ordered: whether what shards have is summed in their order, whatever the number of devices.
         unrolled: whether the parts that follow each other are written out. XLA's convolutions in a loop are slow on
             CPUs; on a GPU a loop keeps one part's activations alone.
+        summed: ``(found, retained) -> found``, the sum over the devices, where they do not send all that their shards
+            have.
 
     Returns:
-        A function like ``of_images``; its results are float32 or wider.
+        A function like ``of_images``, with one argument more, ``retained`` for ``summed``; its results are float32 or
+        wider.
     """
     if accumulate * shards == 1:
-        return of_images
+        return lambda *arguments: of_images(*arguments[:-1])
     sends = devices.mesh is not None and shards > 1
 
-    def of_shards(params: Any, batch_stats: Any, structures: Any, images: Any, labels: Any, lam: Any, keys: Any) -> Any:
+    def of_shards(
+        params: Any, batch_stats: Any, structures: Any, images: Any, labels: Any, lam: Any, keys: Any, retained: Any
+    ) -> Any:
         """Of those on a device."""
         found = []
         for one in range(len(keys)):
@@ -52,7 +64,7 @@ def in_parts(
             found = [jax.tree.map(lambda leaf: leaf[one], stacked) for one in range(shards)]  # noqa: B023
         total = functools.reduce(_sum, found)
         if sends and not ordered:
-            total = jax.lax.psum(total, AXIS)
+            total = summed(total, retained)
         return jax.tree.map(lambda leaf: leaf / shards, total)
 
     if sends:
@@ -60,14 +72,14 @@ def in_parts(
         of_part = jax.shard_map(
             of_shards,
             mesh=devices.mesh,
-            in_specs=(whole, whole, whole, along, along, whole, along),
+            in_specs=(whole, whole, whole, along, along, whole, along, whole),
             out_specs=whole,
             check_vma=False,  # else a gradient in what all devices have is summed over them unasked
         )
     else:
         of_part = of_shards
 
-    def found(params: Any, batch_stats: Any, structures: Any, images: Any, labels: Any, key: Any) -> Any:
+    def found(params: Any, batch_stats: Any, structures: Any, images: Any, labels: Any, key: Any, retained: Any) -> Any:
         first, second, lam = labels
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(accumulate * shards))
         parts = jax.tree.map(lambda array: _parts(array, accumulate, shards), (images, (first, second)))
@@ -75,7 +87,7 @@ def in_parts(
 
         def once(part: Any) -> Any:
             images, labels, keys = part
-            return of_part(params, batch_stats, structures, images, labels, lam, keys)
+            return of_part(params, batch_stats, structures, images, labels, lam, keys, retained)
 
         if accumulate == 1:
             return once(jax.tree.map(lambda array: array[0], parts))

@@ -34,7 +34,8 @@ from experiments.train.programs import Programs, in_background, shapes_of
 from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of, scheduled, way_asked
 from experiments.train.recipe import lasso_weight, make_models, make_optimizer, make_plan, pattern_source
 from experiments.train.state import TrainState
-from experiments.train.update import evaluation_of
+from experiments.train.update import evaluation_of, with_retained
+from experiments.train.within import Begun
 from pallas_kernels.pattern_conv import mosaic_gpu
 
 # Streams of random numbers, each folded into the run's key.
@@ -152,6 +153,7 @@ class Trainer(Updates):
         self.images_by_pattern = 0
         self.programs = Programs(pk.compiler_options(config.precision), self.devices.everywhere)
         self._is_prepared = False
+        self._retained: tuple[Any, Any] = None, None
 
     def _set_up_pruning(self) -> None:
         prune = self.config.prune
@@ -220,29 +222,48 @@ class Trainer(Updates):
         return tuple(int(fact) for fact in jax.device_get((held.selected, held.pruned, held.gathered)))
 
     def run_epoch(
-        self, state: TrainState, epoch: int, seed: int, on_step: Callable[[int], None] = lambda _: None
+        self,
+        state: TrainState,
+        epoch: int,
+        seed: int,
+        on_step: Callable[[int], None] = lambda _: None,
+        *,
+        begun: Begun | None = None,
+        save: Callable[[TrainState, jax.Array], None] = lambda *_: None,
+        save_every: int | None = None,
     ) -> tuple[TrainState, np.ndarray]:
         """Train one epoch. ``state`` is donated: its buffers are gone afterwards.
 
         Args:
-            state: at the epoch's start.
+            state: at the epoch's start, or where it was saved within.
             epoch: from 0.
             seed: the run's.
             on_step: called on the host with the number of updates dispatched, between updates ("steps") or
                 between segments ("scan"); may raise to stop.
+            begun: what was done of the epoch before.
+            save: called with the state and the metrics so far, between updates ("steps"), or at the first end of a loop
+                after so many ("scan"); not at the epoch's end.
+            save_every: after how many updates; None for never.
 
         Returns:
             ``(state, metrics)``, metrics float32 (steps, 2): loss without group lasso, top-1.
         """
         metrics, order, key = self._begin(seed, epoch)
+        done, self.ran, self.images_by_pattern = 0, [], 0
+        if begun is not None:
+            done, metrics, self.images_by_pattern = begun.done, begun.metrics, begun.facts["images_by_pattern"]
+            self.ran = [(Phase(phase), *rest) for phase, *rest in begun.facts["ran"]]
         if self.streams:
-            self._feed = Feed(self, np.asarray(self._order(key, epoch)), epoch, seed)
-        self.ran, facts, self.images_by_pattern = [], self._facts(state), 0
-        segments = self.segments(epoch, 0, facts)
+            self._feed = Feed(self, np.asarray(self._order(key, epoch)), epoch, seed, done)
+        facts = self._facts(state)
+        segments = self.segments(epoch, done, facts)
         with contextlib.closing(self._feed) if self.streams else contextlib.nullcontext():
             while segments:
                 known = seed, facts and facts[0]
                 first = segments[0][2]
+                if save_every and first // save_every > done // save_every:
+                    save(state, metrics)
+                    done = first
                 kind = self._looped(segments, first)
                 if kind is not None:
                     state, metrics = self._run_loop(kind, first, known, state, metrics, order, key)
@@ -252,6 +273,9 @@ class Trainer(Updates):
                     on_step(end)
                     continue
                 segment = segments.pop(0)
+                if save_every and (cut := (first // save_every + 1) * save_every) < segment[3]:
+                    segments.insert(0, (*segment[:2], cut, segment[3]))
+                    segment = (*segment[:3], cut)
                 self.ran.append(segment)
                 state, metrics = self._run_segment(segment, known, state, metrics, order, key, on_step)
                 if segment[0] == Phase.SELECT:
@@ -287,6 +311,7 @@ class Trainer(Updates):
             way, structures = choice.way, choice.structures
             kind = "masked" if way == "dense" else "pruned"
             self.images_by_pattern += self.loop_length * self.config.batch_size * bool(structures)
+            structures = self._sending(structures)
         return self._loop(kind, way, (*args, structures))(*args, structures)
 
     def _run_segment(
@@ -307,15 +332,30 @@ class Trainer(Updates):
         if phase == Phase.PRUNED and not self.loop_length:
             choice = self._choose_pruned(state, metrics, order, key)
             way, structures = choice.way, choice.structures
+        by_pattern = bool(structures)
+        if phase == Phase.PRUNED:
+            structures = self._sending(structures)
         kind = "gather" if gathers else phase.name.lower()
         for begin, stop, batch in self.by_batch_size(first, end):
-            self.images_by_pattern += (stop - begin) * batch * bool(structures)
+            self.images_by_pattern += (stop - begin) * batch * by_pattern
             for index in range(begin, stop):
                 images = self._feed.take(state.step) if self.streams else self._images(batch)
                 args = (state, metrics, images, order, np.int32(index), key, structures)
                 state, metrics = self._program(kind, batch, way, args)(*args)
                 on_step(index + 1)
         return state, metrics
+
+    def _sending(self, structures: dict[str, Any]) -> dict[str, Any]:
+        """With what the devices send each other of the pruned phase's gradients, where that is not all of them."""
+        retained = self._retained[1]
+        return structures if retained is None else with_retained(structures, retained)
+
+    def _note_retained(self, known: Any, state: TrainState) -> None:
+        if not self.config.loop.compact_gradients or self.devices.mesh is None or self._retained[0] == known:
+            return
+        masks = self.masks(state)
+        masks.pending = False  # what is only marked as yet is gone where this is used
+        self._retained = known, self.devices.whole(ct.reduction.retained(state.params, masks))
 
     def evaluate(self, state: TrainState) -> tuple[float, float]:
         """``(mean loss, top-1)`` on the evaluation set, in float32 sums."""
@@ -378,8 +418,9 @@ class Trainer(Updates):
             return  # no update follows the prune
 
         def compile_way(way: Way, structures: dict[str, Any]) -> None:
-            self._pruned_program(way, (*shapes, structures), ahead=True)
+            self._pruned_program(way, (*shapes, self._sending(structures)), ahead=True)
 
+        self._note_retained(known, state)
         shapes = shapes_of((state, metrics, self._images(self._batch), order, np.int32(0), key))
         before = self.pruned.waited_seconds
         self.pruned.prepare(known, self.masks(state), compile_way)
@@ -388,7 +429,7 @@ class Trainer(Updates):
     def _choose_pruned(self, state: Any, metrics: Any, order: Any, key: Any) -> Choice:
         def run(way: Way, structures: dict[str, Any]) -> None:
             copies = jax.tree.map(jnp.copy, (state, metrics))
-            args = (*copies, self._images(self._batch), order, np.int32(0), key, structures)
+            args = (*copies, self._images(self._batch), order, np.int32(0), key, self._sending(structures))
             jax.block_until_ready(self._pruned_program(way, args, ahead=True)(*args))
 
         before = self.pruned.waited_seconds

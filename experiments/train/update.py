@@ -11,13 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from clicktrain_jax import reduction
 from clicktrain_jax.methods import Method
 from experiments.configs.base import TrainConfig
 from experiments.data import normalise
 from experiments.data.augment import Crops, Mixture, crop, draw_crops, draw_mixture, mix
+from experiments.train.devices import AXIS
 from experiments.train.parts import in_parts
 from experiments.train.state import Images, TrainState
 
+# Beside the structures; no module has such a name.
+_RETAINED = "retained weights"
 # Entries of an array that a kernel of its own would be more trouble than work for.
 SMALL = 2**13
 # Of the run's key: experiments.train.step and compiled have the streams before it.
@@ -128,6 +132,12 @@ def gradient_of_drawn(trainer: Any, batch: int, way: str) -> Callable[..., Gradi
             top1 = lam * top1 + (1 - lam) * (guess == second).mean()
         return loss, (new["batch_stats"], top1)
 
+    def summed(found: Gradient, retained: Any) -> Gradient:
+        if retained is None:
+            return jax.lax.psum(found, AXIS)
+        grads = reduction.pmean(found.grads, retained, AXIS, reduce=jax.lax.psum)
+        return Gradient(grads, *jax.lax.psum(tuple(found[1:]), AXIS))
+
     def of_images(*arguments: Any) -> Gradient:
         (loss, (batch_stats, top1)), grads = jax.value_and_grad(loss_of, has_aux=True)(*arguments)
         return Gradient(grads, batch_stats, loss, top1)
@@ -139,11 +149,13 @@ def gradient_of_drawn(trainer: Any, batch: int, way: str) -> Callable[..., Gradi
         shards=config.shards,
         ordered=config.loop.ordered,
         unrolled=trainer.on_cpu and not trainer.scan,
+        summed=summed,
     )
 
     def gradient(
         params: Any, batch_stats: Any, data: Images, order: Any, index: Any, drawn: Drawn, structures: Any
     ) -> Gradient:
+        structures, retained = _parted(structures)
         if order is None:
             images, label = data
         elif devices.mesh is None:
@@ -160,9 +172,18 @@ def gradient_of_drawn(trainer: Any, batch: int, way: str) -> Callable[..., Gradi
             images, labels = mix(drawn.mixture, images, label)
         images, *both = devices.divided((images, *labels[:2]))
         labels = (*both, labels[2])
-        return of_batch(params, batch_stats, structures, images, labels, drawn.dropout)
+        return of_batch(params, batch_stats, structures, images, labels, drawn.dropout, retained)
 
     return gradient
+
+
+def with_retained(structures: dict[str, Any], retained: reduction.Retained) -> dict[str, Any]:
+    """Structures for an update whose devices send each other these weights' gradients alone."""
+    return {**structures, _RETAINED: retained}
+
+
+def _parted(structures: dict[str, Any]) -> tuple[dict[str, Any], reduction.Retained | None]:
+    return {name: held for name, held in structures.items() if name != _RETAINED}, structures.get(_RETAINED)
 
 
 def change_of(trainer: Any, kind: str) -> Callable[..., Any]:

@@ -128,6 +128,7 @@ def _register(path: pathlib.Path) -> ctypes.CDLL:
         loaded.clicktrain_instruction_set.restype = ctypes.c_char_p
         loaded.clicktrain_packed_bytes.restype = ctypes.c_int64
         loaded.clicktrain_ffi_version.restype = ctypes.c_int64
+        loaded.clicktrain_resize.restype = None
         needs, has = loaded.clicktrain_ffi_version(), build.ffi_version()
         handlers = {name: jax.ffi.pycapsule(getattr(loaded, name)) for name in TARGETS}
     except AttributeError as error:

@@ -177,11 +177,92 @@ def transform(params, **changed):
 def test_transform_options(params):
     with refuses("select_step=5 is not before prune_step=5"):
         transform(params, select_step=5, prune_step=5)
-    for coeff in (-1e-4, float("nan")):
-        with refuses(f"coeff={coeff!r}: expected a finite number >= 0"):
+    for coeff in (-1e-4, float("nan"), "1e-3", True, None, jnp.float32(-1), jnp.ones(2), np.array(np.inf)):
+        with refuses("coeff=.*: expected a finite number >= 0"):
             transform(params, coeff=coeff)
+        if coeff is not None:
+            with refuses("coeff=.*: expected a finite number >= 0"):
+                ct.add_group_lasso(params, params, None, coeff)
+    for coeff in (np.array(1e-3), jnp.bfloat16(1e-3), np.float32(0), 1):
+        transform(params, coeff=coeff)
     with refuses(r"importance='fisher': expected one of \['group_taylor', 'magnitude', 'taylor'\] or a function"):
         transform(params, importance="fisher")
+
+
+KEY = jax.random.key(0)
+METHODS = {
+    "clicktrain": lambda *args: ct.clicktrain(*args, select_step=0, prune_step=1, coeff=0.0),
+    "phase updates": lambda *args: ct.phase_updates(*args, coeff=0.0),
+    "magnitude": lambda *args: ct.methods.magnitude(*args, prune_step=1),
+    "gradual": lambda *args: ct.methods.gradual_magnitude(*args, begin_step=0, end_step=2, every=1),
+    "rigl": lambda *args: ct.methods.rigl(*args, key=KEY, every=1, end_step=2),
+    "sparse evolutionary": lambda *args: ct.methods.sparse_evolutionary(*args, key=KEY, every=1, end_step=2),
+    "random": lambda *args: ct.methods.random(*args, key=KEY),
+    "n of m": lambda *args: ct.methods.n_of_m(*args, prune_step=1),
+    "sr_ste": lambda *args: ct.methods.sr_ste(*args),
+    "admm": lambda *args: ct.methods.admm(*args, patterns=FOUR, rho=1e-2, begin_step=0, every=1),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_no_optimizer_or_no_plan(params, method):
+    for inner, kind in (("sgd", "str"), (optax.sgd, "function"), (None, "NoneType"), (plan_of(params), "Plan")):
+        with refuses(rf"inner is a {kind}: expected an optax transformation, such as optax.sgd\(0.1\)"):
+            METHODS[method](inner, plan_of(params))
+    for plan, kind in (({"Conv_0/kernel": 0.5}, "dict"), (None, "NoneType")):
+        with refuses(rf"plan is a {kind}: expected what clicktrain_jax.make_plan\(params, rules\) returns"):
+            METHODS[method](optax.sgd(0.1), plan)
+
+
+UPDATES = ("clicktrain", "magnitude", "sr_ste", "admm")
+
+
+@pytest.mark.parametrize("method", UPDATES)
+def test_updates_of_other_trees(params, method):
+    tx = METHODS[method](optax.sgd(0.1), plan_of(params))
+    state, part = tx.init(params), {"Conv_0": {"kernel": params["Conv_0"]["kernel"]}}
+    holed = params | {"Conv_0": {"kernel": None, "bias": jnp.ones(8)}}
+    with refuses("params: belongs to another tree"):
+        tx.update(params, state, part)
+    with refuses("'Conv_0/kernel'"):
+        tx.update(holed, state, params)
+    with refuses("'Conv_0/kernel'"):
+        tx.update(params, state, holed)
+    if method == "clicktrain":
+        with refuses("grads: belongs to another tree.*'Conv_0/bias'"):
+            tx.update(part, state, params)
+
+
+def test_masks_of_0_and_1_are_masks_and_other_numbers_are_not(params):
+    masks = ct.select_masks(params, plan_of(params), FOUR)
+    for dtype in (np.uint8, np.float32, jnp.bfloat16):
+        numbers = jax.tree.map(lambda mask, dtype=dtype: mask.astype(dtype), (masks.pattern, masks.kernel))
+        of_numbers = ct.Masks(*numbers)
+        assert ct.report(params, of_numbers).promised_conv_compression == (
+            ct.report(params, masks).promised_conv_compression
+        )
+        jax.tree.map(np.testing.assert_array_equal, ct.apply_masks(params, of_numbers), ct.apply_masks(params, masks))
+        assert ct.apply_masks(params, numbers[1])["Conv_0"]["kernel"].sum() == masks.kernel["Conv_0"]["kernel"].sum()
+    soft = jax.tree.map(lambda mask: 0.5 * mask, masks.kernel)
+    for call in (ct.apply_masks, ct.report):
+        with refuses("masks: the mask of 'Conv_0/kernel' has dtype float32, expected bool: True where a weight stays"):
+            call(params, soft)
+    with refuses("the mask of 'Conv_0/kernel' has dtype float32"):
+        ct.Masks(masks.pattern, soft)
+
+
+def test_an_optimizer_state_in_place_of_masks(params):
+    state = transform(params).init(params)
+    for call in (ct.apply_masks, ct.report, ct.group_lasso):
+        for whole in (state, (optax.EmptyState(), state)):
+            with refuses(r"masks is an optimizer state: expected clicktrain_jax.masks_of\(opt_state\)"):
+                call(params, whole)
+
+
+@pytest.mark.parametrize("shape", ["8,8,3", 8, (1, 8, 8, 3), (8, 8), (8.0, 8, 3), (8, 0, 3), None], ids=repr)
+def test_image_shapes(params, tmp_path, shape):
+    with refuses(r"image_shape=.*: expected \(height, width, channels\)"):
+        ct.export(tmp_path / "net", lambda variables, images: images, params, None, image_shape=shape)
 
 
 def test_update_without_parameters(params):

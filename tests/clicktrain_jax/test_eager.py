@@ -55,6 +55,31 @@ def test_nothing_is_compiled_from_the_second_update_on(toy, compilations, option
     assert not compilations
 
 
+MADE_ANEW = {
+    "clicktrain": lambda toy, inner: ct.clicktrain(inner, toy.plan(), **toy.SCHEDULE),
+    "sparse evolutionary": lambda toy, inner: ct.methods.sparse_evolutionary(
+        inner, toy.plan(), key=jax.random.key(0), every=2, end_step=5
+    ),
+    "admm": lambda toy, inner: ct.methods.admm(
+        inner, toy.plan(), patterns=ct.patterns.fixed_set(4), rho=1e-2, begin_step=2, every=2
+    ),
+}
+
+
+@pytest.mark.parametrize("method", MADE_ANEW)
+def test_one_that_is_made_anew_in_every_update_is_not_compiled_each_time(toy, compilations, method):
+    """`optax.inject_hyperparams` makes the transformation around each update's values."""
+    schedule = optax.linear_schedule(1e-2, 1e-3, 6)
+    tx = optax.inject_hyperparams(lambda rate: MADE_ANEW[method](toy, optax.sgd(rate)))(rate=schedule)
+    tree, state = loop(toy, tx, toy.STOP)
+    compilations.clear()
+    loop(toy, tx, toy.STOP)
+    assert not compilations
+    expected = loop(toy, MADE_ANEW[method](toy, optax.sgd(schedule)), toy.STOP)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), tree, expected[0])
+    jax.tree.map(np.testing.assert_array_equal, state.inner_state.count, expected[1].count)
+
+
 def test_the_same_as_under_jit(toy):
     tx = ct.clicktrain(optax.adam(1e-2), toy.plan(), **toy.SCHEDULE)
     jitted = loop(toy, optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update)), toy.STOP)

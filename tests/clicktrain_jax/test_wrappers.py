@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -111,6 +112,22 @@ def test_an_outer_transformation_that_takes_a_part(outer, whole):
     jax.tree.map(np.testing.assert_array_equal, ct.apply_masks(tree, masks), tree)
     report = ct.report(tree, masks)
     assert report.conv_retained == 256 and [layer.pruned for layer in report.layers] == [True, False]
+
+
+def test_a_wrapper_that_mixes_states_by_arithmetic():
+    """optax's SAM picks one of two states by a weighted sum, which makes integers of all that is bool."""
+    tree = params()
+    tx = ct.clicktrain(optax.sgd(0.1), ct.make_plan(tree, {"conv/kernel": 0.5}), **OPTIONS)
+    tx = optax.contrib.sam(tx, optax.sgd(0.01), sync_period=2)
+    state, update = tx.init(tree), jax.jit(tx.update)
+    for _ in range(6):
+        updates, state = update(tree, state, tree)
+        tree = optax.apply_updates(tree, updates)
+    masks = ct.masks_of(state)
+    assert masks.kernel["conv"]["kernel"].dtype == masks.layers["conv/kernel"].kernel.dtype == bool
+    assert ct.status(state) == ct.Status(3, 0, 1, 0, ())
+    jax.tree.map(np.testing.assert_array_equal, ct.apply_masks(tree, masks), tree)
+    assert int((tree["conv"]["kernel"] != 0).sum()) == 256
 
 
 def test_a_planned_layer_that_is_masked_away_is_refused():

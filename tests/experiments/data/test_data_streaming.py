@@ -155,6 +155,18 @@ def test_other_forms_are_read_too():
         assert resized_crop(file.getvalue(), 16, centre_box, draft=True).shape == (16, 16, 3)
 
 
+@pytest.mark.parametrize("size", [(500, 375), (2300, 2000)])  # the larger one Pillow has in pieces
+def test_without_the_native_library_the_same_part_is_shown(size, monkeypatch):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1] // 50, size[0] // 50, 3), np.uint8)).resize(
+        size
+    ).save(file, "PNG")
+    box = random_box(np.random.default_rng(1), *size, 0.08)
+    found = resized_crop(file.getvalue(), 224, lambda *_: box, draft=True).astype(int)
+    monkeypatch.setenv("CLICKTRAIN_NATIVE", "0")
+    assert np.abs(resized_crop(file.getvalue(), 224, lambda *_: box, draft=True) - found).max() <= 1
+
+
 def test_parts_are_fixed_and_disjoint(folder):
     data = load(config(folder, eval_split="validation"))
     assert (data.train_examples, data.eval_examples) == (14, 1) and data.evaluation is data.train

@@ -5,20 +5,24 @@ A program of its own, as the number of devices is fixed when jax starts; the cou
 
 import collections
 import dataclasses
+import itertools
 import sys
 import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
+import tiny
 
+import clicktrain_jax as ct
+from experiments.bench.collectives import reduced
 from experiments.configs import LoopConfig, PruneConfig, TrainConfig
 from experiments.data import DataConfig, load
 from experiments.train import loop
 from experiments.train.checkpoints import digest
 from experiments.train.devices import devices_of
 from experiments.train.step import Trainer
+from experiments.train.within import Within
 
 # Two updates of 32 images and one of 6 an epoch, which 2 devices divide and 8 do not.
 CONFIG = TrainConfig(
@@ -34,8 +38,8 @@ CONFIG = TrainConfig(
 )
 
 
-def run(devices, dataset, ordered=False, epoch_program="steps", **fields):
-    way = dict(pruned_convolution="pattern", epoch_program=epoch_program)
+def run(devices, dataset, ordered=False, epoch_program="steps", compact=False, **fields):
+    way = dict(pruned_convolution="pattern", epoch_program=epoch_program, compact_gradients=compact)
     how = LoopConfig(devices=devices, ordered=ordered, progress=False, **way)
     config = dataclasses.replace(CONFIG, loop=how, **fields)
     trainer = Trainer(config, dataset, devices=devices_of(config))
@@ -102,14 +106,7 @@ def check_ordered(counts, dataset):
 def check_streamed(counts, dataset):
     """The same digits as files, decoded while they are trained on."""
     with tempfile.TemporaryDirectory() as folder:
-        for part, images, labels in (
-            ("train", dataset.train_images, dataset.train_labels),
-            ("test", dataset.eval_images[:30], dataset.eval_labels[:30]),
-        ):
-            for index, (image, label) in enumerate(zip(images, labels)):
-                place = Path(folder) / part / str(label)
-                place.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image[..., 0]).convert("RGB").save(place / f"{index:04d}.png")
+        tiny.as_files(Path(folder), dataset, 30)
         # The last batch of 12 is divided over 2 and 4 devices, and lies whole on each of 8.
         fields = {"data": DataConfig("own", folder, image_size=8)}
         files = load(fields["data"])
@@ -122,7 +119,64 @@ def check_streamed(counts, dataset):
     print("the same stream on", *counts)
 
 
+def check_compact(counts, dataset):
+    """From the prune on the devices send each other less, for the same bits; by steps, in loops, in parts."""
+
+    def sent(trainer):
+        """Bytes of an update's all-reduces, by program."""
+        programs = {key: future.result() for key, future in trainer.programs._futures.items()}
+        return {reduced(one.as_text())[0] for key, one in programs.items() if key[:3] == ("gradient", 32, "pattern")}
+
+    for count in counts:
+        for fields in ({}, {"accumulate": 2}, {"epoch_program": "scan"}):
+            fields |= {"shards": count, "epochs": 4, "partial_batch": "drop"}
+            whole, *one = run(count, dataset, **fields)
+            compact, *other = run(count, dataset, compact=True, **fields)
+            jax.tree.map(np.testing.assert_array_equal, one, other)
+            if not compact.scan:
+                state = one[0]
+                bytes = ct.reduction.num_bytes(
+                    state.params, ct.reduction.retained(state.params, ct.masks_of(state.opt_state))
+                )
+                ((dense,), less) = sent(whole), sent(compact)
+                # With accumulate the parts are written out, each with its sum.
+                assert less == {dense - fields.get("accumulate", 1) * (bytes.dense - bytes.compact)}
+                assert bytes.pruned_compact < bytes.pruned_dense / 3
+    print("the same bits by compact gradients on", *counts)
+
+
+def check_within(counts, dataset):
+    """A streamed run that is stopped after the second of three updates of each epoch, and goes on on other devices."""
+
+    class Stopped(Exception):
+        pass
+
+    def save(self, *args):
+        original(self, *args)
+        raise Stopped
+
+    def train(name, count, **fields):
+        how = dict(devices=count, ordered=True, pruned_convolution="pattern", progress=False)
+        config = dataclasses.replace(CONFIG, shards=counts[-1], data=data, loop=LoopConfig(**how, **fields))
+        return loop.train(config, Path(folder) / name, dataset=files)
+
+    original, Within.save = Within.save, save
+    with tempfile.TemporaryDirectory() as folder:
+        data = DataConfig("own", str(tiny.as_files(Path(folder) / "files", dataset, 30)), image_size=8)
+        files = load(data)
+        whole, stops = train("whole", 1), 0
+        for count in itertools.cycle((1, *counts)):
+            try:
+                summary = train("stopped", count, checkpoint_every_steps=2)
+                break
+            except Stopped:
+                stops += 1
+    assert stops == CONFIG.epochs
+    assert all(summary[key] == whole[key] for key in ("params_sha256", "masks_sha256"))
+    print("the same bits within epochs on 1", *counts)
+
+
 if __name__ == "__main__":
     what, *numbers = sys.argv[1:]
-    check = {"plain": check_plain, "scan": check_scan, "ordered": check_ordered, "streamed": check_streamed}[what]
+    check = globals()[f"check_{what}"]
     check([int(number) for number in numbers], load(CONFIG.data))

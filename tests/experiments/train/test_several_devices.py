@@ -18,8 +18,9 @@ HERE = pathlib.Path(__file__).parent
 def emulated(script, *arguments, devices=8):
     """What a script says on so many devices: a process of its own, as jax fixes their number when it starts."""
     flags = f"--xla_force_host_platform_device_count={devices}"
-    settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parents[2])}
-    if "ordered" in arguments:
+    path = f"{HERE.parents[2]}{os.pathsep}{HERE.parent}"
+    settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    if {"ordered", "within"} & set(arguments):
         settings["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # else what is fused, and so rounded, differs by program
     command = [sys.executable, "-W", "error", str(HERE / script), *map(str, arguments)]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=600)
@@ -36,13 +37,10 @@ def test_four_and_eight_devices_train_as_one():
     assert "the same run on 4 8\n" in emulated("several_devices.py", "plain", 4, 8)
 
 
-def test_a_stream_divided_over_two_devices_trains_as_on_one():
-    assert "the same stream on 2\n" in emulated("several_devices.py", "streamed", 2)
-
-
 @pytest.mark.slow
-def test_a_streams_last_batch_that_eight_devices_cannot_divide_lies_whole_on_each():
-    assert "the same stream on 8\n" in emulated("several_devices.py", "streamed", 8)
+def test_a_divided_stream_trains_as_on_one_device():
+    # Eight cannot divide the last batch of an evaluation: it lies whole on each.
+    assert "the same stream on 2 8\n" in emulated("several_devices.py", "streamed", 2, 8)
 
 
 @pytest.mark.slow
@@ -50,11 +48,28 @@ def test_compiled_loops_on_two_devices_train_as_on_one():
     assert "the same loops on 2\n" in emulated("several_devices.py", "scan", 2)
 
 
-@pytest.mark.parametrize("counts", [(2,), pytest.param((2, 4, 8), marks=pytest.mark.slow)], ids=str)
-def test_shards_summed_in_their_order_give_equal_bits_on_any_number_of_devices(counts):
-    said = emulated("several_devices.py", "ordered", *counts)
-    assert f"the same bits on 1 {' '.join(map(str, counts))}\n" in said
+@pytest.mark.slow
+def test_shards_summed_in_their_order_give_equal_bits_on_any_number_of_devices():
+    said = emulated("several_devices.py", "ordered", 2, 4, 8)
+    assert "the same bits on 1 2 4 8\n" in said
     assert "the same bits where the devices change\n" in said
+
+
+@pytest.mark.slow
+def test_compact_gradients_give_the_same_bits_for_fewer_bytes():
+    assert "the same bits by compact gradients on 2 4\n" in emulated("several_devices.py", "compact", 2, 4, devices=4)
+
+
+@pytest.mark.parametrize("fields", [dict(shards=1), dict(shards=2, method=None)])
+def test_compact_gradients_without_what_they_need_are_refused(fields):
+    how = dataclasses.replace(tiny.CONFIG.loop, compact_gradients=True)
+    with pytest.raises(ValueError, match="loop.compact_gradients with shards=., .* expected shards"):
+        tiny.changed(loop=how, **fields)
+
+
+@pytest.mark.slow
+def test_a_stream_stopped_within_epochs_goes_on_with_the_same_bits_on_other_devices():
+    assert "the same bits within epochs on 1 2\n" in emulated("several_devices.py", "within", 2, devices=2)
 
 
 @pytest.mark.parametrize(

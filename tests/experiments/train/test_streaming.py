@@ -21,23 +21,15 @@ from experiments.studies import export
 from experiments.train import loop
 from experiments.train.devices import Devices
 from experiments.train.feed import Feed
+from experiments.train.state import TrainState
 from experiments.train.step import Trainer
+from experiments.train.within import Within
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_dataset):
     """The tiny run's digits in colour, as a folder of PNG files."""
-    root = tmp_path_factory.mktemp("digits")
-    parts = {
-        "train": (tiny_dataset.train_images, tiny_dataset.train_labels),
-        "test": (tiny_dataset.eval_images[:64], tiny_dataset.eval_labels[:64]),
-    }
-    for part, (images, labels) in parts.items():
-        for index, (image, label) in enumerate(zip(images, labels)):
-            place = root / part / str(label)
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image[..., 0]).convert("RGB").save(place / f"{index:04d}.png")
-    return root
+    return tiny.as_files(tmp_path_factory.mktemp("digits"), tiny_dataset, 64)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +134,58 @@ def test_an_interrupted_run_goes_on_to_the_same_end(finished, config, trainer, t
     again = loop.train(config, tmp_path / "run", trainer=trainer)
     assert again["params_sha256"] == finished[1]["params_sha256"]
     assert again["masks_sha256"] == finished[1]["masks_sha256"]
+
+
+def test_a_run_saved_within_epochs_goes_on_from_there_with_the_same_bits(finished, config, trainer, tmp_path):
+    """Stopped in each phase; what follows reads the images that are left alone, and the lines are those of one run."""
+    config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, checkpoint_every_steps=2))
+    recorded = Recorded(trainer.dataset.train)
+    other = Trainer(config, dataclasses.replace(trainer.dataset, train=recorded))
+    other.programs = trainer.programs
+    original, read = other._run_segment, []
+
+    def stops(*args):
+        def step(count):
+            if other.left == 1:
+                signal.raise_signal(signal.SIGTERM)
+            other.left -= 1
+            args[-1](count)
+
+        return original(*args[:-1], step)
+
+    other._run_segment = stops
+    # Updates 4 of epoch 0, then, each from a save, 3 of epoch 1 (its selection is the first), and 4 of 3 (its prune).
+    for other.left in (4, 6, 12):
+        with pytest.raises(loop.Interrupted):
+            loop.train(config, tmp_path / "run", trainer=other)
+    assert [path.name for path in (tmp_path / "run/within").iterdir()] == ["17"]
+    other.left, recorded.read = 0, read
+    again = loop.train(config, tmp_path / "run", trainer=other)
+    # Two batches of epoch 3 were done, and all of epochs 0 to 2.
+    assert len(read) == (140 - 2 * 32) + 140
+    assert again["params_sha256"] == finished[1]["params_sha256"]
+    assert again["masks_sha256"] == finished[1]["masks_sha256"]
+    for line, same in zip(read_metrics(tmp_path / "run"), read_metrics(finished[0]), strict=True):
+        assert line.keys() == same.keys()
+        for key in line.keys() - {"convolution"}:  # the one was measured, the other is known by then
+            assert key.endswith("_seconds") or line[key] == same[key], key
+    assert not list((tmp_path / "run/within").iterdir())
+
+
+def test_a_checkpoint_within_an_epoch_that_is_of_no_use_is_left(tmp_path):
+    within, metrics = Within(tmp_path / "within"), np.zeros((5, 2), np.float32)
+    state = TrainState(np.int32(7), {"kernel": np.ones(2000, np.float32)}, {}, ())
+    within.save(state, metrics, {"line": {"epoch": 1}})
+    number, (found, _), facts = within.newest(5, lambda facts: (state, metrics))
+    assert (number, int(found.step), facts) == (7, 7, {"line": {"epoch": 1}})
+    assert within.newest(7, lambda facts: (state, metrics)) is None
+    for path in (tmp_path / "within/7/state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.warns(UserWarning, match="number 7: .*: the run goes on from the epoch's begin"):
+        assert within.newest(5, lambda facts: (state, metrics)) is None
+    within.clear()
+    assert not list((tmp_path / "within").iterdir())
 
 
 def test_a_finished_run_is_evaluated_and_exported(finished, tmp_path):

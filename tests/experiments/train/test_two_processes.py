@@ -15,6 +15,7 @@ import pytest
 import tiny
 
 from experiments.configs import to_dict
+from experiments.data import DataConfig, load
 from experiments.records import read_metrics
 from experiments.train import processes
 
@@ -89,6 +90,29 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(tmp_path, cache):
         assert code == 0, text[-3000:]
     lines = read_metrics(folder)
     assert lines[:4] == before and [line["epoch"] for line in lines] == list(range(30))
+
+
+@pytest.mark.slow
+def test_killed_within_an_epoch_two_processes_that_stream_go_on_from_there(tmp_path, cache):
+    files = tiny.as_files(tmp_path / "files", load(DataConfig("digits", train_examples=280)), 32)
+    streamed = f"--data.name own --data.train-examples None --data.dir {files} --data.image-size 8".split()
+    streamed += "--batch-size 4 --loop.checkpoint-every-steps 7".split()
+    for code, text in Both(tmp_path / "whole", cache, *streamed).ended():
+        assert code == 0, text[-3000:]
+    # In the second epoch, of 70 updates.
+    both, within = Both(tmp_path / "killed", cache, *streamed), tmp_path / "killed/within"
+    while both.running[0].poll() is None and not any(int(path.name) > 90 for path in within.glob("[0-9]*[0-9]")):
+        time.sleep(0.02)
+    os.kill(both.running[1].pid, signal.SIGKILL)
+    both.running[0].kill()
+    both.ended()
+    assert len(read_metrics(tmp_path / "killed")) == 1 and list(within.iterdir())
+    for code, text in Both(tmp_path / "killed", cache, *streamed).ended():
+        assert code == 0, text[-3000:]
+    one, other = (read_metrics(tmp_path / name) for name in ("whole", "killed"))
+    assert [line["train_loss"] for line in one] == [line["train_loss"] for line in other]
+    one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed"))
+    assert all(one[key] == other[key] for key in ("params_sha256", "masks_sha256"))
 
 
 @pytest.mark.slow
