@@ -69,7 +69,7 @@ class ConvStep:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Step:
+class OtherStep:
     """Any other step: an equation and its operands, ``("array", name)``, ``("value", variable)`` or a literal."""
 
     equation: Any
@@ -291,7 +291,7 @@ class _Folding:
             images, result = self._value(values[0]), equation.outvars[0]
             self._pending[result] = _Pending(equation, images, knowns[1], None, None, result.aval.dtype)
         elif not self._absorb(equation, knowns):
-            self.steps.append(_Step(equation, tuple(map(self._operand, equation.invars, values))))
+            self.steps.append(OtherStep(equation, tuple(map(self._operand, equation.invars, values))))
         return equation.outvars
 
     def _operand(self, atom: Any, value: Any) -> tuple[str, Any]:

@@ -14,10 +14,11 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.deploy import layers, whole_net
+from clicktrain_jax.deploy import chains, layers, whole_net
 from clicktrain_jax.deploy.accelerate import AccelerateReport, ConvolutionReport
-from clicktrain_jax.deploy.fold import ConvStep, Folded, plain
+from clicktrain_jax.deploy.fold import ConvStep, Folded, Steps, plain
 from clicktrain_jax.deploy.interception import Convolution, Kernel
+from clicktrain_jax.deploy.jaxprs import bind
 
 
 class Net(Protocol):
@@ -96,7 +97,7 @@ class InferenceNet:
         self._choices = dict(choices or {})
         self._kernels = {name: np.asarray(array) for name, array in folded.arrays.items()}
         self._planner = layers.Planner(backend)
-        self._prepared: dict[tuple, Any] = {}
+        self._prepared: dict[Any, Any] = {}
         self._programs: dict[Any, Any] = {}
 
     @property
@@ -144,8 +145,9 @@ class InferenceNet:
         dtypes = (np.dtype(site.step.dtype) for site in sites.values())
         shortest = min(dtypes, key=lambda dtype: dtype.itemsize, default=np.float32)
         options = pallas_kernels.compiler_options(shortest)
-        function = jax.jit(self._function(batch, sites), compiler_options=options)
-        return function, jax.device_put(self.prepared(sites))
+        steps, more = chains.chained(self.folded.steps(batch), sites)
+        function = jax.jit(self._function(steps, sites), compiler_options=options)
+        return function, jax.device_put(self.prepared(sites, more))
 
     def portable(self, batch: Any) -> tuple[Any, Any]:
         """As `program`, not compiled, of operations that run anywhere.
@@ -154,10 +156,17 @@ class InferenceNet:
             batch: may be symbolic (`jax.export.symbolic_shape`).
         """
         sites = self._sites(batch, None)
-        return self._function(batch, sites), self.prepared(sites)
+        return self._function(self.folded.steps(batch), sites), self.prepared(sites)
 
-    def prepared(self, sites: Mapping[str, Site]) -> dict[str, Any]:
-        """The arrays of the net, each kernel as its convolution reads it, and the structures."""
+    def prepared(self, sites: Mapping[str, Site], more: Mapping[str, tuple[str, Any]] | None = None) -> dict[str, Any]:
+        """The arrays of the net, each kernel as its convolution reads it, and the structures.
+
+        Args:
+            sites: the convolutions.
+            more: arrays of `chains.chained`.
+        """
+        import pallas_kernels
+
         arrays = dict(self._kernels)
         structures = {}
         for name, site in sites.items():
@@ -170,6 +179,11 @@ class InferenceNet:
             # The native kernels find the lists in what was packed, and a GPU's work is dealt by lists that are known.
             if site.plan.run != "dense" and site.plan.backend not in ("cpu", "mosaic_gpu"):
                 structures[name] = site.structure
+        for name, (own, structure) in (more or {}).items():
+            if name not in self._prepared:
+                kernel = self._kernels[own].reshape(structure.shape)
+                self._prepared[name] = pallas_kernels.pack(kernel, structure, backend="cpu")
+            arrays[name] = self._prepared[name]
         return {"arrays": arrays, "structures": structures}
 
     def convolutions(self, batch: int) -> tuple[Site, ...]:
@@ -319,8 +333,9 @@ class InferenceNet:
         settings = {"is_portable": True} if wanted is None else {"is_prepared": True}
         return Site(step, *self._planner(convolution, wanted or None, **settings))
 
-    def _function(self, batch: Any, sites: Mapping[str, Site]) -> Any:
-        steps = self.folded.steps(batch)
+    def _function(self, steps: Steps, sites: Mapping[str, Site]) -> Any:
+        def compute(equation: Any, operands: list[Any]) -> Any:
+            return equation(operands) if isinstance(equation, chains.Chained) else bind(equation, operands)
 
         def logits(prepared: Mapping[str, Any], images: Any) -> Any:
             if images.dtype == jnp.uint8:
@@ -330,7 +345,7 @@ class InferenceNet:
             def convolve(step: ConvStep, x: Any, kernel: Any, bias: Any) -> Any:
                 return sites[step.name].run(x, kernel, structures.get(step.name), bias)
 
-            return steps.run(prepared["arrays"], images, convolve).astype(jnp.float32)
+            return steps.run(prepared["arrays"], images, convolve, compute).astype(jnp.float32)
 
         return logits
 

@@ -127,7 +127,7 @@ class Layer:
 
         kernel = kernel.transpose(self.kernel_order)
         if plan.backend == "cpu":
-            structure = _everything(self.mask.shape) if plan.run == "dense" else structure
+            structure = everything(self.mask.shape) if plan.run == "dense" else structure
             return pallas_kernels.pack(kernel, structure, backend="cpu")
         return pallas_kernels.pack(kernel, structure) if plan.backend == "xla" else kernel
 
@@ -151,7 +151,7 @@ class Layer:
         settings = {"layout": layout, **self.settings}
         if plan.backend == "cpu":
             # The lists are in what was packed: of the structure its shapes alone are read.
-            structure = _everything(self.mask.shape) if plan.run == "dense" else structure
+            structure = everything(self.mask.shape) if plan.run == "dense" else structure
             y = pallas_kernels.packed_conv(x, prepared, structure, bias=bias, relu=relu, **settings)
         elif plan.run == "dense":
             y = pallas_kernels.dense_conv(x, prepared, backend="xla", **settings)
@@ -378,7 +378,7 @@ def can_run(layer: Layer, structure: Any, backend: str | None) -> tuple[Run, ...
 
 
 @functools.cache
-def _everything(shape: tuple[int, ...]) -> Any:
+def everything(shape: tuple[int, ...]) -> Any:
     """The structure of a kernel (kh, kw, cin, cout) of which nothing is removed."""
     import pallas_kernels
 

@@ -25,6 +25,7 @@ TARGETS = (
     "clicktrain_conv_weight_gradient",
     "clicktrain_batch_norm",
     "clicktrain_batch_norm_gradient",
+    "clicktrain_chain",
 )
 _LOCK = threading.RLock()
 # Known to jax: what was traced without it is traced anew within.

@@ -98,11 +98,11 @@ def prebuilt(instructions: str) -> pathlib.Path:
 def units(instructions: str | None = None) -> tuple[Unit, ...]:
     """What a library is made of: for a set of instructions, `instruction_set`'s when None, or "reference"."""
     instructions = instruction_set() if instructions is None else instructions
+    common = ("ffi.cc", "norm_ffi.cc", "chain_ffi.cc", "plain.cc", "support.cc", "norm.cc", "chain.cc", "resize.cc")
     if instructions == "reference":
-        plain = ("ffi.cc", "norm_ffi.cc", "plain.cc", "reference.cc", "support.cc", "norm.cc", "resize.cc")
-        return tuple(map(Unit, plain))
+        return tuple(map(Unit, (*common, "reference.cc")))
     flags = instruction_sets()[instructions]
-    sources = ("ffi.cc", "norm_ffi.cc", "plain.cc", "support.cc", "kernels.cc", "norm.cc", "resize.cc")
+    sources = (*common, "kernels.cc")
     return tuple(Unit(source, flags) for source in sources)
 
 

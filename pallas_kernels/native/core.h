@@ -53,6 +53,9 @@ class Pool {
 int64_t packed_bytes(const Mask& mask, const Geometry& window);  // of the geometry only kh and kw are read
 void pack(Type type, const Mask& mask, const Geometry& window, const void* w, void* packed);
 
+// Whether filters lie side by side in vectors: then an image's sums do not depend on which other images there are.
+bool is_tiled(const Mask& mask, const Geometry& window);
+
 // y (batch, out_h, out_w, cout) of `type`. Exactly one of w (of `type`) and packed is given. What the mask does not
 // retain of w is never read as a value.
 void forward(Type type, const Geometry& geometry, const Mask& mask, const void* x, const void* w, const void* packed,

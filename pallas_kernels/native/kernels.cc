@@ -119,6 +119,8 @@ namespace clicktrain {
 
 using namespace CLICKTRAIN_ISA;
 
+bool is_tiled(const Mask& mask, const Geometry& window) { return is_tiled(by_filters(mask, window)); }
+
 int64_t packed_bytes(const Mask& mask, const Geometry& window) {
   const Grouped grouped = by_filters(mask, window);
   const std::vector<int64_t> counts = grouped.counts();

@@ -7,6 +7,7 @@
 
 #include <cstring>
 
+#include "chain.h"
 #include "norm.h"
 #include "pool.h"
 
@@ -114,6 +115,27 @@ CLICKTRAIN_PUBLIC void clicktrain_weight_gradient(const int64_t* numbers, const 
   const Given given = clicktrain::read(numbers, entries, counts, entries_by_channels, counts_by_channels);
   OwnThreads pool(threads);
   clicktrain::weight_gradient(given.type, given.geometry, given.mask, x, dy, dw, pool);
+}
+
+// `numbers`: batch, a core's cache for weights, how many inputs, how many steps, each input's height, width and channels, each step's numbers
+// (chain.h). `packed` (of clicktrain_pack) and `biases` have one pointer a step, null where there is none.
+CLICKTRAIN_PUBLIC void clicktrain_chain_plain(const int64_t* numbers, const float* factors, const float* const* inputs,
+                                              const void* const* packed, const float* const* biases, float* y,
+                                              int64_t threads) {
+  clicktrain::Chain chain;
+  chain.cache = numbers[1];
+  const int64_t* n = numbers + 4;
+  for (int64_t index = 0; index < numbers[2]; ++index, n += 3) chain.inputs.push_back({n[0], n[1], n[2]});
+  for (int64_t k = 0; k < numbers[3]; ++k, n += clicktrain::kStepNumbers) {
+    chain.steps.push_back(clicktrain::read_step(n, factors[k]));
+    clicktrain::ChainStep& step = chain.steps.back();
+    step.bias = biases[k];
+    if (packed[k] == nullptr) continue;
+    step.packed = static_cast<const char*>(packed[k]) + sizeof(PackedHead);
+    step.bytes = static_cast<const PackedHead*>(packed[k])->content_bytes;
+  }
+  OwnThreads pool(threads);
+  clicktrain::run_chain(chain, numbers[0], inputs, y, pool);
 }
 
 namespace {

@@ -167,6 +167,8 @@ void weight_gradient(Type type, const Geometry& g, const Mask& mask, const void*
   });
 }
 
+bool is_tiled(const Mask&, const Geometry&) { return true; }
+
 const char* instruction_set() { return "reference"; }
 
 }  // namespace clicktrain

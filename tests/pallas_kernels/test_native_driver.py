@@ -1,7 +1,7 @@
 """The native kernels on drawn cases without Python: under sanitizers, by both compilers, on another processor.
 
-`native/driver.cc` draws convolutions and normalisations, runs every direction with several threads and compares with
-the definition.
+`native/driver.cc` draws convolutions, normalisations and chains of layers, runs them with several threads and compares
+with the definition.
 """
 
 import pathlib
@@ -16,7 +16,7 @@ from pallas_kernels.native import build
 pytestmark = pytest.mark.slow
 
 DRIVER = pathlib.Path(__file__).parent / "native" / "driver.cc"
-SOURCES = (*(build.HERE / name for name in ("plain.cc", "support.cc", "kernels.cc", "norm.cc")), DRIVER)
+SOURCES = (*(build.HERE / name for name in ("plain.cc", "support.cc", "kernels.cc", "norm.cc", "chain.cc")), DRIVER)
 FLAGS = ("-std=c++17", "-ffp-contract=fast", "-pthread", "-Wall", "-Wextra", "-Werror", f"-I{build.HERE}")
 # Scratch memory is as large as asked for and not used again, so that what is read beyond its end, or before it is
 # written, is seen.
@@ -54,6 +54,7 @@ def test_drawn_convolutions(tmp_path, instructions, compiler):
     assert run(program, "small", "1", "1000").startswith(instructions)
     run(program, "large", "1", "5")
     run(program, "norms", "1", "1000")
+    run(program, "chains", "1", "1000")
 
 
 @pytest.mark.parametrize("instructions", HERE)
@@ -62,6 +63,7 @@ def test_addresses_and_undefined_behaviour(tmp_path, instructions):
     run(program, "small", "1", "300")
     run(program, "large", "1", "2")
     run(program, "norms", "1", "200")
+    run(program, "chains", "1", "300")
 
 
 @pytest.mark.parametrize("instructions", HERE)
@@ -70,6 +72,7 @@ def test_threads(tmp_path, instructions):
     # Shadow memory wants addresses that are not drawn.
     run("setarch", "-R", program, "small", "1", "60")
     run("setarch", "-R", program, "norms", "1", "60")
+    run("setarch", "-R", program, "chains", "1", "100")
 
 
 def test_on_aarch64(tmp_path):
@@ -80,3 +83,4 @@ def test_on_aarch64(tmp_path):
     program = compiled(tmp_path, "aarch64-linux-gnu-g++", "-O2", "-static")
     assert run("qemu-aarch64", program, "small", "1", "120").startswith("neon")
     run("qemu-aarch64", program, "norms", "1", "60")
+    run("qemu-aarch64", program, "chains", "1", "60")

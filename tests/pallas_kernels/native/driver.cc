@@ -7,7 +7,7 @@
 // whatever its order, and results must be equal; elsewhere they must be near, and of the same bits for any number of
 // threads and for packed weights.
 //
-//   driver small|large|norms FIRST_SEED HOW_MANY
+//   driver small|large|norms|chains FIRST_SEED HOW_MANY
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "chains.h"
 #include "drawn.h"
 #include "norms.h"
 
@@ -303,7 +304,7 @@ constexpr float Check::kNever[3];
 
 int main(int argc, char** argv) {
   if (argc != 4) {
-    std::fprintf(stderr, "usage: %s small|large|norms FIRST_SEED HOW_MANY\n", argv[0]);
+    std::fprintf(stderr, "usage: %s small|large|norms|chains FIRST_SEED HOW_MANY\n", argv[0]);
     return 2;
   }
   const std::string what = argv[1];
@@ -311,9 +312,14 @@ int main(int argc, char** argv) {
   long failed = 0;
   for (long seed = first; seed < first + count; ++seed) {
     const uint64_t drawn = static_cast<uint64_t>(seed);
-    failed += what == "norms" ? !NormCheck(drawn).run() : !Check(drawn, what == "small").run();
+    if (what == "norms")
+      failed += !NormCheck(drawn).run();
+    else if (what == "chains")
+      failed += !ChainCheck(drawn).run();
+    else
+      failed += !Check(drawn, what == "small").run();
   }
   std::printf("%s: %ld of %ld %s wrong\n", clicktrain_instruction_set(), failed, count,
-              what == "norms" ? "normalisations" : "convolutions");
+              what == "norms" ? "normalisations" : what == "chains" ? "chains" : "convolutions");
   return failed != 0;
 }
