@@ -104,7 +104,7 @@ def chain(inputs: Sequence[jax.Array], steps: Sequence[Step], arrays: Sequence[A
             raise ValueError(
                 f"inputs are float32 (batch, height, width, channels) of one batch, got {x.dtype} {x.shape}"
             )
-    shapes: list[Shape] = [x.shape[1:] for x in inputs]
+    shapes: list[Shape] = [(height, width, channels) for _, height, width, channels in (x.shape for x in inputs)]
     numbers, factors = [], []
     for step in steps:
         shape, row = _numbers(step, shapes, len(inputs))

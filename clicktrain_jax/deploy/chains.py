@@ -6,9 +6,10 @@ read several values from before it and gives one.
 """
 
 import collections
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -17,7 +18,12 @@ from clicktrain_jax.deploy import layers
 from clicktrain_jax.deploy.fold import ConvStep, OtherStep, Steps
 
 _NHWC = (0, 3, 1, 2)  # where jax has batch, channels, rows and columns
-_POOLS = {"reduce_window_max": "max", "reduce_window_sum": "sum", "reduce_max": "max", "reduce_sum": "sum"}
+_POOLS: dict[str, Literal["max", "sum"]] = {
+    "reduce_window_max": "max",
+    "reduce_window_sum": "sum",
+    "reduce_max": "max",
+    "reduce_sum": "sum",
+}
 # One alone runs as well without.
 _LEAST_CONVOLUTIONS = 2
 
@@ -84,7 +90,7 @@ class _Run:
     convolutions: int = 0
 
     def copy(self) -> "_Run":
-        fields = {key: value if isinstance(value, int) else value.copy() for key, value in vars(self).items()}
+        fields: dict[str, Any] = {key: copy.copy(value) for key, value in vars(self).items()}
         return _Run(**fields)
 
     def shape(self, index: int) -> Any:
@@ -259,7 +265,9 @@ class _Reader:
         others = (window[0], window[3], strides[0], strides[3], *dilations)
         if any(number != 1 for number in others) or any((*padding[0], *padding[3])):
             raise _RefusedError
-        pool = chain.Pool(value.index, kind, tuple(window[1:3]), tuple(strides[1:3]), tuple(map(tuple, padding[1:3])))
+        (top, bottom), (left, right) = padding[1:3]
+        place = (tuple(window[1:3]), tuple(strides[1:3]), ((top, bottom), (left, right)))
+        pool = chain.Pool(value.index, kind, *place)
         return run.add(pool, equation.outvars[0])
 
     def _dense(self, run: _Run, step: OtherStep) -> None:
