@@ -134,7 +134,8 @@ def _forward(*given: Any) -> tuple:
         moments = results[1:]
     else:
         results, moments = _forward_xla(x, scale, bias, added, around, settings)
-    gate = results[0] if added is not None and settings[1] else None
+    # The sums look at the result: what let a pixel through is dear to compute where it is only read.
+    gate = results[0] if settings[1] and (added is not None or settings[3] == "xla") else None
     if settings[2] and settings[3] == "xla":
         gate = _places(x, scale, bias, moments, settings)
     return results, (x, scale, bias, moments, gate, added is not None, around is not None)
@@ -189,16 +190,15 @@ def _backward_xla(settings: Settings, kept: tuple, slopes: tuple) -> tuple:
         numbers = jnp.arange(4, dtype=gate.dtype).reshape([2 if axis in inside else 1 for axis in range(6)])
         mine = numbers == jnp.expand_dims(gate, inside)
         dz = jnp.where(mine, jnp.expand_dims(dz, inside), 0).reshape(x.shape)
-    passed = (dz, dz, dz)
+    passed = dz
     if relu and not pool:
-        # The same in three expressions, one for each use: of one that has several a GPU's compiler keeps the truth
-        # values in memory, which is dearer than to compute them again.
-        gates = (unit * scale > -bias, unit * -scale < bias, unit * scale + bias > 0)
-        passed = [jnp.where(is_open, dz, 0) for is_open in (gates if gate is None else (gate > 0,) * 3)]
+        # Of the result where it is only summed, as that is cheap, and computed again where the rest is too: of truth
+        # values that are dear and have several uses a GPU's compiler keeps an array.
+        passed = jnp.where(gate > 0, dz, 0)
+        dz = jnp.where((gate if has_added else unit * scale + bias) > 0, dz, 0)
     dbias, dscale, mean, slope = _sums(
-        passed[0], passed[1] * unit, lambda total, product: [total, product, total * share, product * share]
+        passed, passed * unit, lambda total, product: [total, product, total * share, product * share]
     )
-    dz = passed[2]
     dx = (dz - mean - unit * slope) * moments[2] * scale
     # Nobody's, where the statistics are only kept: no zeros are then added to every pixel.
     if not isinstance(dmean, SymbolicZero):
@@ -213,8 +213,8 @@ def _sums(
 ) -> tuple[jax.Array, ...]:
     """What ``finish`` makes of the sums of two arrays over all but the channels, (channels,) each.
 
-    Both are summed in the same two kernels, of parts and of their sums, and the last one's addition does what is left to
-    do: of its own a GPU's compiler makes a kernel of that, or does anew for every pixel what has no division in it.
+    Both are summed in the same two kernels, of parts and of their sums, and the last one's addition does what is left
+    to do: of itself a GPU's compiler makes a kernel of that, or does anew for every pixel what has no division in it.
     """
     zero, channels = jnp.zeros((), one.dtype), one.shape[3]
     pixels = one.size // channels
