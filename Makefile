@@ -34,7 +34,7 @@ test-gpu:
 	XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_deterministic_ops=true" $(VENV)/bin/python -m pytest -m gpu tests/gpu
 
 test-gpu-compile: gpu-compile-ready
-	JAX_PLATFORMS=cpu $(GPU_COMPILE)/bin/python -m pytest tests/gpu_compile
+	JAX_PLATFORMS=cpu $(GPU_COMPILE)/bin/python -m pytest tests/gpu_compile --numprocesses auto --maxprocesses 2
 
 gpu-compile-ready: $(GPU_COMPILE)/.ready
 

@@ -1,6 +1,7 @@
 import contextlib
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -24,9 +25,19 @@ _CACHE = tempfile.TemporaryDirectory(prefix="clicktrain-tests-")
 os.environ["CLICKTRAIN_CACHE"] = _CACHE.name
 # But for the native kernels, which are built once for all processes and runs; the first one to want them builds them
 # and the others wait.
-_NATIVE = Path(__file__).parents[1] / ".native"
+_ROOT = Path(__file__).parents[1]
+_NATIVE = _ROOT / ".native"
 _NATIVE.mkdir(exist_ok=True)
 os.symlink(_NATIVE, Path(_CACHE.name) / "native")
+# And for XLA's programs, small ones too: two thirds of the tests' time is compiling, and a second run compiles nothing
+# but what changed. jax's key tells programs, options and versions apart; the folder is begun anew when it is large.
+_PROGRAMS = _ROOT / ".programs"
+if "PYTEST_XDIST_WORKER" not in os.environ and _PROGRAMS.exists():
+    if sum(file.stat().st_size for file in _PROGRAMS.iterdir()) > 2 << 30:
+        shutil.rmtree(_PROGRAMS)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_PROGRAMS))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # Under --import-mode=importlib a test cannot import its neighbours by name: load what many share once, here.
 _SPEC = importlib.util.spec_from_file_location("drawn", Path(__file__).parent / "drawn.py")

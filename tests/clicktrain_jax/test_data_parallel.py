@@ -21,7 +21,7 @@ CONTRACT = ["-m", "pytest", "-q", "-k", "devices", str(HERE / "test_transform_co
     ("arguments", "devices", "says"),
     [
         (script("two_devices"), 2, "two devices agree"),
-        (script("meshes"), 4, "all meshes agree"),
+        pytest.param(script("meshes"), 4, "all meshes agree", marks=pytest.mark.slow),
         (script("reductions"), 4, "what is retained travels"),
         (CONTRACT, 4, "54 passed"),
     ],

@@ -20,8 +20,16 @@ def _load(name):
 
 @pytest.fixture(scope="session")
 def h200():
-    """`h200.py`: compile for an H200."""
-    return _load("h200")
+    """`h200.py`: compile for an H200; nothing is kept from before, as what the compiler writes on the way is read."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield _load("h200")
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,13 @@ def outcome(name, layout, conv, variables, train):
     return logits, statistics, gradients
 
 
-@pytest.mark.parametrize("name", models.names())
+# The deep ones take a while to compile.
+SLOW = ("vgg13", "vgg16", "resnet32_wide", "resnet50", "resnet50_cifar")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in models.names()]
+)
 def test_logits_gradients_and_statistics_do_not_depend_on_the_layout(name):
     variables = variables_of(name)
     logits, statistics, gradients = outcome(name, "NHWC", nn.Conv, variables, False)
