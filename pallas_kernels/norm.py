@@ -5,12 +5,14 @@ the images; what lies between the normalisation and the result is computed again
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import native
 from pallas_kernels.native import meshes
@@ -108,7 +110,6 @@ def _why_not_cpu(x: jax.Array, layout: str) -> str | None:
     return cpu.why_not_here()
 
 
-_ONE_STAGE, _PARTS = 4096, 16
 Settings = tuple[float, bool, bool, str, str]
 
 
@@ -123,25 +124,30 @@ def _normalise(
 ) -> tuple:
     if settings[3] == "cpu":
         return _forward_native(x, scale, bias, added, settings)
-    return _forward_xla(x, scale, bias, added, around, settings)
+    return _forward_xla(x, scale, bias, added, around, settings)[0]
 
 
-def _forward(x: Any, scale: Any, bias: Any, added: Any, around: Any, settings: Settings) -> tuple:
-    results = _normalise(x, scale, bias, added, around, settings)
-    y, mean, var = results
-    gate = y if added is not None and settings[1] else None
+def _forward(*given: Any) -> tuple:
+    (x, scale, bias, added, around), settings = jax.tree.map(lambda each: each.value, given[:-1]), given[-1]
+    if settings[3] == "cpu":
+        results = _forward_native(x, scale, bias, added, settings)
+        moments = results[1:]
+    else:
+        results, moments = _forward_xla(x, scale, bias, added, around, settings)
+    # The sums look at the result: what let a pixel through is dear to compute where it is only read.
+    gate = results[0] if settings[1] and (added is not None or settings[3] == "xla") else None
     if settings[2] and settings[3] == "xla":
-        gate = _places(x, scale, bias, mean, var, settings)
-    return results, (x, scale, bias, mean, var, gate, added is not None, around is not None)
+        gate = _places(x, scale, bias, moments, settings)
+    return results, (x, scale, bias, moments, gate, added is not None, around is not None)
 
 
 def _backward(settings: Settings, kept: tuple, slopes: tuple) -> tuple:
     saved, had_around = kept[:-1], kept[-1]
     slopes = (_backward_native if settings[3] == "cpu" else _backward_xla)(settings, saved, slopes)
-    return *slopes, jnp.zeros_like(saved[3]) if had_around else None
+    return *slopes, jnp.zeros_like(saved[2]) if had_around else None
 
 
-_normalise.defvjp(_forward, _backward)
+_normalise.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _forward_xla(
@@ -152,65 +158,88 @@ def _forward_xla(
     around: jax.Array | None,
     settings: Settings,
 ) -> tuple:
+    """``((y, mean, var), moments)``, these as `_unit` takes them."""
     epsilon, relu, pool, _, layout = settings
-    wide = x.astype(scale.dtype)
     # One pass, and right where the mean is far larger than the deviations: both are taken from near the mean.
     pixel = x[0, 0, 0].astype(scale.dtype)
     shift = jnp.where(jnp.isfinite(pixel), pixel, 0) if around is None else around
-    off = wide - shift
-    mean_off, square = (total / (x.size // x.shape[3]) for total in _sums(off, off * off))
-    var = jnp.where(square < mean_off**2, 0, square - mean_off**2)
-    mean = shift + mean_off
-    z = _affine(wide, scale, bias, mean, var, epsilon)
+    off, share = x.astype(scale.dtype) - shift, x.shape[3] / x.size
+
+    def moments_of(total: jax.Array, squares: jax.Array) -> list[jax.Array]:
+        mean, square = total * share, squares * share
+        var = jnp.where(square < mean * mean, 0, square - mean * mean)
+        return [mean, var, jax.lax.rsqrt(var + epsilon)]
+
+    mean, var, inverse = _sums(off, off * off, moments_of)
+    moments = (shift, mean, inverse)
+    z = _unit(x, moments) * scale + bias
     z = z if added is None else z + added.astype(z.dtype)
     if pool:
         z = functools.reduce(jnp.maximum, _pixels(z, layout))
-    return (jax.nn.relu(z) if relu else z).astype(x.dtype), mean, var
+    return ((jax.nn.relu(z) if relu else z).astype(x.dtype), shift + mean, var), moments
 
 
 def _backward_xla(settings: Settings, kept: tuple, slopes: tuple) -> tuple:
-    epsilon, relu, pool, _, layout = settings
-    x, scale, bias, mean, var, gate, has_added = kept
+    _, relu, pool, _, layout = settings
+    x, scale, bias, moments, gate, has_added = kept
     dy, dmean, dvar = slopes
-    wide, dz = x.astype(scale.dtype), dy.astype(scale.dtype)
-    d = wide - mean
+    dz, unit, share = _whole(dy).astype(scale.dtype), _unit(x, moments), x.shape[3] / x.size
     if pool:
         row = _rows(layout)
         inside = (row + 1, row + 3)  # a window's own axes, once rows and columns are split in two
         numbers = jnp.arange(4, dtype=gate.dtype).reshape([2 if axis in inside else 1 for axis in range(6)])
         mine = numbers == jnp.expand_dims(gate, inside)
         dz = jnp.where(mine, jnp.expand_dims(dz, inside), 0).reshape(x.shape)
-    # Each of these is one small kernel on a GPU, unless it is cheap enough to be done anew for every pixel.
-    inverse = jax.lax.rsqrt(var + epsilon)
-    factor, share = scale * inverse, x.shape[3] / x.size
-    passed = (dz, dz, dz)
+    passed = dz
     if relu and not pool:
-        # The same in three expressions, one for each use: of one that has several a GPU's compiler keeps the truth
-        # values in memory, which is dearer than to compute them again.
-        gates = (d * factor > -bias, d * -factor < bias, d * factor + bias > 0) if gate is None else (gate > 0,) * 3
-        passed = [jnp.where(is_open, dz, 0) for is_open in gates]
-    total, product = _sums(passed[0], passed[1] * d)
-    dz = passed[2]
-    slope = (2 * dvar - factor * (inverse * inverse) * product) * share
-    constant = (dmean - factor * total) * share
-    dx = dz * factor + d * slope + constant
-    return dx.astype(x.dtype), product * inverse, total, dz.astype(x.dtype) if has_added else None
+        # Of the result where it is only summed, as that is cheap, and computed again where the rest is too: of truth
+        # values that are dear and have several uses a GPU's compiler keeps an array.
+        passed = jnp.where(gate > 0, dz, 0)
+        dz = jnp.where((gate if has_added else unit * scale + bias) > 0, dz, 0)
+    dbias, dscale, mean, slope = _sums(
+        passed, passed * unit, lambda total, product: [total, product, total * share, product * share]
+    )
+    dx = (dz - mean - unit * slope) * moments[2] * scale
+    # Nobody's, where the statistics are only kept: no zeros are then added to every pixel.
+    if not isinstance(dmean, SymbolicZero):
+        dx += dmean * share
+    if not isinstance(dvar, SymbolicZero):
+        dx += unit * (dvar * (2 * share) / moments[2])
+    return dx.astype(x.dtype), dscale, dbias, dz.astype(x.dtype) if has_added else None
 
 
-def _sums(one: jax.Array, two: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of each channel, as one operation: a compiler that splits a sum in stages does both in the same kernels."""
+def _sums(
+    one: jax.Array, two: jax.Array, finish: Callable[[jax.Array, jax.Array], list[jax.Array]]
+) -> tuple[jax.Array, ...]:
+    """What ``finish`` makes of the sums of two arrays over all but the channels, (channels,) each.
+
+    Both are summed in the same two kernels, of parts and of their sums, and the last one's addition does what is left
+    to do: of itself a GPU's compiler makes a kernel of that, or does anew for every pixel what has no division in it.
+    """
     zero, channels = jnp.zeros((), one.dtype), one.shape[3]
     pixels = one.size // channels
-    # A GPU's compiler has a few of its multiprocessors sum so many rows, and more in stages: also where it need not.
-    parts = _PARTS if pixels <= _ONE_STAGE and pixels % _PARTS == 0 and pixels > _PARTS else 1
-    sums = [terms.reshape(parts, pixels // parts, channels) for terms in (one, two)]
-    for axes in ((1,), (0,)) if parts > 1 else ((0, 1),):
-        sums = jax.lax.reduce(sums, [zero, zero], lambda so_far, new: [so_far[0] + new[0], so_far[1] + new[1]], axes)
-    return sums[0], sums[1]
+    parts = max(number for number in range(1, math.isqrt(pixels) + 1) if pixels % number == 0)
+
+    def add(so_far: list[jax.Array], new: list[jax.Array]) -> list[jax.Array]:
+        return [so_far[0] + new[0], so_far[1] + new[1]]
+
+    def add_and_finish(so_far: list[jax.Array], new: list[jax.Array]) -> list[jax.Array]:
+        return [*add(so_far, new), *finish(*add(so_far, new))]
+
+    sums = jax.lax.reduce([each.reshape(parts, -1, channels) for each in (one, two)], [zero] * 2, add, (1,))
+    more = len(jax.eval_shape(finish, zero, zero))  # whatever stands in their places is not looked at
+    return tuple(jax.lax.reduce([*sums, *sums[1:] * more], [zero] * (2 + more), add_and_finish, (0,))[2:])
 
 
-def _affine(x: Any, scale: Any, bias: Any, mean: Any, var: Any, epsilon: float) -> jax.Array:
-    return (x - mean) * (scale * jax.lax.rsqrt(var + epsilon)) + bias
+def _unit(x: jax.Array, moments: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    """With a mean of zero and a variance of one; of vectors that need not be computed first."""
+    shift, mean, inverse = moments
+    return (x.astype(shift.dtype) - shift - mean) * inverse
+
+
+def _whole(slope: Any) -> jax.Array:
+    """A slope as an array, also where it is known to be zero."""
+    return jnp.zeros(slope.shape, slope.dtype) if isinstance(slope, SymbolicZero) else slope
 
 
 def _pixels(z: jax.Array, layout: str) -> list[jax.Array]:
@@ -219,10 +248,10 @@ def _pixels(z: jax.Array, layout: str) -> list[jax.Array]:
     return [z[*before, row::2, column::2] for row in range(2) for column in range(2)]
 
 
-def _places(x: Any, scale: Any, bias: Any, mean: Any, var: Any, settings: Settings) -> jax.Array:
+def _places(x: Any, scale: Any, bias: Any, moments: Any, settings: Settings) -> jax.Array:
     """int8, of the pooled shape: which pixel of a window has the gradient, the first of equal ones; 4 for none."""
-    epsilon, relu, _, _, layout = settings
-    pixels = _pixels(_affine(x.astype(scale.dtype), scale, bias, mean, var, epsilon), layout)
+    _, relu, _, _, layout = settings
+    pixels = _pixels(_unit(x, moments) * scale + bias, layout)
     largest = functools.reduce(jnp.maximum, pixels)
     place = jnp.full(largest.shape, 4, jnp.int8)
     for number in reversed(range(4)):
@@ -260,8 +289,9 @@ def _forward_native(
 
 
 def _backward_native(settings: Settings, kept: tuple, slopes: tuple) -> tuple:
-    x, scale, bias, mean, var, gate, has_added = kept
+    x, scale, bias, (mean, var), gate, has_added = kept
     epsilon, has_gate = settings[0], gate is not None
+    slopes = tuple(map(_whole, slopes))
     gate = np.zeros((0,), x.dtype) if gate is None else gate
 
     def call(*arguments: jax.Array) -> tuple:

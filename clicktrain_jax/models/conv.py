@@ -74,18 +74,17 @@ def _tiny_images_backward(padding: Pads, kept: tuple[jax.Array, jax.Array], dy: 
     (kh, kw, cin, cout), (top, left) = w.shape, (before for before, _ in padding)
     height, width = x.shape[1:3]
     products = jnp.einsum("nijc,nklf->klfijc", x, dy)
-    wide = jnp.promote_types(w.dtype, jnp.float32)
 
-    def tap(row: int, column: int) -> jax.Array:
-        parts = [
-            products[r, c, :, r + row - top, c + column - left].astype(wide)
-            for r in range(height)
-            for c in range(width)
-            if 0 <= r + row - top < height and 0 <= c + column - left < width
-        ]
-        return sum(parts, jnp.zeros((cout, cin), wide))
+    def between_pixels(w: jax.Array) -> jax.Array:
+        """(cout, kh, kw, cin) -> of each pixel of the result the weights of each of the image, as in ``products``."""
+        rows = [w[:, top - row : top - row + height] for row in range(height)]
+        return jnp.stack(
+            [jnp.stack([w[:, :, left - column : left - column + width] for column in range(width)]) for w in rows]
+        )
 
-    dw = jnp.stack([jnp.stack([tap(row, column) for column in range(kw)], 1) for row in range(kh)], 1)
+    # Added up as that is transposed: where the weights are changed too, in the same kernel of a GPU.
+    wide = jax.ShapeDtypeStruct((cout, kh, kw, cin), jnp.promote_types(w.dtype, jnp.float32))
+    (dw,) = jax.linear_transpose(between_pixels, wide)(products.astype(wide.dtype))
     (dx,) = jax.linear_transpose(lambda x: xla_convolution(x, w, strides=(1, 1), padding=padding, layout="NHWC"), x)(dy)
     return dx, jnp.transpose(dw.astype(w.dtype), (1, 2, 3, 0))
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clicktrain_jax import reduction
+from clicktrain_jax import models, reduction
 from clicktrain_jax.methods import Method
 from experiments.configs.base import TrainConfig
 from experiments.data import normalise
@@ -200,7 +200,8 @@ def change_of(trainer: Any, kind: str) -> Callable[..., Any]:
         loss = gradient.loss
         moved, opt_state = update(gradient.grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, moved)
-        metrics = metrics.at[index].set(jnp.stack([loss, gradient.top1]).astype(jnp.float32))
+        row = jnp.stack([loss, gradient.top1]).astype(jnp.float32)
+        metrics = jax.lax.dynamic_update_index_in_dim(metrics, row, index, 0)
         average = ()
         if trainer.config.ema_epochs:
             first = (trainer.config.total_epochs - trainer.config.ema_epochs) * trainer.steps_per_epoch
@@ -279,18 +280,18 @@ def update_loop(trainer: Any, kind: str, batch: int, way: str, count: int) -> Ca
 
     The arguments are those of `update_step`, ``first`` being the first update's index. What chance decides is drawn
     before the loop, and ``count`` is no argument: a loop whose end a GPU has to look up waits for the host each time.
-    Between updates small arrays lie side by side, so that one kernel writes them all, and the convolutions' weights are
-    kept in the net's short dtype too, so that what changes a weight writes both.
+    Between updates small arrays lie side by side, so that one kernel writes them all, and the large weights that the
+    net reads in its short dtype are kept in it too, so that what changes a weight writes both.
     """
     draw, gradient = draw_of(trainer, batch), gradient_of_drawn(trainer, batch, way)
     change, dtype = change_of(trainer, kind), jnp.dtype(trainer.config.precision)
     # Not where a method computes the weights that the net sees, nor where they are not rounded.
     rounds = dtype.itemsize < 4 and trainer.method.forward is Method.forward
+    places = read_in(trainer, dtype) if rounds else set()
 
     def rounded(params: Any) -> dict[int, jax.Array]:
         """By their place among the leaves."""
-        leaves = enumerate(jax.tree.leaves(params))
-        return {place: leaf.astype(dtype) for place, leaf in leaves if rounds and leaf.ndim == 4}
+        return {place: leaf.astype(dtype) for place, leaf in enumerate(jax.tree.leaves(params)) if place in places}
 
     def run(
         state: TrainState, metrics: Any, data: Images, order: Any, first: Any, key: Any, structures: Any
@@ -315,6 +316,26 @@ def update_loop(trainer: Any, kind: str, batch: int, way: str, count: int) -> Ca
         return unpack(packed), metrics
 
     return run
+
+
+def read_in(trainer: Any, dtype: jax.typing.DTypeLike) -> set[int]:
+    """Which parameters, by their place among the leaves, are large and the net reads in ``dtype`` and in no other."""
+    variables = dict(models.abstract_variables(trainer.model, trainer.image_shape))
+    params, images = variables.pop("params"), jax.ShapeDtypeStruct((1, *trainer.image_shape), jnp.float32)
+
+    def run(params: Any, others: Any, images: Any) -> jax.Array:
+        return trainer.model.apply({"params": params, **others}, images, train=False)
+
+    net = jax.make_jaxpr(run)(params, variables, images).jaxpr
+
+    def is_read(weight: Any) -> bool:
+        users = [each for each in net.eqns if any(operand is weight for operand in each.invars)]
+        return all(
+            str(each.primitive) == "convert_element_type" and each.params["new_dtype"] == dtype for each in users
+        )
+
+    weights = enumerate(net.invars[: len(jax.tree.leaves(params))])
+    return {place for place, weight in weights if weight.aval.size > SMALL and is_read(weight)}
 
 
 def pack(tree: Any) -> tuple[Any, Callable[[Any], Any]]:

@@ -1,6 +1,7 @@
 """Epochs as compiled loops: what they wait for, how many programs a run needs, what is drawn before, the last batch."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
+from clicktrain_jax import models
 from experiments.bench.program_counts import epoch_loop
 from experiments.records import read_metrics
-from experiments.train import loop
+from experiments.train import loop, update
 from experiments.train.pruned_phase import Choice
 from experiments.train.step import Trainer
 from experiments.train.update import Drawn, draw_of, pack, update_loop
@@ -103,6 +105,17 @@ def test_packing_changes_nothing():
     packed, unpack = pack(tree)
     assert {name: len(flat) for name, flat in packed[0].items()} == {"float32": 9, "bfloat16": 2}
     jax.tree.map(np.testing.assert_array_equal, unpack(packed), tree)
+
+
+def test_weights_are_kept_short_where_the_net_rounds_them_and_nowhere_else(monkeypatch):
+    monkeypatch.setattr(update, "SMALL", 2**10)
+    net = SimpleNamespace(model=models.build("vgg11", num_classes=10, dtype=jnp.bfloat16), image_shape=(32, 32, 3))
+    leaves = jax.tree_util.tree_leaves_with_path(models.abstract_variables(net.model, net.image_shape)["params"])
+    found = {jax.tree_util.keystr(leaves[place][0]) for place in update.read_in(net, jnp.bfloat16)}
+    kernels = {jax.tree_util.keystr(path) for path, leaf in leaves if leaf.ndim > 1}
+    # The last layer is computed in float32.
+    assert kernels - found == {"['Dense_2']['kernel']"} and found < kernels
+    assert not update.read_in(net, jnp.float16)
 
 
 def test_updates_that_no_loop_fits_are_called_one_by_one(tiny_dataset):
