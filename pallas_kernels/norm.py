@@ -237,9 +237,9 @@ def _unit(x: jax.Array, moments: tuple[jax.Array, jax.Array, jax.Array]) -> jax.
     return (x.astype(shift.dtype) - shift - mean) * inverse
 
 
-def _whole(slope: Any) -> jax.Array:
+def _whole(slope: jax.Array | SymbolicZero) -> jax.Array:
     """A slope as an array, also where it is known to be zero."""
-    return jnp.zeros(slope.shape, slope.dtype) if isinstance(slope, SymbolicZero) else slope
+    return slope if not isinstance(slope, SymbolicZero) else jnp.zeros(slope.aval.shape, slope.aval.dtype)
 
 
 def _pixels(z: jax.Array, layout: str) -> list[jax.Array]:

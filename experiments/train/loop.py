@@ -26,9 +26,9 @@ from experiments.train.memory import keep_freed
 from experiments.train.programs import keep_on_disk
 from experiments.train.progress import Hook, ask, telling
 from experiments.train.signals import Interrupted, heeded
-from experiments.train.state import NonFinite, TrainState
+from experiments.train.state import Begun, NonFinite, TrainState
 from experiments.train.step import Trainer
-from experiments.train.within import Begun, Within
+from experiments.train.within import Within
 
 __all__ = ["Interrupted", "NonFiniteLoss", "summarise", "template", "train"]
 

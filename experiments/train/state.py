@@ -30,5 +30,19 @@ class Images(NamedTuple):
     labels: jax.Array
 
 
+class Begun(NamedTuple):
+    """An epoch that was saved within.
+
+    Attributes:
+        done: updates of it.
+        metrics: float32 (updates an epoch, 2), as `experiments.train.step.Trainer.run_epoch` has them.
+        facts: plain data: "line", what the epoch's line has so far; "ran" and "images_by_pattern" of the trainer.
+    """
+
+    done: int
+    metrics: jax.Array
+    facts: dict[str, Any]
+
+
 class NonFinite(ArithmeticError):
     """Training met a NaN or an infinite value."""

@@ -33,9 +33,8 @@ from experiments.train.methods import make_method
 from experiments.train.programs import Programs, in_background, shapes_of
 from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of, scheduled, way_asked
 from experiments.train.recipe import lasso_weight, make_models, make_optimizer, make_plan, pattern_source
-from experiments.train.state import TrainState
+from experiments.train.state import Begun, TrainState
 from experiments.train.update import evaluation_of, with_retained
-from experiments.train.within import Begun
 from pallas_kernels.pattern_conv import mosaic_gpu
 
 # Streams of random numbers, each folded into the run's key.

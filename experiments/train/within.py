@@ -8,26 +8,12 @@ any number of devices and processes.
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from experiments.train.checkpoints import Checkpoints
 from experiments.train.state import TrainState
-
-
-class Begun(NamedTuple):
-    """An epoch that was saved within.
-
-    Attributes:
-        done: updates of it.
-        metrics: float32 (updates an epoch, 2), as `experiments.train.step.Trainer.run_epoch` has them.
-        facts: plain data: "line", what the epoch's line has so far; "ran" and "images_by_pattern" of the trainer.
-    """
-
-    done: int
-    metrics: jax.Array
-    facts: dict[str, Any]
 
 
 class Within:
