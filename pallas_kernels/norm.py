@@ -239,7 +239,10 @@ def _unit(x: jax.Array, moments: tuple[jax.Array, jax.Array, jax.Array]) -> jax.
 
 def _whole(slope: jax.Array | SymbolicZero) -> jax.Array:
     """A slope as an array, also where it is known to be zero."""
-    return slope if not isinstance(slope, SymbolicZero) else jnp.zeros(slope.aval.shape, slope.aval.dtype)
+    if not isinstance(slope, SymbolicZero):
+        return slope
+    aval: Any = slope.aval
+    return jnp.zeros(aval.shape, aval.dtype)
 
 
 def _pixels(z: jax.Array, layout: str) -> list[jax.Array]:
