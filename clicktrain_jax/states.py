@@ -242,7 +242,8 @@ def check_state(state: Any, plan: Plan, num_patterns: int, importance_steps: Any
 
 
 def _as(dtype: Any, array: Any) -> Any:
-    return array if array is None or array.dtype == dtype else array.astype(dtype)
+    # Integers of another width are as good, and a carry of a loop keeps its dtype.
+    return array if array is None or array.dtype.kind == jnp.dtype(dtype).kind else array.astype(dtype)
 
 
 def _as_chosen(layer: LayerMask) -> LayerMask:

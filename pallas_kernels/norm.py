@@ -227,6 +227,8 @@ def _sums(
         return [*add(so_far, new), *finish(*add(so_far, new))]
 
     sums = jax.lax.reduce([each.reshape(parts, -1, channels) for each in (one, two)], [zero] * 2, add, (1,))
+    if parts == 1:  # XLA leaves out the addition of a single part, and all that it does
+        return tuple(finish(*(each[0] for each in sums)))
     more = len(jax.eval_shape(finish, zero, zero))  # whatever stands in their places is not looked at
     return tuple(jax.lax.reduce([*sums, *sums[1:] * more], [zero] * (2 + more), add_and_finish, (0,))[2:])
 

@@ -1,9 +1,11 @@
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -30,11 +32,14 @@ _NATIVE = _ROOT / ".native"
 _NATIVE.mkdir(exist_ok=True)
 os.symlink(_NATIVE, Path(_CACHE.name) / "native")
 # And for XLA's programs, small ones too: two thirds of the tests' time is compiling, and a second run compiles nothing
-# but what changed. jax's key tells programs, options and versions apart; the folder is begun anew when it is large.
-_PROGRAMS = _ROOT / ".programs"
+# but what changed. jax's key tells programs, options and versions apart, and not processors; the folder is begun anew
+# when it is large.
+_CPU = Path("/proc/cpuinfo")
+_FLAGS = re.search("^flags.*", _CPU.read_text() if _CPU.exists() else "", re.MULTILINE)
+_PROGRAMS = _ROOT / ".programs" / f"{zlib.crc32(_FLAGS[0].encode() if _FLAGS else b''):08x}"
 if "PYTEST_XDIST_WORKER" not in os.environ and _PROGRAMS.exists():
     if sum(file.stat().st_size for file in _PROGRAMS.iterdir()) > 2 << 30:
-        shutil.rmtree(_PROGRAMS)
+        shutil.rmtree(_PROGRAMS, ignore_errors=True)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_PROGRAMS))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -33,6 +33,7 @@ class LoopConfig:
             epochs since.
         checkpoint_every_steps: save within an epoch too, after every so many updates of it; None for not. A resumed run
             goes on from there; the place is kept in no more than one such checkpoint, and gone once the epoch is saved.
+            Compiled loops (``epoch_program``) are left at their ends alone, so they save there.
         keep_checkpoints: how many of the newest epochs' checkpoints stay on disk.
         eval_every_epochs: evaluate after every so many epochs, and after the last.
         input_threads: threads that read and decode a streamed set; None for one a core, 16 at most.

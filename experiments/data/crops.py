@@ -74,7 +74,8 @@ def _resized(image: Any, box: Box, size: int) -> np.ndarray:
         _, capsule = image.__arrow_c_array__()
     except (AttributeError, ValueError):  # Pillow before 11.2; an image of so many pixels that it is in pieces
         capsule = None
-    if capsule is None or native.why_not() is not None:
+    # PILLOW_ALIGNMENT parts the lines, and the capsule does not say so.
+    if capsule is None or Image.core.get_alignment() != 1 or native.why_not() is not None:
         return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
     array = _ArrowArray.from_address(_pointer_of(capsule, b"arrow_array"))
     return resized(array.children[0].contents.buffers[1], (image.height, image.width), box, size)

@@ -60,7 +60,7 @@ def train_forked(
     trainer = trainer or Trainer(config, dataset)
     epochs = fork_epoch(config, trainer.steps_per_epoch)
     source = RunFolder(trunk).checkpoints / str(epochs)
-    if epochs and source.exists() and not _numbers(run.checkpoints):
+    if epochs and source.exists() and not _numbers(run.checkpoints) and not run.within.exists():
         _fork(config, run, trunk, epochs, dataset, trainer)
     return train(config, folder, dataset=dataset, trainer=trainer)
 

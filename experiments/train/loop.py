@@ -262,6 +262,8 @@ def _epoch(
         return line | kept
 
     def save(state: TrainState, metrics: jax.Array) -> None:
+        if not _all_finite(metrics, state.params, state.batch_stats):
+            raise NonFinite("a loss or a weight is not finite before the epoch's end")  # and is not gone on from
         ran = {"ran": trainer.ran, "images_by_pattern": trainer.images_by_pattern}
         within.save(state, metrics, {"line": so_far(), **ran})
 

@@ -196,6 +196,7 @@ class Trainer(Updates):
 
     def init(self, seed: int) -> TrainState:
         """What `fresh` makes of a run's seed."""
+        self._retained = None, None
         key = self.devices.whole(jax.random.fold_in(jax.random.key(seed), _INIT))
         return self.programs.get(("init",), lambda: self.fresh, (key,), counts=False)(key)
 
@@ -327,13 +328,15 @@ class Trainer(Updates):
         way, structures = "dense", {}
         if phase >= Phase.REGULARIZE:
             self._prepare_pruned(known, state, metrics, order, key)
-        # Where there are loops, updates that fit none share the dense gradient: no program for a few updates.
-        if phase == Phase.PRUNED and not self.loop_length:
+        # Known also where loops that ran before the run was resumed used it.
+        choice = None
+        if phase == Phase.PRUNED and (self.images_by_pattern or not self.loop_length):
             choice = self._choose_pruned(state, metrics, order, key)
-            way, structures = choice.way, choice.structures
-        by_pattern = bool(structures)
-        if phase == Phase.PRUNED:
-            structures = self._sending(structures)
+        by_pattern = False
+        # Where there are loops, updates that fit none share the dense gradient: no program for a few updates.
+        if choice is not None and not self.loop_length:
+            way, by_pattern = choice.way, bool(choice.structures)
+            structures = self._sending(choice.structures)
         kind = "gather" if gathers else phase.name.lower()
         for begin, stop, batch in self.by_batch_size(first, end):
             self.images_by_pattern += (stop - begin) * batch * by_pattern

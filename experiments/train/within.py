@@ -45,6 +45,7 @@ class Within:
         try:
             number, tree = self._checkpoints.restore_newest(lambda number: template(self._checkpoints.facts(number)))
         except ValueError as error:
+            self.clear()  # a later number than those to come would keep orbax from saving them
             warnings.warn(f"{error}: the run goes on from the epoch's begin", stacklevel=2)
             return None
         return number, tree, self._checkpoints.facts(number)

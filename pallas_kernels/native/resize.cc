@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "support.h"
@@ -95,9 +96,9 @@ inline void down_columns(const uint8_t* from, int64_t row, const int* weights, i
 }  // namespace
 
 // pixels: (height, width) of four bytes each, of which the last is left out; resized: (size, size, 3). The part is
-// inside of the image.
-CLICKTRAIN_PUBLIC void clicktrain_resize(const uint8_t* pixels, int64_t height, int64_t width, float left, float top,
-                                         float right, float bottom, int64_t size, uint8_t* resized) {
+// inside of the image. 0, or 1 where there is not enough memory.
+CLICKTRAIN_PUBLIC int clicktrain_resize(const uint8_t* pixels, int64_t height, int64_t width, float left, float top,
+                                        float right, float bottom, int64_t size, uint8_t* resized) try {
   constexpr int kColumns = 64;
   const int side = static_cast<int>(size);
   const Weights across(static_cast<int>(width), left, right, side), down(static_cast<int>(height), top, bottom, side);
@@ -121,6 +122,9 @@ CLICKTRAIN_PUBLIC void clicktrain_resize(const uint8_t* pixels, int64_t height, 
     for (; x + kColumns <= 3 * size; x += kColumns) down_columns<kColumns>(from + x, row, down.of(y), down.taps, to + x);
     for (; x < 3 * size; ++x) down_columns<1>(from + x, row, down.of(y), down.taps, to + x);
   }
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
 }
 
 }  // namespace clicktrain

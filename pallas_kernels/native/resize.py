@@ -22,6 +22,7 @@ def resized(pixels: int, shape: tuple[int, int], box: tuple[float, float, float,
     Raises:
         ValueError: the part is not inside of the image, or has no width or height.
         RuntimeError: there is no native library.
+        MemoryError: there is not enough.
     """
     (height, width), (left, top, right, bottom) = shape, (ctypes.c_float(side).value for side in box)
     if not (0 <= left < right <= width and 0 <= top < bottom <= height) or size < 1:
@@ -29,11 +30,13 @@ def resized(pixels: int, shape: tuple[int, int], box: tuple[float, float, float,
             f"box={box} of {width}x{height} pixels at size={size}: expected a part with pixels, and a side"
         )
     result = np.empty((size, size, 3), np.uint8)
-    native.library().clicktrain_resize(
+    failed = native.library().clicktrain_resize(
         ctypes.c_void_p(pixels),
         *map(ctypes.c_int64, shape),
         *map(ctypes.c_float, box),
         ctypes.c_int64(size),
         ctypes.c_void_p(result.ctypes.data),
     )
+    if failed:
+        raise MemoryError(f"scaling {width}x{height} pixels to {size}x{size}")
     return result

@@ -141,3 +141,26 @@ def test_updates_that_no_loop_fits_are_called_one_by_one(tiny_dataset):
     assert found[0] == [("dense", 0), ("dense", 1), ("dense", 2), ("gather", 3), ("gather", 4)]
     assert found[1][0] == ("select", 0)
     assert found[2] == [("masked", 0), ("pruned", 4)] and found[3] == [("masked", 0), ("pruned", 4)]
+
+
+@pytest.mark.slow
+def test_a_run_saved_between_a_pruned_loop_and_an_epochs_last_update_goes_on(tiny_dataset, tmp_path):
+    fields = dict(pruned_convolution="pattern", checkpoint_every_steps=2)
+    config = tiny.changed(loop=dataclasses.replace(SCAN, **fields))
+    trainer = Trainer(config, tiny_dataset)
+    whole = loop.train(config, tmp_path / "whole", trainer=trainer)
+    original = trainer._run_segment
+
+    def killed(segment, known, state, *rest):
+        if int(state.step) == 24:
+            raise KeyboardInterrupt
+        return original(segment, known, state, *rest)
+
+    trainer._run_segment = killed
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config, tmp_path / "run", trainer=trainer)
+    assert [path.name for path in (tmp_path / "run/within").iterdir()] == ["24"]
+    del trainer._run_segment
+    again = loop.train(config, tmp_path / "run", trainer=trainer)
+    lines = [read_metrics(tmp_path / name)[-1]["training_multiply_adds"] for name in ("whole", "run")]
+    assert again["params_sha256"] == whole["params_sha256"] and lines[0] == lines[1]

@@ -344,6 +344,15 @@ def test_a_net_that_diverges_in_an_epochs_last_update_is_not_saved(tiny_dataset,
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 
+def test_a_net_that_diverges_is_not_saved_within_an_epoch(tiny_dataset, tmp_path):
+    every = dataclasses.replace(tiny.CONFIG.loop, checkpoint_every_steps=1)
+    config = tiny.changed(learning_rate=1e38, method=None, mixup_epoch=None, lr_schedule="step", loop=every)
+    with pytest.raises(loop.NonFiniteLoss, match="0 whole epochs"):
+        loop.train(config, tmp_path / "run", dataset=tiny_dataset)
+    # The first update leaves weights that are finite, the second does not.
+    assert [path.name for path in (tmp_path / "run" / "within").iterdir()] == ["1"]
+
+
 def test_checkpoints_none_of_which_can_be_read_stay_and_are_an_error(tmp_path):
     from experiments.train.checkpoints import Checkpoints
 

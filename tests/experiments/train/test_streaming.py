@@ -184,6 +184,9 @@ def test_a_checkpoint_within_an_epoch_that_is_of_no_use_is_left(tmp_path):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.warns(UserWarning, match="number 7: .*: the run goes on from the epoch's begin"):
         assert within.newest(5, lambda facts: (state, metrics)) is None
+    # What comes before the broken one is saved again.
+    within.save(state._replace(step=np.int32(6)), metrics, {"line": {"epoch": 1}})
+    assert within.newest(5, lambda facts: (state, metrics))[0] == 6
     within.clear()
     assert not list((tmp_path / "within").iterdir())
 
