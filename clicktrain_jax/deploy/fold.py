@@ -95,6 +95,13 @@ class Steps:
         """The convolutions, in order."""
         return tuple(step for step in self.steps if isinstance(step, ConvStep))
 
+    @property
+    def arrays(self) -> set[Any]:
+        """Names of the arrays that are read."""
+        convolutions = {name for step in self.convolutions for name in (step.name, step.bias)}
+        others = [step.operands for step in self.steps if not isinstance(step, ConvStep)]
+        return convolutions | {what for each in (*others, (self.output,)) for kind, what in each if kind == "array"}
+
     def run(self, arrays: Mapping[str, Any], images: Any, convolve: Convolve, compute: Compute = bind) -> Any:
         """The result for ``images``, or what stands for them: convolutions by ``convolve``, all else by ``compute``."""
         values = {self.input: images}

@@ -147,7 +147,10 @@ class InferenceNet:
         options = pallas_kernels.compiler_options(shortest)
         steps, more = chains.chained(self.folded.steps(batch), sites)
         function = jax.jit(self._function(steps, sites), compiler_options=options)
-        return function, jax.device_put(self.prepared(sites, more))
+        prepared, read = self.prepared(sites, more), steps.arrays
+        # A linear layer's weights are packed in a chain: their own form stays behind.
+        prepared["arrays"] = {name: array for name, array in prepared["arrays"].items() if name in read}
+        return function, jax.device_put(prepared)
 
     def portable(self, batch: Any) -> tuple[Any, Any]:
         """As `program`, not compiled, of operations that run anywhere.

@@ -107,6 +107,8 @@ def test_loaded_nets_run_natively_with_bias_and_relu_inside(filters):
     # One call for all layers, the linear one among them.
     assert primitives.count("max") == primitives.count("add") == 0
     assert primitives.count("custom_vmap_call") + primitives.count("ffi_call") == 1
+    # The linear layer's weights are held once, packed.
+    assert "params/Dense_0/kernel" not in prepared["arrays"]
     # They lie where the kernels read them, and are not copied in a call.
     assert all(leaf.unsafe_buffer_pointer() % 64 == 0 for leaf in jax.tree.leaves(prepared) if leaf.dtype == np.uint8)
 
