@@ -79,4 +79,4 @@ $(GPU_COMPILE)/.ready: requirements-gpu-compile.txt
 	touch $@
 
 clean:
-	rm -rf .venv-* docs/_build
+	rm -rf .venv-* .native .programs docs/_build
