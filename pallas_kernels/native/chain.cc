@@ -46,7 +46,7 @@ void pool_row(const ChainStep& step, const ImageShape& in, const float* x, int64
         const float* from = x + (h * in.width + w) * channels;
         if (is_max) {
           CLICKTRAIN_INDEPENDENT
-          for (int64_t c = 0; c < channels; ++c) y[c] = (from[c] > y[c]) | (from[c] != from[c]) ? from[c] : y[c];
+          for (int64_t c = 0; c < channels; ++c) y[c] = ((from[c] > y[c]) | (from[c] != from[c])) ? from[c] : y[c];
         } else {
           CLICKTRAIN_INDEPENDENT
           for (int64_t c = 0; c < channels; ++c) y[c] += from[c];

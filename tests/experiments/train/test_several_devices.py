@@ -20,7 +20,7 @@ def emulated(script, *arguments, devices=8):
     flags = f"--xla_force_host_platform_device_count={devices}"
     path = f"{HERE.parents[2]}{os.pathsep}{HERE.parent}"
     settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    if {"ordered", "within"} & set(arguments):
+    if {"ordered", "within", "compact"} & set(arguments):
         settings["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # else what is fused, and so rounded, differs by program
     command = [sys.executable, "-W", "error", str(HERE / script), *map(str, arguments)]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=600)
