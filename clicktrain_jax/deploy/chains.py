@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from clicktrain_jax.deploy import layers
-from clicktrain_jax.deploy.fold import ConvStep, OtherStep, Steps
+from clicktrain_jax.deploy.steps import ConvStep, OtherStep, Steps
 
 _NHWC = (0, 3, 1, 2)  # where jax has batch, channels, rows and columns
 _POOLS: dict[str, Literal["max", "sum"]] = {

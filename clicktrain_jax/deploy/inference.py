@@ -16,9 +16,10 @@ import numpy as np
 
 from clicktrain_jax.deploy import chains, layers, whole_net
 from clicktrain_jax.deploy.accelerate import AccelerateReport, ConvolutionReport
-from clicktrain_jax.deploy.fold import ConvStep, Folded, Steps, plain
+from clicktrain_jax.deploy.fold import Folded, plain
 from clicktrain_jax.deploy.interception import Convolution, Kernel
 from clicktrain_jax.deploy.jaxprs import bind
+from clicktrain_jax.deploy.steps import ConvStep, Steps
 
 
 class Net(Protocol):

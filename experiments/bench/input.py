@@ -67,8 +67,7 @@ def measure(
         The record: beside what was asked, ``results``: ``{"name", "images_per_s", "p20", "p80", "ratio", "of_crop"}``,
         the ratios to decoding alone, and with the crop, being medians of the rounds'; ``waiting``, the share of its
         time that a slower consumer waits; ``pillow``, as one of the results, decoding and cropping without the native
-        library; ``memory_mb``, this process's resident memory after each quarter of a long
-        pass.
+        library; ``memory_mb``, this process's resident memory after each quarter of a long pass.
     """
     threads = threads or default_threads()
     with tempfile.TemporaryDirectory() as temporary:
