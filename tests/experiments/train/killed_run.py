@@ -1,8 +1,9 @@
-"""A run that kills itself: ``python killed_run.py FOLDER [EPOCH FRACTION]``.
+"""A run that kills itself: ``python killed_run.py FOLDER [EPOCH:FRACTION...]``.
 
-It trains a longer tiny config in FOLDER. With EPOCH, it sends itself SIGKILL (no handler, no cleaning up) some time
-after the first update that it does in that epoch or a later one: FRACTION of the time that an epoch, its evaluation
-and its checkpoint take.
+It trains a longer tiny config in FOLDER and says its weights' digest. With EPOCHs, a process for each, one after
+another, begins or resumes the run and sends itself SIGKILL (no handler, no cleaning up) some time after the first
+update that it does in that epoch or a later one: FRACTION of the time that an epoch, its evaluation and its checkpoint
+take. Then each one's exit code is said, and how many epochs are whole.
 """
 
 import dataclasses
@@ -15,16 +16,25 @@ from pathlib import Path
 
 import tiny
 
+from experiments.records import read_metrics
 from experiments.train import loop
 from experiments.train.step import Trainer
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    if len(sys.argv) > 2:
-        _arm(int(sys.argv[2]), float(sys.argv[3]))
-    summary = loop.train(CONFIG, folder)
-    print(summary["params_sha256"])
+    for kill in sys.argv[2:]:
+        # Forked before jax has begun anything, so that two dozen processes need not import it again.
+        process = os.fork()
+        if process == 0:
+            epoch, fraction = kill.split(":")
+            _arm(int(epoch), float(fraction))
+            loop.train(CONFIG, folder)
+            return
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        print(code, len(read_metrics(folder)), flush=True)
+    if len(sys.argv) == 2:
+        print(loop.train(CONFIG, folder)["params_sha256"])
 
 
 def _arm(epoch: int, fraction: float) -> None:
