@@ -14,18 +14,24 @@ DOCS := .venv-docs
 # jax and its CUDA compiler, for machines without a GPU; apart from the others, as it is large and Linux only.
 GPU_COMPILE := .venv-gpu-compile
 
-.PHONY: demo test test-slow test-all test-gpu test-gpu-compile gpu-compile-ready docs bench table lint clean
+.PHONY: ready demo test test-slow test-all test-gpu test-gpu-compile gpu-compile-ready docs bench table lint clean
+
+# The environment alone.
+ready: $(READY)
 
 demo: $(READY)
 	$(VENV)/bin/python -m experiments demo
 
-# A worker for each core, each test file in one piece: what its tests share is made once.
+# A worker for each core, each test file in one piece: what its tests share is made once. In the order of
+# tests/conftest.py.
+WORKERS := --numprocesses auto --dist loadfile --no-loadscope-reorder
+
 test: $(READY)
-	$(VENV)/bin/python -m pytest -m "not slow and not gpu" --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu" $(WORKERS) --maxprocesses 8
 
 # Compiled as users' programs are; the default layer is compiled faster (tests/conftest.py).
 test-slow: $(READY)
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV)/bin/python -m pytest -m "slow or gpu" --numprocesses auto --maxprocesses 2 --dist loadfile
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV)/bin/python -m pytest -m "slow or gpu" $(WORKERS) --maxprocesses 2
 
 test-all: test test-slow
 

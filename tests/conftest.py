@@ -50,11 +50,26 @@ sys.modules["drawn"] = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(sys.modules["drawn"])
 
 
+# The longest files, by which workers begin, so that none is alone with one at the end.
+_LONG = (
+    *("several_devices", "two_processes", "killed", "data_parallel", "gpu_measures", "streaming", "loop", "methods"),
+    *("nets", "targets", "layout", "accelerate", "pattern_conv", "mosaic_gpu", "native_driver", "examples", "readme"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": number for number, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(_LONG)))
+
+
 @contextlib.contextmanager
 def _compiling(quickly):
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
+    if before == quickly:
+        yield
+        return
     jax.config.update("jax_disable_most_optimizations", quickly)
     jax.clear_caches()  # what was compiled the other way
     # For the tests' own processes.
@@ -74,6 +89,6 @@ def optimised():
 
 @pytest.fixture(scope="module")
 def quick():
-    """Has the module's programs compiled quickly in the slow layer too: for trials of what measures elsewhere."""
+    """Has the module's programs compiled quickly always: where what they compute, or measure, is not of programs."""
     with _compiling(quickly=True):
         yield

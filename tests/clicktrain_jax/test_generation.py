@@ -18,6 +18,7 @@ from clicktrain_jax.patterns.search import exchange, greedy
 
 STATIC = ("num_patterns", "entries", "method", "centre", "complementary", "kernel_size", "names", "max_kernels")
 # Programs here run a few times: compiled without optimisation they are ready sooner.
+pytestmark = pytest.mark.usefixtures("quick")
 generate = jax.jit(patterns.generate, static_argnames=STATIC, compiler_options={"xla_backend_optimization_level": 0})
 few_examples = settings(max_examples=8, deadline=None, derandomize=True)
 

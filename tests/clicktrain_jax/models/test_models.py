@@ -14,6 +14,9 @@ from flax.traverse_util import flatten_dict
 from clicktrain_jax import models
 from clicktrain_jax.models.resnet import ResidualBlock
 
+# Shapes, sizes and the order of layers are of no program.
+pytestmark = pytest.mark.usefixtures("quick")
+
 NAMES = "vgg11 vgg13 vgg16 resnet18 resnet32_wide resnet32 resnet50_cifar resnet50 small".split()
 every_net = pytest.mark.parametrize("name", NAMES)
 # These programs run once: compiling them without optimisation is up to 15 times faster.

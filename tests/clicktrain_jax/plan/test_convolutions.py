@@ -8,6 +8,9 @@ import pytest
 
 import clicktrain_jax as ct
 
+# What is chosen is of scores; how they are compiled is tested beside the selection.
+pytestmark = pytest.mark.usefixtures("quick")
+
 FOUR = ct.patterns.fixed_set(4)
 CONV = {"Conv_0": {"kernel": (3, 3, 64, 64)}}
 
