@@ -49,9 +49,10 @@ _EXPLAINED = """Final top-1 in percent, mean ± standard deviation over the seed
 seed. Compression: weights of all convolutions of the dense net over those retained. Seconds are training, compiling and
 whatever a run measures to choose its ways, as the mean share of dense's in runs of equal seeds; a process compiles and
 measures once, which every seed is charged with. Where the cores did other work at the same time, CPU seconds stand in
-their place: of all threads, compiling among them as far as that very run compiled. The wide tables have more: the whole model's compression, multiply-adds
-of one image and of the training as it was executed, seconds of tuning, the peak of memory, and milliseconds a call of
-the nets of one seed, whose weights and masks were checked to be those of the same row.
+their place: of all threads, of runs that this project's same commit made; compiling is among them as far as that very
+run compiled. The wide tables have more: the whole model's compression, multiply-adds of one image and of the training
+as it was executed, seconds of tuning, the peak of memory, and milliseconds a call of the nets of one seed, whose
+weights and masks were checked to be those of the same row.
 """
 # Columns of the wide table that RESULTS.md shows, after the cell; and those of time, by what they are called there.
 _SHOWN = ("n", "top-1, %", "against dense", "conv")
@@ -75,7 +76,7 @@ def by_seed(study: Study, cell: Cell) -> dict[str, Mapping[int, float]]:
                 cell.seconds(),
                 study.time(cell),
                 study.ratio(cell, "train_seconds"),
-                study.ratio(cell, "cpu_seconds"),
+                study.processor_time(cell),
                 {} if cell.tuning_s is None else dict.fromkeys(cell.runs, cell.tuning_s),
                 study.time_with_tuning(cell),
                 {seed: count / 1e6 for seed, count in cell.column("training_bytes").items()},

@@ -186,7 +186,7 @@ def _training(both: Sequence[Study]) -> _Answer:
         cell = _cell(study)
         if cell is None:
             continue
-        seconds, processor = study.time(cell), study.ratio(cell, "cpu_seconds")
+        seconds, processor = study.time(cell), study.processor_time(cell)
         if seconds:
             times = 1 / mean(seconds)
             told = f"{times:.2f} times; {1 / mean(study.ratio(cell, 'train_seconds')):.2f} without compiling"
