@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from experiments import configs
-from experiments.bench import gpu_conv_checks
+from experiments.bench import gpu_convolutions
 from experiments.bench import gpu_exports as gpu_check
 from experiments.bench import updates as bench
 from experiments.data import DataConfig, Dataset, load
@@ -101,11 +101,11 @@ def _within(name: str, function: Callable[[bool, float], Iterator[dict[str, Any]
 
 
 MEASURES: dict[str, Callable[[bool, str | None], dict[str, Any] | Iterator[dict[str, Any]]]] = {
-    "conv-shift": _within("conv-shift", gpu_conv_checks.measure_shift),
-    "conv-sweeps": _within("conv-sweeps", gpu_conv_checks.measure_sweeps),
-    "conv-dense": _within("conv-dense", gpu_conv_checks.measure_dense),
-    "conv-mosaic": _within("conv-mosaic", gpu_conv_checks.measure_mosaic),
-    "steps": _within("steps", gpu_conv_checks.measure_steps),
+    "conv-shift": _within("conv-shift", gpu_convolutions.measure_shift),
+    "conv-sweeps": _within("conv-sweeps", gpu_convolutions.measure_sweeps),
+    "conv-dense": _within("conv-dense", gpu_convolutions.measure_dense),
+    "conv-mosaic": _within("conv-mosaic", gpu_convolutions.measure_mosaic),
+    "steps": _within("steps", gpu_convolutions.measure_steps),
     "deploy": _within("deploy", gpu_check.measure),
     "update-costs": measure_update_costs,
     "selection": measure_selection,

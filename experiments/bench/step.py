@@ -21,7 +21,7 @@ import clicktrain_jax as ct
 from clicktrain_jax import models
 from clicktrain_jax.states import fill_masks
 from experiments import configs
-from experiments.configs.base import PruneConfig, TrainConfig
+from experiments.configs.base import PruneConfig
 from experiments.data import Dataset
 from experiments.train.memory import keep_freed
 from experiments.train.pruned_phase import gaining_structures
@@ -111,40 +111,6 @@ def measure(
         }
         for name in order
     ]
-
-
-def follow(config: TrainConfig, dataset: Dataset, steps: int) -> dict[str, list[float]]:
-    """Train the pruned phase from one state in several ways, on the same batches.
-
-    Rounding grows from update to update, and jumps where a max pool or a ReLU decides otherwise: two dense forms part
-    as well, so both are here to compare with.
-
-    Args:
-        config: with ``prune``; its masks come from random scores.
-        dataset: what it trains on.
-        steps: number of updates.
-
-    Returns:
-        ``{"dense": losses, "dense, by patches": losses, "pattern": losses}``.
-    """
-    losses = {}
-    for name, form, way in (
-        ("dense", "direct", "dense"),
-        ("dense, by patches", "patches", "dense"),
-        ("pattern", "direct", "pattern"),
-    ):
-        loop = dataclasses.replace(config.loop, convolution=form)
-        trainer = Trainer(dataclasses.replace(config, loop=loop), dataset)
-        state, structures = pruned_state(trainer)
-        held = structures if way == "pattern" else {}
-        program = jax.jit(trainer.update_step("pruned", config.batch_size, way))
-        metrics, data, order, _, key = arguments(trainer)
-        losses[name] = []
-        for step in range(steps):
-            index = np.int32(step % trainer.steps_per_epoch)
-            state, metrics = program(state, metrics, data, order, index, key, held)
-            losses[name].append(float(metrics[index, 0]))
-    return losses
 
 
 def pruned_state(trainer: Trainer) -> tuple[Any, dict[str, Any]]:

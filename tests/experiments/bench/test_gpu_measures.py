@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from experiments.bench import conv_ways, gpu_conv_checks, gpu_measures
-from pallas_kernels.pattern_conv import cases
+from experiments.bench import gpu_measures
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -34,25 +33,6 @@ def test_one_that_stops_in_the_middle_keeps_what_it_has(tmp_path, monkeypatch):
 
 def test_each_has_a_time():
     assert gpu_measures.LIMITS_S.keys() == gpu_measures.MEASURES.keys()
-
-
-def test_wrong_convolutions_fail_the_check(monkeypatch):
-    monkeypatch.setattr(cases, "SMALL_BLOCKS", cases.SMALL[:1])
-    monkeypatch.setattr(cases, "SMALL", ())
-    *_, outcome = gpu_conv_checks.check_correctness(True, 60)
-    ways = {(row["way"], row["direction"]) for row in outcome["judged"]}
-    assert outcome["wrong"] == 0 and {("xla", direction) for direction in conv_ways.DIRECTIONS} <= ways
-    monkeypatch.setitem(conv_ways.BOUNDS, "float32", 1e-12)
-    with pytest.raises(AssertionError, match="are wrong; the first"):
-        list(gpu_conv_checks.check_correctness(True, 60))
-
-
-def test_what_the_time_does_not_reach_is_left_out_by_name():
-    steps = gpu_conv_checks.check_correctness(True, -1)
-    outcomes = [next(steps) for _ in range(3)]
-    assert cases.SMALL[0].name in outcomes[-1]["left_out"]
-    with pytest.raises(AssertionError, match="none was judged"):
-        next(steps)
 
 
 @pytest.mark.slow
