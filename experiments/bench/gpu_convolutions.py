@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import conv as bench_conv
-from experiments.bench import updates as bench
+from experiments.bench import step as bench_step
 from experiments.bench.conv_ways import BOUNDS, expected, make_problem
 from experiments.bench.device_time import device_time
 from pallas_kernels import compat
@@ -34,14 +34,14 @@ _SWEPT_TILES = ((64, 16), (64, 32), (16, 64), (32, 64), (64, 64), (128, 64))
 _TINY = Case("tiny-n64-2x2-64", (2, 2), 64, 64, 64, tile=(64, 64), dtype="bfloat16", layout="HWNC")
 
 
-def measure_shift(smoke: bool, budget_s: float) -> Outcome:
+def measure_shift(smoke: bool, budget_s: float, packed: str | None) -> Outcome:
     """One pattern a channel for all filters, nothing removed: the portable form against dense, no kernel of our own."""
     layers = [cases.SMALL[0]] if smoke else _spread([*cases.vgg16(512), *cases.resnet50(128)])
     chosen = cases.with_changes(layers, "" if smoke else "-2.25x", tile=(None, 1), layout="NHWC")
     yield from _measured(chosen, smoke, budget_s, ours=("xla", "xla packed"))
 
 
-def measure_sweeps(smoke: bool, budget_s: float) -> Outcome:
+def measure_sweeps(smoke: bool, budget_s: float, packed: str | None) -> Outcome:
     """Forward pass of the Hopper kernel, tile by tile: small tiles of the mask, and how many bytes a product reads."""
     missing = kernels_missing(smoke)
     if missing:
@@ -139,13 +139,13 @@ def _on_the_device(functions: dict[str, Callable[[], Any]], *, rounds: int, budg
     }
 
 
-def measure_dense(smoke: bool, budget_s: float) -> Outcome:
+def measure_dense(smoke: bool, budget_s: float, packed: str | None) -> Outcome:
     """The dense convolutions in NHWC and HWNC: what everything else is compared with."""
     layers = [_TINY] if smoke else _spread([*cases.vgg16(512), *cases.resnet50(128)])
     yield from _measured(layers, smoke, budget_s, ours=())
 
 
-def measure_mosaic(smoke: bool, budget_s: float) -> Outcome:
+def measure_mosaic(smoke: bool, budget_s: float, packed: str | None) -> Outcome:
     """The Hopper kernels against the best dense form, at 2.25x and at 8x."""
     missing = kernels_missing(smoke)
     if missing:
@@ -160,7 +160,7 @@ def measure_mosaic(smoke: bool, budget_s: float) -> Outcome:
     yield from _measured(chosen, smoke, budget_s, ours=("mosaic_gpu",))
 
 
-def measure_steps(smoke: bool, budget_s: float) -> Outcome:
+def measure_steps(smoke: bool, budget_s: float, packed: str | None) -> Outcome:
     """Whole training steps of VGG-13 and ResNet-18, dense against pruned, as `python -m experiments bench step`."""
     deadline = time.monotonic() + budget_s
     nets, width, batch_size, tile = ("vgg13", "resnet18"), 1.0, 512, cases.BLOCK
@@ -171,7 +171,7 @@ def measure_steps(smoke: bool, budget_s: float) -> Outcome:
         if time.monotonic() > deadline:
             left_out.append(net)
         else:
-            measured = bench.measure_step(net, width, batch_size, 1 if smoke else 20, "bfloat16", tile)
+            measured = bench_step.measure_step(net, width, batch_size, 1 if smoke else 20, "bfloat16", tile)
             rows += [row | {"name": f"{net}, batch {batch_size}: {row['name']}"} for row in measured]
         yield {"steps": rows, "left_out": left_out}
     if not rows:

@@ -139,16 +139,16 @@ def table(
         workdir: run folders of a budget; by default runs/plan-KIND.
     """
     from experiments.report import documents, results
-    from experiments.studies import gpu_plan
+    from experiments.studies import budget as budgets
 
     if budget is None and (data_dir, workdir, dry_run) != (None, None, False):
         raise ValueError("--data.dir, --workdir and --dry-run are for --budget: without it nothing is run")
     if dry_run:
-        print(gpu_plan.shown(budget, workdir))
+        print(budgets.shown(budget, workdir))
         return 0
     failed = {}
     if budget is not None:
-        result = gpu_plan.run(budget, workdir, data_dir=data_dir)
+        result = budgets.run(budget, workdir, data_dir=data_dir)
         failed = result["failed"]
         print(f"{result['finished']} runs finished, {result['missing']} to do; {result['collected']} records collected")
         if not write:

@@ -1,7 +1,5 @@
 """`load`: from a `DataConfig` to a `Dataset`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

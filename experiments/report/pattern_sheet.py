@@ -69,16 +69,14 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         ValueError: no layer of the run has patterns.
     """
     used = usage(summary)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
 
     rows, columns = used.shares.shape
-    inches = (_CELL * columns + 3.2, _CELL * (rows + 2.6) + 0.7)
-    figure, axes = plt.subplots(figsize=inches, layout="constrained")
+    figure = Figure((_CELL * columns + 3.2, _CELL * (rows + 2.6) + 0.7), layout="constrained")
+    axes = figure.subplots()
     axes.set(xlim=(-0.1, columns + 0.1), ylim=(rows + 0.1, -2.3), aspect="equal")
-    colours = matplotlib.colors.LinearSegmentedColormap.from_list("use", ["#eaf1f8", PRUNED_COLOUR])
+    colours = LinearSegmentedColormap.from_list("use", ["#eaf1f8", PRUNED_COLOUR])
     edges = np.arange(columns + 1), np.arange(rows + 1)
     top = max(float(np.nanmax(used.shares)), 0.01)
     mesh = axes.pcolormesh(*edges, 100 * used.shares, cmap=colours, vmin=0, vmax=100 * top, edgecolors="white")
@@ -107,7 +105,6 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     figure.colorbar(mesh, ax=axes, shrink=0.7, pad=0.02, aspect=25, label="% of the layer's kept kernels")
     # Cut to what is drawn: a title may be wider than the columns of a small set.
     figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
 
 
 def _glyph(axes: Any, pattern: np.ndarray, column: int) -> None:

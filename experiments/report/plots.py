@@ -25,18 +25,14 @@ def compare_runs(dense: Sequence[Run], pruned: Sequence[Run], config: TrainConfi
         config: the pruned config, for its phases.
         path: the PNG to write.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(figsize=(11, 7.5), layout="constrained")
+    figure = Figure((11, 7.5), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(1.25, 1))
     _accuracy(figure.add_subplot(grid[0, :]), dense, pruned, config)
     _layers(figure.add_subplot(grid[1, 0]), pruned)
     _gallery(figure.add_subplot(grid[1, 1]), pruned)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _accuracy(axes: Any, dense: Sequence[Run], pruned: Sequence[Run], config: TrainConfig) -> None:
