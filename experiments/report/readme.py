@@ -181,19 +181,26 @@ def _verdict(gaps: Sequence[str]) -> str:
 
 def _training(both: Sequence[Study]) -> _Answer:
     """In times dense's speed, as all speeds of the table."""
-    answer, figures = _NOT_MEASURED, []
+    every, figures = [], []
     for study in both:
         cell = _cell(study)
-        ratio = study.time(cell) if cell else {}
-        if ratio:
-            alone = mean(study.ratio(cell, "train_seconds"))
-            if answer == _NOT_MEASURED:
-                answer = f"{'no' if mean(ratio) > 1 else 'yes'}: {1 / mean(ratio):.1f} times in a short run"
-            figures.append(
-                f"{_told(study, cell)}, {mean(cell.column('epochs')):.0f} epochs: {1 / mean(ratio):.2f} times; "
-                f"{1 / alone:.2f} with the seconds of compiling left out"
-            )
-    return answer, figures or [""]
+        if cell is None:
+            continue
+        seconds, processor = study.time(cell), study.processor_time(cell)
+        if seconds:
+            times = 1 / mean(seconds)
+            told = f"{times:.2f} times; {1 / mean(study.ratio(cell, 'train_seconds')):.2f} without compiling"
+        elif processor:
+            times = 1 / mean(processor)
+            told = f"{times:.2f} times, in CPU seconds"
+        else:
+            continue
+        every.append(times)
+        figures.append(f"{_told(study, cell)}, {mean(cell.column('epochs')):.0f} epochs: {told}")
+    if not every:
+        return _NOT_MEASURED, [""]
+    answer = "no" if max(every) < 1 else "yes" if min(every) > 1 else "in longer runs"
+    return f"{answer}: {_span(every, 1)} times", figures
 
 
 def _update(records: Path) -> _Answer:

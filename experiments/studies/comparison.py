@@ -87,9 +87,10 @@ def run(
         chosen, missing = _tune(study, cells, workdir / "tuning", tuning_seeds, maker, do)
     wanted: list[jobs.Job] = []
     if not missing:
-        tuned = {cell.name: with_field(cell.config, *chosen.get(cell.group, chosen[_DENSE_GROUP])) for cell in cells}
-        for cell in cells:  # what is pruned after training shares the dense run's learning rate, whatever is tuned
-            if cell.config.retrain is not None:
+        tuned = {cell.name: cell.config for cell in cells}
+        for cell in cells if chosen else ():
+            tuned[cell.name] = with_field(cell.config, *chosen.get(cell.group, chosen[_DENSE_GROUP]))
+            if cell.config.retrain is not None:  # pruned after training: the dense run's rate, whatever is tuned
                 tuned[cell.name] = with_field(tuned[cell.name], *chosen[_DENSE_GROUP])
         ordered = sorted(
             ((cell, seed) for seed in seeds for cell in cells),
