@@ -14,24 +14,19 @@ from experiments.bench import drawn, gpu_convolutions, gpu_exports, updates
 from experiments.data import DataConfig, load
 from experiments.train.step import Trainer
 
+# By whether it is to be tiny.
+_NETS = {True: {"net": "vgg11", "width": 0.125}, False: {"net": "vgg16", "width": 1.0}}
+
 
 def measure_update_costs(smoke: bool, budget_s: float, packed: str | None) -> dict[str, Any]:
     """Updates of every phase against the plain optax step."""
-    size = (
-        {"net": "vgg11", "width": 0.125, "batch_size": 8, "repeats": 2}
-        if smoke
-        else {"net": "vgg16", "width": 1.0, "batch_size": 128, "repeats": 30}
-    )
+    size = _NETS[smoke] | ({"batch_size": 8, "repeats": 2} if smoke else {"batch_size": 128, "repeats": 30})
     return {"size": size, "rows": updates.measure_steps(**size)}
 
 
 def measure_selection(smoke: bool, budget_s: float, packed: str | None) -> dict[str, Any]:
     """Seconds of the selection with each option, whole VGG-16."""
-    size = (
-        {"net": "vgg11", "width": 0.125, "batch_size": 1, "repeats": 1}
-        if smoke
-        else {"net": "vgg16", "width": 1.0, "batch_size": 1, "repeats": 7}
-    )
+    size = _NETS[smoke] | {"batch_size": 1, "repeats": 1 if smoke else 7}
     return {"size": size, "rows": updates.measure_selection(**size)}
 
 

@@ -9,7 +9,6 @@ Convolutions, layer by layer, are measured by `experiments.bench.conv`.
 """
 
 import dataclasses
-import functools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -121,7 +120,7 @@ def measure_steps(net: str, width: float, batch_size: int, repeats: int) -> list
     key = jax.random.key(0)
     images = jax.random.normal(key, (batch_size, *image_shape))
     labels = jax.random.randint(key, (batch_size,), 0, 10)
-    variables = jax.jit(functools.partial(model.init, train=False))(key, images[:1])
+    variables = drawn.initialised(model, image_shape)
     params, batch_stats = variables["params"], variables["batch_stats"]
     inner = make_optimizer(configs.get("vgg16-cifar10-8.8x"), steps_per_epoch=391)
     plan = ct.make_plan(params, {path: _FRACTION for path in models.prunable_convs(model, image_shape)})

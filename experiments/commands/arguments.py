@@ -63,10 +63,3 @@ def _sentence(box: str) -> str:
         lines, is_rule = lines[2:], is_rule[2:]
     said = itertools.takewhile(lambda pair: not pair[1], zip(lines, is_rule))
     return " ".join(line for line, _ in said if line).rstrip(". ")
-
-
-def name_argument(arguments: list[str], command: str, what: str) -> tuple[str, list[str]]:
-    """``(the first argument, the rest)``; a ValueError that says ``what`` is missing."""
-    if not arguments or arguments[0].startswith("-"):
-        raise ValueError(f"{command} needs {what} first: {PROGRAM} {command} {what.split()[-1]} ...")
-    return arguments[0], arguments[1:]

@@ -139,15 +139,16 @@ def table(
         workdir: run folders of a budget; by default runs/plan-KIND.
     """
     from experiments.report import documents, results
-    from experiments.studies import budget as budgets
 
     if budget is None and (data_dir, workdir, dry_run) != (None, None, False):
         raise ValueError("--data.dir, --workdir and --dry-run are for --budget: without it nothing is run")
-    if dry_run:
-        print(budgets.shown(budget, workdir))
-        return 0
     failed = {}
     if budget is not None:
+        from experiments.studies import budget as budgets
+
+        if dry_run:
+            print(budgets.shown(budget, workdir))
+            return 0
         result = budgets.run(budget, workdir, data_dir=data_dir)
         failed = result["failed"]
         print(f"{result['finished']} runs finished, {result['missing']} to do; {result['collected']} records collected")

@@ -1,12 +1,13 @@
 """A picture of a run's pattern set, and of where its patterns are used."""
 
+import collections
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from clicktrain_jax import patterns
-from experiments.report.plots import PRUNED_COLOUR
+from experiments.report.plots import PRUNED_COLOUR, glyph
 
 # Inches a cell; patterns that have a column each.
 _CELL = 0.48
@@ -38,10 +39,9 @@ def usage(summary: dict[str, Any]) -> Usage:
     counted = {layer["name"]: layer["pattern_counts"] for layer in summary["layers"] if layer["pattern_counts"]}
     if not counted:
         raise ValueError(f"{summary['name']}: no layer of this run has patterns, so there are none to draw")
-    sums: dict[str, int] = {}
+    sums = collections.Counter()
     for counts in counted.values():
-        for text, count in counts.items():
-            sums[text] = sums.get(text, 0) + count
+        sums.update(counts)
     # Equally used ones stay in the order of their set.
     order = sorted(sums, key=lambda text: -sums[text])
     table = np.array([[counts.get(text, np.nan) for text in order] for counts in counted.values()], float)
@@ -89,7 +89,8 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         if "others" in text:
             axes.text(column + 0.5, -1.4, text.replace(" ", "\n"), ha="center", va="center", fontsize=7)
         else:
-            _glyph(axes, patterns.parse(text), column)
+            pattern = patterns.parse(text)
+            glyph(axes, pattern, column + 0.08, -1.75, 0.84 / max(pattern.shape))
         percent = f"{100 * total:.0f}%" if total >= 0.005 or total == 0 else "<1%"
         axes.text(column + 0.5, -0.45, percent, ha="center", fontsize=9)
     axes.set_yticks(np.arange(rows) + 0.5, used.layers, fontsize=9)
@@ -105,13 +106,3 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     figure.colorbar(mesh, ax=axes, shrink=0.7, pad=0.02, aspect=25, label="% of the layer's kept kernels")
     # Cut to what is drawn: a title may be wider than the columns of a small set.
     figure.savefig(path, dpi=110, bbox_inches="tight")
-
-
-def _glyph(axes: Any, pattern: np.ndarray, column: int) -> None:
-    """The pattern's taps as squares above its column."""
-    from matplotlib.patches import Rectangle
-
-    side = 0.84 / max(pattern.shape)
-    for (y, x), kept in np.ndenumerate(pattern):
-        corner = (column + 0.08 + side * x, -1.75 + side * y)
-        axes.add_patch(Rectangle(corner, 0.9 * side, 0.9 * side, facecolor=PRUNED_COLOUR if kept else "#e4e4e4"))

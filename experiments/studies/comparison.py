@@ -17,10 +17,10 @@ from typing import Any
 
 from experiments.configs.base import TrainConfig, to_dict
 from experiments.configs.compare import Cell, Study, Tuning
-from experiments.data.loading import default_cache_dir
 from experiments.records import RUNS, RunFolder, identity, read_json, write_json
 from experiments.studies import jobs, latency
 from experiments.train.forks import dense_of
+from pallas_kernels.tuning import cache_folder
 from pallas_kernels.tuning.cache import ENVIRONMENT
 
 _DENSE_GROUP = "dense"
@@ -179,7 +179,7 @@ class _Maker:
             config.data,
             dir=config.data.dir if self.data_dir is None else self.data_dir,
             # Decoded images stay where they are, whatever a process is told of the cache.
-            cache_dir=config.data.cache_dir or default_cache_dir(),
+            cache_dir=config.data.cache_dir or str(cache_folder()),
         )
         loop = dataclasses.replace(config.loop, progress=False) if self.quiet else config.loop
         return dataclasses.replace(config, seed=seed, data=data, loop=loop)

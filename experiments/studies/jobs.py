@@ -89,9 +89,8 @@ def do(job: Job, trainers: Trainers | None = None) -> dict[str, Any]:
     return {}
 
 
-def say_line(line: str) -> None:
-    """Print a line at once."""
-    print(line, flush=True)
+# Takes a line.
+say_line: Callable[[str], None] = functools.partial(print, flush=True)
 
 
 def deadline_of(seeds: Sequence[int], workers: int, minutes: float | None) -> float | None:
