@@ -11,7 +11,6 @@ from typing import Any
 
 from experiments.configs import published
 from experiments.configs.base import LoopConfig, PruneConfig, TrainConfig
-from experiments.configs.cells import by_name
 from experiments.configs.methods import (
     AdmmConfig,
     AfterConfig,
@@ -93,7 +92,10 @@ class Study:
         Raises:
             ValueError: there is none.
         """
-        return by_name(self.cells, name)
+        found = next((cell for cell in self.cells if cell.name == name), None)
+        if found is None:
+            raise ValueError(f"no cell {name!r}; the cells are {', '.join(cell.name for cell in self.cells)}")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,106 +287,49 @@ def _study(name: str, title: str, base: TrainConfig, shape: _Shape) -> Study:
     early_share, late_share = (f"{100 * epoch / base.epochs:.0f}%" for epoch in (shape.early_prune, shape.prune))
     end = base.epochs
     after = PruneConfig((), 0.0, end, end, target=shape.compression, importance="magnitude", floor=False)
+    tiles = dataclasses.replace(early, tile=shape.tile, superset=shape.superset)
+
+    def prune(group: str, of: PruneConfig, target: float = shape.compression) -> None:
+        family = {"clicktrain": "late", "early": "early", "early-tiles": "early, tiles"}[group]
+        label = f"{target:g}x, pruned at {late_share if of is late else early_share}"
+        label += f", tiles {tile}" if of is tiles else ""
+        method = dataclasses.replace(of, target=target)
+        add(f"{group}-{target:g}x", "ClickTrain", label, f"ClickTrain, {family}", group, method=method)
+
     add("dense", "dense", "", "dense", "dense")
-    add(
-        f"clicktrain-{ratio}",
-        "ClickTrain",
-        f"{ratio}, pruned at {late_share}",
-        "ClickTrain, late",
-        "clicktrain",
-        method=late,
-    )
-    add(f"early-{ratio}", "ClickTrain", f"{ratio}, pruned at {early_share}", "ClickTrain, early", "early", method=early)
-    add(
-        f"early-tiles-{ratio}",
-        "ClickTrain",
-        f"{ratio}, pruned at {early_share}, tiles {tile}",
-        "ClickTrain, early, tiles",
-        "early-tiles",
-        method=dataclasses.replace(early, tile=shape.tile, superset=shape.superset),
-    )
+    prune("clicktrain", late)
+    prune("early", early)
+    prune("early-tiles", tiles)
     for like, width in shape.widths.items():
         label = f"width {width:g}" + ("" if like == f"{width:g}" else f", chosen for {like}")
         add(f"narrow-{like}", "narrow", label, "narrow", "narrow", width=width)
     for other in shape.others:
-        more = {"target": other}
-        add(
-            f"early-{other:g}x",
-            "ClickTrain",
-            f"{other:g}x, pruned at {early_share}",
-            "ClickTrain, early",
-            "early",
-            method=dataclasses.replace(early, **more),
-        )
-        add(
-            f"clicktrain-{other:g}x",
-            "ClickTrain",
-            f"{other:g}x, pruned at {late_share}",
-            "ClickTrain, late",
-            "clicktrain",
-            method=dataclasses.replace(late, **more),
-        )
+        prune("early", early, other)
+        prune("clicktrain", late, other)
     for epochs in shape.retrain:
-        add(
-            f"rewind-{epochs}",
-            "PAT",
-            f"{ratio}, magnitude, {epochs} rewound epochs",
-            "PAT, rewinding",
-            "dense",
-            method=AfterConfig(after, RetrainConfig(epochs)),
-        )
+        label, method = f"{ratio}, magnitude, {epochs} rewound epochs", AfterConfig(after, RetrainConfig(epochs))
+        add(f"rewind-{epochs}", "PAT", label, "PAT, rewinding", "dense", method=method)
+    moved = dataclasses.replace(after, select_epoch=end + shape.admm.epochs, prune_epoch=end + shape.admm.epochs)
     for epochs in shape.retrain[-2:]:
-        moved = dataclasses.replace(after, select_epoch=end + shape.admm.epochs, prune_epoch=end + shape.admm.epochs)
-        add(
-            f"admm-{epochs}",
-            "PAT",
-            f"{ratio}, ADMM of {shape.admm.epochs} epochs, {epochs} rewound",
-            "PAT, ADMM",
-            "admm",
-            method=AfterConfig(moved, RetrainConfig(epochs), shape.admm),
-        )
+        label = f"{ratio}, ADMM of {shape.admm.epochs} epochs, {epochs} rewound"
+        method = AfterConfig(moved, RetrainConfig(epochs), shape.admm)
+        add(f"admm-{epochs}", "PAT", label, "PAT, ADMM", "admm", method=method)
     for channels in shape.channels:
         label = f"PruneTrain, ratio {channels.ratio:g}, threshold {channels.threshold:g}"
         add(f"prunetrain-{channels.ratio:g}", "PDT", label, "PDT, PruneTrain", "prunetrain", method=channels)
-    add(
-        f"gradual-{ratio}",
-        "PDT",
-        f"{ratio}, gradual magnitude, single weights",
-        "PDT, gradual magnitude",
-        "gradual",
-        method=GradualConfig(
-            shape.compression,
-            begin_epoch=shape.early_select,
-            end_epoch=max(shape.early_select + 1, 3 * end // 4),
-            every_updates=shape.every_updates,
-        ),
-    )
-    add(
-        f"rigl-{ratio}",
-        "PDT",
-        f"{ratio}, RigL, single weights",
-        "PDT, RigL",
-        "rigl",
-        method=RiglConfig(shape.compression, "erk", end_epoch=max(1, 3 * end // 4), every_updates=shape.every_updates),
-    )
+    begin, stop, every = shape.early_select, 3 * end // 4, shape.every_updates
+    gradual = GradualConfig(shape.compression, begin_epoch=begin, end_epoch=max(begin + 1, stop), every_updates=every)
+    label = f"{ratio}, gradual magnitude, single weights"
+    add(f"gradual-{ratio}", "PDT", label, "PDT, gradual magnitude", "gradual", method=gradual)
+    rigl = RiglConfig(shape.compression, "erk", end_epoch=max(1, stop), every_updates=every)
+    add(f"rigl-{ratio}", "PDT", f"{ratio}, RigL, single weights", "PDT, RigL", "rigl", method=rigl)
     add("two-of-four", "PDT", "2:4, straight-through", "PDT, 2:4", "two-of-four", method=NOfMConfig())
-    add(
-        f"one-shot-{ratio}",
-        "one-shot",
-        f"{ratio}, magnitude, not retrained",
-        "one-shot",
-        "dense",
-        method=AfterConfig(after, RetrainConfig(0)),
-    )
+    label, method = f"{ratio}, magnitude, not retrained", AfterConfig(after, RetrainConfig(0))
+    add(f"one-shot-{ratio}", "one-shot", label, "one-shot", "dense", method=method)
     middle = shape.retrain[len(shape.retrain) // 2]
-    add(
-        f"random-{ratio}",
-        "random",
-        f"{ratio}, random masks, {middle} rewound epochs",
-        "random",
-        "dense",
-        method=AfterConfig(dataclasses.replace(after, importance="random"), RetrainConfig(middle)),
-    )
+    label = f"{ratio}, random masks, {middle} rewound epochs"
+    method = AfterConfig(dataclasses.replace(after, importance="random"), RetrainConfig(middle))
+    add(f"random-{ratio}", "random", label, "random", "dense", method=method)
     if shape.trial_epochs is not None:
         only = Tuning("dense", "dense", "learning_rate", shape.rates, shape.trial_epochs)
         return Study(name, title, tuple(cells), (only,), shape.first)

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from experiments.report import claims
 from experiments.report.claims import UNKNOWN, spread
+from experiments.report.comparison_records import BATCHES, Cell, Study, mean
 from experiments.report.statistics import coding, csv_text, markdown_table
-from experiments.report.studies import BATCHES, Cell, Study, mean
 
 CSV, PLOT, WIDE, TUNING = "joint.csv", "joint.png", "wide.csv", "tuning.csv"
 NOT_RUN = "not run"
@@ -90,7 +90,7 @@ def generate(study: Study, plot: str | None = None) -> str:
     """The section of one comparison, in Markdown.
 
     Args:
-        study: from `experiments.report.studies.read`.
+        study: from `experiments.report.comparison_records.read`.
         plot: link to its sheet; None for none.
     """
     found = claims.parts(study)

@@ -7,10 +7,10 @@ from typing import Any
 
 from experiments.configs import price
 from experiments.records import RUNS, kept, read_json
-from experiments.report import claims, deploy, exports, studies
+from experiments.report import claims, comparison_records, deploy, exports
+from experiments.report.comparison_records import Cell, Study, mean
 from experiments.report.results import RECORDS
 from experiments.report.statistics import markdown_table
-from experiments.report.studies import Cell, Study, mean
 
 _ROOT = RECORDS.parents[1]
 README, PICTURE = _ROOT / "README.md", _ROOT / "docs" / "pictures" / "speed.png"
@@ -70,7 +70,7 @@ def _study(records: Path, name: str) -> Study | None:
     folder = records / name
     if not (folder / "study.json").exists():
         return None
-    study = studies.read(folder)
+    study = comparison_records.read(folder)
     return study if study.some_run() else None
 
 
@@ -313,13 +313,11 @@ def draw(path: Path = PICTURE, records: Path = RECORDS) -> None:
     found = sorted(((record, times) for record, times in found if times), key=lambda one: -max(one[1].values()))
     if not found:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(figsize=(6.6, 4), layout="constrained")
+    figure = Figure((6.6, 4), layout="constrained")
+    axes = figure.subplots()
     sizes_shown = sorted({size for _, times in found for size in times})
     shades = ("#9cc4e4", "#4a90c4", "#15507f")
     height = 0.8 / len(sizes_shown)
@@ -343,4 +341,3 @@ def draw(path: Path = PICTURE, records: Path = RECORDS) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -8,7 +8,8 @@ import json
 import pytest
 
 from experiments.records import RUNS, keep, kept
-from experiments.report import claims, comparison, comparison_plots, documents, studies
+from experiments.report import claims, comparison, comparison_plots, documents
+from experiments.report import comparison_records as studies
 from tests.experiments.report.made_study import latency_of, record_of, wide
 
 
