@@ -20,9 +20,9 @@ from experiments.configs import LoopConfig, PruneConfig, TrainConfig
 from experiments.data import DataConfig, load
 from experiments.train import loop
 from experiments.train.checkpoints import digest
+from experiments.train.checkpoints_within import Within
 from experiments.train.devices import devices_of
 from experiments.train.step import Trainer
-from experiments.train.within import Within
 
 # Two updates of 32 images and one of 6 an epoch, which 2 devices divide and 8 do not.
 CONFIG = TrainConfig(
