@@ -18,11 +18,11 @@ from clicktrain_jax import importance as importance_lib
 from clicktrain_jax.eager import branch, optimizer, transformation
 from clicktrain_jax.enforcing import enforce
 from clicktrain_jax.importance import NO_SCORE, rescaled, scaled_scores, times_power_of_two
+from clicktrain_jax.lasso import add_group_lasso, check_coeff
 from clicktrain_jax.masks import LayerMask, Masks, apply_masks, combine, keep_all
 from clicktrain_jax.patterns import fixed_set
 from clicktrain_jax.phases import PhaseSchedule
 from clicktrain_jax.plan import Plan
-from clicktrain_jax.regularization import add_group_lasso, check_coeff
 from clicktrain_jax.selection import check_patterns, num_patterns_of, select_layers
 from clicktrain_jax.states import ClickTrainState, check_state, fill_masks
 from clicktrain_jax.trees import Tree, named_leaves, replicated, spread_like
