@@ -158,6 +158,7 @@ class _Pieces:
         lasso: Any = False,
         masked: Any = False,
         held: Any = False,
+        stored: bool = False,
     ) -> tuple[Tree, ClickTrainState]:
         """The inner optimizer's update, with what a phase does to the gradient before it and to its result.
 
@@ -165,6 +166,8 @@ class _Pieces:
             grads, state, params, extra: as for ``update``.
             lasso, masked: whether the gradient gets the group lasso, or is masked; bools, perhaps traced.
             held: whether masked weights are zero afterwards.
+            stored: whether a bool for each weight is stored on the way, of which a CPU reads faster than it finds the
+                same anew in each loop; on a GPU, where nobody waits for it, it would be a kernel more.
         """
         masks = Masks.of(state.masks)
         if lasso is not False:
@@ -173,7 +176,9 @@ class _Pieces:
         grads = _where(
             lasso, lambda: add_group_lasso(grads, params, masks, self.coeff(state.count), axes=self.plan.axes), grads
         )
-        keep: Any = None if masked is False and held is False else Masks.of(combine(masks))
+        keep: Any = None
+        if masked is not False or held is not False:
+            keep = Masks.of(jax.lax.optimization_barrier(combine(masks)) if stored else combine(masks))
         grads = _where(masked, lambda: apply_masks(grads, keep), grads)
         updates, inner_state = self.inner.update(grads, state.inner_state, params, **extra)
         held_at_zero = _where(held, lambda: enforce(updates, inner_state, params, keep), (updates, inner_state))
@@ -363,6 +368,7 @@ def clicktrain(
             lasso=due.regularizes,
             masked=due.pruned,
             held=due.prunes | due.pruned,
+            stored=True,
         )
 
     def check(grads: Tree, params: Tree | None, extra: dict[str, Any]) -> None:

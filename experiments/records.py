@@ -258,7 +258,6 @@ def keep(file: Path, records: Iterable[dict[str, Any]]) -> int:
     new = {(record["name"], record["seed"]): record for record in records}
     earlier = {(record["name"], record["seed"]): record for record in kept(file)} if Path(file).exists() else {}
     if new:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
         _replace(Path(file), "".join(json.dumps(record) + "\n" for _, record in sorted((earlier | new).items())))
     return len(new)
 
@@ -293,11 +292,12 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write a JSON file in one piece."""
+    """Write a JSON file in one piece, and its folder if that is missing."""
     _replace(Path(path), json.dumps(data, indent=1) + "\n")
 
 
 def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)

@@ -1,6 +1,7 @@
 """A call's arguments taken apart: arrays, what stays as it is, and the names of parameters among the arrays."""
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,8 +20,9 @@ def is_module(value: Any) -> bool:
     return nnx is not None and isinstance(value, nnx.Module)
 
 
-def check_function(function: Any) -> None:
-    """Raise a ValueError for what is no function of its parameters: a model, a state, a tree with arrays inside."""
+def check_function(function: Any, takes: Sequence[str] = ()) -> None:
+    """Raise a ValueError for what is no function of its parameters: a model, a state, a tree with arrays inside; or for
+    one that cannot be called with as many arguments as ``takes`` names."""
     kind = type(function).__name__
     linen = sys.modules.get("flax.linen")
     if is_module(function):
@@ -32,6 +34,15 @@ def check_function(function: Any) -> None:
     elif any(_is_array(leaf) for leaf in jax.tree.leaves(function)):
         advice = "lambda model, x: model(x), called with the model"
     else:
+        try:
+            _ = takes and inspect.signature(function).bind(*takes)
+        except TypeError as error:
+            raise ValueError(
+                f"apply_fn cannot be called with ({', '.join(takes)}): {error}. Images are its one input: put others "
+                "among the variables, or into further channels of the images"
+            ) from error
+        except ValueError:  # nothing tells its arguments
+            pass
         return
     raise ValueError(
         f"apply_fn is a {kind}, a module or another object with parameters inside, which would not be seen; expected a "

@@ -73,7 +73,7 @@ def export(
             folder that holds something else, a step that cannot be written as C; weights that are marked and not zero;
             a function in training mode; convolutions that read a parameter from several places.
     """
-    check_function(apply_fn)
+    check_function(apply_fn, ("variables", "images"))
     if opset is not None and not (onnx and isinstance(opset, int) and opset > 0):
         said = f"opset={opset!r}, onnx={onnx!r}"
         raise ValueError(f"{said}: expected a version of ONNX's operators, such as 17, and onnx=True")

@@ -19,7 +19,7 @@ import numpy as np
 
 from clicktrain_jax.deploy import host
 from clicktrain_jax.deploy.jaxprs import CONVOLUTION, bind, flattened, is_literal, walk
-from clicktrain_jax.deploy.kernels import PASSING, Moves, factor_of, moves_of
+from clicktrain_jax.deploy.kernels import Form, Moves, form_of_constant, forms_after
 from clicktrain_jax.deploy.steps import Convolve, ConvStep, OtherStep, Steps
 from clicktrain_jax.trees import named_leaves
 
@@ -121,7 +121,10 @@ def fold(
         images = jax.ShapeDtypeStruct((batch, *shape), dtype)
         closed, out = flattened(apply_fn, abstract, images)
         if not hasattr(out, "shape"):
-            raise ValueError(f"the function returns {type(out).__name__}; expected one array of logits")
+            raise ValueError(
+                f"the function returns {type(out).__name__}; expected one array of logits: return one of its outputs, "
+                "or several that are concatenated, lambda variables, images: apply_fn(variables, images)[...]"
+            )
         return closed, names
 
     return Folded(trace, variables, shape)
@@ -141,8 +144,15 @@ class _Known(NamedTuple):
     """A value that no image reaches; ``leaf`` is the variable that it is a form of, its entries after ``moves``."""
 
     value: Any
-    leaf: str = ""
-    moves: Moves = ()
+    form: Form = None
+
+    @property
+    def leaf(self) -> str:
+        return self.form[0] if isinstance(self.form, tuple) else ""
+
+    @property
+    def moves(self) -> Moves:
+        return self.form[1] if isinstance(self.form, tuple) else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +206,7 @@ class _Folding:
 
     def run(self, arguments: Sequence[Any]) -> tuple[str, Any]:
         """Walk; returns the operand that is the result."""
-        result = walk(self._closed, arguments, self._step, _Known)[0]
+        result = walk(self._closed, arguments, self._step, lambda value: _Known(value, form_of_constant(value)))[0]
         return self._operand(self._closed.jaxpr.outvars[0], result)
 
     def _step(self, equation: Any, values: list[Any]) -> list[Any]:
@@ -241,14 +251,7 @@ class _Folding:
 
     def _compute(self, equation: Any, knowns: list[_Known]) -> list[_Known]:
         values = bind(equation, [known.value for known in knowns])
-        name, moves = equation.primitive.name, moves_of(equation)
-        is_leaf = [bool(known.leaf) for known in knowns]
-        place = 0 if moves is not None or (name in PASSING and len(knowns) == 1) else None
-        if place is None:
-            place = factor_of(equation, is_leaf, [np.shape(known.value) for known in knowns])
-        leaf, before = ("", ()) if place is None else (knowns[place].leaf, knowns[place].moves)
-        moves = (*before, *(moves or ())) if leaf else ()
-        return [_Known(value, leaf, moves) for value in values]
+        return [*map(_Known, values, forms_after(equation, [known.form for known in knowns]))]
 
     def _absorb(self, equation: Any, knowns: list[_Known | None]) -> bool:
         """Take a step into the convolution before it, if it is one that can be."""
@@ -323,5 +326,5 @@ def _take_apart(traced: tuple[Any, list[str]], variables: Any, computable: Seque
     closed, names = traced
     images = closed.jaxpr.invars[-1]
     folding = _Folding(closed, computable)
-    output = folding.run([*map(_Known, jax.tree.leaves(variables), names), images])
+    output = folding.run([*map(_Known, jax.tree.leaves(variables), [(name, ()) for name in names]), images])
     return folding.arrays, Steps(images, tuple(folding.steps), output)

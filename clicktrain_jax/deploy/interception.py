@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax.deploy.jaxprs import CALLS, CONVOLUTION, bind, inner_jaxprs, walk
-from clicktrain_jax.deploy.kernels import PASSING, Moves, factor_of, moved, moves_of
+from clicktrain_jax.deploy.kernels import CUSTOM, Form, Moves, Sign, form_of_constant, forms_after, moved
 
 _REMAT = frozenset("checkpoint remat remat2".split())
-_CUSTOM = frozenset("custom_jvp_call custom_vjp_call".split())
 
 
 class Kernel:
@@ -36,9 +35,9 @@ class Kernel:
         self.name, self.value, self.leaf_mask, self.moves, self.is_pruned = name, value, leaf_mask, moves, is_pruned
         self._masked: Any = None
 
-    def like(self, value: Any, moves: Moves = ()) -> "Kernel":
-        """Another form of the same leaf, after further moves."""
-        return Kernel(self.name, value, self.leaf_mask, self.moves + moves, self.is_pruned)
+    def like(self, value: Any, moves: Moves | None = None) -> "Kernel":
+        """Another form of the same leaf, after other moves."""
+        return Kernel(self.name, value, self.leaf_mask, self.moves if moves is None else moves, self.is_pruned)
 
     @property
     def mask(self) -> Any:
@@ -54,10 +53,11 @@ class Kernel:
         return self._masked
 
 
-class _Zeros(NamedTuple):
-    """An array of zeros: what a kernel may be combined with by `jax.numpy.where` and stay one."""
+class _Constant(NamedTuple):
+    """An array of one number: what a kernel may be combined with, by `jax.numpy.where` or a clip, and stay one."""
 
     value: Any
+    sign: Sign
 
 
 class _Computed(NamedTuple):
@@ -138,7 +138,8 @@ def read_by_convolutions(closed: Any, arguments: Sequence[Any], places: Mapping[
 
 
 def _constant(value: Any) -> Any:
-    return _Zeros(value) if _is_zero(value) else value
+    sign = form_of_constant(value)
+    return _Constant(value, sign) if isinstance(sign, Sign) else value
 
 
 def _plain(value: Any) -> Any:
@@ -146,14 +147,14 @@ def _plain(value: Any) -> Any:
 
 
 def _raw(value: Any) -> Any:
-    return value.value if isinstance(value, (Kernel, _Zeros, _Computed)) else value
+    return value.value if isinstance(value, (Kernel, _Constant, _Computed)) else value
 
 
 def _with_value(value: Any, array: Any) -> Any:
     """What ``value`` remembers, for another array in its place."""
     if isinstance(value, Kernel):
         return value.like(array)
-    return value._replace(value=array) if isinstance(value, (_Zeros, _Computed)) else array
+    return value._replace(value=array) if isinstance(value, (_Constant, _Computed)) else array
 
 
 def _names(value: Any) -> frozenset[str]:
@@ -162,8 +163,10 @@ def _names(value: Any) -> frozenset[str]:
     return value.names if isinstance(value, _Computed) else frozenset()
 
 
-def _is_zero(array: Any) -> bool:
-    return not isinstance(array, jax.core.Tracer) and np.size(array) == 1 and bool(np.all(np.asarray(array) == 0))
+def _form(value: Any) -> Form:
+    if isinstance(value, Kernel):
+        return value.name, value.moves
+    return value.sign if isinstance(value, _Constant) else None
 
 
 class _Runner:
@@ -176,22 +179,20 @@ class _Runner:
         name = equation.primitive.name
         if name == CONVOLUTION:
             return [self._convolution(equation, *values)]
-        if name in ("broadcast_in_dim", "convert_element_type") and isinstance(values[0], _Zeros):
-            return [_Zeros(*bind(equation, [_raw(value) for value in values]))]
-        if not any(isinstance(value, (Kernel, _Computed)) for value in values):
-            return bind(equation, [_plain(value) for value in values])
-        kept = self._keep(equation, values)
+        kept = None if name in CUSTOM else self._keep(equation, values)
         if kept is not None:
             return kept
-        if name in CALLS and name not in _REMAT | _CUSTOM:
+        if not any(isinstance(value, (Kernel, _Computed)) for value in values):
+            return bind(equation, [_plain(value) for value in values])
+        if name in CALLS and name not in _REMAT | CUSTOM:
             return None
         names = [_names(value) for value in values]
         found = _inside(equation, names)
         self._meet(found)
         if found and name in _REMAT:
             return self._rematerialise(equation, values)
-        if found and name in _CUSTOM:
-            return self._custom(equation, values)
+        if name in CUSTOM and (kept := self._custom(equation, values) if found else self._keep(equation, values)):
+            return kept
         for convolution in found:
             self.replace(convolution, None)
         results = bind(equation, [_plain(value) for value in values])
@@ -199,27 +200,24 @@ class _Runner:
 
     def _keep(self, equation: Any, values: list[Any]) -> list[Any] | None:
         """The results of an operation through which a kernel stays the same leaf; None if it is no such one."""
-        name = equation.primitive.name
-        first = values[0]
-        if name in PASSING and len(values) == len(equation.outvars):
-            arrays = bind(equation, [_raw(value) for value in values])
-            return [_with_value(value, array) for value, array in zip(values, arrays)]
-        moves = moves_of(equation)
-        if moves is not None and isinstance(first, Kernel):
-            return [first.like(bind(equation, [_raw(value) for value in values])[0], moves)]
-        is_kernel = [isinstance(value, Kernel) for value in values]
-        place = factor_of(equation, is_kernel, [np.shape(_raw(value)) for value in values])
-        if place is not None:
-            arrays = [value.value if index == place else _plain(value) for index, value in enumerate(values)]
-            return [values[place].like(bind(equation, arrays)[0])]
-        if name == "select_n":
-            # `where(mask, kernel, 0)`, as in `apply_masks`: zeros more than there were.
-            cases = values[1:]
-            forms = {(case.name, case.moves) for case in cases if isinstance(case, Kernel)}
-            if len(forms) == 1 and all(isinstance(case, (Kernel, _Zeros)) for case in cases):
-                kernel = next(case for case in cases if isinstance(case, Kernel))
-                return [kernel.like(bind(equation, [_raw(value) for value in values])[0])]
-        return None
+        forms = [_form(value) for value in values]
+        after = forms_after(equation, forms)
+        if not any(after):
+            return None
+        # What a function with a rule of its own does on the way to the result may read what the mask removes.
+        is_raw = [(len(values) == 1 or form in after) and equation.primitive.name not in CUSTOM for form in forms]
+        arrays = bind(equation, [_raw(value) if raw else _plain(value) for value, raw in zip(values, is_raw)])
+        if after == forms:
+            return [_with_value(*pair) for pair in zip(values, arrays)]
+        kernels = {value.name: value for value in values if isinstance(value, Kernel)}
+        names = frozenset().union(*map(_names, values))
+
+        def remembered(form: Form, array: Any) -> Any:
+            if isinstance(form, tuple):
+                return kernels[form[0]].like(array, form[1])
+            return _Computed(names, array) if form is None else _Constant(array, form)
+
+        return [*map(remembered, after, arrays)]
 
     def _meet(self, convolutions: Sequence[Convolution]) -> None:
         for convolution in convolutions:

@@ -98,7 +98,7 @@ def inference_net(
     manifest: Mapping[str, Any] | None = None,
 ) -> InferenceNet:
     """An `InferenceNet` from masked variables; arguments are those of `export`."""
-    check_function(apply_fn)
+    check_function(apply_fn, ("variables", "images"))
     folded = fold(normalising(apply_fn, normalise), variables, image_shape)
     by_leaf = masks_by_leaf(masks, variables)
     taken = {step.leaf for step in folded.steps(1).convolutions}
@@ -106,7 +106,8 @@ def inference_net(
     if lost:
         warnings.warn(
             f"masks: {', '.join(map(repr, lost[:3]))} are pruned ({len(lost)} in all), but no convolution takes them "
-            "as they are: what is computed from a leaf need not have its zeros, and runs dense",
+            "as they are, and they run dense: what is computed from a leaf need not have its zeros, and loops and "
+            "branches are left as they are",
             stacklevel=2,
         )
     return InferenceNet(

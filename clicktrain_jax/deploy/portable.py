@@ -35,10 +35,17 @@ def to_stablehlo(net: InferenceNet) -> bytes:
         What `jax.export.deserialize` takes; logits are float32 (batch, classes).
 
     Raises:
-        ValueError: flatbuffers, which jax writes it with, is not installed.
+        ValueError: flatbuffers, which jax writes it with, is not installed; a function that wants to know the number of
+            images.
     """
     (batch,) = jax.export.symbolic_shape("batch")
-    function, prepared = net.portable(batch)
+    try:
+        function, prepared = net.portable(batch)
+    except (TypeError, jax.core.InconclusiveDimensionOperation) as error:
+        raise ValueError(
+            f"apply_fn does not serve every number of images, as {STABLEHLO} does ({error}): write x.shape[0] for "
+            "len(x) and compare no number with it, or leave the file out, stablehlo=False"
+        ) from error
     images = jax.ShapeDtypeStruct((batch, *net.folded.image_shape), net.image_dtype)
     with _without_paths():
         exported = jax.export.export(jax.jit(lambda images: function(prepared, images)), platforms=PLATFORMS)(images)

@@ -23,7 +23,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import clicktrain_jax as ct
 from clicktrain_jax import models
-from experiments.bench.sizes import cases, initialised, select
+from experiments.bench.drawn import initialised, select
+from experiments.bench.sizes import cases
 from experiments.configs.base import PruneConfig
 from experiments.records import setting, write_json
 from experiments.report.exports import collectives_table
@@ -48,16 +49,12 @@ def reduced(program: str) -> tuple[int, int]:
 
 
 def measure(
-    wanted: Sequence[tuple[str, str, PruneConfig]] | None = None,
-    *,
-    width: float = 1.0,
-    log: Callable[[str], None] = lambda line: None,
+    wanted: Sequence[tuple[str, str, PruneConfig]] | None = None, log: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """Compile the reductions, and read what they carry.
 
     Args:
         wanted: (name, net, how it is pruned), by default those of `experiments.bench.sizes.cases`.
-        width: of the nets.
         log: takes a line a net.
 
     Returns:
@@ -72,7 +69,7 @@ def measure(
         raise ValueError("one device sends nothing: set XLA_FLAGS=--xla_force_host_platform_device_count=2")
     rows = []
     for name, net, prune in cases() if wanted is None else wanted:
-        model = models.build(net, num_classes=10, width=width)
+        model = models.build(net, num_classes=10)
         params = initialised(model, models.default_image_shape(net))["params"]
         retained = ct.reduction.retained(params, select(model, params, net, prune))
         row: dict[str, Any] = {"name": name, "net": net}
@@ -85,7 +82,7 @@ def measure(
         }
         rows.append(row)
         log(f"{name}: {row['convolutions']['dense'] / row['convolutions']['compact']:.2f}x")
-    facts = {"setting": setting(), "devices": jax.device_count(), "width": width, "rows": rows}
+    facts = {"setting": setting(), "devices": jax.device_count(), "width": 1.0, "rows": rows}
     return {"what": "collectives", "command": "python -m experiments bench collectives", **facts}
 
 
@@ -107,8 +104,14 @@ def _bytes(params: Any, retained: ct.reduction.Retained | None) -> int:
     return total
 
 
-def run(out: Path | None) -> str:
-    """Measure in a process that sees two devices, save the record when asked to, and return the table."""
+def run(out: Path | None = None) -> str:
+    """Bytes of an update's all-reduce, whole gradients against retained weights, recipe by recipe. Nothing is trained.
+
+    It is measured in a process that sees two devices.
+
+    Args:
+        out: a JSON file to save the record in.
+    """
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
     done = subprocess.run(
         [sys.executable, "-m", "experiments.bench.collectives"],
@@ -120,7 +123,6 @@ def run(out: Path | None) -> str:
     )
     record = json.loads(done.stdout)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
     return collectives_table(record)
 

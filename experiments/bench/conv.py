@@ -56,17 +56,22 @@ _BUDGET_S = 6.0
 
 
 def run(
-    which: Which, pattern: str, rounds: int, out: Path | None, engines_python: str | None = None, chain: int = 1
+    which: Which = "auto",
+    filter: str = "",
+    rounds: int = 20,
+    engines_python: str | None = None,
+    chain: int = 1,
+    out: Path | None = None,
 ) -> str:
-    """Measure, save the record when ``out`` is given, and return the tables to print.
+    """Convolutions and their gradients by patterns against the dense ones, layer by layer.
 
     Args:
-        which: list of cases; "auto" goes by jax's first device.
-        pattern: regular expression that a case's name holds somewhere; "" takes all.
-        rounds: samples of every way.
-        out: a JSON file.
-        engines_python: for "cpu", an interpreter with onnx, onnxruntime and PyTorch.
-        chain: for "cpu", calls of a layer in one program.
+        which: list of layers; cpu is that of the native kernels, auto goes by jax's first device.
+        filter: only layers whose name holds this regular expression.
+        rounds: samples of each function.
+        engines_python: with --which cpu, an interpreter that has onnx, onnxruntime and PyTorch, to be compared with.
+        chain: with --which cpu, calls of a layer one after the other in one program, as in a net.
+        out: a JSON file to save the record in.
 
     Raises:
         ValueError: no case is left, or the list of a GPU is asked for without one.
@@ -80,12 +85,12 @@ def run(
         kind = "gpu" if which == "gpu" else "cpu"
         raise ValueError(f"--which {which}: jax runs on {platform} here; the list is for a {kind}")
     try:
-        chosen = [case for case in list_of(which) if re.search(pattern, case.name)]
+        chosen = [case for case in list_of(which) if re.search(filter, case.name)]
     except re.error as error:
-        raise ValueError(f"--filter {pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"--filter {filter!r} is no regular expression: {error}") from None
     if not chosen:
-        raise ValueError(f"--filter {pattern!r} matches no case; one is {list_of(which)[0].name}")
-    asked = f" --filter '{pattern}'" if pattern else ""
+        raise ValueError(f"--filter {filter!r} matches no case; one is {list_of(which)[0].name}")
+    asked = f" --filter '{filter}'" if filter else ""
     if which == "cpu":
         return bench_layers.run(chosen, asked, rounds, engines_python, out, chain)
     seed = int(np.random.SeedSequence().generate_state(1)[0])
@@ -106,7 +111,6 @@ def run(
         "results": results,
     }
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
     return conv_tables(record)
 

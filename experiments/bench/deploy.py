@@ -47,10 +47,10 @@ _LONGEST_S = 1.0
 
 
 def run(
-    path: Path | str,
+    path: Path,
     *,
-    latency: Sequence[int] = LATENCY,
-    throughput: Sequence[int] = THROUGHPUT,
+    latency: tuple[int, ...] = LATENCY,
+    throughput: tuple[int, ...] = THROUGHPUT,
     rounds: int = ROUNDS,
     starts: int = STARTS,
     quick: bool = False,
@@ -59,19 +59,19 @@ def run(
     engines_python: str | None = None,
     out: Path | None = None,
 ) -> str:
-    """Measure, save the record when ``out`` is given, and return the tables to print.
+    """An exported net beside itself in C and dense engines: native kernels, XLA, onnxruntime and OpenVINO.
 
     Args:
-        path: an export's folder; or a name such as "vgg13-8x-64x1", for that net with drawn weights.
+        path: an export's folder; or a name such as vgg13-8x-64x1, for that net with drawn weights.
         latency: batch sizes for which seconds a call are of interest.
         throughput: batch sizes for which images a second are.
         rounds: samples of every form of every engine.
         starts: how often each engine is started anew.
         quick: few rounds, and no throughput.
-        tuned: measure this net's ways too, for each batch size; takes minutes the first time.
-        cores: that engines may use; all that this process has when None.
+        tuned: measure this net's own ways too, for each batch size; that takes minutes, once.
+        cores: that engines may use; all by default.
         engines_python: an interpreter that has onnxruntime or OpenVINO, where this one has not.
-        out: a JSON file.
+        out: a JSON file to save the record in.
 
     Raises:
         ValueError: no export, or one that needs a user's own function; bad sizes, or more cores than there are.
@@ -122,7 +122,6 @@ def run(
             "layers": layers,
         }
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
     return tables.deploy_tables(record)
 

@@ -1,4 +1,4 @@
-"""Exports of nets that were never trained, for what does not depend on accuracy: size, speed, exactness."""
+"""Nets, exports and images that are drawn at random, for what does not depend on accuracy: size, speed, exactness."""
 
 import functools
 import re
@@ -8,14 +8,38 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import clicktrain_jax as ct
 from clicktrain_jax import models
 from experiments.configs import PruneConfig
-from experiments.train.recipe import make_plan
+from experiments.data import Dataset
+from experiments.train.recipe import make_plan, pattern_source
 
 # resnet18-8x-32x1: the net, how many times fewer weights its convolutions keep, (filters, channels) of a tile.
 NAME = re.compile(r"(?P<net>\w+)-(?P<target>\d+(\.\d+)?)x-(?P<filters>\d+)x(?P<channels>\d+)")
+
+
+@functools.cache
+def images(shape: tuple[int, int, int], count: int, evaluated: int | None = None) -> Dataset:
+    """A set of so many random images of 10 classes, evaluated on the first so many of them; on all when None."""
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (count, *shape), np.uint8), rng.integers(0, 10, count).astype(np.int32)
+    few = pixels[:evaluated], labels[:evaluated]
+    return Dataset("random", pixels, labels, *few, 10, (0.5,) * shape[2], (0.25,) * shape[2], "test", "raw", "none")
+
+
+def initialised(model: Any, image_shape: tuple[int, ...]) -> Any:
+    """Variables of a fresh net, from key 0."""
+    init = jax.jit(functools.partial(model.init, train=False))
+    return init(jax.random.key(0), jnp.zeros((1, *image_shape), jnp.float32))
+
+
+def select(model: Any, params: Any, net: str, prune: PruneConfig) -> ct.Masks:
+    """The masks that a recipe chooses by the size of these weights."""
+    plan = make_plan(prune, model, params, models.default_image_shape(net), net)
+    patterns = pattern_source(prune)
+    return jax.jit(lambda scores: ct.select_masks(scores, plan, patterns))(ct.importance.magnitude(params))
 
 
 def export_named(name: str, folder: Path, **options: Any) -> bool:
@@ -65,11 +89,9 @@ def export(
     """
     shape = models.default_image_shape(name)
     model = models.build(name, num_classes=10, width=width)
-    init = jax.jit(functools.partial(model.init, train=False))
-    variables = init(jax.random.key(0), jnp.zeros((1, *shape)))
+    variables = initialised(model, shape)
     prune = PruneConfig((), 0.0, select_epoch=0, prune_epoch=1, target=target, tile=tile, floor=False)
-    plan = make_plan(prune, model, variables["params"], shape, name)
-    masks = ct.select_masks(ct.importance.magnitude(variables["params"]), plan, ct.patterns.fixed_set(4))
+    masks = select(model, variables["params"], name, prune)
     variables = {**variables, "params": ct.apply_masks(variables["params"], masks)}
 
     def apply_fn(variables: Any, images: Any) -> Any:

@@ -70,7 +70,7 @@ def items(seed: int = 0) -> list[Item]:
         after = f"{gpu_items.equal_work()}-seed{seed}" if run == equal else ""
         named.append(Item(f"{run}-seed{seed}", "runs", _LIMITS_S["runs"], after))
     named.append(Item("conv-device-time", "convolutions", _LIMITS_S["convolutions"]))
-    for name, limit_s in gpu_measures.LIMITS_S.items():
+    for name, (limit_s, _) in gpu_measures.MEASURES.items():
         named.append(Item(name, "measures", limit_s))
     return named
 
@@ -88,18 +88,18 @@ def is_done(item: Item, out: Path) -> bool:
 def do(item: Item, asked: argparse.Namespace) -> bool:
     """Measure one item in this process and write its record as it grows; returns whether it went well."""
     out, start = asked.out, time.perf_counter()
-    if item.kind == "measures":
-        return gpu_measures.run(item.name, out, asked.smoke, asked.packed)
     facts = {"item": item.name, "smoke": asked.smoke, "setting": setting()}
     found: dict[str, Any] = {}
 
     def write(**outcome: Any) -> None:
         write_json(out / f"{item.name}.json", facts | {"seconds": time.perf_counter() - start, **outcome, **found})
 
+    unfinished = {"ok": False, "error": "it was stopped before its end"}
+    write(**unfinished)
     try:
         for part in _measure(item, asked):
             found = part
-            write(ok=False, error="it was stopped before its end")
+            write(**unfinished)
         write(ok=True)
     except Interrupted:
         raise
@@ -111,6 +111,8 @@ def do(item: Item, asked: argparse.Namespace) -> bool:
 
 
 def _measure(item: Item, asked: argparse.Namespace) -> Any:
+    if item.kind == "measures":
+        return gpu_measures.measure(item.name, asked.smoke, asked.packed)
     if item.kind == "steps":
         batch, tile, ways = next(one for one in _STEPS if _steps_name(*one[:2]) == item.name)
         return gpu_items.steps(batch, tile, ways, asked.out, asked.smoke)
@@ -237,11 +239,15 @@ def _said(path: Path) -> str:
             f"; top-1 {100 * record['final_top1']:.2f}, {record['conv_compression']:.2f}x, training "
             f"{record['train_seconds']:.1f} s, compiling {record['compile_seconds']:.1f} s"
         )
-    return "".join(
-        f"; {row['way']} {row['ms']:.3f} ms (device {row['device_ms'] or 0:.3f}), compiled in "
+    said = [f"skipped, {record['skipped']}"] if "skipped" in record else []
+    said += [f"left out: {', '.join(record['left_out'])}"] if record.get("left_out") else []
+    said += [
+        f"{row['way']} {row['ms']:.3f} ms (device {row['device_ms'] or 0:.3f}), compiled in "
         f"{row['compile_seconds']:.1f} s"
         for row in record.get("steps", [])
-    )
+        if "way" in row
+    ]
+    return "".join(f"; {each}" for each in said)
 
 
 def archive(out: Path) -> Path:

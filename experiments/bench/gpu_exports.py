@@ -19,7 +19,7 @@ _TOLERANCE = {"float32": 0.01, "bfloat16": 0.05}
 BATCHES = (1, 8, 128, 512)
 
 
-def measure(smoke: bool, budget_s: float) -> Iterator[dict[str, Any]]:
+def measure(smoke: bool, budget_s: float, packed: str | None) -> Iterator[dict[str, Any]]:
     """VGG-13 pruned 8x in tiles of (64, 1), exported and loaded again: against its own dense form, by batch size."""
     if importlib.util.find_spec("safetensors") is None:
         yield {"skipped": "safetensors is not installed"}

@@ -6,7 +6,7 @@ Photographs of ImageNet's size are made, and read from a folder and from a TFDS 
 ceilings have the same files in memory and as many threads: one decodes them and does nothing else, one crops them too.
 """
 
-import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -74,7 +75,10 @@ def measure(
         folder = write_photos(Path(temporary) / "files", classes=2, train=photos // 2, test=1, size=size)
         directory = _as_tfds(folder, Path(temporary) / "tfds")
         config = DataConfig("photos", image_size=image_size, least_crop_area=_LEAST_CROP_AREA)
-        sets = {name: load(_at(config, where)) for name, where in ((FILES, folder), (RECORDS, directory))}
+        sets = {
+            name: load(dataclasses.replace(config, dir=str(where)))
+            for name, where in ((FILES, folder), (RECORDS, directory))
+        }
         encoded = [sets[FILES].train[index][0] for index in range(photos)]
         order = np.tile(np.arange(photos), epochs)
 
@@ -98,7 +102,7 @@ def measure(
                 jax.block_until_ready(batch)
 
         def by_pillow() -> None:
-            with _without_native():
+            with mock.patch.dict(os.environ, {native.ENVIRONMENT: "0"}):
                 alone(crop)
 
         images = len(order) // batch_size * batch_size
@@ -149,23 +153,8 @@ def measure(
     }
 
 
-@contextlib.contextmanager
-def _without_native() -> Iterator[None]:
-    before = os.environ.get(native.ENVIRONMENT)
-    os.environ[native.ENVIRONMENT] = "0"
-    try:
-        yield
-    finally:
-        del os.environ[native.ENVIRONMENT]
-        os.environ |= {} if before is None else {native.ENVIRONMENT: before}
-
-
 def _put(batch: tuple[np.ndarray, np.ndarray], size: int) -> Any:
     return jax.device_put(batch)
-
-
-def _at(config: DataConfig, where: Path) -> DataConfig:
-    return DataConfig(**(vars(config) | {"dir": str(where)}))
 
 
 def _as_tfds(folder: Path, directory: Path) -> Path:
@@ -215,10 +204,17 @@ def _resident_mb() -> float:
     return pages * 4096 / 1e6
 
 
-def run(out: Path | None, **options: Any) -> str:
-    """Measure, save the record when asked to, and return the table."""
-    record = json.loads(json.dumps(measure(**options, log=lambda line: print(line, flush=True))))
+def run(photos: int = 256, batch_size: int = 64, threads: int | None = None, out: Path | None = None) -> str:
+    """Images a second that the input pipeline brings to the device, against decoding alone. Takes a minute or two.
+
+    Args:
+        photos: files of ImageNet's size that are made for it.
+        batch_size: images.
+        threads: that read and decode; one for each core by default, 16 at most.
+        out: a JSON file to save the record in.
+    """
+    found = measure(photos=photos, batch_size=batch_size, threads=threads, log=lambda line: print(line, flush=True))
+    record = json.loads(json.dumps(found))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
     return tables_of(record)

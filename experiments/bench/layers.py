@@ -112,7 +112,6 @@ def run(
         "results": results,
     }
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
     return layers_tables(record)
 

@@ -30,7 +30,7 @@ def photo(seed: int, size: tuple[int, int] = SIZE, mode: str = "RGB") -> bytes:
 
 
 def write_photos(
-    folder: Path, *, classes: int = 2, train: int = 8, test: int = 4, size: tuple[int, int] = SIZE, seed: int = 0
+    folder: Path, *, classes: int = 2, train: int = 8, test: int = 4, size: tuple[int, int] = SIZE
 ) -> Path:
     """Writes FOLDER/train/CLASS/FILE and FOLDER/val/CLASS/FILE.
 
@@ -40,11 +40,11 @@ def write_photos(
         train: Photographs of each to train on.
         test: And to evaluate on.
         size: Width and height.
-        seed: Of the first one.
 
     Returns:
         The folder.
     """
+    seed = 0
     for part, count in (("train", train), ("val", test)):
         for number in range(classes):
             place = folder / part / f"class{number}"

@@ -7,25 +7,21 @@ bytes are those of real exports, written and read back.
 """
 
 import dataclasses
-import functools
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 import clicktrain_jax as ct
 from clicktrain_jax import models
 from clicktrain_jax.deploy import storage
 from clicktrain_jax.masks import combine
 from clicktrain_jax.trees import named_leaves
+from experiments.bench import drawn
 from experiments.configs import published
 from experiments.configs.base import PruneConfig
 from experiments.records import setting, write_json
 from experiments.report.exports import ratio, sizes_table
-from experiments.train.recipe import make_plan, pattern_source
 
 TILES = ((1, 1), (64, 1))
 DTYPES = ("float32", "int8")
@@ -41,17 +37,13 @@ def cases() -> list[tuple[str, str, PruneConfig]]:
 
 
 def measure(
-    wanted: Iterable[tuple[str, str, PruneConfig]] | None = None,
-    log: Callable[[str], None] = lambda line: None,
-    *,
-    width: float = 1.0,
+    wanted: Iterable[tuple[str, str, PruneConfig]] | None = None, log: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """Export nets and look at the bytes.
 
     Args:
         wanted: as from `cases`, by default all.
         log: takes a line a net and tile.
-        width: of the nets.
 
     Returns:
         The record: plain data, ``{"setting": ..., "width": ..., "rows": [{"name", "net", "tile", "patterns",
@@ -63,30 +55,17 @@ def measure(
     rows = []
     variables_of: dict[str, Any] = {}
     for name, net, prune in cases() if wanted is None else wanted:
-        model = models.build(net, num_classes=10, width=width)
+        model = models.build(net, num_classes=10)
         if net not in variables_of:
-            variables_of[net] = initialised(model, models.default_image_shape(net))
+            variables_of[net] = drawn.initialised(model, models.default_image_shape(net))
         variables = variables_of[net]
         for tile in TILES:
-            masks = select(model, variables["params"], net, dataclasses.replace(prune, tile=tile))
+            masks = drawn.select(model, variables["params"], net, dataclasses.replace(prune, tile=tile))
             row = {"name": name, "net": net, "tile": list(tile), "patterns": prune.num_patterns}
             row |= {dtype: _export(variables, masks, dtype) for dtype in DTYPES}
             rows.append(row)
             log(f"{name}, tile {tile}: {ratio(row['float32']):.2f}x, int8 {ratio(row['int8']):.2f}x")
-    return {"setting": setting(), "width": width, "rows": rows}
-
-
-def initialised(model: Any, image_shape: tuple[int, ...]) -> Any:
-    """Variables of a fresh net, from key 0."""
-    init = jax.jit(functools.partial(model.init, train=False))
-    return init(jax.random.key(0), jnp.zeros((1, *image_shape), jnp.float32))
-
-
-def select(model: Any, params: Any, net: str, prune: PruneConfig) -> ct.Masks:
-    """The masks that a recipe chooses by the size of these weights."""
-    plan = make_plan(prune, model, params, models.default_image_shape(net), net)
-    patterns = pattern_source(prune)
-    return jax.jit(lambda scores: ct.select_masks(scores, plan, patterns))(ct.importance.magnitude(params))
+    return {"setting": setting(), "width": 1.0, "rows": rows}
 
 
 def _export(variables: Any, masks: ct.Masks, dtype: str) -> dict[str, int]:
@@ -100,10 +79,13 @@ def _export(variables: Any, masks: ct.Masks, dtype: str) -> dict[str, int]:
     return sizes.convolutions._asdict() | {"headers": sizes.headers, "all_files": sum(sizes.files.values())}
 
 
-def run(out: Path | None) -> str:
-    """Measure all cases, save the record when asked to, and return the table."""
+def run(out: Path | None = None) -> str:
+    """Bytes of the exports of every published recipe; nothing is trained. Takes 20 minutes.
+
+    Args:
+        out: a JSON file to save the record in.
+    """
     record = measure(log=lambda line: print(line, flush=True))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
     return sizes_table(record)

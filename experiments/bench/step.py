@@ -9,7 +9,6 @@ the dense forms, and all other rows are given against it.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +20,9 @@ import clicktrain_jax as ct
 from clicktrain_jax import models
 from clicktrain_jax.states import fill_masks
 from experiments import configs
-from experiments.configs.base import PruneConfig, TrainConfig
-from experiments.data import Dataset
+from experiments.bench import drawn
+from experiments.bench.timing import interleaved
+from experiments.configs.base import PruneConfig
 from experiments.train.memory import keep_freed
 from experiments.train.pruned_phase import gaining_structures
 from experiments.train.step import Trainer
@@ -41,14 +41,7 @@ _DENSE = {"xla": "XLA (flax.linen.Conv)", "patches": "patches (PatchConv)", "dir
 
 
 def measure(
-    net: str,
-    width: float,
-    batch_size: int,
-    time_together: Callable[[dict[str, Callable[[], Any]]], dict[str, list[float]]],
-    *,
-    precision: str = "float32",
-    tiles: Sequence[Tile] = TILES,
-    target: float = TARGET,
+    net: str, width: float, batch_size: int, repeats: int, *, precision: str = "float32", tiles: Sequence[Tile] = TILES
 ) -> list[dict[str, Any]]:
     """Seconds of whole updates.
 
@@ -56,10 +49,9 @@ def measure(
         net: a name of `clicktrain_jax.models.names`.
         width: multiplies its widths.
         batch_size: images of an update.
-        time_together: ``{name: function} -> {name: seconds}``, calls them in turns.
+        repeats: calls of each, in turns.
         precision: what the net computes in.
         tiles: of patterns and of removal, (filters, channels).
-        target: compression of the convolutions.
 
     Returns:
         Rows ``{"name", "tile", "seconds", "images_per_s", "ratio"}``, the fastest dense one first; ratio is how many
@@ -80,13 +72,13 @@ def measure(
         program, args = jax.jit(of.update_step(kind, batch_size, way)), arguments(of)
         functions[name] = lambda: program(state, *args, structures)
 
-    trainers = {form: random_trainer(*size, form, tiles[0], target) for form in names}
+    trainers = {form: random_trainer(*size, form, tiles[0], TARGET) for form in names}
     state = trainers["direct"].init(0)
     for form, trainer in trainers.items():
         add(f"dense, {names[form]}", trainer, "dense", state, {})
     ways = {"pattern": "NHWC"} | ({} if jax.default_backend() == "cpu" else {"pattern_hwnc": "HWNC"})
     for tile in tiles:
-        trainer = random_trainer(*size, "direct", tile, target)
+        trainer = random_trainer(*size, "direct", tile, TARGET)
         pruned, structures = pruned_state(trainer)
         # On a CPU it costs what a dense step costs, and there are many rows.
         if jax.default_backend() != "cpu" and tile == tiles[0]:
@@ -97,7 +89,7 @@ def measure(
             tile_of[name] = tile
     if not tile_of:
         raise ValueError(f"{net} in tiles of {', '.join(map(str, tiles))}: no layer gains by its structure")
-    seconds = time_together(functions)
+    seconds = interleaved(functions, repeats)
     base = min((name for name in functions if name.startswith("dense")), key=lambda name: np.median(seconds[name]))
     order = [base, *(name for name in functions if name != base)]
     return [
@@ -113,38 +105,37 @@ def measure(
     ]
 
 
-def follow(config: TrainConfig, dataset: Dataset, steps: int) -> dict[str, list[float]]:
-    """Train the pruned phase from one state in several ways, on the same batches.
+def measure_nets(width: float | None, batch_size: int | None, repeats: int) -> list[dict[str, Any]]:
+    """`measure_step` of each of `NETS`, in their own sizes where none are given."""
+    rows = []
+    for net, own_width, own_batch in NETS:
+        sizes = (own_width if width is None else width, batch_size or own_batch)
+        what = f"{net}, width {sizes[0]:g}, N = {sizes[1]}"
+        rows += [{"net": what, **row} for row in measure_step(net, *sizes, repeats)]
+    return rows
 
-    Rounding grows from update to update, and jumps where a max pool or a ReLU decides otherwise: two dense forms part
-    as well, so both are here to compare with.
+
+def measure_step(
+    net: str, width: float, batch_size: int, repeats: int, precision: str = "float32", tile: Tile | None = None
+) -> list[dict[str, Any]]:
+    """`measure` as rows of a record: percentiles, and the goal of what is run by pattern, in any of the forms.
 
     Args:
-        config: with ``prune``; its masks come from random scores.
-        dataset: what it trains on.
-        steps: number of updates.
-
-    Returns:
-        ``{"dense": losses, "dense, by patches": losses, "pattern": losses}``.
+        net, width, batch_size, repeats, precision: of `measure`.
+        tile: (filters, channels) of patterns and of removal; when None on a GPU blocks for its kernels, on a CPU
+            several.
     """
-    losses = {}
-    for name, form, way in (
-        ("dense", "direct", "dense"),
-        ("dense, by patches", "patches", "dense"),
-        ("pattern", "direct", "pattern"),
-    ):
-        loop = dataclasses.replace(config.loop, convolution=form)
-        trainer = Trainer(dataclasses.replace(config, loop=loop), dataset)
-        state, structures = pruned_state(trainer)
-        held = structures if way == "pattern" else {}
-        program = jax.jit(trainer.update_step("pruned", config.batch_size, way))
-        metrics, data, order, _, key = arguments(trainer)
-        losses[name] = []
-        for step in range(steps):
-            index = np.int32(step % trainer.steps_per_epoch)
-            state, metrics = program(state, metrics, data, order, index, key, held)
-            losses[name].append(float(metrics[index, 0]))
-    return losses
+    on_gpu = jax.default_backend() == "gpu"
+    tiles = (tile,) if tile else ((64, 64),) if on_gpu else TILES
+    rows = []
+    for row in measure(net, width, batch_size, repeats, precision=precision, tiles=tiles):
+        p20, median, p80 = np.percentile(row["seconds"], (20, 50, 80)).tolist()
+        # What is asked of a step on a GPU is of an H200.
+        goal = 1.33 if on_gpu else KERNEL_GOAL if row["tile"] == (1, 1) else TILE_GOAL
+        facts = {"times_faster": row["ratio"], "goal": None if row["tile"] is None else goal}
+        what = {"name": row["name"], "precision": precision, "images_per_s": row["images_per_s"]}
+        rows.append({**what, "median": median, "p20": p20, "p80": p80, **facts})
+    return rows
 
 
 def pruned_state(trainer: Trainer) -> tuple[Any, dict[str, Any]]:
@@ -176,15 +167,7 @@ def random_trainer(
         method=prune,
         loop=dataclasses.replace(config.loop, convolution=form),
     )
-    return Trainer(config, _images(net, updates * batch_size))
-
-
-@functools.cache
-def _images(net: str, count: int) -> Dataset:
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (count, *models.default_image_shape(net)), np.uint8)
-    labels = rng.integers(0, 10, count).astype(np.int32)
-    return Dataset("random", images, labels, images, labels, 10, (0.5,) * 3, (0.25,) * 3, "test", "raw", "none")
+    return Trainer(config, drawn.images(models.default_image_shape(net), updates * batch_size))
 
 
 def arguments(trainer: Trainer) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
-"""An exported net against its own dense form on this machine, whole and layer by layer, side by side."""
+"""Functions side by side; an exported net against its own dense form on this machine, whole and layer by layer."""
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,9 +64,22 @@ def bound(net: InferenceNet, images: Any) -> Callable[[], Any]:
     return lambda: function(prepared, images)
 
 
-def seconds_of(functions: dict[str, Callable[[], Any]], rounds: int = _ROUNDS) -> dict[str, dict[str, float]]:
+def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each function, called in turns, each once before for compiling; results are waited for."""
+    for function in functions.values():
+        jax.block_until_ready(function())
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def seconds_of(functions: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
     """Median, 20th and 80th percentile of a call in seconds, of functions timed side by side."""
-    timings = time_together(functions, rounds=rounds, budget_s=_BUDGET_S)
+    timings = time_together(functions, rounds=_ROUNDS, budget_s=_BUDGET_S)
     return {
         name: {"median_s": timing.median_s, "low_s": timing.low_s, "high_s": timing.high_s}
         for name, timing in timings.items()

@@ -26,9 +26,10 @@ import numpy as np
 from clicktrain_jax import models
 from clicktrain_jax.trees import named_leaves
 from experiments import configs
+from experiments.bench import drawn
 from experiments.bench.deploy import worst_difference
 from experiments.bench.worker import Failed, Process
-from experiments.data import Dataset, normalise
+from experiments.data import normalise
 from experiments.records import setting, write_json
 from experiments.report.benchmarks import tables_of
 from experiments.train.step import Trainer
@@ -74,17 +75,17 @@ def run(
     workers: int | None = None,
     out: Path | None = None,
 ) -> str:
-    """Measure, save the record when ``out`` is given, and return the table to print.
+    """The training loop beside an eager PyTorch loop with a host loader, in images a second.
 
     Args:
-        torch_python: an interpreter with PyTorch, NumPy and Pillow; this one when None.
-        net: one of the VGGs of `clicktrain_jax.models`.
-        width: multiplies its widths.
+        torch_python: an interpreter that has PyTorch, NumPy and Pillow, where this one has not.
+        net: which is trained, a VGG.
+        width: of the net.
         batch_size: images an update.
         images: of an epoch.
         rounds: epochs of each that count.
-        workers: processes of PyTorch's loader; one for each core when None.
-        out: a JSON file.
+        workers: processes of PyTorch's loader; one for each core by default.
+        out: a JSON file to save the record in.
 
     Raises:
         ValueError: a net that is no VGG, sizes below 1, an interpreter without PyTorch, logits that differ, a loss
@@ -130,7 +131,6 @@ def run(
         "results": rows_of(found, images),
     }
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
     return tables_of(record)
 
@@ -143,13 +143,6 @@ def make_trainer(net: str, width: float, batch_size: int, images: int) -> Traine
     """
     if not isinstance(models.build(net, num_classes=10), models.VGG):
         raise ValueError(f"net={net!r}: only the VGGs are written in experiments/bench/torch_loop.py; give one of them")
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (images, *models.default_image_shape(net)), np.uint8)
-    labels = rng.integers(0, 10, images).astype(np.int32)
-    few = slice(0, _CHECKED_IMAGES)
-    dataset = Dataset(
-        "random", pixels, labels, pixels[few], labels[few], 10, (0.5,) * 3, (0.25,) * 3, "test", "raw", "none"
-    )
     config = dataclasses.replace(
         configs.get("vgg13-cifar10-dense"),
         name="bench-torch",
@@ -159,7 +152,7 @@ def make_trainer(net: str, width: float, batch_size: int, images: int) -> Traine
         learning_rate=_LEARNING_RATE,
         mixup_epoch=None,
     )
-    return Trainer(config, dataset)
+    return Trainer(config, drawn.images(models.default_image_shape(net), images, _CHECKED_IMAGES))
 
 
 def hand_over(trainer: Trainer, state: Any, folder: Path, *, threads: int, workers: int) -> None:

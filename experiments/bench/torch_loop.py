@@ -5,7 +5,6 @@ at a time; nothing of jax is imported. Lines are JSON on standard input and outp
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  (everybody's name for it)
 from PIL import Image, ImageOps
+
+from experiments.bench.worker import serve
 
 # Files of a job's folder: what is handed over.
 JOB, IMAGES, WEIGHTS = "job.json", "images.npz", "weights.npz"
@@ -184,6 +185,8 @@ class Served:
         "one fixed batch, channels_last": {"loader": False, "channels_last": True},
     }
 
+    version = f"torch {torch.__version__}"
+
     def __init__(self, folder: Path) -> None:
         self.job = json.loads((folder / JOB).read_text())
         with np.load(folder / WEIGHTS) as arrays:
@@ -224,25 +227,5 @@ def _of_kind(layers: torch.nn.Sequential, kind: type) -> list[Any]:
     return [layer for layer in layers if isinstance(layer, kind)]
 
 
-def main(folder: str) -> None:
-    """Serve until standard input ends."""
-    # Libraries may print: only answers go where the answers are read.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(content: Mapping[str, Any]) -> None:
-        answers.write(json.dumps(content) + "\n")
-        answers.flush()
-
-    served = Served(Path(folder))
-    answer({"version": f"torch {torch.__version__}"})
-    for line in sys.stdin:
-        asked = json.loads(line)
-        try:
-            answer(getattr(served, asked.pop("do"))(**asked))
-        except Exception as error:  # whatever PyTorch raises: it is told where the epoch was asked for
-            answer({"error": f"{type(error).__name__}: {error}"})
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve("torch", lambda: Served(Path(sys.argv[1])))

@@ -9,9 +9,7 @@ Convolutions, layer by layer, are measured by `experiments.bench.conv`.
 """
 
 import dataclasses
-import functools
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,8 @@ from clicktrain_jax import models
 from clicktrain_jax.selection import select_layers
 from clicktrain_jax.trees import named_leaves
 from experiments import configs
-from experiments.data import Dataset
+from experiments.bench import drawn, step
+from experiments.bench.timing import interleaved
 from experiments.records import setting, write_json
 from experiments.report.benchmarks import tables_of
 from experiments.train.recipe import make_optimizer
@@ -38,22 +37,33 @@ _FRACTION = 0.65
 _SELECT_STEP, _PRUNE_STEP = 1000, 2000
 
 
-def run(what: str, net: str | None, width: float | None, batch_size: int | None, repeats: int, out: Path | None) -> str:
-    """Measure, save the record when ``out`` is given, and return a table to print.
+def run(
+    what: str,
+    net: str | None = None,
+    width: float | None = None,
+    batch_size: int | None = None,
+    repeats: int = 7,
+    out: Path | None = None,
+) -> str:
+    """Measure whole updates side by side in one process.
 
     Args:
         what: "steps", "loop", "selection" or "step".
-        net, width, batch_size: None for the default; without a net, "step" measures several.
-        repeats: calls of each function.
-        out: a JSON file.
+        net: vgg16 of width 1 in batches of 64 by default; step measures a slim VGG-11, VGG-13 and ResNet-18 when no
+            net is named.
+        width: of the net.
+        batch_size: images an update.
+        repeats: samples of each function.
+        out: a JSON file to save the record in.
     """
     if not 1 <= repeats <= 500:  # more would walk out of the phase that is measured
         raise ValueError(f"repeats={repeats}: expected 1 to 500")
     if what == "step" and net is None:
-        results, asked = measure_nets(width, batch_size, repeats), ""
+        results, asked = step.measure_nets(width, batch_size, repeats), ""
     else:
         net, width, batch_size = net or "vgg16", 1.0 if width is None else width, batch_size or 64
-        measures = {"steps": measure_steps, "loop": measure_loop, "selection": measure_selection, "step": measure_step}
+        measures = {"steps": measure_steps, "loop": measure_loop, "selection": measure_selection}
+        measures["step"] = step.measure_step
         results = measures[what](net, width, batch_size, repeats)
         asked = f"--net {net} "
     asked += "" if width is None else f"--width {width:g} "
@@ -65,22 +75,8 @@ def run(what: str, net: str | None, width: float | None, batch_size: int | None,
         "results": results,
     }
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
     return tables_of(record)
-
-
-def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function, called in turns, each once before for compiling; results are waited for."""
-    for function in functions.values():
-        jax.block_until_ready(function())
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def _row(name: str, seconds: list[float], base: list[float] | None, goal: str = "") -> dict[str, Any]:
@@ -124,7 +120,7 @@ def measure_steps(net: str, width: float, batch_size: int, repeats: int) -> list
     key = jax.random.key(0)
     images = jax.random.normal(key, (batch_size, *image_shape))
     labels = jax.random.randint(key, (batch_size,), 0, 10)
-    variables = jax.jit(functools.partial(model.init, train=False))(key, images[:1])
+    variables = drawn.initialised(model, image_shape)
     params, batch_stats = variables["params"], variables["batch_stats"]
     inner = make_optimizer(configs.get("vgg16-cifar10-8.8x"), steps_per_epoch=391)
     plan = ct.make_plan(params, {path: _FRACTION for path in models.prunable_convs(model, image_shape)})
@@ -175,60 +171,6 @@ def measure_steps(net: str, width: float, batch_size: int, repeats: int) -> list
     return [*rows, _row(name, selection, None, "under 1 s on 2 cores")]
 
 
-def measure_nets(width: float | None, batch_size: int | None, repeats: int) -> list[dict[str, Any]]:
-    """`measure_step` of each of `experiments.bench.step.NETS`, in their own sizes where none are given."""
-    from experiments.bench import step as bench_step
-
-    rows = []
-    for net, own_width, own_batch in bench_step.NETS:
-        sizes = (own_width if width is None else width, batch_size or own_batch)
-        what = f"{net}, width {sizes[0]:g}, N = {sizes[1]}"
-        rows += [{"net": what, **row} for row in measure_step(net, *sizes, repeats)]
-    return rows
-
-
-def measure_step(
-    net: str,
-    width: float,
-    batch_size: int,
-    repeats: int,
-    precision: str = "float32",
-    tile: tuple[int | None, int | None] | None = None,
-) -> list[dict[str, Any]]:
-    """Whole training updates, dense in several forms against pruned by patterns; see `experiments.bench.step`.
-
-    Args:
-        net: its name.
-        width: multiplies its widths.
-        batch_size: images of an update.
-        repeats: calls of each.
-        precision: what the net computes in.
-        tile: (filters, channels) of patterns and of removal; when None on a GPU blocks for its kernels, on a CPU
-            several.
-    """
-    from experiments.bench import step as bench_step
-
-    # On a GPU blocks, which tensor cores take; what is asked of a step there is of an H200.
-    on_gpu = jax.default_backend() == "gpu"
-    tiles = (tile,) if tile else ((64, 64),) if on_gpu else bench_step.TILES
-
-    def goal_of(tile: tuple[int | None, int | None] | None) -> float | None:
-        if tile is None or on_gpu:
-            return None if tile is None else 1.33
-        return bench_step.KERNEL_GOAL if tile == (1, 1) else bench_step.TILE_GOAL
-
-    rows = []
-    for row in bench_step.measure(
-        net, width, batch_size, lambda functions: interleaved(functions, repeats), precision=precision, tiles=tiles
-    ):
-        p20, median, p80 = np.percentile(row["seconds"], (20, 50, 80)).tolist()
-        # Here a ratio is how many times faster; the goal is for any of the forms by patterns.
-        facts = {"times_faster": row["ratio"], "goal": goal_of(row["tile"])}
-        what = {"name": row["name"], "precision": precision, "images_per_s": row["images_per_s"]}
-        rows.append({**what, "median": median, "p20": p20, "p80": p80, **facts})
-    return rows
-
-
 # (what, options of the plan, patterns) of one selection each; the first is the reference's.
 _SELECTIONS: tuple[tuple[str, dict[str, Any], Any], ...] = (
     ("the authors' choice: 12 fixed patterns", {}, ct.patterns.fixed_set(12)),
@@ -272,11 +214,7 @@ def measure_selection(net: str, width: float, batch_size: int, repeats: int) -> 
 def measure_loop(net: str, width: float, batch_size: int, repeats: int) -> list[dict[str, Any]]:
     """An epoch of three updates, with both convolutions, as one compiled loop and as three calls."""
     config = configs.get("slim-vgg11-cifar10-dense")
-    rng = np.random.default_rng(0)
-    shape = models.default_image_shape(net)
-    count = 3 * batch_size
-    images, labels = rng.integers(0, 256, (count, *shape), np.uint8), rng.integers(0, 10, count).astype(np.int32)
-    dataset = Dataset("random", images, labels, images, labels, 10, (0.5,) * 3, (0.25,) * 3, "test", "raw", "none")
+    dataset = drawn.images(models.default_image_shape(net), 3 * batch_size)
     functions = {}
     for convolution, what in (("xla", "flax.linen.Conv"), ("patches", "PatchConv")):
         for program, how in (("steps", "one call an update"), ("scan", "one compiled loop")):

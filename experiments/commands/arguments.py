@@ -16,13 +16,14 @@ Run = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
 DataDir = Annotated[str | None, tyro.conf.arg(name="data.dir")]
 
 
-def call(function: Callable[..., int], arguments: list[str], command: str) -> int:
+def call(function: Callable[..., Any], arguments: list[str], command: str, **options: Any) -> Any:
     """Call a function with what the arguments say; returns what it returns.
 
     Args:
         function: its parameters are annotated, and explained in its docstring.
         arguments: of the command line, after the command.
         command: what came before them.
+        options: for `tyro.cli`.
 
     Raises:
         ValueError: arguments that it does not take, in one sentence.
@@ -33,7 +34,9 @@ def call(function: Callable[..., int], arguments: list[str], command: str) -> in
     def take(*given: Any, **named: Any) -> tuple[tuple, dict[str, Any]]:
         return given, named
 
-    given, named = parse(take, arguments, command)
+    # A partial's own docstring tells of partials.
+    take.__doc__ = getattr(function, "func", function).__doc__
+    given, named = parse(take, arguments, command, **options)
     return function(*given, **named)
 
 
@@ -60,10 +63,3 @@ def _sentence(box: str) -> str:
         lines, is_rule = lines[2:], is_rule[2:]
     said = itertools.takewhile(lambda pair: not pair[1], zip(lines, is_rule))
     return " ".join(line for line, _ in said if line).rstrip(". ")
-
-
-def name_argument(arguments: list[str], command: str, what: str) -> tuple[str, list[str]]:
-    """``(the first argument, the rest)``; a ValueError that says ``what`` is missing."""
-    if not arguments or arguments[0].startswith("-"):
-        raise ValueError(f"{command} needs {what} first: {PROGRAM} {command} {what.split()[-1]} ...")
-    return arguments[0], arguments[1:]

@@ -10,7 +10,7 @@ import tyro
 from tyro.conf import Positional
 
 from experiments import configs
-from experiments.commands.arguments import PROGRAM, DataDir, Run, name_argument, parse
+from experiments.commands.arguments import PROGRAM, DataDir, Run, parse
 from experiments.configs import TrainConfig
 from experiments.data import DataConfig, load
 from experiments.records import RunFolder, read_metrics, setting
@@ -27,7 +27,9 @@ def train(arguments: list[str]) -> int:
 
     if arguments[:1] in (["-h"], ["--help"]):
         parse(_train_fields(configs.get(_EXAMPLE)), ["--help"], "train NAME", config=(tyro.conf.AvoidSubcommands,))
-    name, rest = name_argument(arguments, "train", "a config NAME")
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(f"train needs a config NAME first: {PROGRAM} train NAME ...")
+    name, *rest = arguments
     fields = _train_fields(configs.get(name))
     asked = parse(fields, rest, f"train {name}", config=(tyro.conf.AvoidSubcommands,))
     config = asked.config

@@ -139,16 +139,17 @@ def table(
         workdir: run folders of a budget; by default runs/plan-KIND.
     """
     from experiments.report import documents, results
-    from experiments.studies import gpu_plan
 
     if budget is None and (data_dir, workdir, dry_run) != (None, None, False):
         raise ValueError("--data.dir, --workdir and --dry-run are for --budget: without it nothing is run")
-    if dry_run:
-        print(gpu_plan.shown(budget, workdir))
-        return 0
     failed = {}
     if budget is not None:
-        result = gpu_plan.run(budget, workdir, data_dir=data_dir)
+        from experiments.studies import budget as budgets
+
+        if dry_run:
+            print(budgets.shown(budget, workdir))
+            return 0
+        result = budgets.run(budget, workdir, data_dir=data_dir)
         failed = result["failed"]
         print(f"{result['finished']} runs finished, {result['missing']} to do; {result['collected']} records collected")
         if not write:

@@ -2,7 +2,7 @@
 
 import difflib
 
-from experiments.configs import ablation, compare, demo, deployed, imagenet, modern, own, price, published, slim
+from experiments.configs import ablation, compare, demo, imagenet, modern, own, price, published, slim
 from experiments.configs.base import LoopConfig, PruneConfig, TrainConfig, from_dict, to_dict
 
 __all__ = ["LoopConfig", "PruneConfig", "TrainConfig", "all_configs", "from_dict", "get", "to_dict"]
@@ -10,7 +10,7 @@ __all__ = ["LoopConfig", "PruneConfig", "TrainConfig", "all_configs", "from_dict
 
 def all_configs() -> dict[str, TrainConfig]:
     """Every named config, in the order of its family."""
-    families = (demo, slim, published, imagenet, own, modern, price, ablation, deployed, compare)
+    families = (demo, slim, published, imagenet, own, modern, price, ablation, compare)
     return {config.name: config for family in families for config in family.configs()}
 
 

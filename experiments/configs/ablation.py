@@ -13,7 +13,6 @@ from typing import Any
 
 from experiments.configs import published, slim
 from experiments.configs.base import LoopConfig, TrainConfig
-from experiments.configs.cells import by_name
 from experiments.data import DataConfig
 
 QUESTIONS = {
@@ -62,14 +61,6 @@ class Family:
     prefix: str
     dense: TrainConfig
     cells: tuple[Cell, ...]
-
-    def cell(self, name: str) -> Cell:
-        """The cell of this name.
-
-        Raises:
-            ValueError: there is none.
-        """
-        return by_name(self.cells, name)
 
 
 # Hardware-shaped choices and all that is compared with them start from generated patterns: quads of the published

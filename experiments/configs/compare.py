@@ -1,6 +1,6 @@
 """The comparison: ClickTrain beside dense and narrow nets, pruning after training (PAT) and during it (PDT).
 
-Command: python -m experiments compare digits   (or slim, or vgg13; the last two with --data.dir DIR)
+Command: python -m experiments compare digits   (or slim, slim-seconds, vgg13; with --data.dir DIR)
 or, for any cell alone: python -m experiments train compare-digits-clicktrain-8x
 One study is one net, one data set, one length of training; its cells differ in the method and how much it prunes.
 """
@@ -11,7 +11,6 @@ from typing import Any
 
 from experiments.configs import published
 from experiments.configs.base import LoopConfig, PruneConfig, TrainConfig
-from experiments.configs.cells import by_name
 from experiments.configs.methods import (
     AdmmConfig,
     AfterConfig,
@@ -93,7 +92,10 @@ class Study:
         Raises:
             ValueError: there is none.
         """
-        return by_name(self.cells, name)
+        found = next((cell for cell in self.cells if cell.name == name), None)
+        if found is None:
+            raise ValueError(f"no cell {name!r}; the cells are {', '.join(cell.name for cell in self.cells)}")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +127,8 @@ class _Shape:
 
 
 def studies() -> tuple[Study, ...]:
-    """The studies: two for 2 CPU cores, one for a GPU."""
-    return _digits(), _slim(), _vgg13()
+    """The studies: three for 2 CPU cores, one for a GPU."""
+    return _digits(), _slim(), _slim_seconds(), _vgg13()
 
 
 def study(name: str) -> Study:
@@ -224,6 +226,23 @@ def _slim() -> Study:
     return _study("slim", "CIFAR-10, a quarter-width VGG-11, 12 epochs", dense, shape)
 
 
+def _slim_seconds() -> Study:
+    """What is saved on an update is spent on more of them, and its learning rate is the one that was tuned there."""
+    slim = _slim()
+    # Counted from CPU seconds of an epoch on one core of an AMD EPYC: dense 28.6, pruned 8x 17 and 4x 18.5, narrow 19.8
+    # and 11, 20 for what a pruned run compiles and measures. How near that came stands in the table.
+    epochs = {"dense": 12, "early-8x": 18, "early-4x": 16, "narrow-latency": 17, "narrow-multiply-adds": 31}
+    cells = []
+    for name, count in epochs.items():
+        cell = slim.cell(name)
+        config = dataclasses.replace(
+            cell.config, name=f"compare-slim-seconds-{name}", epochs=count, mixup_epoch=count - 2
+        )
+        label = ", ".join(filter(None, (cell.label.partition(", pruned")[0], f"{count} epochs")))
+        cells.append(dataclasses.replace(cell, label=label, group="dense", config=config))
+    return Study("slim-seconds", "CIFAR-10, the quarter-width VGG-11, the seconds of 12 dense epochs", tuple(cells), ())
+
+
 def _vgg13() -> Study:
     recipe = next(config for config in published.configs() if config.name == "vgg13-cifar10-dense")
     dense = dataclasses.replace(recipe, precision="bfloat16", loop=LoopConfig(eval_every_epochs=10))
@@ -268,106 +287,49 @@ def _study(name: str, title: str, base: TrainConfig, shape: _Shape) -> Study:
     early_share, late_share = (f"{100 * epoch / base.epochs:.0f}%" for epoch in (shape.early_prune, shape.prune))
     end = base.epochs
     after = PruneConfig((), 0.0, end, end, target=shape.compression, importance="magnitude", floor=False)
+    tiles = dataclasses.replace(early, tile=shape.tile, superset=shape.superset)
+
+    def prune(group: str, of: PruneConfig, target: float = shape.compression) -> None:
+        family = {"clicktrain": "late", "early": "early", "early-tiles": "early, tiles"}[group]
+        label = f"{target:g}x, pruned at {late_share if of is late else early_share}"
+        label += f", tiles {tile}" if of is tiles else ""
+        method = dataclasses.replace(of, target=target)
+        add(f"{group}-{target:g}x", "ClickTrain", label, f"ClickTrain, {family}", group, method=method)
+
     add("dense", "dense", "", "dense", "dense")
-    add(
-        f"clicktrain-{ratio}",
-        "ClickTrain",
-        f"{ratio}, pruned at {late_share}",
-        "ClickTrain, late",
-        "clicktrain",
-        method=late,
-    )
-    add(f"early-{ratio}", "ClickTrain", f"{ratio}, pruned at {early_share}", "ClickTrain, early", "early", method=early)
-    add(
-        f"early-tiles-{ratio}",
-        "ClickTrain",
-        f"{ratio}, pruned at {early_share}, tiles {tile}",
-        "ClickTrain, early, tiles",
-        "early-tiles",
-        method=dataclasses.replace(early, tile=shape.tile, superset=shape.superset),
-    )
+    prune("clicktrain", late)
+    prune("early", early)
+    prune("early-tiles", tiles)
     for like, width in shape.widths.items():
         label = f"width {width:g}" + ("" if like == f"{width:g}" else f", chosen for {like}")
         add(f"narrow-{like}", "narrow", label, "narrow", "narrow", width=width)
     for other in shape.others:
-        more = {"target": other}
-        add(
-            f"early-{other:g}x",
-            "ClickTrain",
-            f"{other:g}x, pruned at {early_share}",
-            "ClickTrain, early",
-            "early",
-            method=dataclasses.replace(early, **more),
-        )
-        add(
-            f"clicktrain-{other:g}x",
-            "ClickTrain",
-            f"{other:g}x, pruned at {late_share}",
-            "ClickTrain, late",
-            "clicktrain",
-            method=dataclasses.replace(late, **more),
-        )
+        prune("early", early, other)
+        prune("clicktrain", late, other)
     for epochs in shape.retrain:
-        add(
-            f"rewind-{epochs}",
-            "PAT",
-            f"{ratio}, magnitude, {epochs} rewound epochs",
-            "PAT, rewinding",
-            "dense",
-            method=AfterConfig(after, RetrainConfig(epochs)),
-        )
+        label, method = f"{ratio}, magnitude, {epochs} rewound epochs", AfterConfig(after, RetrainConfig(epochs))
+        add(f"rewind-{epochs}", "PAT", label, "PAT, rewinding", "dense", method=method)
+    moved = dataclasses.replace(after, select_epoch=end + shape.admm.epochs, prune_epoch=end + shape.admm.epochs)
     for epochs in shape.retrain[-2:]:
-        moved = dataclasses.replace(after, select_epoch=end + shape.admm.epochs, prune_epoch=end + shape.admm.epochs)
-        add(
-            f"admm-{epochs}",
-            "PAT",
-            f"{ratio}, ADMM of {shape.admm.epochs} epochs, {epochs} rewound",
-            "PAT, ADMM",
-            "admm",
-            method=AfterConfig(moved, RetrainConfig(epochs), shape.admm),
-        )
+        label = f"{ratio}, ADMM of {shape.admm.epochs} epochs, {epochs} rewound"
+        method = AfterConfig(moved, RetrainConfig(epochs), shape.admm)
+        add(f"admm-{epochs}", "PAT", label, "PAT, ADMM", "admm", method=method)
     for channels in shape.channels:
         label = f"PruneTrain, ratio {channels.ratio:g}, threshold {channels.threshold:g}"
         add(f"prunetrain-{channels.ratio:g}", "PDT", label, "PDT, PruneTrain", "prunetrain", method=channels)
-    add(
-        f"gradual-{ratio}",
-        "PDT",
-        f"{ratio}, gradual magnitude, single weights",
-        "PDT, gradual magnitude",
-        "gradual",
-        method=GradualConfig(
-            shape.compression,
-            begin_epoch=shape.early_select,
-            end_epoch=max(shape.early_select + 1, 3 * end // 4),
-            every_updates=shape.every_updates,
-        ),
-    )
-    add(
-        f"rigl-{ratio}",
-        "PDT",
-        f"{ratio}, RigL, single weights",
-        "PDT, RigL",
-        "rigl",
-        method=RiglConfig(shape.compression, "erk", end_epoch=max(1, 3 * end // 4), every_updates=shape.every_updates),
-    )
+    begin, stop, every = shape.early_select, 3 * end // 4, shape.every_updates
+    gradual = GradualConfig(shape.compression, begin_epoch=begin, end_epoch=max(begin + 1, stop), every_updates=every)
+    label = f"{ratio}, gradual magnitude, single weights"
+    add(f"gradual-{ratio}", "PDT", label, "PDT, gradual magnitude", "gradual", method=gradual)
+    rigl = RiglConfig(shape.compression, "erk", end_epoch=max(1, stop), every_updates=every)
+    add(f"rigl-{ratio}", "PDT", f"{ratio}, RigL, single weights", "PDT, RigL", "rigl", method=rigl)
     add("two-of-four", "PDT", "2:4, straight-through", "PDT, 2:4", "two-of-four", method=NOfMConfig())
-    add(
-        f"one-shot-{ratio}",
-        "one-shot",
-        f"{ratio}, magnitude, not retrained",
-        "one-shot",
-        "dense",
-        method=AfterConfig(after, RetrainConfig(0)),
-    )
+    label, method = f"{ratio}, magnitude, not retrained", AfterConfig(after, RetrainConfig(0))
+    add(f"one-shot-{ratio}", "one-shot", label, "one-shot", "dense", method=method)
     middle = shape.retrain[len(shape.retrain) // 2]
-    add(
-        f"random-{ratio}",
-        "random",
-        f"{ratio}, random masks, {middle} rewound epochs",
-        "random",
-        "dense",
-        method=AfterConfig(dataclasses.replace(after, importance="random"), RetrainConfig(middle)),
-    )
+    label = f"{ratio}, random masks, {middle} rewound epochs"
+    method = AfterConfig(dataclasses.replace(after, importance="random"), RetrainConfig(middle))
+    add(f"random-{ratio}", "random", label, "random", "dense", method=method)
     if shape.trial_epochs is not None:
         only = Tuning("dense", "dense", "learning_rate", shape.rates, shape.trial_epochs)
         return Study(name, title, tuple(cells), (only,), shape.first)

@@ -1,6 +1,6 @@
 """Data sets in memory or streamed (``load``), folders of images, the packed archive, augmentation inside the step."""
 
-from experiments.data.augment import augment, mixup, normalise
+from experiments.data.augment import normalise
 from experiments.data.dataset import DataConfig, Dataset, DatasetMissing
 from experiments.data.decode import is_lossy
 from experiments.data.image_folder import prepare_folder
@@ -14,11 +14,9 @@ __all__ = [
     "DatasetMissing",
     "Share",
     "StreamedDataset",
-    "augment",
     "is_lossy",
     "load",
     "load_packed",
-    "mixup",
     "normalise",
     "pack",
     "place",

@@ -4,8 +4,6 @@ One uncompressed .npz a source, named by the source's files (names, sizes, modif
 a source that changes gets a new entry. The zip's own checksums tell a damaged entry.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Parts of encoded images at one size: random-resized crops to train on, centre crops to evaluate on."""
 
-from __future__ import annotations
-
 import ctypes
 import io
 import math

@@ -3,8 +3,6 @@
 Plain numpy on the host; the loop puts it on the device once, as uint8.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Encoded images (PNG, JPEG, WebP, BMP, PPM) to one uint8 array, with Pillow alone."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ Fixed, class-stratified parts: 599 test images, and 1,198 to train on, of which 
 split (see `loading`) holds 198 out.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from clicktrain_jax.extras import hint

@@ -1,7 +1,6 @@
 """Sets of encoded images that are read one by one, in any order: a TFDS directory or a folder of image files."""
 
-from __future__ import annotations
-
+import dataclasses
 import os
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +27,7 @@ class EncodedImages(Protocol):
         """Says which image it is."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class EncodedSet:
     """A set's two parts.
 
@@ -39,16 +39,11 @@ class EncodedSet:
         fingerprint: Of names and sizes; no image is read for it.
     """
 
-    def __init__(
-        self,
-        train: EncodedImages,
-        test: EncodedImages,
-        train_labels: np.ndarray | None,
-        num_classes: int,
-        fingerprint: str,
-    ) -> None:
-        self.train, self.test, self.train_labels = train, test, train_labels
-        self.num_classes, self.fingerprint = num_classes, fingerprint
+    train: EncodedImages
+    test: EncodedImages
+    train_labels: np.ndarray | None
+    num_classes: int
+    fingerprint: str
 
 
 def find(name: str, directory: Path) -> EncodedSet:

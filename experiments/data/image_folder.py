@@ -4,8 +4,6 @@ The files go in byte for byte, so what they went through stays told by their enc
 read and checked before anything is written.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re

@@ -1,7 +1,5 @@
 """`load`: from a `DataConfig` to a `Dataset`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -123,15 +121,10 @@ def place(config: DataConfig) -> Path | None:
     return None if config.name == "digits" else tfds_source.data_dir(config.dir).resolve()
 
 
-def default_cache_dir() -> str:
-    """Where decoded images are kept: `pallas_kernels.tuning.cache_folder`."""
-    return str(cache_folder())
-
-
 def _read(config: DataConfig) -> RawArrays:
     if config.name == "digits":
         return digits.read()
-    cache_dir = Path(config.cache_dir or default_cache_dir()).expanduser()
+    cache_dir = Path(config.cache_dir or cache_folder()).expanduser()
     source = tfds_source.data_dir(config.dir)
     files = packed.files_of(source)
     if files:

@@ -8,8 +8,6 @@ instead of 55. PNGs become lossless WebP, pixel for pixel the same in three quar
 at a time; `load_packed` joins them.
 """
 
-from __future__ import annotations
-
 import glob
 import io
 import json

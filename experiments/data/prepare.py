@@ -5,8 +5,6 @@ minutes. So the archive is fetched here, in one attempt, checked, and handed to 
 the result has the names, features and lossless pixels of the official preparation.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

@@ -4,8 +4,6 @@ All rest on one order in which every prefix mirrors the class frequencies. Its s
 PCG64 through `Generator.random` and a stable sort, whose streams numpy keeps stable.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 # Two seeds, so that a slim train subset is not chosen by the draw that chose the validation part.

@@ -5,8 +5,6 @@ epoch's order alone: not from threads, nor from how many processes share the wor
 the position of a run in its data is the number of updates done, which its checkpoints hold.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -4,8 +4,6 @@ Whether a data set is prepared is seen on the file system alone; TFDS is importe
 so a missing data set costs the host check of at most three seconds and nothing more.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

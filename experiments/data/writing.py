@@ -1,7 +1,5 @@
 """Writes a TFDS directory in array_record form, without TensorFlow: image files go in as they are."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import sys

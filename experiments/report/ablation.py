@@ -69,25 +69,17 @@ def plot(found: Sequence[dict[str, Any]], path: Path = PLOT) -> None:
     Raises:
         ValueError: as `generate`; or there is nothing to draw.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     measured = _by_family(found)
     if not measured:
         raise ValueError("there are no records of the ablation to draw: run `python -m experiments ablation` first")
-    figure, columns = plt.subplots(
-        1,
-        len(measured),
-        squeeze=False,
-        layout="constrained",
-        figsize=(8.5 * len(measured), 1.3 + 0.25 * max(_height(*one) for one in measured)),
-    )
+    size = (8.5 * len(measured), 1.3 + 0.25 * max(_height(*one) for one in measured))
+    figure = Figure(size, layout="constrained")
+    columns = figure.subplots(1, len(measured), squeeze=False)
     for axes, (family, runs) in zip(columns[0], measured):
         _draw(axes, family, runs)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def differences(cell: Cell, runs: Runs) -> dict[int, float]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.records import read_json
 from experiments.report import deploy, gpu
-from experiments.report.conv import conv_tables, gpu_tables, sweep_table, worst_errors
+from experiments.report.conv import conv_tables, gpu_tables, sweep_table
 from experiments.report.exports import collectives_table, dtypes_table, sizes_table
 from experiments.report.layers import latency_table, layers_tables
 from experiments.report.results import RECORDS, machine
@@ -218,8 +218,6 @@ def _deployed(folder: Path) -> str:
 def _details(record: dict[str, Any]) -> list[str]:
     """The tables of one check's record."""
     tables = []
-    if record.get("judged"):
-        tables.append(worst_errors(record["judged"]))
     if record.get("conv_rows"):
         tables.append(gpu_tables(record))
     if record.get("sweeps"):

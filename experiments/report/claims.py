@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from experiments.report import frontier
-from experiments.report.studies import BATCHES, Cell, Study, mean
+from experiments.report.comparison_records import BATCHES, Cell, Study, mean
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "not measured"
 # Of measured runs that say neither.

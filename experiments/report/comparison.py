@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from experiments.report import claims
 from experiments.report.claims import UNKNOWN, spread
+from experiments.report.comparison_records import BATCHES, Cell, Study, mean
 from experiments.report.statistics import coding, csv_text, markdown_table
-from experiments.report.studies import BATCHES, Cell, Study, mean
 
 CSV, PLOT, WIDE, TUNING = "joint.csv", "joint.png", "wide.csv", "tuning.csv"
 NOT_RUN = "not run"
@@ -23,6 +23,7 @@ COLUMNS = (
     "end-to-end s",
     "of dense",
     "without compiling",
+    "CPU s, of dense",
     "tuning s",
     "of dense, with tuning",
     "peak MB",
@@ -39,6 +40,7 @@ _FIGURES = (
     "end_to_end_seconds",
     "end_to_end_seconds_of_dense",
     "training_seconds_of_dense",
+    "cpu_seconds_of_dense",
     "tuning_seconds",
     "seconds_with_tuning_of_dense",
     "training_peak_mb",
@@ -46,18 +48,16 @@ _FIGURES = (
 _EXPLAINED = """Final top-1 in percent, mean ± standard deviation over the seeds; "against dense" in points, paired by
 seed. Compression: weights of all convolutions of the dense net over those retained. Seconds are training, compiling and
 whatever a run measures to choose its ways, as the mean share of dense's in runs of equal seeds; a process compiles and
-measures once, which every seed is charged with. The wide tables have more: the whole model's compression, multiply-adds
-of one image and of the training as it was executed, seconds of tuning, the peak of memory, and milliseconds a call of
-the nets of one seed, whose weights and masks were checked to be those of the same row.
+measures once, which every seed is charged with. Where the cores did other work at the same time, CPU seconds stand in
+their place: of all threads, of runs that this project's same commit made; compiling is among them as far as that very
+run compiled. The wide tables have more: the whole model's compression, multiply-adds of one image and of the training
+as it was executed, seconds of tuning, the peak of memory, and milliseconds a call of the nets of one seed, whose
+weights and masks were checked to be those of the same row.
 """
-# Columns of the wide table that RESULTS.md shows, after the cell, and what they are called there.
-_SHOWN = {
-    "n": "n",
-    "top-1, %": "top-1, %",
-    "against dense": "against dense",
-    "conv": "conv",
-    "of dense": "seconds, of dense",
-}
+# Columns of the wide table that RESULTS.md shows, after the cell; and those of time, by what they are called there.
+_SHOWN = ("n", "top-1, %", "against dense", "conv")
+_SECONDS = {"seconds, of dense": "of dense"}
+_CPU_SECONDS = {"CPU seconds, of dense": "CPU s, of dense"}
 
 
 def by_seed(study: Study, cell: Cell) -> dict[str, Mapping[int, float]]:
@@ -76,6 +76,7 @@ def by_seed(study: Study, cell: Cell) -> dict[str, Mapping[int, float]]:
                 cell.seconds(),
                 study.time(cell),
                 study.ratio(cell, "train_seconds"),
+                study.processor_time(cell),
                 {} if cell.tuning_s is None else dict.fromkeys(cell.runs, cell.tuning_s),
                 study.time_with_tuning(cell),
                 {seed: count / 1e6 for seed, count in cell.column("training_bytes").items()},
@@ -89,7 +90,7 @@ def generate(study: Study, plot: str | None = None) -> str:
     """The section of one comparison, in Markdown.
 
     Args:
-        study: from `experiments.report.studies.read`.
+        study: from `experiments.report.comparison_records.read`.
         plot: link to its sheet; None for none.
     """
     found = claims.parts(study)
@@ -178,13 +179,14 @@ def verdicts(compared: Sequence[Study]) -> str:
 
 
 def _joint(study: Study) -> str:
-    places = [COLUMNS.index(name) for name in _SHOWN]
+    shown = dict(zip(_SHOWN, _SHOWN)) | (_SECONDS if study.dense.seconds() else _CPU_SECONDS)
+    places = [COLUMNS.index(name) for name in shown.values()]
     rows = []
     for cell in study.ordered():
         row = _row(study, cell)
         label = row[1] if row[0] == row[1] else f"{row[0]}: {row[1]}"
         rows.append((label, *(row[place] for place in places)))
-    return markdown_table(("cell", *_SHOWN.values()), rows)
+    return markdown_table(("cell", *shown), rows)
 
 
 def _row(study: Study, cell: Cell) -> tuple[str, ...]:
@@ -217,6 +219,7 @@ def _row(study: Study, cell: Cell) -> tuple[str, ...]:
         shown("end_to_end_seconds", 1),
         shown("end_to_end_seconds_of_dense"),
         shown("training_seconds_of_dense"),
+        shown("cpu_seconds_of_dense"),
         shown("tuning_seconds", 0),
         shown("seconds_with_tuning_of_dense"),
         shown("training_peak_mb", 0),

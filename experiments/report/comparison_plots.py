@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from experiments.report.comparison_records import Cell, Study, mean
 from experiments.report.plots import DENSE_COLOUR, PRUNED_COLOUR
-from experiments.report.studies import Cell, Study, mean
 
 # One colour a method, told apart in grey and by the colour-blind with the markers' help.
 COLOURS = {
@@ -28,7 +28,7 @@ def draw(study: Study, path: Path) -> None:
     """Draw a comparison's sheet.
 
     Args:
-        study: from `experiments.report.studies.read`; with at least one run.
+        study: from `experiments.report.comparison_records.read`; with at least one run.
         path: the PNG to write.
 
     Raises:
@@ -36,17 +36,15 @@ def draw(study: Study, path: Path) -> None:
     """
     if study.some_run() is None:
         raise ValueError(f"{study.folder} holds no finished run: there is nothing to draw")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     panels: tuple[tuple[str, Callable[[Cell], float | None]], ...] = (
         ("compression of the convolutions, times", lambda cell: mean(study.compression(cell))),
         ("end-to-end training seconds over dense's", lambda cell: mean(study.time(cell))),
         ("latency of one image, ms", lambda cell: None if cell.latency_s(1) is None else 1e3 * cell.latency_s(1)),
     )
-    figure, columns = plt.subplots(1, 3, figsize=(15, 6.4), sharey=True, layout="constrained")
+    figure = Figure((15, 6.4), layout="constrained")
+    columns = figure.subplots(1, 3, sharey=True)
     families = _families(study)
     for axes, (title, place) in zip(columns, panels):
         drawn = _panel(axes, study, families, place)
@@ -74,7 +72,6 @@ def draw(study: Study, path: Path) -> None:
     )
     figure.suptitle(f"{study.facts['title']} (points are shifted sideways by up to {100 * _SHIFT:g}%)", fontsize=11)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _families(study: Study) -> dict[str, tuple[list[Cell], dict[str, Any]]]:

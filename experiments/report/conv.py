@@ -94,19 +94,6 @@ def sweep_table(sweeps: Sequence[dict[str, Any]]) -> str:
     return table + (f"\n{dropped} more could not be used; the record says why.\n" if dropped else "")
 
 
-def worst_errors(judged: Sequence[dict[str, Any]]) -> str:
-    """The largest error of every way by dtype and direction, over all cases, and how many were wrong."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in judged:
-        groups.setdefault((row["dtype"], row["way"], row["direction"]), []).append(row)
-    lines = []
-    for kind, members in groups.items():
-        errors = [row["error"] for row in members if row["error"] is not None]
-        wrong = sum(1 for row in members if row["why"])
-        lines.append((*kind, str(len(members)), str(wrong), f"{max(errors):.0e}" if errors else ""))
-    return markdown_table(("dtype", "way", "direction", "cases", "wrong", "largest error"), lines)
-
-
 def layer_table(rows: Sequence[dict[str, Any]]) -> str:
     """A line for each case of one direction."""
     names = list(dict.fromkeys(way["name"] for row in rows for way in row["ways"] if way["ours"]))

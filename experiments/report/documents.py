@@ -10,13 +10,13 @@ from experiments.report import (
     benchmarks,
     comparison,
     comparison_plots,
+    comparison_records,
     gpu,
     importance,
     pattern_sheet,
     published,
     readme,
     results,
-    studies,
 )
 
 _ROOT = results.RESULTS_FILE.parent
@@ -29,8 +29,8 @@ def generate(records: Path = results.RECORDS) -> dict[Path, str]:
         ValueError: records that contradict each other, or are of no config there is now.
     """
     found = results.records(records)
-    compared = [studies.read(folder) for folder in studies.folders(records)]
-    of_studies = (folder.name for folder in records.glob(f"{studies.PREFIX}*"))
+    compared = [comparison_records.read(folder) for folder in comparison_records.folders(records)]
+    of_studies = (folder.name for folder in records.glob(f"{comparison_records.PREFIX}*"))
     own_tables = (ablation.GROUP, published.GROUP, price.GROUP, *of_studies)
     parts = [
         results.HEADER.format(claims=comparison.verdicts(compared)),
@@ -65,8 +65,8 @@ def generate(records: Path = results.RECORDS) -> dict[Path, str]:
 def draw(records: Path = results.RECORDS) -> None:
     """Draw the pictures that the documents link to, beside their records, and README's."""
     readme.draw(records=records)
-    for folder in studies.folders(records):
-        study = studies.read(folder)
+    for folder in comparison_records.folders(records):
+        study = comparison_records.read(folder)
         if study.some_run() is not None:
             comparison_plots.draw(study, folder / comparison.PLOT)
     for path in _importance_records(records):

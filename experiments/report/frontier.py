@@ -48,21 +48,6 @@ def weights(xs: Sequence[float], x: float, *, tolerance: float = 0.0) -> dict[in
     return found
 
 
-def interpolate(points: Points, x: float, *, tolerance: float = 0.0) -> float | None:
-    """The y at an x, linear in log x between the neighbours; None outside the range.
-
-    Args:
-        points: measured, in any order.
-        x: where to read.
-        tolerance: as in `weights`.
-
-    Raises:
-        ValueError: an x that is not a positive number.
-    """
-    shares = weights([place for place, _ in points], x, tolerance=tolerance)
-    return None if shares is None else sum(share * points[place][1] for place, share in shares.items())
-
-
 def envelope(points: Points, direction: Literal["rising", "falling"]) -> list[tuple[float, float]]:
     """The best that is to be had, by ascending x.
 

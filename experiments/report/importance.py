@@ -177,15 +177,12 @@ def plot(record: dict[str, Any], path: Path) -> None:
     Raises:
         ValueError: no kernels were removed.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     nets = _first(record)
     if not nets:
         raise ValueError("truth_seeds=0: no kernel was removed, there is nothing to plot")
-    figure = plt.figure(figsize=(13, 8), layout="constrained")
+    figure = Figure((13, 8), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     axes = upper.subplots(1, 3)
     titles = ("size of the change", "signed change")
@@ -204,7 +201,6 @@ def plot(record: dict[str, Any], path: Path) -> None:
     panels[0].set_ylabel("size of the true change of the loss")
     lower.legend(*panels[0].get_legend_handles_labels(), **options, markerscale=3)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def _over_n(axes: Any, counts: list[int]) -> None:

@@ -25,11 +25,12 @@ def overview(word: str = "") -> str:
     chosen = [config for config in configs.all_configs().values() if word.lower() in _words(config)]
     if not chosen:
         raise ValueError(f"no recipe has {word!r} in its name, net or data set; without a word all are listed")
-    lines = [f"{'name':<37}{'net':<16}{'epochs':>6}  {'time here':<11}expected"]
+    width = 2 + max(len(config.name) for config in chosen)
+    lines = [f"{'name':<{width}}{'net':<16}{'epochs':>6}  {'time here':<11}expected"]
     for config in chosen:
         net = config.net if config.width == 1 else f"{config.net} x{config.width:g}"
         lines.append(
-            f"{config.name:<37}{net:<16}{config.total_epochs:>6}  {_time(config, pace):<10} "
+            f"{config.name:<{width}}{net:<16}{config.total_epochs:>6}  {_time(config, pace):<10} "
             f"{config.expected}; {measured(config, records)}"
         )
     lines.append(

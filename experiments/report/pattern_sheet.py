@@ -1,12 +1,13 @@
 """A picture of a run's pattern set, and of where its patterns are used."""
 
+import collections
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from clicktrain_jax import patterns
-from experiments.report.plots import PRUNED_COLOUR
+from experiments.report.plots import PRUNED_COLOUR, glyph
 
 # Inches a cell; patterns that have a column each.
 _CELL = 0.48
@@ -38,10 +39,9 @@ def usage(summary: dict[str, Any]) -> Usage:
     counted = {layer["name"]: layer["pattern_counts"] for layer in summary["layers"] if layer["pattern_counts"]}
     if not counted:
         raise ValueError(f"{summary['name']}: no layer of this run has patterns, so there are none to draw")
-    sums: dict[str, int] = {}
+    sums = collections.Counter()
     for counts in counted.values():
-        for text, count in counts.items():
-            sums[text] = sums.get(text, 0) + count
+        sums.update(counts)
     # Equally used ones stay in the order of their set.
     order = sorted(sums, key=lambda text: -sums[text])
     table = np.array([[counts.get(text, np.nan) for text in order] for counts in counted.values()], float)
@@ -69,16 +69,14 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         ValueError: no layer of the run has patterns.
     """
     used = usage(summary)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
 
     rows, columns = used.shares.shape
-    inches = (_CELL * columns + 3.2, _CELL * (rows + 2.6) + 0.7)
-    figure, axes = plt.subplots(figsize=inches, layout="constrained")
+    figure = Figure((_CELL * columns + 3.2, _CELL * (rows + 2.6) + 0.7), layout="constrained")
+    axes = figure.subplots()
     axes.set(xlim=(-0.1, columns + 0.1), ylim=(rows + 0.1, -2.3), aspect="equal")
-    colours = matplotlib.colors.LinearSegmentedColormap.from_list("use", ["#eaf1f8", PRUNED_COLOUR])
+    colours = LinearSegmentedColormap.from_list("use", ["#eaf1f8", PRUNED_COLOUR])
     edges = np.arange(columns + 1), np.arange(rows + 1)
     top = max(float(np.nanmax(used.shares)), 0.01)
     mesh = axes.pcolormesh(*edges, 100 * used.shares, cmap=colours, vmin=0, vmax=100 * top, edgecolors="white")
@@ -91,7 +89,8 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         if "others" in text:
             axes.text(column + 0.5, -1.4, text.replace(" ", "\n"), ha="center", va="center", fontsize=7)
         else:
-            _glyph(axes, patterns.parse(text), column)
+            pattern = patterns.parse(text)
+            glyph(axes, pattern, column + 0.08, -1.75, 0.84 / max(pattern.shape))
         percent = f"{100 * total:.0f}%" if total >= 0.005 or total == 0 else "<1%"
         axes.text(column + 0.5, -0.45, percent, ha="center", fontsize=9)
     axes.set_yticks(np.arange(rows) + 0.5, used.layers, fontsize=9)
@@ -107,14 +106,3 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     figure.colorbar(mesh, ax=axes, shrink=0.7, pad=0.02, aspect=25, label="% of the layer's kept kernels")
     # Cut to what is drawn: a title may be wider than the columns of a small set.
     figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
-
-
-def _glyph(axes: Any, pattern: np.ndarray, column: int) -> None:
-    """The pattern's taps as squares above its column."""
-    from matplotlib.patches import Rectangle
-
-    side = 0.84 / max(pattern.shape)
-    for (y, x), kept in np.ndenumerate(pattern):
-        corner = (column + 0.08 + side * x, -1.75 + side * y)
-        axes.add_patch(Rectangle(corner, 0.9 * side, 0.9 * side, facecolor=PRUNED_COLOUR if kept else "#e4e4e4"))

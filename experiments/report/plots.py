@@ -1,5 +1,6 @@
 """Pictures of runs: accuracy by epoch, which patterns were chosen, what each layer retains."""
 
+import collections
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,18 +26,14 @@ def compare_runs(dense: Sequence[Run], pruned: Sequence[Run], config: TrainConfi
         config: the pruned config, for its phases.
         path: the PNG to write.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(figsize=(11, 7.5), layout="constrained")
+    figure = Figure((11, 7.5), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(1.25, 1))
     _accuracy(figure.add_subplot(grid[0, :]), dense, pruned, config)
     _layers(figure.add_subplot(grid[1, 0]), pruned)
     _gallery(figure.add_subplot(grid[1, 1]), pruned)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _accuracy(axes: Any, dense: Sequence[Run], pruned: Sequence[Run], config: TrainConfig) -> None:
@@ -100,11 +97,10 @@ def _layers(axes: Any, pruned: Sequence[Run]) -> None:
 
 
 def _gallery(axes: Any, pruned: Sequence[Run]) -> None:
-    counts: dict[str, int] = {}
+    counts = collections.Counter()
     for summary, _ in pruned:
         for layer in summary["layers"]:
-            for text, count in (layer["pattern_counts"] or {}).items():
-                counts[text] = counts.get(text, 0) + count
+            counts.update(layer["pattern_counts"] or {})
     total = sum(counts.values())
     columns = min(len(counts), 6)
     axes.set_title("Patterns chosen, share of the kernels kept", fontsize=10)
@@ -112,13 +108,14 @@ def _gallery(axes: Any, pruned: Sequence[Run]) -> None:
     axes.axis("off")
     for index, (text, count) in enumerate(counts.items()):
         left, top = 4 * (index % columns), 4.4 * (index // columns)
-        for (row, column), kept in np.ndenumerate(patterns.parse(text)):
-            colour = PRUNED_COLOUR if kept else "#eeeeee"
-            axes.add_patch(_rectangle((left + column, top + row), colour))
+        glyph(axes, patterns.parse(text), left, top)
         axes.text(left + 1.5, top + 3.5, f"{100 * count / total:.0f}%", ha="center", va="center", fontsize=9)
 
 
-def _rectangle(corner: tuple[float, float], colour: str) -> Any:
+def glyph(axes: Any, pattern: np.ndarray, left: float, top: float, side: float = 1.0) -> None:
+    """A pattern's taps as squares, ``side`` apart."""
     from matplotlib.patches import Rectangle
 
-    return Rectangle(corner, 0.92, 0.92, facecolor=colour)
+    for (y, x), kept in np.ndenumerate(pattern):
+        corner = (left + side * x, top + side * y)
+        axes.add_patch(Rectangle(corner, 0.9 * side, 0.9 * side, facecolor=PRUNED_COLOUR if kept else "#e4e4e4"))

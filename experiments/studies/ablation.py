@@ -6,7 +6,6 @@ wherever it stopped. Forking (`experiments.train.forks`) changes no bit of the r
 
 import dataclasses
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,11 +74,7 @@ def run(
         Interrupted: SIGINT or SIGTERM came; all that was trained is saved up to its last epoch.
         RuntimeError: a worker died.
     """
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={tuple(seeds)}: expected at least one, all different")
-    if workers < 0 or (minutes is not None and minutes < 0):
-        raise ValueError(f"workers={workers}, minutes={minutes}: expected 0 or more")
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    deadline = jobs.deadline_of(seeds, workers, minutes)
     workdir.mkdir(parents=True, exist_ok=True)
 
     def job(config: TrainConfig, seed: int, forked: bool = True) -> jobs.Job:

@@ -11,17 +11,16 @@ import re
 import statistics
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.configs.base import TrainConfig, to_dict
 from experiments.configs.compare import Cell, Study, Tuning
-from experiments.data.loading import default_cache_dir
 from experiments.records import RUNS, RunFolder, identity, read_json, write_json
 from experiments.studies import jobs, latency
 from experiments.train.forks import dense_of
+from pallas_kernels.tuning import cache_folder
 from pallas_kernels.tuning.cache import ENVIRONMENT
 
 _DENSE_GROUP = "dense"
@@ -68,14 +67,10 @@ def run(
         ValueError: no seeds, negative numbers, or no cell left.
         Interrupted, RuntimeError: as `experiments.studies.ablation.run`.
     """
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={tuple(seeds)}: expected at least one, all different")
-    if workers < 0 or (minutes is not None and minutes < 0):
-        raise ValueError(f"workers={workers}, minutes={minutes}: expected 0 or more")
+    deadline = jobs.deadline_of(seeds, workers, minutes)
     cells = [cell for cell in study.cells if cell is study.dense or re.search(only, cell.name)]
     if len(cells) < 2:
         raise ValueError(f"only={only!r} leaves no cell; the cells are {', '.join(c.name for c in study.cells)}")
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     workdir.mkdir(parents=True, exist_ok=True)
     stored = None if records is None else records / f"compare-{study.name}"
     maker = _Maker(data_dir, quiet=workers > 0)
@@ -92,9 +87,10 @@ def run(
         chosen, missing = _tune(study, cells, workdir / "tuning", tuning_seeds, maker, do)
     wanted: list[jobs.Job] = []
     if not missing:
-        tuned = {cell.name: with_field(cell.config, *chosen.get(cell.group, chosen[_DENSE_GROUP])) for cell in cells}
-        for cell in cells:  # what is pruned after training shares the dense run's learning rate, whatever is tuned
-            if cell.config.retrain is not None:
+        tuned = {cell.name: cell.config for cell in cells}
+        for cell in cells if chosen else ():
+            tuned[cell.name] = with_field(cell.config, *chosen.get(cell.group, chosen[_DENSE_GROUP]))
+            if cell.config.retrain is not None:  # pruned after training: the dense run's rate, whatever is tuned
                 tuned[cell.name] = with_field(tuned[cell.name], *chosen[_DENSE_GROUP])
         ordered = sorted(
             ((cell, seed) for seed in seeds for cell in cells),
@@ -183,7 +179,7 @@ class _Maker:
             config.data,
             dir=config.data.dir if self.data_dir is None else self.data_dir,
             # Decoded images stay where they are, whatever a process is told of the cache.
-            cache_dir=config.data.cache_dir or default_cache_dir(),
+            cache_dir=config.data.cache_dir or str(cache_folder()),
         )
         loop = dataclasses.replace(config.loop, progress=False) if self.quiet else config.loop
         return dataclasses.replace(config, seed=seed, data=data, loop=loop)

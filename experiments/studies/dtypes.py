@@ -58,6 +58,5 @@ def run(path: Path, data_dir: str | None, out: Path | None) -> str:
     """Measure, save the record when asked to, and return the table."""
     record = measure(path, data_dir)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
     return dtypes_table(record)

@@ -41,7 +41,8 @@ from experiments.train.recipe import make_optimizer, prune_rules
 from experiments.train.state import TrainState
 from experiments.train.step import Trainer
 
-_NETS = ("slim-vgg11-cifar10-dense", "slim-vgg11-cifar10-8.6x")
+# The net, and the recipe whose fractions, one for each prunable layer, are used for fine-tuning.
+_NET, _FRACTIONS_OF = "slim-vgg11-cifar10-dense", "slim-vgg11-cifar10-8.6x"
 GRADIENT_CRITERIA = ("taylor", "group_taylor")
 # Streams of random numbers beside those of training.
 _BATCHES, _RANDOM, _TUNING = 101, 102, 103
@@ -90,38 +91,26 @@ _QUICK = Study(seeds=1, kernels=2, images=200, batches=(1, 4), draws=2)
 
 
 def run(
-    data_dir: str | None,
-    out: Path,
-    *,
-    workdir: Path | None = None,
-    net: str = _NETS[0],
-    fractions_of: str = _NETS[1],
-    study: Study | None = None,
-    quick: bool = False,
+    data_dir: str | None, out: Path, *, workdir: Path | None = None, study: Study | None = None, quick: bool = False
 ) -> dict[str, Any]:
-    """The study of a named config; writes the record to ``out`` and returns it.
+    """The study of the slim net; writes the record to ``out`` and returns it.
 
     Args:
         data_dir: as `DataConfig.dir`.
         out: the JSON file to write.
         workdir: parts already measured are kept here; by default runs/importance-NAME, NAME being that of ``out``.
-        net: a dense config.
-        fractions_of: the pruned config whose fractions, one for each prunable layer, are used for fine-tuning.
         study: how much is measured.
         quick: a small part of it, on few images, to see that it works.
 
     Raises:
-        ValueError: unknown configs, a pruned one as ``net``, missing data, ``workdir`` of another study.
+        ValueError: missing data, ``workdir`` of another study.
     """
-    config, prune = configs.get(net), configs.get(fractions_of).prune
-    if prune is None:
-        raise ValueError(f"fractions_of={fractions_of!r} prunes nothing: name a config that does")
+    config, prune = configs.get(_NET), configs.get(_FRACTIONS_OF).prune
     data = dataclasses.replace(config.data, dir=data_dir, eval_split="validation")
     study = study or (_QUICK if quick else Study())
     if quick:
         data = dataclasses.replace(data, train_examples=1000)
     command = ["python", "-m", "experiments", "importance", "--data.dir", str(data_dir), "--out", str(out)]
-    command += ["--net", net, "--fractions-of", fractions_of] if (net, fractions_of) != _NETS else []
     for field, usual in vars(_QUICK if quick else Study()).items():
         value = getattr(study, field)
         if value != usual:
@@ -131,7 +120,6 @@ def run(
         dataclasses.replace(config, data=data), prune.fractions, study, workdir or Path("runs") / name, print
     )
     record = {"command": shlex.join(command + ["--quick"] * quick), "quick": quick, **record}
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_json(Path(out), record)
     return record
 

@@ -89,9 +89,21 @@ def do(job: Job, trainers: Trainers | None = None) -> dict[str, Any]:
     return {}
 
 
-def say_line(line: str) -> None:
-    """Print a line at once."""
-    print(line, flush=True)
+# Takes a line.
+say_line: Callable[[str], None] = functools.partial(print, flush=True)
+
+
+def deadline_of(seeds: Sequence[int], workers: int, minutes: float | None) -> float | None:
+    """When no new run is started any more, by `time.monotonic`; None for no limit.
+
+    Raises:
+        ValueError: no seeds, or two alike; a negative number of workers or minutes.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={tuple(seeds)}: expected at least one, all different")
+    if workers < 0 or (minutes is not None and minutes < 0):
+        raise ValueError(f"workers={workers}, minutes={minutes}: expected 0 or more")
+    return None if minutes is None else time.monotonic() + 60 * minutes
 
 
 def collect(workdir: Path, records: Path, name: str = RUNS) -> int:

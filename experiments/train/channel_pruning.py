@@ -6,7 +6,7 @@ did is written down as plain numbers, `facts`; the last ones are enough to know 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,25 +18,10 @@ import clicktrain_jax as ct
 from clicktrain_jax import models
 from clicktrain_jax.channels import channel_nodes, narrow, narrow_shapes, widths
 from clicktrain_jax.methods import living_channels, prunetrain
+from experiments.configs.methods import ChannelConfig
 from experiments.train.state import TrainState
 
 _PARAMS, _STATS = "params/", "batch_stats/"
-
-
-class Settings(Protocol):
-    """What is asked for; `experiments.configs.methods.ChannelConfig` is one.
-
-    Attributes:
-        ratio: the lasso's share of the loss at the first update.
-        every_epochs: the net is reconfigured after so many.
-        threshold: smaller weights count as zero.
-        multiple: channels kept are rounded up to a multiple of it.
-    """
-
-    ratio: float
-    every_epochs: int
-    threshold: float
-    multiple: int
 
 
 class ChannelPruning:
@@ -46,14 +31,14 @@ class ChannelPruning:
         model: the whole net; its convolutions must have the width of their stored kernels.
         variables: its variables, as `jax.ShapeDtypeStruct` (`clicktrain_jax.models.abstract_variables`).
         image_shape: (height, width, channels).
-        settings: see `Settings`.
+        settings: of the run.
 
     Raises:
         ValueError: the net does not run with fewer channels.
     """
 
     def __init__(
-        self, model: nn.Module, variables: Mapping[str, Any], image_shape: Sequence[int], settings: Settings
+        self, model: nn.Module, variables: Mapping[str, Any], image_shape: Sequence[int], settings: ChannelConfig
     ) -> None:
         def apply(variables: Any, images: Any) -> Any:
             return model.apply(variables, images, train=False)

@@ -1,4 +1,4 @@
-"""The compiled updates of a trainer: one by one, in two programs, or many in a loop."""
+"""The compiled updates of a trainer: one by one, in two programs, or many in a loop; and compiling ahead of them."""
 
 import functools
 import time
@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import clicktrain_jax as ct
 from experiments.configs.base import TrainConfig
 from experiments.data import Dataset, StreamedDataset
 from experiments.train.costs import size_of
 from experiments.train.devices import Devices
-from experiments.train.programs import Programs
-from experiments.train.pruned_phase import Way
+from experiments.train.programs import Programs, in_background, shapes_of
+from experiments.train.pruned_phase import Choice, PrunedPhase, Way
 from experiments.train.state import Images, TrainState
-from experiments.train.update import change_of, gradient_of, update_loop, update_step
+from experiments.train.update import change_of, gradient_of, update_loop, update_step, with_retained
 
 # Of the run's key: experiments.train.step has the stream before it.
 _ORDER = 1
@@ -35,6 +36,8 @@ class Updates:
         channels: what makes the net narrower between epochs; None for nothing.
         steps_per_epoch: updates.
         loop_length: updates of a compiled loop; 0 where there is none.
+        schedule: phases in updates; None for a dense run.
+        pruned: how the pruned phase is run.
         programs: what was compiled so far.
     """
 
@@ -46,11 +49,13 @@ class Updates:
     channels: Any
     steps_per_epoch: int
     loop_length: int
+    schedule: ct.PhaseSchedule | None
+    pruned: PrunedPhase
     programs: Programs
 
     @property
     def compile_seconds(self) -> float:
-        """See the class."""
+        """Host seconds that a run waited for tracing, compiling and choosing so far."""
         return self.programs.seconds
 
     @property
@@ -168,6 +173,58 @@ class Updates:
     def update_step(self, kind: str, batch: int, way: Way = "dense") -> Callable[..., Any]:
         """One whole update as a pure function: `experiments.train.update.update_step` of this trainer."""
         return update_step(self, kind, batch, way)
+
+    def _sending(self, structures: dict[str, Any]) -> dict[str, Any]:
+        """With what the devices send each other of the pruned phase's gradients, where that is not all of them."""
+        retained = self._retained[1]
+        return structures if retained is None else with_retained(structures, retained)
+
+    def _note_retained(self, known: Any, state: TrainState) -> None:
+        if not self.config.loop.compact_gradients or self.devices.mesh is None or self._retained[0] == known:
+            return
+        masks = self.masks(state)
+        masks.pending = False  # what is only marked as yet is gone where this is used
+        self._retained = known, self.devices.whole(ct.reduction.retained(state.params, masks))
+
+    def _prepare_masked(self, args: tuple) -> None:
+        """Have what the selection and the loops after it need compiled in the background."""
+        if self._is_prepared:
+            return
+        self._is_prepared = True
+        # The one that is waited for comes first; shapes alone, as the arrays themselves are donated meanwhile.
+        self._loop("dense", "dense", (*args, {}))
+        shapes = (*shapes_of(args), {})
+
+        def work() -> None:
+            self._program("select", self._batch, "dense", shapes, ahead=True)
+            self._loop("masked", "dense", shapes, ahead=True)
+
+        in_background(work, "compile for the selection")
+
+    def _prepare_pruned(self, known: Any, state: Any, metrics: Any, order: Any, key: Any) -> None:
+        """Have the pruned phase's programs compiled in the background, while the phases before it train."""
+        if self.schedule.prune_step + 1 >= self.config.total_epochs * self.steps_per_epoch:
+            return  # no update follows the prune
+
+        def compile_way(way: Way, structures: dict[str, Any]) -> None:
+            self._pruned_program(way, (*shapes, self._sending(structures)), ahead=True)
+
+        self._note_retained(known, state)
+        shapes = shapes_of((state, metrics, self._images(self._batch), order, np.int32(0), key))
+        before = self.pruned.waited_seconds
+        self.pruned.prepare(known, self.masks(state), compile_way)
+        self.programs.seconds += self.pruned.waited_seconds - before
+
+    def _choose_pruned(self, state: Any, metrics: Any, order: Any, key: Any) -> Choice:
+        def run(way: Way, structures: dict[str, Any]) -> None:
+            copies = jax.tree.map(jnp.copy, (state, metrics))
+            args = (*copies, self._images(self._batch), order, np.int32(0), key, self._sending(structures))
+            jax.block_until_ready(self._pruned_program(way, args, ahead=True)(*args))
+
+        before = self.pruned.waited_seconds
+        choice = self.pruned.choose(run)
+        self.programs.seconds += self.pruned.waited_seconds - before
+        return choice
 
 
 @functools.partial(jax.jit, static_argnums=1)

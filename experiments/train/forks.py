@@ -33,9 +33,7 @@ def dense_of(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, method=None)
 
 
-def train_forked(
-    config: TrainConfig, folder: Path, trunk: Path, *, dataset: Dataset | None = None, trainer: Trainer | None = None
-) -> dict[str, Any]:
+def train_forked(config: TrainConfig, folder: Path, trunk: Path, *, trainer: Trainer | None = None) -> dict[str, Any]:
     """Train a cell to its end from the dense run's checkpoint, or from wherever its folder stands.
 
     Args:
@@ -43,7 +41,6 @@ def train_forked(
         folder: its run folder.
         trunk: run folder of the same config without pruning, of the same seed, with its epochs' checkpoints. Where
             the one that is needed is missing, the cell is trained from its first update, to the same bits.
-        dataset: what `experiments.data.load` returns for the config; loaded when None.
         trainer: of this config but for the seed; made when None.
 
     Returns:
@@ -52,8 +49,7 @@ def train_forked(
     Raises:
         ValueError: the trunk is a run of another config, seed or data set; and as `experiments.train.loop.train`.
     """
-    if dataset is None:
-        dataset = trainer.dataset if trainer is not None else load(config.data)
+    dataset = trainer.dataset if trainer is not None else load(config.data)
     run = RunFolder(folder)
     if run.check(config, dataset.fingerprint) and run.summary() is not None:
         return run.summary()

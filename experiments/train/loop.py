@@ -20,6 +20,7 @@ from experiments.data import Dataset, StreamedDataset, load
 from experiments.records import RunFolder, differences, read_metrics
 from experiments.train import processes
 from experiments.train.checkpoints import Checkpoints, digest
+from experiments.train.checkpoints_within import Within
 from experiments.train.costs import multiply_adds
 from experiments.train.devices import devices_of
 from experiments.train.memory import keep_freed
@@ -28,7 +29,6 @@ from experiments.train.progress import Hook, ask, telling
 from experiments.train.signals import Interrupted, heeded
 from experiments.train.state import Begun, NonFinite, TrainState
 from experiments.train.step import Trainer
-from experiments.train.within import Within
 
 __all__ = ["Interrupted", "NonFiniteLoss", "summarise", "template", "train"]
 

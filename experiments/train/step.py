@@ -30,11 +30,11 @@ from experiments.train.compiled import Updates
 from experiments.train.devices import Devices
 from experiments.train.feed import Feed, check_streamed, eval_batches
 from experiments.train.methods import make_method
-from experiments.train.programs import Programs, in_background, shapes_of
-from experiments.train.pruned_phase import Choice, PrunedPhase, Way, facts_of, scheduled, way_asked
+from experiments.train.programs import Programs
+from experiments.train.pruned_phase import PrunedPhase, facts_of, scheduled, way_asked
 from experiments.train.recipe import lasso_weight, make_models, make_optimizer, make_plan, pattern_source
 from experiments.train.state import Begun, TrainState
-from experiments.train.update import evaluation_of, with_retained
+from experiments.train.update import evaluation_of
 from pallas_kernels.pattern_conv import mosaic_gpu
 
 # Streams of random numbers, each folded into the run's key.
@@ -51,13 +51,8 @@ class Trainer(Updates):
     """Model, optimizer and compiled programs of one config; serves any number of seeds.
 
     Attributes:
-        steps_per_epoch: updates an epoch.
-        loop_length: updates of a compiled loop.
-        schedule: phases in updates; None for a dense run.
         ran: the segments of the last epoch, as they were run.
         images_by_pattern: images of the last epoch whose convolutions ran by pattern.
-        compile_seconds: host seconds that a run waited for tracing, compiling and choosing so far.
-        programs: what was compiled so far.
 
     Args:
         config: of the runs, but for the seed.
@@ -347,18 +342,6 @@ class Trainer(Updates):
                 on_step(index + 1)
         return state, metrics
 
-    def _sending(self, structures: dict[str, Any]) -> dict[str, Any]:
-        """With what the devices send each other of the pruned phase's gradients, where that is not all of them."""
-        retained = self._retained[1]
-        return structures if retained is None else with_retained(structures, retained)
-
-    def _note_retained(self, known: Any, state: TrainState) -> None:
-        if not self.config.loop.compact_gradients or self.devices.mesh is None or self._retained[0] == known:
-            return
-        masks = self.masks(state)
-        masks.pending = False  # what is only marked as yet is gone where this is used
-        self._retained = known, self.devices.whole(ct.reduction.retained(state.params, masks))
-
     def evaluate(self, state: TrainState) -> tuple[float, float]:
         """``(mean loss, top-1)`` on the evaluation set, in float32 sums."""
         count = self.dataset.eval_examples
@@ -398,43 +381,3 @@ class Trainer(Updates):
         """What the net answers with, as for `flax.linen.Module.apply`: 2:4 keeps more weights than it computes with."""
         stats = {"batch_stats": state.batch_stats} if state.batch_stats else {}
         return {"params": self.method.forward(state.params), **stats}
-
-    def _prepare_masked(self, args: tuple) -> None:
-        """Have what the selection and the loops after it need compiled in the background."""
-        if self._is_prepared:
-            return
-        self._is_prepared = True
-        # The one that is waited for comes first; shapes alone, as the arrays themselves are donated meanwhile.
-        self._loop("dense", "dense", (*args, {}))
-        shapes = (*shapes_of(args), {})
-
-        def work() -> None:
-            self._program("select", self._batch, "dense", shapes, ahead=True)
-            self._loop("masked", "dense", shapes, ahead=True)
-
-        in_background(work, "compile for the selection")
-
-    def _prepare_pruned(self, known: Any, state: Any, metrics: Any, order: Any, key: Any) -> None:
-        """Have the pruned phase's programs compiled in the background, while the phases before it train."""
-        if self.schedule.prune_step + 1 >= self.config.total_epochs * self.steps_per_epoch:
-            return  # no update follows the prune
-
-        def compile_way(way: Way, structures: dict[str, Any]) -> None:
-            self._pruned_program(way, (*shapes, self._sending(structures)), ahead=True)
-
-        self._note_retained(known, state)
-        shapes = shapes_of((state, metrics, self._images(self._batch), order, np.int32(0), key))
-        before = self.pruned.waited_seconds
-        self.pruned.prepare(known, self.masks(state), compile_way)
-        self.programs.seconds += self.pruned.waited_seconds - before
-
-    def _choose_pruned(self, state: Any, metrics: Any, order: Any, key: Any) -> Choice:
-        def run(way: Way, structures: dict[str, Any]) -> None:
-            copies = jax.tree.map(jnp.copy, (state, metrics))
-            args = (*copies, self._images(self._batch), order, np.int32(0), key, self._sending(structures))
-            jax.block_until_ready(self._pruned_program(way, args, ahead=True)(*args))
-
-        before = self.pruned.waited_seconds
-        choice = self.pruned.choose(run)
-        self.programs.seconds += self.pruned.waited_seconds - before
-        return choice

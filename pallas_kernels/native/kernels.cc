@@ -1,4 +1,5 @@
 // The functions of core.h, for the instruction set that the library is compiled for.
+#include "few_pixels.h"
 #include "lane_gradient.h"
 #include "lanes.h"
 #include <algorithm>
@@ -107,6 +108,8 @@ void product_of(const Product& product, const Grouped& grouped, Type type, const
   const Result result(type, y, product.batch * product.rows.out * product.columns.out * product.outputs);
   if (is_tiled(grouped))
     multiplied<TileWeights, TileProduct>(product, grouped, type, images.get(), w, place, packed, epilogue, result.get(), pool);
+  else if (FewPixels::fits(product))
+    multiplied<LaneWeights, FewPixels>(product, grouped, type, images.get(), w, place, packed, epilogue, result.get(), pool);
   else
     multiplied<LaneWeights, LaneProduct>(product, grouped, type, images.get(), w, place, packed, epilogue, result.get(), pool);
   result.finish(pool);

@@ -62,7 +62,6 @@ def test_names_are_unique_and_every_pruned_config_has_its_dense_one():
         configs.modern,
         configs.price,
         configs.ablation,
-        configs.deployed,
         configs.compare,
     )
     families = [config for family in families for config in family.configs()]

@@ -21,7 +21,6 @@ import numpy as np
 
 from experiments import configs
 from experiments.bench import step as bench_step
-from experiments.bench.program_counts import epoch_loop
 from experiments.configs.base import PruneConfig
 from experiments.data import Dataset
 from experiments.records import read_json, write_json
@@ -29,6 +28,7 @@ from experiments.train.state import Images
 from experiments.train.step import Trainer
 from experiments.train.update import update_loop
 from pallas_kernels.pattern_conv import mosaic_gpu
+from tests.program_counts import epoch_loop
 
 IMAGES = 50_000
 # (kind of `Trainer`'s loops, images of an update).

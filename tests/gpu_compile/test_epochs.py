@@ -17,7 +17,7 @@ BOUNDS = {("dense", 128): (141, 0.75), ("pruned", 128): (158, 0.60)}
 
 @pytest.mark.parametrize(("kind", "batch"), BOUNDS, ids=str)
 def test_an_epoch(kind, batch, h200, epochs):
-    from experiments.bench.program_counts import epoch_loop
+    from tests.program_counts import epoch_loop
 
     loop = epoch_loop(epochs.compiled(h200, kind, batch))
     kernels, share = BOUNDS[kind, batch]

@@ -9,14 +9,14 @@ import pytest
 
 from pallas_kernels import compat
 from pallas_kernels.pattern_conv import config, launches, mosaic_gpu
-from pallas_kernels.pattern_conv.cases import Case, resnet50, resnet50_1x1, structure_of, vgg16
+from pallas_kernels.pattern_conv.cases import COMPILED, Case, structure_of
 from pallas_kernels.pattern_conv.geometry import make_geometry
 from pallas_kernels.pattern_conv.structure import make_structure
 
 pytestmark = pytest.mark.skipif(not compat.HAS_MOSAIC_GPU, reason=compat.MOSAIC_GPU_NEEDS)
 
-LAYERS = [*vgg16(128), *vgg16(512), *resnet50(128), *resnet50_1x1(128)]
-# One of each kind by default.
+LAYERS = COMPILED
+# One of each kind: tests/gpu_compile lowers and compiles every one.
 FIRST = ("vgg16-n512-8x8-256-256", "resnet50-n128-56x56-128-128-s2", "resnet50-n128-1x1-28x28-512-128")
 
 
@@ -43,9 +43,7 @@ def directions(case):
 
 
 @pytest.mark.parametrize("direction", ["forward", "input gradient", "weight gradient"])
-@pytest.mark.parametrize(
-    "case", [case if case.name in FIRST else pytest.param(case, marks=pytest.mark.slow) for case in LAYERS], ids=str
-)
+@pytest.mark.parametrize("case", [case for case in LAYERS if case.name in FIRST], ids=str)
 def test_layers_of_real_nets_lower(case, direction):
     assert mosaic_gpu.why_not(structure_of(case, np.random.default_rng(0)), case.geometry(), jnp.bfloat16, 128) is None
     assert len(calls(lowered(*directions(case)[direction]))) == 1 + (direction == "weight gradient")

@@ -19,7 +19,7 @@ PATHS = ("Conv_1/kernel", "Conv_2/kernel", "Conv_3/kernel")
 
 @functools.cache
 def net():
-    model = models.build("small", num_classes=5, width=0.5)
+    model = models.build("small", num_classes=5, width=0.25)
     x = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
     variables = jit(functools.partial(model.init, train=False))(jax.random.key(0), x)
     return model, variables, x
@@ -54,7 +54,7 @@ def test_a_net_with_its_convolution_handed_in(layout, dense):
     plain, variables, x = net()
     convolve = functools.partial(pk.pattern_conv, backend="xla")
     conv = functools.partial(models.PatternConv, convolve=convolve, dense=dense)
-    model = models.build("small", num_classes=5, width=0.5, layout=layout, conv=conv)
+    model = models.build("small", num_classes=5, width=0.25, layout=layout, conv=conv)
     traces = []
 
     @jit

@@ -76,7 +76,7 @@ def test_default_rules_are_all_convolutions_but_the_first_and_shortcuts():
 
 @pytest.mark.parametrize(("of", "target"), [("model", 4.0), ("multiply_adds", 6.0)])
 def test_what_is_counted(of, target):
-    params, _, sizes = zoo("vgg11", 0.25)
+    params, _, sizes = zoo("small", 1.0)
     plan = ct.make_plan(params, None, target=target, target_of=of, output_sizes=sizes)
     report = ct.report(params, chosen(params, plan), output_sizes=sizes)
     reached = report.model_compression if of == "model" else report.multiply_adds / report.retained_multiply_adds
@@ -115,15 +115,15 @@ SHAPES = [
 
 @pytest.mark.parametrize("options", SHAPES, ids=str)
 def test_every_shape_meets_the_target(options):
-    params, _, _ = zoo("vgg11", 0.5)
+    params, _, _ = zoo("small", 2.0)
     plan = ct.make_plan(params, None, target=8.0, **options)
     report = ct.report(params, chosen(params, plan))
     assert report.conv_compression == pytest.approx(8.0, rel=0.01)
 
 
 def test_scales_of_layers_do_not_count():
-    params, _, _ = zoo("vgg11", 0.25)
-    plan = ct.make_plan(params, None, target=8.0)
+    params, _, _ = zoo("small", 1.0)
+    plan = ct.make_plan(params, None, target=5.0)
     scores = scores_like(params)
     # A power of two: the products are exact.
     scaled = {name: jax.tree.map(lambda s, i=i: s * 2.0**i, layer) for i, (name, layer) in enumerate(scores.items())}
@@ -209,7 +209,7 @@ def test_bad_targets(options, message):
 
 
 def test_the_reachable_maximum_is_reachable():
-    params, paths, _ = zoo("resnet18", 0.25)
+    params, paths, _ = zoo("small", 1.0)
     rules = dict.fromkeys(paths, "auto")
     with pytest.raises(ValueError, match="reachable maximum is") as refusal:
         ct.make_plan(params, rules, target=100.0)
@@ -237,7 +237,7 @@ def test_grouped_convolutions_are_left_out_of_the_default_rules():
 
 
 def test_a_target_counts_with_its_entries():
-    params, _, _ = zoo("vgg11", 0.25)
+    params, _, _ = zoo("small", 1.0)
     plan = ct.make_plan(params, None, target=8.0, entries=3)
     with pytest.raises(ValueError, match=r"entries=3 taps a kernel .* the patterns have \[4\]"):
         ct.select_masks(scores_like(params), plan, FOUR)

@@ -11,7 +11,6 @@ from experiments.__main__ import main
 from experiments.bench import conv as bench_conv
 from experiments.bench import conv_ways
 from experiments.bench import step as bench_step
-from experiments.bench import updates as bench
 from experiments.report import benchmarks, conv
 from pallas_kernels.pattern_conv import cases
 
@@ -179,7 +178,7 @@ def test_whole_steps_by_hand(monkeypatch):
         },
     ]
     monkeypatch.setattr(bench_step, "measure", lambda *arguments, **options: measured)
-    rows = bench.measure_step("vgg13", 1.0, 32, 3)
+    rows = bench_step.measure_step("vgg13", 1.0, 32, 3)
     assert [row["median"] for row in rows] == [4.0, 2.0, 2.0]
     *_, dense, tiled, alone = benchmarks.tables_of({"what": "step", "results": rows}).splitlines()
     assert "2.5: not met" in tiled and "2: met" in alone and "met" not in dense

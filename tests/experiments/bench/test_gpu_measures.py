@@ -1,65 +1,46 @@
 """Single measurements on a GPU, at a tiny size on whatever is here."""
 
+import argparse
 import json
 
 import pytest
 
-from experiments.bench import conv_ways, gpu_conv_checks, gpu_measures
-from pallas_kernels.pattern_conv import cases
+from experiments.bench import gpu, gpu_measures
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 
+def do(name, folder):
+    """Measure in this process, at a tiny size: whether it went well, and the record."""
+    ok = gpu.do(gpu.Item(name, "measures", 60), argparse.Namespace(out=folder, smoke=True, packed=None))
+    return ok, json.loads((folder / f"{name}.json").read_text())
+
+
 def test_one_that_fails_is_recorded(tmp_path, monkeypatch, capsys):
-    def fails(smoke, packed):
+    def fails(smoke, budget_s, packed):
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr(gpu_measures, "MEASURES", {"training": fails})
-    assert not gpu_measures.run("training", tmp_path, True, None)
-    record = json.loads((tmp_path / "training.json").read_text())
-    assert not record["ok"] and "no such thing" in record["error"] and "training: FAILED" in capsys.readouterr().out
+    monkeypatch.setitem(gpu_measures.MEASURES, "training", (60, fails))
+    ok, record = do("training", tmp_path)
+    assert not ok and not record["ok"] and "no such thing" in record["error"]
+    assert "no such thing" in capsys.readouterr().out
 
 
 def test_one_that_stops_in_the_middle_keeps_what_it_has(tmp_path, monkeypatch):
-    def stops(smoke, packed):
+    def stops(smoke, budget_s, packed):
         yield {"rows": [1]}
         yield {"rows": [1, 2]}
         raise AssertionError("the third is wrong")
 
-    monkeypatch.setattr(gpu_measures, "MEASURES", {"steps": stops})
-    assert not gpu_measures.run("steps", tmp_path, True, None)
-    record = json.loads((tmp_path / "steps.json").read_text())
-    assert record["rows"] == [1, 2] and not record["ok"] and "the third is wrong" in record["error"]
-
-
-def test_each_has_a_time():
-    assert gpu_measures.LIMITS_S.keys() == gpu_measures.MEASURES.keys()
-
-
-def test_wrong_convolutions_fail_the_check(monkeypatch):
-    monkeypatch.setattr(cases, "SMALL_BLOCKS", cases.SMALL[:1])
-    monkeypatch.setattr(cases, "SMALL", ())
-    *_, outcome = gpu_conv_checks.check_correctness(True, 60)
-    ways = {(row["way"], row["direction"]) for row in outcome["judged"]}
-    assert outcome["wrong"] == 0 and {("xla", direction) for direction in conv_ways.DIRECTIONS} <= ways
-    monkeypatch.setitem(conv_ways.BOUNDS, "float32", 1e-12)
-    with pytest.raises(AssertionError, match="are wrong; the first"):
-        list(gpu_conv_checks.check_correctness(True, 60))
-
-
-def test_what_the_time_does_not_reach_is_left_out_by_name():
-    steps = gpu_conv_checks.check_correctness(True, -1)
-    outcomes = [next(steps) for _ in range(3)]
-    assert cases.SMALL[0].name in outcomes[-1]["left_out"]
-    with pytest.raises(AssertionError, match="none was judged"):
-        next(steps)
+    monkeypatch.setitem(gpu_measures.MEASURES, "steps", (60, stops))
+    ok, record = do("steps", tmp_path)
+    assert not ok and record["rows"] == [1, 2] and not record["ok"] and "the third is wrong" in record["error"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", gpu_measures.MEASURES)
 def test_each_runs(name, tmp_path):
-    assert gpu_measures.run(name, tmp_path, True, None)
-    record = json.loads((tmp_path / f"{name}.json").read_text())
-    assert record["ok"] and record["smoke"]
+    ok, record = do(name, tmp_path)
+    assert ok and record["ok"] and record["smoke"]
     if name == "steps":
         assert record["steps"][0]["times_faster"] == 1

@@ -23,8 +23,10 @@ def test_every_target_is_asked_and_read(monkeypatch, tmp_path):
     monkeypatch.setattr(latency_target.ct, "layer_times", layer_times)
     monkeypatch.setattr(latency_target, "time_together", time_together)
     monkeypatch.setattr("clicktrain_jax.deploy.InferenceNet.tuned", lambda net, batch: net)
+    for name, few in {"NETS": (("small", 0.25),), "BATCHES": (2,), "RATIOS": (1.25, 9.0)}.items():
+        monkeypatch.setattr(latency_target, name, few)
     out = tmp_path / "latency.json"
-    text = latency_target.run(out, nets=(("small", 0.25),), batches=(2,), ratios=(1.25, 9.0))
+    text = latency_target.run(out)
     record = json.loads(out.read_text())
     met, refused = record["results"]
     assert met["reached"] == pytest.approx(1.5) and met["left_dense"] == 0

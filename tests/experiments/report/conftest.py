@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.report import studies
+from experiments.report import comparison_records as studies
 from tests.experiments.report.made_study import CELLS, write
 
 

@@ -8,7 +8,8 @@ import json
 import pytest
 
 from experiments.records import RUNS, keep, kept
-from experiments.report import claims, comparison, comparison_plots, documents, studies
+from experiments.report import claims, comparison, comparison_plots, documents
+from experiments.report import comparison_records as studies
 from tests.experiments.report.made_study import latency_of, record_of, wide
 
 
@@ -47,6 +48,15 @@ def test_records_that_are_too_short_say_so_and_shared_cores_have_no_seconds(make
     assert "seconds are left out" in study.doubts()
     assert wide(study)["8x, early"]["end-to-end s"] == wide(study)["8x, early"]["of dense"] == "not measured"
     assert all(cell.seconds() == {} for cell in study.cells)
+    # CPU seconds stand in their place: 140 of 180.
+    row = rows_of(comparison.generate(study), "### A made-up")["ClickTrain: 8x, early"]
+    assert row["CPU seconds, of dense"] == wide(study)["8x, early"]["CPU s, of dense"] == "0.78"
+    assert len(study.processor_time(study.cells[1])) == 2
+    # The code grows faster: a run of another commit says nothing.
+    first, *others = kept(folder / RUNS)
+    keep(folder / RUNS, [first | {"setting": first["setting"] | {"commit": "another"}}, *others])
+    study = studies.read(folder)
+    assert len(study.processor_time(study.cells[1])) == 1
     # What needs no seconds is told all the same.
     assert wide(study)["8x, early"]["top-1, %"] == "79.00 ± 1.41"
     assert claims.against_dense(study).claims[0].verdict == claims.UNKNOWN

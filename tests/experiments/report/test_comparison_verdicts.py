@@ -3,7 +3,8 @@
 import pytest
 
 from experiments.records import RUNS, keep
-from experiments.report import claims, comparison, studies
+from experiments.report import claims, comparison
+from experiments.report import comparison_records as studies
 from tests.experiments.report.made_study import CELLS, record_of, summary_of, wide
 
 

@@ -4,7 +4,8 @@ import re
 
 from experiments.bench import gpu_measures
 from experiments.records import RUNS, keep
-from experiments.report import benchmarks, comparison, documents, readme, results, studies
+from experiments.report import benchmarks, comparison, documents, readme, results
+from experiments.report import comparison_records as studies
 from experiments.report.statistics import markdown_table, mean_spread, paired
 
 

@@ -102,6 +102,14 @@ def test_every_group_gets_as_many_trials_and_its_best_one(pretend, tmp_path):
     assert (tmp_path / "records" / "compare-try" / "study.json").exists()
 
 
+def test_without_tunings_every_cell_is_trained_as_it_is(pretend, tmp_path):
+    study = dataclasses.replace(STUDY, tunings=())
+    result = harness.run(study, tmp_path, seeds=(3,), workers=0, timing=False)
+    assert result == {"finished": 4, "missing": 0, "failed": {}}
+    assert {job.config.learning_rate for job in pretend} == {STUDY.dense.config.learning_rate}
+    assert read_json(tmp_path / "study.json")["tuning"] == []
+
+
 def test_some_cells_run_with_every_seed_before_the_others_and_each_is_kept_at_once(pretend, tmp_path, monkeypatch):
     study = dataclasses.replace(
         STUDY, tunings=(dataclasses.replace(STUDY.tunings[0], epochs=1),), first=("dense", "narrow")
@@ -210,13 +218,16 @@ def test_the_named_studies_are_whole():
         names = [each.config.name for each in study.cells]
         assert len(set(names)) == len(names)
         methods = {each.method for each in study.cells}
+        if study.name == "slim-seconds":  # tuned as the slim one, its cells longer
+            assert methods == {"ClickTrain", "dense", "narrow"} and not study.tunings
+            continue
         assert methods == {"ClickTrain", "PAT", "PDT", "dense", "narrow", "one-shot", "random"}
         tuned = {tuning.group for tuning in study.tunings}
         # The slim study takes the dense run's rate for all.
         assert tuned == ({"dense"} if study.name == "slim" else {each.group for each in study.cells})
         assert set(study.first) <= {each.name for each in study.cells}
         assert len({len(tuning.values) for tuning in study.tunings}) == 1  # as many trials for each
-    with pytest.raises(ValueError, match="no study 'nets'; the studies are digits, slim, vgg13"):
+    with pytest.raises(ValueError, match="no study 'nets'; the studies are digits, slim, slim-seconds, vgg13"):
         compare.study("nets")
     with pytest.raises(ValueError, match="no cell 'best'"):
         compare.study("digits").cell("best")

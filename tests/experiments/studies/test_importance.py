@@ -209,8 +209,6 @@ def test_a_record_says_how_it_was_made(tmp_path, monkeypatch):
     assert record["command"].endswith("record.json --study.checkpoint-epochs 3 10 --study.seeds 2")
     config, fractions, *_ = asked[0]
     assert config.data.dir == "DIR" and config.data.eval_split == "validation" and len(fractions) == 7
-    with pytest.raises(ValueError, match="prunes nothing"):
-        importance_study.run("DIR", tmp_path / "record.json", fractions_of="slim-vgg11-cifar10-dense")
 
 
 def test_table_and_plot_from_the_record(studied, tmp_path):

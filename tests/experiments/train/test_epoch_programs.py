@@ -10,12 +10,12 @@ import pytest
 import tiny
 
 from clicktrain_jax import models
-from experiments.bench.program_counts import epoch_loop
 from experiments.records import read_metrics
 from experiments.train import loop, update
 from experiments.train.pruned_phase import Choice
 from experiments.train.step import Trainer
 from experiments.train.update import Drawn, draw_of, pack, update_loop
+from tests.program_counts import epoch_loop
 
 SCAN = dataclasses.replace(tiny.CONFIG.loop, epoch_program="scan")
 

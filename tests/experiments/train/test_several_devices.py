@@ -20,8 +20,9 @@ def emulated(script, *arguments, devices=8):
     flags = f"--xla_force_host_platform_device_count={devices}"
     path = f"{HERE.parents[2]}{os.pathsep}{HERE.parent}"
     settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    if {"ordered", "within", "compact"} & set(arguments):
-        settings["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # else what is fused, and so rounded, differs by program
+    if arguments != ("plain", 2):  # which is compiled as users' are, where other tests are
+        # What is fused, and so rounded, differs by program else.
+        settings["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     command = [sys.executable, "-W", "error", str(HERE / script), *map(str, arguments)]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
@@ -33,13 +34,14 @@ def test_two_devices_train_as_one():
 
 
 @pytest.mark.slow
-def test_four_and_eight_devices_train_as_one():
-    assert "the same run on 4 8\n" in emulated("several_devices.py", "plain", 4, 8)
+def test_eight_devices_train_as_one():
+    # Four: see the ordered sums, by the bit.
+    assert "the same run on 8\n" in emulated("several_devices.py", "plain", 8)
 
 
 @pytest.mark.slow
 def test_a_divided_stream_trains_as_on_one_device():
-    # Eight cannot divide the last batch of an evaluation: it lies whole on each.
+    # Eight cannot divide the last batch of an epoch, nor that of an evaluation: it lies whole on each.
     assert "the same stream on 2 8\n" in emulated("several_devices.py", "streamed", 2, 8)
 
 

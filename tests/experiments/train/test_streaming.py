@@ -19,11 +19,11 @@ from experiments.data import DataConfig, Dataset, load
 from experiments.records import read_metrics
 from experiments.studies import export
 from experiments.train import loop
+from experiments.train.checkpoints_within import Within
 from experiments.train.devices import Devices
 from experiments.train.feed import Feed
 from experiments.train.state import TrainState
 from experiments.train.step import Trainer
-from experiments.train.within import Within
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from experiments.__main__ import main
 from experiments.configs import to_dict
 from experiments.records import RUNS, RunFolder, kept, setting
 from experiments.report import pace
-from experiments.studies import gpu_plan
+from experiments.studies import budget as budgets
 from experiments.train import loop
 from experiments.train.signals import heeded
 from experiments.train.step import Trainer
@@ -61,17 +61,17 @@ class Trained:
 
 @pytest.fixture
 def entries():
-    return [gpu_plan.Entry(tiny.changed(seed=seed), "tiny-group") for seed in (0, 1)]
+    return [budgets.Entry(tiny.changed(seed=seed), "tiny-group") for seed in (0, 1)]
 
 
 def run(entries, tmp_path, budget="cpu-1min", **options):
     lines = []
     options = {"margin_s": 0.0, "records": tmp_path / "records", "say": lines.append} | options
-    return gpu_plan.run(budget, tmp_path / "runs", entries=entries, **options), lines
+    return budgets.run(budget, tmp_path / "runs", entries=entries, **options), lines
 
 
 def test_the_order_of_worth():
-    entries = gpu_plan.plan("gpu")
+    entries = budgets.plan("gpu")
     names = [entry.config.name for entry in entries if entry.config.seed == 0]
     places = [
         names.index(name)
@@ -98,31 +98,31 @@ def test_the_order_of_worth():
 
 
 def test_the_cpu_plan_pairs_seeds():
-    names = [entry.name for entry in gpu_plan.plan("cpu")]
+    names = [entry.name for entry in budgets.plan("cpu")]
     assert names[:2] == ["slim-vgg11-cifar10-dense-seed0", "slim-vgg11-cifar10-8.6x-seed0"] and len(names) == 10
     with pytest.raises(ValueError, match="kind='tpu'"):
-        gpu_plan.plan("tpu")
+        budgets.plan("tpu")
 
 
 @pytest.mark.parametrize("budget", ["30", "gpu-30", "tpu-30min", "gpu-0min", "gpu--3min", ""])
 def test_budgets_of_another_form_are_refused(budget):
     with pytest.raises(ValueError, match="expected KIND-Nmin"):
-        gpu_plan.parse(budget)
+        budgets.parse(budget)
 
 
 def test_budgets():
-    assert gpu_plan.parse("gpu-30min") == ("gpu", 30.0) and gpu_plan.parse("cpu-0.5min") == ("cpu", 0.5)
+    assert budgets.parse("gpu-30min") == ("gpu", 30.0) and budgets.parse("cpu-0.5min") == ("cpu", 0.5)
 
 
 def test_an_estimate_from_multiply_adds_by_hand():
     config = configs.get("vgg13-cifar10-dense")
-    work = gpu_plan.planned_multiply_adds(config)
+    work = budgets.planned_multiply_adds(config)
     # Per image: 1.8 M of the first layer and the rest as 3x3 convolutions of halving sizes; known to be 228 M.
     assert work == 3 * 50_000 * 190 * 228_261_888
-    seconds = gpu_plan.estimate_seconds(config, "gpu", "NVIDIA H200", [], 16)
+    seconds = budgets.estimate_seconds(config, "gpu", "NVIDIA H200", [], 16)
     assert seconds == pytest.approx(2 * work / (0.15 * 989e12) + pace.COMPILE_S)
-    assert gpu_plan.estimate_seconds(config, "gpu", "A card", [], 16) > seconds
-    assert gpu_plan.estimate_seconds(config, "cpu", "cpu", [], 2) == pytest.approx(work / 4e10 + pace.COMPILE_S)
+    assert budgets.estimate_seconds(config, "gpu", "A card", [], 16) > seconds
+    assert budgets.estimate_seconds(config, "cpu", "cpu", [], 2) == pytest.approx(work / 4e10 + pace.COMPILE_S)
 
 
 def test_records_take_the_place_of_assumptions():
@@ -130,27 +130,27 @@ def test_records_take_the_place_of_assumptions():
         configs.get(f"{name}") for name in ("vgg13-cifar10-dense", "vgg13-cifar10-9.0x", "vgg11-cifar10-dense")
     )
     found = [record_of(dense, 80.0)]
-    assert gpu_plan.estimate_seconds(dense, "gpu", "NVIDIA H200", found, 16) == 80.0
-    assert gpu_plan.estimate_seconds(pruned, "gpu", "NVIDIA H200", found, 16) == pytest.approx(80.0)
-    share = gpu_plan.planned_multiply_adds(other) / gpu_plan.planned_multiply_adds(dense)
-    assert gpu_plan.estimate_seconds(other, "gpu", "NVIDIA H200", found, 16) == pytest.approx(80.0 * share)
+    assert budgets.estimate_seconds(dense, "gpu", "NVIDIA H200", found, 16) == 80.0
+    assert budgets.estimate_seconds(pruned, "gpu", "NVIDIA H200", found, 16) == pytest.approx(80.0)
+    share = budgets.planned_multiply_adds(other) / budgets.planned_multiply_adds(dense)
+    assert budgets.estimate_seconds(other, "gpu", "NVIDIA H200", found, 16) == pytest.approx(80.0 * share)
 
 
 def test_what_is_done_and_missing_is_said(tmp_path):
-    entries = gpu_plan.plan("gpu")[:3]
+    entries = budgets.plan("gpu")[:3]
     dense, narrow, _ = (entry.config for entry in entries)
     begun = tmp_path / entries[1].name
     begun.mkdir()
     (begun / "metrics.jsonl").write_text("".join(f'{{"epoch": {epoch}}}\n' for epoch in range(95)))
     found = [record_of(dense), record_of(entries[2].config, where=HERE)]
-    standing = gpu_plan.standings("gpu", entries, tmp_path, found, H200)
+    standing = budgets.standings("gpu", entries, tmp_path, found, H200)
     # A CPU's record does not do for a GPU's.
     assert [one.finished for one in standing] == [True, False, False]
     assert [one.epochs_done for one in standing] == [190, 95, 0]
     assert standing[1].seconds_left == pytest.approx(
-        gpu_plan.estimate_seconds(narrow, "gpu", "NVIDIA H200", found[:1], 16) / 2
+        budgets.estimate_seconds(narrow, "gpu", "NVIDIA H200", found[:1], 16) / 2
     )
-    text = gpu_plan.describe(standing)
+    text = budgets.describe(standing)
     assert "done: top-1 90.00" in text and "95 of 190 epochs" in text and "missing" in text
     assert "1 of 3 runs done" in text
 
@@ -182,7 +182,7 @@ def test_no_run_is_begun_when_the_budget_is_over(entries, tmp_path):
 
 def test_the_deadline_is_heard_by_a_loop_that_listens_late():
     """The loop takes signals only once it trains; the deadline comes before, and again after."""
-    deadline = gpu_plan._Deadline()
+    deadline = budgets._Deadline()
     before = signal.getsignal(signal.SIGTERM)
     with deadline.after(0.01):
         while not deadline.passed:
@@ -200,7 +200,7 @@ def test_a_signal_of_somebody_else_is_theirs():
     heard = []
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     try:
-        deadline = gpu_plan._Deadline()
+        deadline = budgets._Deadline()
         with deadline.after(600.0):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
@@ -232,7 +232,7 @@ def test_a_run_of_which_no_epoch_fits_is_given_up(entries, tmp_path):
 @pytest.mark.slow
 def test_a_run_cut_into_pieces_ends_with_the_bits_of_a_whole_one(tiny_dataset, tmp_path, monkeypatch):
     """The real loop: every piece ends in its first epoch, is saved, and the next goes on."""
-    monkeypatch.setattr(gpu_plan, "_AGAIN_S", 0.02)
+    monkeypatch.setattr(budgets, "_AGAIN_S", 0.02)
     config = tiny.changed(method=None, epochs=3, mixup_epoch=None)
     trainer = Trainer(config, tiny_dataset)
     whole = loop.train(config, tmp_path / "whole", trainer=trainer)
@@ -253,7 +253,7 @@ def test_a_run_cut_into_pieces_ends_with_the_bits_of_a_whole_one(tiny_dataset, t
         pieces.append(folder)
         return loop.train(config, folder, trainer=Slow())
 
-    entry = gpu_plan.Entry(config, "tiny-group")
+    entry = budgets.Entry(config, "tiny-group")
     result, lines = run([entry], tmp_path, "cpu-100min", train=train, piece_s=0.2)
     assert result["finished"] == 1 and len(pieces) == 3
     saved = [line for line in lines if "saved" in line]
@@ -277,7 +277,7 @@ def test_the_command_hands_everything_on(monkeypatch, tmp_path, capsys):
         asked.append((arguments, options))
         return {"finished": 1, "missing": 2, "failed": {}, "collected": 1}
 
-    monkeypatch.setattr(gpu_plan, "run", stand_in)
+    monkeypatch.setattr(budgets, "run", stand_in)
     code = main(["table", "--budget", "cpu-10min", "--data.dir", "here", "--workdir", str(tmp_path)])
     assert code == 0 and asked == [(("cpu-10min", tmp_path), {"data_dir": "here"})]
     assert "1 runs finished, 2 to do; 1 records collected" in capsys.readouterr().out

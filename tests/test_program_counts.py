@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.bench.program_counts import epoch_loop
+from tests.program_counts import epoch_loop
 
 # A gather of 2 rows of a large array; a sum that updates one entry of 100 in place; a library's convolution; a branch.
 HLO = """\

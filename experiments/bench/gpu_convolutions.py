@@ -1,6 +1,6 @@
-"""Convolutions on a GPU: are they right (``pytest -m gpu``), and how fast (`experiments.bench.gpu_measures`)?
+"""Convolutions on a GPU: how fast they are (`experiments.bench.gpu_measures`); ``pytest -m gpu`` says whether right.
 
-Every check yields what it has so far, so that a record is there if it must be stopped.
+Every measurement yields what it has so far, so that a record is there if it must be stopped.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import conv as bench_conv
-from experiments.bench import updates as bench
-from experiments.bench.conv_ways import BOUNDS, DIRECTIONS, expected, judge, make_problem, ways
+from experiments.bench import step as bench_step
+from experiments.bench.conv_ways import BOUNDS, expected, make_problem
 from experiments.bench.device_time import device_time
 from pallas_kernels import compat
 from pallas_kernels.pattern_conv import cases, launches, mosaic_gpu
@@ -26,8 +26,6 @@ from pallas_kernels.tuning import Cache, Timing, autotune, time_together
 
 Outcome = Iterator[dict[str, Any]]
 
-# Real layers among the right-or-wrong ones; float64 on the CPU takes seconds for each.
-_LARGE = ("vgg16-n128-16x16-128-128-2.25x", "vgg16-n128-2x2-512-512-8x", "resnet50-n128-14x14-256-256-s2-8x")
 # What the sweeps look at: (image, batch, channels) and the masks' tiles (filters, channels). Small tiles, then larger
 # ones: the larger a tile of outputs, the fewer bytes the second cache has to deliver for a product.
 _SWEPT_LAYERS = ((28, 128, 128), (8, 512, 256))
@@ -36,53 +34,16 @@ _SWEPT_TILES = ((64, 16), (64, 32), (16, 64), (32, 64), (64, 64), (128, 64))
 _TINY = Case("tiny-n64-2x2-64", (2, 2), 64, 64, 64, tile=(64, 64), dtype="bfloat16", layout="HWNC")
 
 
-def check_correctness(smoke: bool, budget_s: float) -> Outcome:
-    """Every backend and direction against the reference in float64 on the CPU; inputs fresh, outputs poisoned."""
-    deadline = time.monotonic() + budget_s
-    known = {case.name: case for case in cases.GPU}
-    # What has a kernel of its own first; what the time does not reach is named.
-    blocks = cases.SMALL_BLOCKS[-1:] if smoke else cases.SMALL_BLOCKS
-    large = [] if smoke else [known[name] for name in _LARGE if name in known]
-    chosen = [*blocks, *large, *(cases.SMALL[:2] if smoke else cases.SMALL)]
-    rng, rows, wrong = np.random.default_rng(), [], []
-    no_kernels = _kernels_missing(smoke)
-    ours = ("xla", "xla packed") if no_kernels else ("xla", "xla packed", "mosaic_gpu")
-    outcome: dict[str, Any] = {"mosaic_gpu_left_out": no_kernels, "bounds": BOUNDS, "left_out": []}
-    for case in chosen:
-        if time.monotonic() > deadline:
-            outcome["left_out"].append(case.name)
-            yield outcome | {"judged": rows, "wrong": len(wrong)}
-            continue
-        problem = make_problem(case, rng)
-        for direction in DIRECTIONS:
-            # float32 is to mean float32: without this, a GPU rounds a product's factors to TF32.
-            with _kernels(smoke)(), jax.default_matmul_precision("highest"):
-                wanted = expected(problem, direction, on_cpu=True)
-                for way in ways(problem, direction, ours=ours)[0]:
-                    try:
-                        error, reason = judge(way, direction, wanted, problem)
-                    except Exception as failure:  # A kernel may fail in any way; the others shall be judged.
-                        error, reason = None, f"{type(failure).__name__}: {str(failure)[:500]}"
-                    row = {"case": case.name, "dtype": case.dtype, "direction": direction, "way": way.name}
-                    # An infinite error is no JSON; the reason says it.
-                    row |= {"error": error if error is not None and np.isfinite(error) else None, "why": reason}
-                    rows.append(row)
-                    wrong += [row] * (reason is not None)
-        yield outcome | {"judged": rows, "wrong": len(wrong)}
-    if wrong or not rows:
-        raise AssertionError(f"{len(wrong)} of {len(rows)} are wrong; the first: {(wrong or ['none was judged'])[0]}")
-
-
-def measure_shift(smoke: bool, budget_s: float) -> Outcome:
+def measure_shift(smoke: bool, budget_s: float, packed: str | None) -> Outcome:
     """One pattern a channel for all filters, nothing removed: the portable form against dense, no kernel of our own."""
     layers = [cases.SMALL[0]] if smoke else _spread([*cases.vgg16(512), *cases.resnet50(128)])
     chosen = cases.with_changes(layers, "" if smoke else "-2.25x", tile=(None, 1), layout="NHWC")
     yield from _measured(chosen, smoke, budget_s, ours=("xla", "xla packed"))
 
 
-def measure_sweeps(smoke: bool, budget_s: float) -> Outcome:
+def measure_sweeps(smoke: bool, budget_s: float, packed: str | None) -> Outcome:
     """Forward pass of the Hopper kernel, tile by tile: small tiles of the mask, and how many bytes a product reads."""
-    missing = _kernels_missing(smoke)
+    missing = kernels_missing(smoke)
     if missing:
         yield {"skipped": missing}
         return
@@ -112,7 +73,7 @@ def measure_sweeps(smoke: bool, budget_s: float) -> Outcome:
         if time.monotonic() > deadline:
             left_out.append(case.name)
         else:
-            with _kernels(smoke)():
+            with kernels(smoke)():
                 rows += _sweep(case, rng, smoke)
         yield {"sweeps": rows, "left_out": left_out}
     if not any(row["median"] for row in rows):
@@ -178,15 +139,15 @@ def _on_the_device(functions: dict[str, Callable[[], Any]], *, rounds: int, budg
     }
 
 
-def measure_dense(smoke: bool, budget_s: float) -> Outcome:
+def measure_dense(smoke: bool, budget_s: float, packed: str | None) -> Outcome:
     """The dense convolutions in NHWC and HWNC: what everything else is compared with."""
     layers = [_TINY] if smoke else _spread([*cases.vgg16(512), *cases.resnet50(128)])
     yield from _measured(layers, smoke, budget_s, ours=())
 
 
-def measure_mosaic(smoke: bool, budget_s: float) -> Outcome:
+def measure_mosaic(smoke: bool, budget_s: float, packed: str | None) -> Outcome:
     """The Hopper kernels against the best dense form, at 2.25x and at 8x."""
-    missing = _kernels_missing(smoke)
+    missing = kernels_missing(smoke)
     if missing:
         yield {"skipped": missing}
         return
@@ -199,7 +160,7 @@ def measure_mosaic(smoke: bool, budget_s: float) -> Outcome:
     yield from _measured(chosen, smoke, budget_s, ours=("mosaic_gpu",))
 
 
-def measure_steps(smoke: bool, budget_s: float) -> Outcome:
+def measure_steps(smoke: bool, budget_s: float, packed: str | None) -> Outcome:
     """Whole training steps of VGG-13 and ResNet-18, dense against pruned, as `python -m experiments bench step`."""
     deadline = time.monotonic() + budget_s
     nets, width, batch_size, tile = ("vgg13", "resnet18"), 1.0, 512, cases.BLOCK
@@ -210,7 +171,7 @@ def measure_steps(smoke: bool, budget_s: float) -> Outcome:
         if time.monotonic() > deadline:
             left_out.append(net)
         else:
-            measured = bench.measure_step(net, width, batch_size, 1 if smoke else 20, "bfloat16", tile)
+            measured = bench_step.measure_step(net, width, batch_size, 1 if smoke else 20, "bfloat16", tile)
             rows += [row | {"name": f"{net}, batch {batch_size}: {row['name']}"} for row in measured]
         yield {"steps": rows, "left_out": left_out}
     if not rows:
@@ -227,7 +188,7 @@ def _measured(chosen: Sequence[Case], smoke: bool, budget_s: float, ours: Sequen
             left_out.append(case.name)
         else:
             rows += bench_conv.measure(
-                [case], rng, ceilings, ours=ours, layouts=layouts, rounds=1 if smoke else 20, kernels=_kernels(smoke)
+                [case], rng, ceilings, ours=ours, layouts=layouts, rounds=1 if smoke else 20, kernels=kernels(smoke)
             )
         yield {"ceilings": ceilings, "conv_rows": rows, "left_out": left_out}
     wrong = [f"{row['case']}, {row['direction']}, {name}: {why}" for row in rows for name, why in row["wrong"].items()]
@@ -240,14 +201,14 @@ def _spread(items: list[Any]) -> list[Any]:
     return [item for start in range(3) for item in items[start::3]]
 
 
-def _kernels(smoke: bool) -> Callable[[], contextlib.AbstractContextManager]:
+def kernels(smoke: bool) -> Callable[[], contextlib.AbstractContextManager]:
     """What the kernels run in: interpreted where this is a trial on a CPU."""
     if smoke and compat.HAS_MOSAIC_GPU and mosaic_gpu.why_not_here() is not None:
         return lambda: compat.interpreted(num_cores_or_threads=1)
     return contextlib.nullcontext
 
 
-def _kernels_missing(smoke: bool) -> str | None:
+def kernels_missing(smoke: bool) -> str | None:
     """Why the Hopper kernels cannot run here; None if they can, interpreted at least."""
     if smoke:
         return None if compat.HAS_MOSAIC_GPU else f"{compat.MOSAIC_GPU_NEEDS}, this is {jax.__version__}"

@@ -104,7 +104,6 @@ class _Instruction:
     opcode: str
     operands: tuple[str, ...]
     rest: str
-    is_root: bool
 
     @property
     def size(self) -> int:
@@ -234,11 +233,11 @@ def _parse(hlo: str) -> dict[str, dict[str, _Instruction]]:
             inside = computations[head[1]] = {}
         elif line.startswith("}"):
             inside = None
-        elif inside is not None and (found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$", line)):
-            kind, rest = _split_type(found[3])
+        elif inside is not None and (found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", line)):
+            kind, rest = _split_type(found[2])
             opcode, _, rest = rest.partition("(")
             operands, rest = _split_operands(rest)
-            inside[found[2]] = _Instruction(found[2], kind, opcode.strip(), operands, rest, bool(found[1]))
+            inside[found[1]] = _Instruction(found[1], kind, opcode.strip(), operands, rest)
     return computations
 
 

@@ -18,13 +18,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from experiments import configs
 from experiments.configs import TrainConfig, compare
 from experiments.configs.work import planned_multiply_adds
-from experiments.records import RUNS, RunFolder, keep, read_metrics
+from experiments.data import load
+from experiments.records import RUNS, RunFolder, keep, read_metrics, setting
 from experiments.report import published, results
 from experiments.report.pace import SHARE_OF_PEAK, estimate_seconds
 from experiments.report.statistics import markdown_table
+from experiments.train import loop
+from experiments.train.step import Trainer
 
 PIECE_S = 600.0
 # To end an epoch, save and leave.
@@ -191,19 +196,11 @@ def shown(budget: str, workdir: Path | None = None) -> str:
     Raises:
         ValueError: a bad budget.
     """
-    import jax
-
-    from experiments.records import setting
-
     kind, minutes = parse(budget)
     entries, found = plan(kind), results.records()
     text = describe(standings(kind, entries, workdir or Path("runs") / f"plan-{kind}", found, setting()))
     other = "" if jax.default_backend() == kind else f" jax sees no {kind} here: times are of a usual one."
     return f"{text}{minutes:g} minutes would be spent from the top of what is missing.{other}"
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def run(
@@ -216,7 +213,7 @@ def run(
     train: Callable[..., Any] | None = None,
     piece_s: float = PIECE_S,
     margin_s: float = MARGIN_S,
-    say: Callable[[str], None] = _say,
+    say: Callable[[str], None] = functools.partial(print, flush=True),  # noqa: B008
 ) -> dict[str, Any]:
     """Train what is missing, in order, until the budget ends; collect the records of finished runs.
 
@@ -238,11 +235,6 @@ def run(
         ValueError: a bad budget; a GPU's on a machine without one.
         Interrupted: somebody else's SIGINT or SIGTERM came; what was trained is saved.
     """
-    import jax
-
-    from experiments.records import setting
-    from experiments.train import loop
-
     kind, minutes = parse(budget)
     if kind == "gpu" and jax.default_backend() != "gpu":
         raise ValueError(
@@ -293,10 +285,6 @@ def run(
 
 def _in_the_loop() -> Callable[[TrainConfig, Path], dict[str, Any]]:
     """Train with each data set loaded once. Programs are not shared: every run is to pay for its own compiling."""
-    from experiments.data import load
-    from experiments.train import loop
-    from experiments.train.step import Trainer
-
     loaded = functools.cache(load)
     # On one device, as its estimates are.
     return lambda config, folder: loop.train(config, folder, trainer=Trainer(config, loaded(config.data)))

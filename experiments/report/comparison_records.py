@@ -167,6 +167,15 @@ class Study:
         dense = self.dense.seconds()
         return {seed: seconds / dense[seed] for seed, seconds in cell.seconds().items() if seed in dense}
 
+    def processor_time(self, cell: Cell) -> dict[int, float]:
+        """CPU seconds over dense's, by seed: of pairs of runs that one commit made, as the code grows faster."""
+
+        def measure(mine: dict[str, Any], dense: dict[str, Any]) -> float | None:
+            one = mine["setting"].get("commit") == dense["setting"].get("commit")
+            return mine["cpu_seconds"] / dense["cpu_seconds"] if one and mine.get("cpu_seconds") else None
+
+        return self.relative(cell, measure)
+
     def time_with_tuning(self, cell: Cell) -> dict[int, float]:
         """End-to-end seconds and those of tuning over dense's, by seed; empty where one is not recorded."""
         if cell.tuning_s is None or self.dense.tuning_s is None:
