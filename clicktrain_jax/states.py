@@ -8,9 +8,10 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from clicktrain_jax.importance import NO_SCORE
 from clicktrain_jax.masks import LayerMask, Masks
 from clicktrain_jax.plan import Plan
-from clicktrain_jax.trees import Tree, is_none, nest, path_keys
+from clicktrain_jax.trees import Tree, is_none, nest, path_keys, spread_like
 
 
 class ClickTrainState(NamedTuple):
@@ -201,6 +202,40 @@ def fill_masks(like: Tree, layers: dict[str, LayerMask]) -> Tree:
     if all(len(path) == len(path_keys(path)) for path, _ in with_paths):
         return structure.unflatten(filled.values())
     return nest(filled)
+
+
+def first_state(
+    params: Tree,
+    layers: dict[str, LayerMask],
+    inner_state: Any,
+    *,
+    selected: int = -1,
+    pruned: int = -1,
+    scores: dict[str, jax.Array] | None = None,
+) -> ClickTrainState:
+    """The state before the first update.
+
+    Args:
+        params: tree of arrays, whose containers the masks get.
+        layers: the masks by leaf name.
+        inner_state: the wrapped optimizer's.
+        selected: 0 where these masks are a method's choice already; -1 where they keep all.
+        pruned: 0 where no weight has to be zero for them; -1 where weights will be.
+        scores: zeros, where scores are gathered.
+    """
+    state = ClickTrainState(
+        count=jnp.zeros([], jnp.int32),
+        selected=jnp.full([], selected, jnp.int32),
+        pruned=jnp.full([], pruned, jnp.int32),
+        postponed=jnp.zeros([], jnp.int32),
+        by_magnitude=jnp.zeros(len(layers), bool),
+        masks=fill_masks(params, layers),
+        gathered=jnp.zeros([], jnp.int32),
+        scores=scores or {},
+        exponents=jnp.full(len(layers), NO_SCORE, jnp.int32),
+        inner_state=None,
+    )
+    return spread_like(state, params)._replace(inner_state=inner_state)
 
 
 def check_state(state: Any, plan: Plan, num_patterns: int, importance_steps: Any) -> ClickTrainState:

@@ -18,13 +18,13 @@ from clicktrain_jax import importance as importance_lib
 from clicktrain_jax.eager import branch, optimizer, transformation
 from clicktrain_jax.enforcing import enforce
 from clicktrain_jax.importance import NO_SCORE, rescaled, scaled_scores, times_power_of_two
+from clicktrain_jax.lasso import add_group_lasso, check_coeff
 from clicktrain_jax.masks import LayerMask, Masks, apply_masks, combine, keep_all
 from clicktrain_jax.patterns import fixed_set
 from clicktrain_jax.phases import PhaseSchedule
 from clicktrain_jax.plan import Plan
-from clicktrain_jax.regularization import add_group_lasso, check_coeff
 from clicktrain_jax.selection import check_patterns, num_patterns_of, select_layers
-from clicktrain_jax.states import ClickTrainState, check_state, fill_masks
+from clicktrain_jax.states import ClickTrainState, check_state, fill_masks, first_state
 from clicktrain_jax.trees import Tree, named_leaves, replicated, spread_like
 
 
@@ -86,19 +86,7 @@ class _Pieces:
         layers = {layer.name: keep_all(layer.shape, num_patterns, layer.axes) for layer in self.plan.layers}
         gathers = self.importance_steps > 1
         scores = {layer.name: jnp.zeros(layer.leaf_shape, jnp.float32) for layer in self.plan.layers if gathers}
-        state = ClickTrainState(
-            count=jnp.zeros([], jnp.int32),
-            selected=jnp.full([], -1, jnp.int32),
-            pruned=jnp.full([], -1, jnp.int32),
-            postponed=jnp.zeros([], jnp.int32),
-            by_magnitude=jnp.zeros(len(self.names), bool),
-            masks=fill_masks(params, layers),
-            gathered=jnp.zeros([], jnp.int32),
-            scores=scores,
-            exponents=jnp.full(len(self.names), NO_SCORE, jnp.int32),
-            inner_state=None,
-        )
-        return spread_like(state, params)._replace(inner_state=self.inner.init(params))
+        return first_state(params, layers, self.inner.init(params), scores=scores)
 
     def _add_scores(self, grads: Tree, state: ClickTrainState, params: Tree) -> tuple[ClickTrainState, jax.Array]:
         """The state with this update's scores among the sums, and whether they are finite; if not, they are zero."""

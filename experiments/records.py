@@ -306,8 +306,13 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def plain(data: Any) -> Any:
+    """Data as JSON gives them back: tuples become lists."""
+    return json.loads(json.dumps(data))
+
+
 def _plain(config: TrainConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(to_dict(config)))
+    return plain(to_dict(config))
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -111,6 +111,8 @@ def _why_not_cpu(x: jax.Array, layout: str) -> str | None:
 
 
 Settings = tuple[float, bool, bool, str, str]
+# Sums that run side by side: of fewer a GPU's compiler writes the addends first, as each would take it long.
+AT_ONCE = 2**15
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -134,10 +136,12 @@ def _forward(*given: Any) -> tuple:
         moments = results[1:]
     else:
         results, moments = _forward_xla(x, scale, bias, added, around, settings)
-    # The sums look at the result: what let a pixel through is dear to compute where it is only read.
-    gate = results[0] if settings[1] and (added is not None or settings[3] == "xla") else None
+    # Alone, what let a pixel through is computed again: the result would be read for it.
+    gate: Any = results[0] if settings[1] and added is not None else None
     if settings[2] and settings[3] == "xla":
-        gate = _places(x, scale, bias, moments, settings)
+        # All at once, in the pass that has read x; a compiler would find the places later, in another one.
+        y, *gate = jax.lax.optimization_barrier((results[0], *_places(x, scale, bias, moments, settings)))
+        results = (y, *results[1:])
     return results, (x, scale, bias, moments, gate, added is not None, around is not None)
 
 
@@ -183,22 +187,32 @@ def _backward_xla(settings: Settings, kept: tuple, slopes: tuple) -> tuple:
     _, relu, pool, _, layout = settings
     x, scale, bias, moments, gate, has_added = kept
     dy, dmean, dvar = slopes
-    dz, unit, share = _whole(dy).astype(scale.dtype), _unit(x, moments), x.shape[3] / x.size
+    dz, share = _whole(dy).astype(scale.dtype), x.shape[3] / x.size
+    place, seen = gate if pool else (None, x)
+
+    def summed(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the sums see, and the unit there."""
+        unit = _unit(seen, (*moments[:2], inverse))
+        if not relu:
+            return dz, unit
+        # A product: of truth values a GPU's compiler keeps an array, and reads x twice.
+        return dz * jnp.sign(jnp.maximum(gate if has_added else unit * scale + bias, 0)), unit
+
+    # Of vectors that are one to us and two to the compiler: what has several uses it keeps too.
+    one = jax.lax.optimization_barrier(moments[2])
+    passed, unit = summed(jax.lax.optimization_barrier(one))
+    dbias, dscale, mean, slope = _sums(
+        summed(one)[0], passed * unit, lambda total, product: [total, product, total * share, product * share]
+    )
+    unit = _unit(x, moments)
     if pool:
         row = _rows(layout)
         inside = (row + 1, row + 3)  # a window's own axes, once rows and columns are split in two
-        numbers = jnp.arange(4, dtype=gate.dtype).reshape([2 if axis in inside else 1 for axis in range(6)])
-        mine = numbers == jnp.expand_dims(gate, inside)
+        numbers = jnp.arange(4, dtype=place.dtype).reshape([2 if axis in inside else 1 for axis in range(6)])
+        mine = numbers == jnp.expand_dims(place, inside)
         dz = jnp.where(mine, jnp.expand_dims(dz, inside), 0).reshape(x.shape)
-    passed = dz
-    if relu and not pool:
-        # Of the result where it is only summed, as that is cheap, and computed again where the rest is too: of truth
-        # values that are dear and have several uses a GPU's compiler keeps an array.
-        passed = jnp.where(gate > 0, dz, 0)
+    elif relu:
         dz = jnp.where((gate if has_added else unit * scale + bias) > 0, dz, 0)
-    dbias, dscale, mean, slope = _sums(
-        passed, passed * unit, lambda total, product: [total, product, total * share, product * share]
-    )
     dx = (dz - mean - unit * slope) * moments[2] * scale
     # Nobody's, where the statistics are only kept: no zeros are then added to every pixel.
     if not isinstance(dmean, SymbolicZero):
@@ -218,7 +232,8 @@ def _sums(
     """
     zero, channels = jnp.zeros((), one.dtype), one.shape[3]
     pixels = one.size // channels
-    parts = max(number for number in range(1, math.isqrt(pixels) + 1) if pixels % number == 0)
+    asked = max(math.isqrt(pixels), AT_ONCE // channels)
+    parts = max(number for number in range(1, min(asked, pixels) + 1) if pixels % number == 0)
 
     def add(so_far: list[jax.Array], new: list[jax.Array]) -> list[jax.Array]:
         return [so_far[0] + new[0], so_far[1] + new[1]]
@@ -253,15 +268,20 @@ def _pixels(z: jax.Array, layout: str) -> list[jax.Array]:
     return [z[*before, row::2, column::2] for row in range(2) for column in range(2)]
 
 
-def _places(x: Any, scale: Any, bias: Any, moments: Any, settings: Settings) -> jax.Array:
-    """int8, of the pooled shape: which pixel of a window has the gradient, the first of equal ones; 4 for none."""
+def _places(x: Any, scale: Any, bias: Any, moments: Any, settings: Settings) -> tuple[jax.Array, jax.Array]:
+    """Which pixel of a window has the gradient, int8, the first of equal ones, 4 for none; and what stands there in x.
+
+    Both are of the pooled shape: the sums need not look at the others.
+    """
     _, relu, _, _, layout = settings
-    pixels = _pixels(_unit(x, moments) * scale + bias, layout)
+    there = _pixels(x, layout)
+    pixels = [_unit(pixel, moments) * scale + bias for pixel in there]
     largest = functools.reduce(jnp.maximum, pixels)
-    place = jnp.full(largest.shape, 4, jnp.int8)
+    place, seen = jnp.full(largest.shape, 4, jnp.int8), there[0]
     for number in reversed(range(4)):
-        place = jnp.where(pixels[number] == largest, jnp.int8(number), place)
-    return jnp.where(largest > 0, place, jnp.int8(4)) if relu else place
+        is_it = pixels[number] == largest
+        place, seen = jnp.where(is_it, jnp.int8(number), place), jnp.where(is_it, there[number], seen)
+    return jnp.where(largest > 0, place, jnp.int8(4)) if relu else place, seen
 
 
 def _forward_native(

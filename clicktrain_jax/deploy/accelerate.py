@@ -51,6 +51,13 @@ class ConvolutionReport:
     backend: str
     why: str
 
+    @classmethod
+    def of(cls, name: str, kernel_shape: Any, image_shape: Any, mask: Any, plan: layers.Plan) -> "ConvolutionReport":
+        """A row from the mask, bool or None, and the plan of a convolution."""
+        retained = None if mask is None else float(mask.mean())
+        runs, layout = ("dense", "") if plan.run == "dense" else ("sparse", plan.run)
+        return cls(name, tuple(kernel_shape), tuple(image_shape), retained, runs, layout, plan.backend, plan.why)
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class AccelerateReport:
@@ -147,8 +154,12 @@ class Accelerated:
         Raises:
             ValueError: as the call.
         """
-        met = [self._row(conv, site.plan) for conv, site in self.met(*args, **kwargs)]
-        return AccelerateReport(tuple(met), self._seconds, self._device)
+        rows = []
+        for conv, site in self.met(*args, **kwargs):
+            # What is computed from a leaf need not have its zeros.
+            mask = None if conv.sources else self._masks.get(conv.name)
+            rows.append(ConvolutionReport.of(conv.name, conv.kernel_shape, conv.x_shape, mask, site.plan))
+        return AccelerateReport(tuple(rows), self._seconds, self._device)
 
     def tuned(
         self, *args: Any, within: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None, **kwargs: Any
@@ -220,20 +231,6 @@ class Accelerated:
         seen: list = []
         jax.eval_shape(lambda arrays: self._evaluate(frame, arrays, seen), arrays)
         return seen
-
-    def _row(self, conv: interception.Convolution, plan: layers.Plan) -> ConvolutionReport:
-        # What is computed from a leaf need not have its zeros.
-        mask = None if conv.sources else self._masks.get(conv.name)
-        return ConvolutionReport(
-            name=conv.name,
-            kernel_shape=conv.kernel_shape,
-            image_shape=conv.x_shape,
-            retained=None if mask is None else float(mask.mean()),
-            runs="dense" if plan.run == "dense" else "sparse",
-            layout="" if plan.run == "dense" else plan.run,
-            backend=plan.backend,
-            why=plan.why,
-        )
 
     def _evaluate(self, frame: Frame, arrays: list[Any], seen: list | None = None) -> tuple[Any, dict]:
         """The results, and ``{path: value}`` of the variables of NNX modules that changed."""
@@ -335,11 +332,12 @@ def accelerate(
     """Run the pruned convolutions of a net by their patterns, without a change to its code.
 
     The function is traced when it is called. Convolutions whose kernels are parameters with a mask (cast, transposed,
-    reshaped, flipped or scaled) are run by `pallas_kernels.pattern_conv`; all else stays. Grouped, dilated, transposed
-    and one- or three-dimensional convolutions, and those whose kernel is computed from a leaf (with a warning), stay
-    dense; those inside of loops and branches too. The result is that of the function on
-    ``apply_masks(params, masks)``. Call it under `jax.jit`; it may be differentiated (differentiate the accelerated
-    function, do not accelerate a gradient) and vmapped.
+    reshaped, flipped, scaled, or made by steps that keep zeros, as fake quantisation does) are run by
+    `pallas_kernels.pattern_conv`; all else stays. Grouped, dilated, transposed and one- or three-dimensional
+    convolutions, and those whose kernel is computed from a leaf otherwise (with a warning), stay dense; those inside of
+    loops and branches too. The result is that of the function on ``apply_masks(params, masks)``. Call it under
+    `jax.jit`; it may be differentiated (differentiate the accelerated function, do not accelerate a gradient) and
+    vmapped.
 
     Args:
         apply_fn: any function that jax can trace, such as linen's ``model.apply``, one that takes an ``nnx.Module`` or

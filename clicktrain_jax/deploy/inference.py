@@ -269,20 +269,9 @@ class InferenceNet:
         batch = self._count(batch, images)
         rows = []
         for site in self.convolutions(batch):
-            by_pattern = site.plan.run != "dense"
-            mask = self._masks.get(site.step.leaf)
-            rows.append(
-                ConvolutionReport(
-                    name=site.step.name,
-                    kernel_shape=tuple(site.step.equation.invars[1].aval.shape),
-                    image_shape=tuple(site.step.images.aval.shape),
-                    retained=None if mask is None else float(mask.mean()),
-                    runs="sparse" if by_pattern else "dense",
-                    layout=site.plan.run if by_pattern else "",
-                    backend=site.plan.backend,
-                    why=site.plan.why,
-                )
-            )
+            step, mask = site.step, self._masks.get(site.step.leaf)
+            kernel_shape = step.equation.invars[1].aval.shape
+            rows.append(ConvolutionReport.of(step.name, kernel_shape, step.images.aval.shape, mask, site.plan))
         _, seconds, device = self._choices.get(batch, ({}, {}, ""))
         return AccelerateReport(tuple(rows), seconds or None, device)
 

@@ -128,7 +128,9 @@ class Layer:
         kernel = kernel.transpose(self.kernel_order)
         if plan.backend == "cpu":
             structure = everything(self.mask.shape) if plan.run == "dense" else structure
-            return pallas_kernels.pack(kernel, structure, backend="cpu")
+            _, geometry, _, _ = self._place(structure, "NHWC")
+            output = geometry.output if geometry.strides == (1, 1) else None
+            return pallas_kernels.pack(kernel, structure, backend="cpu", output=output)
         return pallas_kernels.pack(kernel, structure) if plan.backend == "xla" else kernel
 
     def convolve_prepared(

@@ -52,32 +52,32 @@ def tune(
     Returns:
         ``(choice, seconds by what was measured, kind of device)``.
     """
-    from pallas_kernels.tuning import Cache
-
-    groups = _groups(sites, backend)
-    ways = {names: runs for names, (_, runs) in groups.items()}
-    cache = Cache()
-    known = key_facts(facts, groups, backend)
-    entry = cache.get(known)
-    if entry is not None and entry.get("choice", {}).keys() == {name for names in ways for name in names}:
-        return dict(entry["choice"]), dict(entry["seconds"]), cache.kind
-    choice, seconds = search(ways, _timer(compiled))
-    cache.put(known, {"choice": choice, "seconds": seconds})
-    return choice, seconds, cache.kind
+    found, ways, keep = _looked_up(sites, facts, backend)
+    return found or keep(*search(ways, _timer(compiled)))
 
 
 def cached(
     sites: Sequence[Site], facts: Mapping[str, Any], backend: str | None = None
 ) -> tuple[Choice, dict[str, float], str] | None:
     """What `tune` found before; None where nothing was measured."""
+    return _looked_up(sites, facts, backend)[0]
+
+
+def _looked_up(sites: Sequence[Site], facts: Mapping[str, Any], backend: str | None) -> tuple[Any, Any, Any]:
+    """``(what was found before or None, ways of `search`, a function that keeps what it finds)``."""
     from pallas_kernels.tuning import Cache
 
-    groups = _groups(sites, backend)
-    cache = Cache()
-    entry = cache.get(key_facts(facts, groups, backend))
-    if entry is None or entry.get("choice", {}).keys() != {name for names in groups for name in names}:
-        return None
-    return dict(entry["choice"]), dict(entry["seconds"]), cache.kind
+    groups, cache = _groups(sites, backend), Cache()
+    known = key_facts(facts, groups, backend)
+
+    def keep(choice: Choice, seconds: dict[str, float]) -> tuple[Choice, dict[str, float], str]:
+        cache.put(known, {"choice": choice, "seconds": seconds})
+        return choice, seconds, cache.kind
+
+    entry, found = cache.get(known), None
+    if entry is not None and entry.get("choice", {}).keys() == {name for names in groups for name in names}:
+        found = dict(entry["choice"]), dict(entry["seconds"]), cache.kind
+    return found, {names: runs for names, (_, runs) in groups.items()}, keep
 
 
 def key_facts(facts: Mapping[str, Any], groups: Mapping[tuple[str, ...], tuple], backend: str | None) -> dict[str, Any]:

@@ -20,10 +20,10 @@ import optax
 from clicktrain_jax.eager import optimizer, transformation
 from clicktrain_jax.masks import Masks, build_masks
 from clicktrain_jax.methods.sparse import one_shot
-from clicktrain_jax.methods.states import MaskDict, check_integer, check_update, first_state, masks_tree, planned
+from clicktrain_jax.methods.states import MaskDict, check_integer, check_update, masks_tree, planned, single_weights
 from clicktrain_jax.plan import Plan, check_plan
 from clicktrain_jax.plan.layer_plan import LayerPlan
-from clicktrain_jax.states import ClickTrainState, check_state
+from clicktrain_jax.states import ClickTrainState, check_state, first_state
 from clicktrain_jax.trees import Tree, map_named, placed_like, replicated, spread_like
 
 
@@ -167,7 +167,7 @@ def sr_ste(
     def init(params: Tree) -> ClickTrainState:
         plan.check_tree(params)
         masks = _choose(planned(params, plan), plan, n, m)
-        return first_state(params, masks, inner.init(params), selected=0, pruned=0)
+        return first_state(params, single_weights(masks), inner.init(params), selected=0, pruned=0)
 
     def whole_update(
         grads: Tree, state: ClickTrainState, params: Tree, extra: dict[str, Any]

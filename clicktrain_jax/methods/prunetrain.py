@@ -31,11 +31,11 @@ import optax
 from clicktrain_jax.channels import ChannelNode
 from clicktrain_jax.channels.narrowing import channels_of, check_leaves, is_written_by_convolutions, leaf_shapes
 from clicktrain_jax.eager import branch, optimizer, transformation
+from clicktrain_jax.lasso import EPSILON
 from clicktrain_jax.methods.sparse import all_kept, sparse_training
 from clicktrain_jax.methods.states import MaskDict, check_integer
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.plan.layer_plan import LayerPlan
-from clicktrain_jax.regularization import EPSILON
 from clicktrain_jax.trees import Tree, is_kernel_shape, map_named, named_leaves, spread_like
 
 

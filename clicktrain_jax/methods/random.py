@@ -4,7 +4,6 @@
 shapes that ClickTrain prunes in.
 """
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import optax
 
 from clicktrain_jax.importance import Criterion
 from clicktrain_jax.methods.densities import by_plan, counts_of
-from clicktrain_jax.methods.sparse import random_masks, sparse_training
+from clicktrain_jax.methods.sparse import key_of, random_masks, sparse_training
 from clicktrain_jax.methods.states import check_integer, check_key
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.trees import Tree, map_named
@@ -107,4 +106,4 @@ def random_scores(params: Tree, grads: Tree | None = None) -> Tree:
 def _uniform(key: jax.Array, name: str, weight: Any) -> Any:
     if weight is None:
         return None
-    return jax.random.uniform(jax.random.fold_in(key, zlib.crc32(name.encode())), jnp.shape(weight), jnp.float32)
+    return jax.random.uniform(key_of(key, name), jnp.shape(weight), jnp.float32)

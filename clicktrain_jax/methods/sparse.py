@@ -23,14 +23,14 @@ from clicktrain_jax.methods.states import (
     check_integer,
     check_key,
     check_update,
-    first_state,
     is_share,
     masks_tree,
     planned,
     shares_at,
+    single_weights,
 )
 from clicktrain_jax.plan import Plan
-from clicktrain_jax.states import ClickTrainState, check_state
+from clicktrain_jax.states import ClickTrainState, check_state, first_state
 from clicktrain_jax.trees import Tree, replicated, spread_like
 
 Renew = Callable[[jax.Array, MaskDict, MaskDict, MaskDict], MaskDict]
@@ -110,7 +110,7 @@ def sparse_training(
 
     def init(params: Tree) -> ClickTrainState:
         plan.check_tree(params)
-        return first_state(params, start(), inner.init(params), selected=0 if chosen else -1)
+        return first_state(params, single_weights(start()), inner.init(params), selected=0 if chosen else -1)
 
     def whole_update(
         grads: Tree, state: ClickTrainState, params: Tree, extra: dict[str, Any]

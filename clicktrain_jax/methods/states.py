@@ -1,4 +1,4 @@
-"""What the methods' transformations have in common: checks of what they are given, and the state they begin with."""
+"""What the methods' transformations have in common: checks of what they are given, and the forms of it."""
 
 import numbers
 from collections.abc import Iterable
@@ -9,43 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clicktrain_jax.importance import NO_SCORE
 from clicktrain_jax.masks import LayerMask
 from clicktrain_jax.plan import Plan, check_plan
-from clicktrain_jax.states import ClickTrainState, fill_masks
-from clicktrain_jax.trees import Tree, named_leaves, spread_like
+from clicktrain_jax.states import fill_masks
+from clicktrain_jax.trees import Tree, named_leaves
 
 MaskDict = dict[str, jax.Array]
 
 
-def first_state(params: Tree, masks: MaskDict, inner_state: Any, *, selected: int = -1, pruned: int = -1) -> Any:
-    """The state of a method before its first update, a `clicktrain_jax.ClickTrainState`.
-
-    Args:
-        params: tree of arrays, whose containers the masks get.
-        masks: bool by leaf name, in the leaves' own shapes.
-        inner_state: the wrapped optimizer's.
-        selected: 0 where these masks are the method's choice already; -1 where they keep all.
-        pruned: 0 where no weight has to be zero for them; -1 where weights will be.
-    """
-    state = ClickTrainState(
-        count=jnp.zeros([], jnp.int32),
-        selected=jnp.full([], selected, jnp.int32),
-        pruned=jnp.full([], pruned, jnp.int32),
-        postponed=jnp.zeros([], jnp.int32),
-        by_magnitude=jnp.zeros(len(masks), bool),
-        masks=masks_tree(params, masks),
-        gathered=jnp.zeros([], jnp.int32),
-        scores={},
-        exponents=jnp.full(len(masks), NO_SCORE, jnp.int32),
-        inner_state=None,
-    )
-    return spread_like(state, params)._replace(inner_state=inner_state)
+def single_weights(masks: MaskDict) -> dict[str, LayerMask]:
+    """Masks of single weights by leaf name, bool in the leaves' own shapes, in the form of a state's."""
+    return {name: LayerMask(None, mask, None) for name, mask in masks.items()}
 
 
 def masks_tree(like: Tree, masks: MaskDict) -> Tree:
-    """Masks of single weights by leaf name, as a state holds them."""
-    return fill_masks(like, {name: LayerMask(None, mask, None) for name, mask in masks.items()})
+    """The same, as a state holds them."""
+    return fill_masks(like, single_weights(masks))
 
 
 def find_state(opt_state: Any, kind: type, what: str) -> Any:

@@ -71,17 +71,6 @@ class LayerPlan:
         """An array in the leaf's layout -> (kh, kw, cin, cout)."""
         return leaf if self.axes == "HWIO" else leaf.transpose(TO_HWIO[self.axes])
 
-    def from_hwio(self, array: Any) -> Any:
-        """The inverse of `to_hwio`; None stays None."""
-        if self.axes == "HWIO" or array is None:
-            return array
-        return array.transpose(FROM_HWIO[self.axes])
-
-    @property
-    def tile_grid(self) -> tuple[int, int]:
-        """Number of pattern tiles along (cin, cout); the last ones may be short."""
-        return self._grid(self.tile)
-
     @property
     def unit_grid(self) -> tuple[int, int]:
         """Number of units of removal along (cin, cout); the last ones may be short."""

@@ -200,7 +200,8 @@ def native_way(problem: Problem, direction: Direction, name: str) -> Way:
     layout = problem.case.layout
     geometry, structure = problem.geometry[layout], problem.structure
     if name == "cpu packed":
-        packed = jax.device_put(cpu.pack(np.asarray(problem.w), jax.tree.map(np.asarray, structure)))
+        output = geometry.output if geometry.strides == (1, 1) else None
+        packed = jax.device_put(cpu.pack(np.asarray(problem.w), jax.tree.map(np.asarray, structure), output))
         return Way(name, True, _packed(geometry, cpu), (problem.x[layout], packed, structure), layout)
     arguments = (problem.x[layout], problem.w, problem.dy[layout], structure)
     return Way(name, True, _by_backend("cpu", direction, geometry), arguments, layout)

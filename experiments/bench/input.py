@@ -8,7 +8,6 @@ ceilings have the same files in memory and as many threads: one decodes them and
 
 import dataclasses
 import functools
-import json
 import os
 import tempfile
 import time
@@ -27,7 +26,7 @@ from experiments.data.crops import random_box, resized_crop
 from experiments.data.decode import decode_image
 from experiments.data.streaming import default_threads
 from experiments.data.writing import write_tfds
-from experiments.records import setting, write_json
+from experiments.records import plain, setting, write_json
 from experiments.report.benchmarks import tables_of
 from pallas_kernels import native
 
@@ -214,7 +213,7 @@ def run(photos: int = 256, batch_size: int = 64, threads: int | None = None, out
         out: a JSON file to save the record in.
     """
     found = measure(photos=photos, batch_size=batch_size, threads=threads, log=lambda line: print(line, flush=True))
-    record = json.loads(json.dumps(found))
+    record = plain(found)
     if out is not None:
         write_json(out, record)
     return tables_of(record)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.data.decode import DEEP
+from experiments.data.decode import DEEP, undecodable
 from pallas_kernels import native
 from pallas_kernels.native.resize import resized
 
@@ -115,7 +115,5 @@ def resized_crop(data: bytes, size: int, box_of: Callable[[int, int], Box], *, d
                 colour = whole if whole.mode == "RGB" else whole.convert("RGB")
                 return _resized(colour, box, size)
     except Exception as error:  # Damage surfaces as OSError, SyntaxError, struct.error and others.
-        raise ValueError(
-            f"({len(data)} bytes) cannot be decoded ({error}); expected PNG, JPEG, WebP, BMP or PPM"
-        ) from error
+        raise undecodable(data, error) from error
     raise ValueError(f"has pixels of mode {mode!r}; expected 8 bits a channel")

@@ -76,7 +76,7 @@ class DataConfig:
         name: "digits" (embedded, no files), "cifar10", "cifar100", or any other data set that is
             prepared in `dir`, as by `prepare-data`.
         dir: A TFDS data directory (it holds NAME/VERSION in array_record form), or a file made by
-            `experiments.data.pack`. None: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+            `python -m experiments pack-data`. None: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
         eval_split: "test" trains on the whole train split and evaluates on the test set.
             "validation" holds a fixed, class-stratified part of the train split out and evaluates
             on that (CIFAR: 45,000 / 5,000; digits: 1,000 / 198); the test set stays unseen. Fixed

@@ -98,9 +98,12 @@ def decode_image(data: bytes) -> np.ndarray:
             image = opened if kept else opened.convert("RGB")
             mode, size, pixels = image.mode, (image.height, image.width), image.tobytes()
     except Exception as error:  # Damage surfaces as OSError, SyntaxError, struct.error and others.
-        raise ValueError(
-            f"({len(data)} bytes) cannot be decoded ({error}); expected PNG, JPEG, WebP, BMP or PPM"
-        ) from error
+        raise undecodable(data, error) from error
     if mode in DEEP:  # Pillow would clip them at 255.
         raise ValueError(f"has pixels of mode {mode!r}; expected 8 bits a channel")
     return np.frombuffer(pixels, np.uint8).reshape(*size, 1 if mode == "L" else 3)
+
+
+def undecodable(data: bytes, error: Exception) -> ValueError:
+    """What is wrong with an image file that Pillow cannot read."""
+    return ValueError(f"({len(data)} bytes) cannot be decoded ({error}); expected PNG, JPEG, WebP, BMP or PPM")

@@ -150,7 +150,7 @@ def load_packed(path: str | os.PathLike[str], *, name: str | None = None) -> Raw
 
 
 def _read(path: Path) -> tuple[tfds_source.Encoded, str]:
-    again = "expected a file made by experiments.data.pack: make it or copy it again"
+    again = "expected a file made by `python -m experiments pack-data`: make it or copy it again"
     parts = files_of(path)
     if not parts:
         raise DatasetMissing(f"{path} is no file; {again}")

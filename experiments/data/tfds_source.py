@@ -76,7 +76,7 @@ def find_or_prepare(name: str, directory: Path) -> Path:
         return folder
     remedy = (
         f"point data.dir at a TFDS directory that holds {name}/VERSION in array_record form, or "
-        "at a file made by experiments.data.pack, or make one of a folder of images: "
+        "at a file made by `python -m experiments pack-data`, or make one of a folder of images: "
         f"python -m experiments prepare-data --from FOLDER --name {name}"
     )
     if name not in prepare.SOURCES:

@@ -20,7 +20,7 @@ def import_tfds() -> ModuleType:
     except ImportError as error:
         raise ValueError(
             f"a TFDS directory needs tensorflow-datasets and array-record ({error}): "
-            f"{hint('experiments')}, or point data.dir at a file made by experiments.data.pack"
+            f"{hint('experiments')}, or point data.dir at a file made by `python -m experiments pack-data`"
         ) from error
     return tensorflow_datasets
 

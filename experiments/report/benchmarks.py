@@ -8,7 +8,7 @@ from experiments.report import deploy, gpu
 from experiments.report.conv import conv_tables, gpu_tables, sweep_table
 from experiments.report.exports import collectives_table, dtypes_table, sizes_table
 from experiments.report.layers import latency_table, layers_tables
-from experiments.report.results import RECORDS, machine
+from experiments.report.results import RECORDS, machine, made
 from experiments.report.statistics import markdown_table
 
 BENCHMARKS_FILE = Path(__file__).parents[2] / "BENCHMARKS.md"
@@ -140,27 +140,20 @@ def input_table(record: dict[str, Any]) -> str:
 
 def tables_of(record: dict[str, Any]) -> str:
     """What `python -m experiments bench` prints, of a record of any kind."""
-    if record["what"] == "collectives":
-        return collectives_table(record)
-    if record["what"] == "conv":
-        return conv_tables(record)
-    if record["what"] == "layers":
-        return layers_tables(record)
-    if record["what"] == "latency target":
-        return latency_table(record)
-    if record["what"] == "input":
-        return input_table(record)
-    if record["what"] == "torch":
-        return torch_table(record)
-    return step_table(record["results"]) if record["what"] == "step" else bench_table(record["results"])
+    tables = {
+        "collectives": collectives_table,
+        "conv": conv_tables,
+        "input": input_table,
+        "latency target": latency_table,
+        "layers": layers_tables,
+        "step": lambda record: step_table(record["results"]),
+        "torch": torch_table,
+    }
+    return tables.get(record["what"], lambda record: bench_table(record["results"]))(record)
 
 
 def _section(record: dict[str, Any]) -> str:
-    where = record["setting"]
-    return (
-        f"## {record['what']}\n\n`{record['command']}`; {machine(record)}; jax {where['versions']['jax']}, Python "
-        f"{where['python']}; {where['date'][:10]}\n\n{tables_of(record)}"
-    )
+    return f"## {record['what']}\n\n{made(record)}\n\n{tables_of(record)}"
 
 
 def _gpu(folder: Path) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.records import read_json
-from experiments.report.results import RECORDS, machine
+from experiments.report.results import RECORDS, made
 from experiments.report.statistics import markdown_table
 
 FOLDER = "deploy"
@@ -32,12 +32,7 @@ def generate(folder: Path = RECORDS) -> str:
     parts = ["## deploy\n\n`python -m experiments bench deploy EXPORT`: exported nets beside dense engines.\n"]
     if not records:
         parts.append(f"On a CPU: {_NOT_MEASURED}.\n")
-    for record in records:
-        where = record["setting"]
-        parts.append(
-            f"### {title(record)}\n\n`{record['command']}`; {machine(record)}; jax {where['versions']['jax']}, Python "
-            f"{where['python']}; {where['date'][:10]}\n\n{deploy_tables(record)}"
-        )
+    parts += [f"### {title(record)}\n\n{made(record)}\n\n{deploy_tables(record)}" for record in records]
     if all(record["setting"]["device"]["platform"] == "cpu" for record in records):
         parts.append(f"On a GPU: {_NOT_MEASURED}.\n")
     return "\n".join(parts)

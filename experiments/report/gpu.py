@@ -1,5 +1,6 @@
 """Tables of `python -m experiments bench gpu`: whole steps, single layers on the device, the price of a shape."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,13 +152,13 @@ def price_section(folder: Path) -> str:
         f"reach is left empty.{shared} [{PRICE_CSV}](experiments/results/{price.GROUP}/{PRICE_CSV}) has more.\n"
     )
     places = [_PRICE_COLUMNS.index(name) for name in _PRICE_SHOWN]
-    rows = [[row[place] for place in places] for row in _price_rows(runs)]
+    rows = [[row[place] for place in places] for row in itertools.starmap(_price_row, runs.items())]
     return f"{head}\n{markdown_table(_PRICE_SHOWN, rows)}"
 
 
 def price_csv(folder: Path) -> str:
     """All that there is on the price of a shape, as a CSV file; ``folder`` as for `price_section`."""
-    return csv_text(_PRICE_COLUMNS, _price_rows(_priced(folder)))
+    return csv_text(_PRICE_COLUMNS, list(itertools.starmap(_price_row, _priced(folder).items())))
 
 
 def _priced(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -167,10 +168,6 @@ def _priced(folder: Path) -> dict[str, list[dict[str, Any]]]:
     for run in kept(folder / RUNS):
         runs.setdefault(run["name"], []).append(run)
     return dict(sorted(runs.items(), key=lambda one: order.index(one[0]) if one[0] in order else len(order)))
-
-
-def _price_rows(runs: dict[str, list[dict[str, Any]]]) -> list[tuple[str, ...]]:
-    return [_price_row(name, members) for name, members in runs.items()]
 
 
 def _price_row(name: str, members: Sequence[dict[str, Any]]) -> tuple[str, ...]:

@@ -11,13 +11,8 @@ import numpy as np
 from experiments.report.results import machine
 from experiments.report.statistics import coding, markdown_table, mean_spread, paired
 
-NAMES = {
-    "taylor": "taylor",
-    "group_taylor": "group_taylor",
-    "magnitude": "magnitude",
-    "random": "random scores",
-    "dense": "not pruned",
-}
+NAMES = {name: name for name in ("taylor", "group_taylor", "magnitude")}
+NAMES |= {"random": "random scores", "dense": "not pruned"}
 COLOURS = {
     "taylor": "#1f6fb4",
     "group_taylor": "#c70039",

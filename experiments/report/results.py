@@ -1,6 +1,6 @@
 """RESULTS.md from the committed records: the runs.jsonl of each folder below experiments/results."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,21 @@ def is_record_of(record: dict[str, Any], config: TrainConfig) -> bool:
     return "lengthened" not in record["setting"] and not any(others)
 
 
-def machine(record: dict[str, Any]) -> str:
+def machine(record: Mapping[str, Any]) -> str:
     """The device a record was made on; on a CPU its cores count too."""
     where = record["setting"]
     if where["device"]["platform"] != "cpu":
         return where["device"]["kind"]
     return f"{where['cpu']['model']}, {where['cpu']['cores']} cores"
+
+
+def made(record: Mapping[str, Any]) -> str:
+    """By which command a record of a benchmark was made, where, with what and when."""
+    where = record["setting"]
+    return (
+        f"`{record['command']}`; {machine(record)}; jax {where['versions']['jax']}, Python {where['python']}; "
+        f"{where['date'][:10]}"
+    )
 
 
 def generate(found: Sequence[dict[str, Any]], without: Collection[str] = ()) -> str:

@@ -6,7 +6,6 @@ compiling are those of its first run there.
 """
 
 import dataclasses
-import json
 import re
 import statistics
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any
 
 from experiments.configs.base import TrainConfig, to_dict
 from experiments.configs.compare import Cell, Study, Tuning
-from experiments.records import RUNS, RunFolder, identity, read_json, write_json
+from experiments.records import RUNS, RunFolder, identity, plain, read_json, write_json
 from experiments.studies import jobs, latency
 from experiments.train.forks import dense_of
 from pallas_kernels.tuning import cache_folder
@@ -186,8 +185,7 @@ class _Maker:
 
 
 def _key(config: TrainConfig) -> tuple[str, int]:
-    plain = json.loads(json.dumps(to_dict(dataclasses.replace(config, name="", expected=""))))
-    return identity(plain), config.seed
+    return identity(plain(to_dict(dataclasses.replace(config, name="", expected="")))), config.seed
 
 
 def _tune(

@@ -34,9 +34,9 @@ from experiments.configs import TrainConfig
 from experiments.configs.base import to_dict
 from experiments.data import load
 from experiments.data.splits import balanced_subset
-from experiments.records import setting, write_json
+from experiments.records import plain, setting, write_json
 from experiments.studies.kernel_removal import draw_kernels, kernel_sums, loss_changes, score_program, summarise
-from experiments.studies.parts import Parts, plain
+from experiments.studies.parts import Parts
 from experiments.train.recipe import make_optimizer, prune_rules
 from experiments.train.state import TrainState
 from experiments.train.step import Trainer

@@ -20,7 +20,7 @@ import jax
 
 from experiments.configs.base import TrainConfig, from_dict, to_dict
 from experiments.data import Dataset, load
-from experiments.records import RUNS, RunFolder, differences, identity, keep, kept
+from experiments.records import RUNS, RunFolder, differences, identity, keep, kept, plain
 from experiments.train.forks import train_forked
 from experiments.train.loop import Interrupted, NonFiniteLoss, train
 from experiments.train.signals import heeded
@@ -68,7 +68,7 @@ class Trainers:
         data = str(config.data)
         if data not in self._datasets:
             self._datasets[data] = load(config.data)
-        key = identity(json.loads(json.dumps(to_dict(config))))
+        key = identity(plain(to_dict(config)))
         if key not in self._trainers:
             self._trainers[key] = Trainer(config, self._datasets[data])
         return self._trainers[key]

@@ -1,6 +1,5 @@
 """Long work in parts: each is saved once it is done, and the same command goes on where it was stopped."""
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.records import read_json, write_json
+from experiments.records import plain, read_json, write_json
 
 
 class Parts:
@@ -70,8 +69,3 @@ class Parts:
         seconds = time.perf_counter() - self.start
         left = seconds / self.done * max(self.total - self.done, 0.0)
         self.log(f"{seconds:6.0f} s  {what}; about {left / 60:.0f} min left")
-
-
-def plain(data: Any) -> Any:
-    """Data as JSON gives them back: tuples become lists."""
-    return json.loads(json.dumps(data))

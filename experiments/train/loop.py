@@ -317,7 +317,7 @@ def summarise(trainer: Trainer, config: TrainConfig, state: TrainState, lines: l
         "eval_split": dataset.eval_split,
         "train_examples": dataset.train_examples,
         "eval_examples": dataset.eval_examples,
-        "method": method_name(config),
+        "method": "dense" if config.method is None else config.method.kind,
         "final_top1": evaluated[-1]["eval_top1"],
         "best_top1": max(line["eval_top1"] for line in evaluated),
         "best_pruned_top1": max(
@@ -355,11 +355,6 @@ def summarise(trainer: Trainer, config: TrainConfig, state: TrainState, lines: l
         "masks_sha256": None if masks is None else digest(masks),
         "selection": None if trainer.updates is None else _selection(state),
     }
-
-
-def method_name(config: TrainConfig) -> str:
-    """What a config does, in a word."""
-    return "dense" if config.method is None else config.method.kind
 
 
 def _selection(state: TrainState) -> dict[str, Any]:

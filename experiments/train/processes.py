@@ -16,7 +16,7 @@ from jax._src import distributed  # the store has no public name
 from jax.experimental import multihost_utils
 
 from experiments.configs.base import LoopConfig, TrainConfig, from_dict, to_dict
-from experiments.records import differences
+from experiments.records import differences, plain
 
 # Seconds: to come, and to say what is asked for; of silence after which a process is taken for dead; to load data.
 COME_WITHIN, SILENCE, LOAD_WITHIN = 45, 30, 1800
@@ -71,8 +71,12 @@ def check_config(config: TrainConfig, *, lengthen: bool = False) -> None:
     """
     if jax.process_count() == 1:
         return
-    plain = json.loads(json.dumps(to_dict(config)))
-    mine = {"config": plain, "jax": jax.__version__, "devices": jax.local_device_count(), "--lengthen": lengthen}
+    mine = {
+        "config": plain(to_dict(config)),
+        "jax": jax.__version__,
+        "devices": jax.local_device_count(),
+        "--lengthen": lengthen,
+    }
     told = _exchange(mine, COME_WITHIN)
     for process, theirs in enumerate(told):
         for field, first, other in differences(told[0]["config"], from_dict(theirs["config"])):

@@ -123,7 +123,7 @@ def gradient_of_drawn(trainer: Any, batch: int, way: str) -> Callable[..., Gradi
             mutable=["batch_stats"],
         )
         first, second, lam = labels
-        losses = functools.partial(cross_entropy, smoothing=config.label_smoothing)
+        losses = functools.partial(cross_entropy, smoothing=config.label_smoothing, scatters=trainer.on_cpu)
         loss = losses(logits, first).mean()
         guess = logits.argmax(-1)
         top1 = (guess == first).mean()
@@ -227,9 +227,16 @@ def averaged(average: Any, now: Any, done: Any, decay: float) -> Any:
     return jax.tree.map(lambda old, new: held * old + (1 - held) * new, average, now)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
-    """Losses (batch,) of logits (batch, classes) and int labels (batch,), a share of which is spread evenly."""
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0, *, scatters: bool = True) -> jax.Array:
+    """Losses (batch,) of logits (batch, classes) and int labels (batch,), a share of which is spread evenly.
+
+    ``scatters`` says how the gradient is made: as optax's, or in one kernel of a GPU; the same but for the last bit.
+    """
+    if scatters:
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    else:
+        is_label = labels[:, None] == jnp.arange(logits.shape[-1], dtype=labels.dtype)
+        loss = jax.nn.logsumexp(logits, -1) - jnp.where(is_label, logits, 0).sum(-1)
     if not smoothing:
         return loss
     return (1 - smoothing) * loss - smoothing * jax.nn.log_softmax(logits).mean(-1)

@@ -49,9 +49,14 @@ class Pool {
 };
 
 // Retained weights of a forward pass, laid out as they are read; for weights that change no more.
-// `packed` starts at a multiple of 64 bytes. Its content may differ between instruction sets.
-int64_t packed_bytes(const Mask& mask, const Geometry& window);  // of the geometry only kh and kw are read
+// `packed` starts at a multiple of 64 bytes. Its content may differ between instruction sets. Of the geometry kh and kw
+// are read, and, where they are known and not 0, the strides and the size of an output: kernels of one 2x2 corner each
+// may then be laid out for Winograd's minimal filtering, for strides of 1 alone. What is not finite in x may reach all of
+// a square of 2x2 outputs there.
+int64_t packed_bytes(const Mask& mask, const Geometry& window);
 void pack(Type type, const Mask& mask, const Geometry& window, const void* w, void* packed);
+// Whether what was packed can do a convolution of such strides.
+bool can_take(const void* packed, const Geometry& geometry);
 
 // Whether filters lie side by side in vectors: then an image's sums do not depend on which other images there are.
 bool is_tiled(const Mask& mask, const Geometry& window);

@@ -6,6 +6,7 @@
 #include <cstring>
 #include "tile_gradient.h"
 #include "tiles.h"
+#include "winograd.h"
 
 namespace clicktrain::CLICKTRAIN_ISA {
 namespace {
@@ -82,15 +83,24 @@ void fill(Weights& weights, const Grouped& grouped, Type type, const void* w, co
   });
 }
 
-// Packed weights begin with what their lists' lengths are: the mask's own lists are not read again.
-int64_t counts_bytes(const Grouped& grouped) { return round_up(8 * grouped.groups(), 64); }
+// Packed weights begin with how they are laid out and what their lists' lengths are: the mask's own lists are not read
+// again.
+enum Form : int64_t { in_lanes = 0, in_tiles = 1, by_winograd = 2 };
+Form form_of(const Grouped& grouped, const Geometry& window) {
+  return !is_tiled(grouped) ? in_lanes : WinogradWeights::fits(grouped, window) ? by_winograd : in_tiles;
+}
+constexpr int64_t kFormBytes = 64;
+int64_t counts_bytes(const Grouped& grouped) { return kFormBytes + round_up(8 * grouped.groups(), 64); }
+const int64_t* counts_at(const void* packed) {
+  return reinterpret_cast<const int64_t*>(static_cast<const char*>(packed) + kFormBytes);
+}
 
 template <class Weights, class Compute>
 void multiplied(const Product& product, const Grouped& grouped, Type type, const float* x, const void* w,
                 const WeightPlace& place, const void* packed, const Epilogue& epilogue, float* y, Pool& pool) {
   if (packed != nullptr) {
     const char* at = static_cast<const char*>(packed);
-    Weights weights(grouped, reinterpret_cast<const int64_t*>(at));
+    Weights weights(grouped, counts_at(packed));
     weights.place(const_cast<char*>(at + counts_bytes(grouped)));
     Compute(product, weights, x, epilogue).run(y, pool);
     return;
@@ -106,7 +116,9 @@ void product_of(const Product& product, const Grouped& grouped, Type type, const
                 const WeightPlace& place, const void* packed, const Epilogue& epilogue, void* y, Pool& pool) {
   const Wide images(type, x, product.batch * product.rows.in * product.columns.in * product.inputs, pool);
   const Result result(type, y, product.batch * product.rows.out * product.columns.out * product.outputs);
-  if (is_tiled(grouped))
+  if (packed != nullptr && *static_cast<const int64_t*>(packed) == by_winograd)
+    multiplied<WinogradWeights, WinogradProduct>(product, grouped, type, images.get(), w, place, packed, epilogue, result.get(), pool);
+  else if (is_tiled(grouped))
     multiplied<TileWeights, TileProduct>(product, grouped, type, images.get(), w, place, packed, epilogue, result.get(), pool);
   else if (FewPixels::fits(product))
     multiplied<LaneWeights, FewPixels>(product, grouped, type, images.get(), w, place, packed, epilogue, result.get(), pool);
@@ -124,27 +136,45 @@ using namespace CLICKTRAIN_ISA;
 
 bool is_tiled(const Mask& mask, const Geometry& window) { return is_tiled(by_filters(mask, window)); }
 
+namespace {
+
+// Calls use(weights to be filled) with those of the form that the weights of a forward pass are packed in.
+template <class Use>
+void in_form(Form form, const Grouped& grouped, const int64_t* counts, const Use& use) {
+  if (form == by_winograd)
+    use(WinogradWeights(grouped, counts));
+  else if (form == in_tiles)
+    use(TileWeights(grouped, counts));
+  else
+    use(LaneWeights(grouped, counts));
+}
+
+}  // namespace
+
 int64_t packed_bytes(const Mask& mask, const Geometry& window) {
   const Grouped grouped = by_filters(mask, window);
-  const std::vector<int64_t> counts = grouped.counts();
-  const int64_t bytes = is_tiled(grouped) ? TileWeights(grouped, counts.data()).bytes() : LaneWeights(grouped, counts.data()).bytes();
-  return counts_bytes(grouped) + bytes;
+  int64_t bytes = counts_bytes(grouped);
+  in_form(form_of(grouped, window), grouped, grouped.counts().data(), [&](const auto& weights) { bytes += weights.bytes(); });
+  return bytes;
 }
 
 void pack(Type type, const Mask& mask, const Geometry& window, const void* w, void* packed) {
   const Grouped grouped = by_filters(mask, window);
   const WeightPlace place{mask.cin * mask.cout, mask.cout, 1, mask.cin};
   const std::vector<int64_t> counts = grouped.counts();
+  const Form form = form_of(grouped, window);
   OneThread pool;
-  auto pack_as = [&](auto weights) {
-    std::copy(counts.begin(), counts.end(), static_cast<int64_t*>(packed));
+  std::memset(packed, 0, kFormBytes);
+  *static_cast<int64_t*>(packed) = form;
+  std::copy(counts.begin(), counts.end(), const_cast<int64_t*>(counts_at(packed)));
+  in_form(form, grouped, counts.data(), [&](auto weights) {
     weights.place(static_cast<char*>(packed) + counts_bytes(grouped));
     fill(weights, grouped, type, w, place, pool);
-  };
-  if (is_tiled(grouped))
-    pack_as(TileWeights(grouped, counts.data()));
-  else
-    pack_as(LaneWeights(grouped, counts.data()));
+  });
+}
+
+bool can_take(const void* packed, const Geometry& g) {
+  return *static_cast<const int64_t*>(packed) != by_winograd || (g.stride_h == 1 && g.stride_w == 1);
 }
 
 void forward(Type type, const Geometry& g, const Mask& mask, const void* x, const void* w, const void* packed,

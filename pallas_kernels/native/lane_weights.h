@@ -68,9 +68,7 @@ struct LaneWeights {
     std::vector<int32_t> singles;
     int32_t corners = 0;
     grouped.each_block(group, [&](int64_t first, int64_t last, const int32_t* block_taps, int64_t count) {
-      const int64_t tap = block_taps[0];
-      const bool corner = count == 4 && tap % kw + 1 < kw && block_taps[1] == tap + 1 && block_taps[2] == tap + kw &&
-                          block_taps[3] == tap + kw + 1;
+      const bool corner = grouped.is_corner(block_taps, count);
       for (int64_t input = first; input < last; ++input) {
         const int32_t code = static_cast<int32_t>(input * taps());
         if (corner) {

@@ -60,7 +60,8 @@ const void* packed_content(Type type, const Mask& mask, const Geometry& window, 
   found.content_bytes = 0;
   if (std::memcmp(&found, &wanted, sizeof found) != 0) return nullptr;
   if (content != bytes - static_cast<int64_t>(sizeof(PackedHead))) return nullptr;
-  return static_cast<const char*>(packed) + sizeof(PackedHead);
+  const char* found_content = static_cast<const char*>(packed) + sizeof(PackedHead);
+  return can_take(found_content, window) ? found_content : nullptr;
 }
 
 }  // namespace clicktrain

@@ -169,6 +169,8 @@ void weight_gradient(Type type, const Geometry& g, const Mask& mask, const void*
 
 bool is_tiled(const Mask&, const Geometry&) { return true; }
 
+bool can_take(const void*, const Geometry&) { return true; }
+
 const char* instruction_set() { return "reference"; }
 
 }  // namespace clicktrain

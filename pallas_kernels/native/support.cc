@@ -103,15 +103,15 @@ std::vector<int64_t> Grouped::counts() const {
   return found;
 }
 
-void Grouped::by_tap(int64_t group, int32_t* begin, int32_t* channels) const {
+void Grouped::by_tap(int64_t group, int32_t* begin, int32_t* channels, bool firsts) const {
   std::fill(begin, begin + taps() + 1, 0);
   each_block(group, [&](int64_t first, int64_t last, const int32_t* found, int64_t n) {
-    for (int64_t k = 0; k < n; ++k) begin[found[k] + 1] += static_cast<int32_t>(last - first);
+    for (int64_t k = 0; k < (firsts ? 1 : n); ++k) begin[found[k] + 1] += static_cast<int32_t>(last - first);
   });
   for (int64_t tap = 0; tap < taps(); ++tap) begin[tap + 1] += begin[tap];
   std::vector<int32_t> next(begin, begin + taps());
   each_block(group, [&](int64_t first, int64_t last, const int32_t* found, int64_t n) {
-    for (int64_t k = 0; k < n; ++k)
+    for (int64_t k = 0; k < (firsts ? 1 : n); ++k)
       for (int64_t i = first; i < last; ++i) channels[next[found[k]]++] = static_cast<int32_t>(i);
   });
 }

@@ -77,7 +77,12 @@ struct Grouped {
   int64_t taps() const { return kh * kw; }
   int64_t groups() const { return div_up(outputs, width); }
   std::vector<int64_t> counts() const;  // retained (input, tap) of each group
-  void by_tap(int64_t group, int32_t* begin, int32_t* channels) const;  // begin: (taps + 1,), from 0
+  // begin: (taps + 1,), from 0; `firsts`: each block by its first tap alone.
+  void by_tap(int64_t group, int32_t* begin, int32_t* channels, bool firsts = false) const;
+  bool is_corner(const int32_t* block, int64_t count) const {
+    const int64_t tap = block[0];
+    return count == 4 && tap % kw + 1 < kw && block[1] == tap + 1 && block[2] == tap + kw && block[3] == tap + kw + 1;
+  }
   // Calls use(first input, last input, taps, how many) for each block that retains any, in rising order.
   template <class Use>
   void each_block(int64_t group, const Use& use) const {

@@ -42,15 +42,15 @@ struct TileWeights {
   int32_t* channels = nullptr;
   float* values = nullptr;
 
-  // `counts`: retained (tap, input) of each group.
-  TileWeights(const Grouped& grouped, const int64_t* counts) : panels(panels_of(grouped)), taps(grouped.taps()), groups(grouped.groups()) {
+  // `counts`: entries of each group, as a rule retained (tap, input); `planes`: weights of each for an output.
+  TileWeights(const Grouped& grouped, const int64_t* counts, int64_t planes = 1) : panels(panels_of(grouped)), taps(grouped.taps()), groups(grouped.groups()) {
     for (int64_t g = 0; g < groups; ++g) {
       list_begin.push_back(entries);
       entries += counts[g];
     }
     for (const Panel& panel : panels) {
       weight_begin.push_back(weights);
-      weights += counts[panel.group] * panel.width();
+      weights += planes * counts[panel.group] * panel.width();
     }
   }
   int64_t bytes() const {

@@ -104,6 +104,26 @@ struct Rows {
   int64_t image, images, begin, end;
 };
 
+// Sums (pixel, width) of a panel to where their pixels are: `out` are those, of `outputs` numbers each.
+inline void finish(const Panel& panel, const Epilogue& epilogue, float* sums, const int64_t* out, int64_t count, int64_t outputs,
+                   float* y) {
+  const int64_t width = panel.width();
+  const float* scale = epilogue.scale ? epilogue.scale + panel.first : nullptr;
+  const float* bias = epilogue.bias ? epilogue.bias + panel.first : nullptr;
+  for (int64_t p = 0; p < count; ++p) {
+    float* from = sums + p * width;
+    float* to = y + out[p] * outputs + panel.first;
+    if (scale) for (int64_t o = 0; o < panel.valid; ++o) from[o] *= scale[o];
+    if (bias) for (int64_t o = 0; o < panel.valid; ++o) from[o] += bias[o];
+    if (epilogue.relu) for (int64_t o = 0; o < panel.valid; ++o) from[o] = from[o] < 0.0f ? 0.0f : from[o];
+    if (panel.valid == width && width % kLanes == 0) {
+      for (int64_t o = 0; o < width; o += kLanes) store<kLanes>(to + o, load<kLanes>(from + o));
+    } else {
+      std::memcpy(to, from, 4 * panel.valid);
+    }
+  }
+}
+
 class TileProduct {
  public:
   TileProduct(const Product& product, const TileWeights& weights, const float* x, const Epilogue& epilogue)
@@ -305,26 +325,8 @@ class TileProduct {
         }
         multiply_for(panel, block.count)(segments.data(), used, (block.inside ? offsets : w_.channels) + list, weights, sums,
                                          part == 0);
-        if (part == parts - 1) finish(panel, sums, block.out, block.count, y);
+        if (part == parts - 1) finish(panel, epilogue_, sums, block.out, block.count, p_.outputs, y);
         if (parts > 1) sums += size;
-      }
-    }
-  }
-
-  void finish(const Panel& panel, float* sums, const int64_t* out, int count, float* y) const {
-    const int64_t width = panel.width();
-    const float* scale = epilogue_.scale ? epilogue_.scale + panel.first : nullptr;
-    const float* bias = epilogue_.bias ? epilogue_.bias + panel.first : nullptr;
-    for (int p = 0; p < count; ++p) {
-      float* from = sums + p * width;
-      float* to = y + out[p] * p_.outputs + panel.first;
-      if (scale) for (int64_t o = 0; o < panel.valid; ++o) from[o] *= scale[o];
-      if (bias) for (int64_t o = 0; o < panel.valid; ++o) from[o] += bias[o];
-      if (epilogue_.relu) for (int64_t o = 0; o < panel.valid; ++o) from[o] = from[o] < 0.0f ? 0.0f : from[o];
-      if (panel.valid == width && width % kLanes == 0) {
-        for (int64_t o = 0; o < width; o += kLanes) store<kLanes>(to + o, load<kLanes>(from + o));
-      } else {
-        std::memcpy(to, from, 4 * panel.valid);
       }
     }
   }

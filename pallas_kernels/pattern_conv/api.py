@@ -96,7 +96,13 @@ def pattern_conv(
     return epilogue(differentiable(x, w, structure, geometry, module), scale, bias, relu)
 
 
-def pack(w: jax.Array | np.ndarray, structure: Structure, *, backend: Literal["xla", "cpu"] = "xla") -> Packed:
+def pack(
+    w: jax.Array | np.ndarray,
+    structure: Structure,
+    *,
+    backend: Literal["xla", "cpu"] = "xla",
+    output: tuple[int, int] | None = None,
+) -> Packed:
     """The retained weights laid out as a backend reads them, for weights that change no more; see `packed_conv`.
 
     Args:
@@ -105,6 +111,11 @@ def pack(w: jax.Array | np.ndarray, structure: Structure, *, backend: Literal["x
         structure: that they are packed for.
         backend: that will read them. What is packed for "cpu" is for this machine's instruction set; another one
             refuses it.
+        output: (height, width) of what the convolutions make, all of them with strides of 1, where that is known. For
+            "cpu": kernels of one 2x2 corner each, in tiles of 8 filters and more, then take 9 products for a square of
+            2x2 outputs in place of 16 (Winograd's minimal filtering), where the images are large enough. Their weights
+            take 9/4 of the memory, results differ in the last bits, and what is not finite in an image may reach all of
+            a square. Other strides are refused then.
 
     Raises:
         ValueError: another backend, or what "cpu" does not take.
@@ -112,7 +123,7 @@ def pack(w: jax.Array | np.ndarray, structure: Structure, *, backend: Literal["x
     """
     if backend not in ("xla", "cpu"):
         raise ValueError(f"weights are packed for the backend 'xla' or 'cpu', got {backend!r}")
-    return (xla if backend == "xla" else cpu).pack(w, structure)
+    return xla.pack(w, structure) if backend == "xla" else cpu.pack(w, structure, output)
 
 
 def packed_conv(

@@ -121,12 +121,13 @@ def weight_gradient(x: jax.Array, dy: jax.Array, structure: Structure | None, ge
     return _call("clicktrain_conv_weight_gradient", out, arguments, _settings(structure, geometry), images=False)
 
 
-def pack(w: jax.Array | np.ndarray, structure: Structure) -> np.ndarray:
+def pack(w: jax.Array | np.ndarray, structure: Structure, output: tuple[int, int] | None = None) -> np.ndarray:
     """The retained weights as the kernels of this machine read them: uint8, for `forward_packed` on machines like it.
 
     Args:
         w: float32 or bfloat16, (kh, kw, cin, cout), concrete.
         structure: with concrete arrays.
+        output: (height, width) of what they make with strides of 1, where that is known.
 
     Raises:
         ValueError: traced arrays, another dtype or another shape.
@@ -143,7 +144,9 @@ def pack(w: jax.Array | np.ndarray, structure: Structure) -> np.ndarray:
     lists = [np.ascontiguousarray(array, np.int32) for array in _lists(structure)]
     kh, kw, cin, cout = structure.shape
     rooms = (lists[0].shape[1], lists[2].shape[1])
-    values = (DTYPES.index(w.dtype.name), *(0,) * 5, kh, kw, *(0,) * 4, cin, cout, *structure.tile, *rooms)
+    sizes, strides = (output, (1, 1)) if output is not None else ((0, 0), (0, 0))
+    dtype = DTYPES.index(w.dtype.name)
+    values = (dtype, 0, 0, 0, *sizes, kh, kw, *strides, 0, 0, cin, cout, *structure.tile, *rooms)
     facts = np.array(values, np.int64)
     arguments = [_pointer(facts), *map(_pointer, lists)]
     size = library.clicktrain_packed_bytes(*arguments)

@@ -168,9 +168,8 @@ def test_count_is_exact(oracle, scores, percent, tile):
         return
     plan = ct.make_plan({"k": scores}, {"k": percent / 100}, tile=tile, groups={"k": 1})
     (layer,) = plan.layers
-    rows, columns = layer.tile_grid
-    assert layer.num_removed == oracle.removed_count(percent, rows * columns)
-    assert (rows, columns) == (-(-scores.shape[2] // tile[1]), -(-scores.shape[3] // tile[0]))
+    assert layer.num_removed == oracle.removed_count(percent, tiles)
+    assert layer.unit_grid == (-(-scores.shape[2] // tile[1]), -(-scores.shape[3] // tile[0]))
 
 
 TILES = [(2, 1), (1, 2), (2, 3), (4, 4), (None, 1), (1, None), (None, 2), (None, None), (64, 64)]

@@ -123,6 +123,30 @@ def test_packed_weights_do_the_same(name, dtype):
     assert np.isfinite(np.asarray(wanted, np.float64)).all()
 
 
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_corners_packed_for_the_size_of_their_output(dtype):
+    rng = np.random.default_rng(0)
+    mask = np.zeros((3, 3, 24, 40), bool)
+    for channel in range(24):
+        for tile in range(5):
+            row, column = rng.integers(0, 2, 2)
+            mask[row : row + 2, column : column + 2, channel, 8 * tile : 8 * tile + 8] = rng.random() < 0.7
+    structure = pk.make_structure(mask, tile=(8, 1))
+    w = jnp.asarray(np.where(mask, rng.standard_normal(mask.shape), np.nan), dtype)
+    x = jnp.asarray(rng.standard_normal((2, 9, 11, 24)), dtype)
+    packed = pk.pack(w, structure, backend="cpu", output=(9, 11))
+    plain = pk.pack(w, structure, backend="cpu")
+    # Nine numbers of each kernel in place of four; images that are small stay as they are.
+    assert packed.size > 1.9 * plain.size
+    np.testing.assert_array_equal(pk.pack(w, structure, backend="cpu", output=(7, 9)), plain)
+    wanted = np.asarray(pk.packed_conv(x, plain, structure), np.float64)
+    found = np.asarray(pk.packed_conv(x, packed, structure), np.float64)
+    np.testing.assert_allclose(found, wanted, atol=(2e-6 if dtype == "float32" else 1e-2) * np.abs(wanted).max())
+    assert dtype != "float32" or (found != wanted).any()
+    with pytest.raises(Exception, match="packed weights are of another convolution"):
+        jax.block_until_ready(pk.packed_conv(x, packed, structure, strides=(2, 2)))
+
+
 def test_packed_weights_of_another_layer_are_refused():
     case = common.ALL["per-kernel-removed"]
     x, w, _, _, structure = common.draw(case, "float32")

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 from functools import partial
 
@@ -27,11 +28,11 @@ STEPS = 6
 # Each around an optimizer, with a plan of the toy problem. All masks stand before the last two updates.
 METHODS = {
     "magnitude": lambda inner, plan: methods.magnitude(inner, plan, prune_step=2, densities=DENSITIES),
-    "gradual": lambda inner, plan: methods.gradual_magnitude(
+    "gradual_magnitude": lambda inner, plan: methods.gradual_magnitude(
         inner, plan, densities=DENSITIES, begin_step=0, end_step=3, every=1
     ),
     "rigl": lambda inner, plan: methods.rigl(inner, plan, **EXCHANGE),
-    "set": lambda inner, plan: methods.sparse_evolutionary(inner, plan, **EXCHANGE),
+    "sparse_evolutionary": lambda inner, plan: methods.sparse_evolutionary(inner, plan, **EXCHANGE),
     "n_of_m": lambda inner, plan: methods.n_of_m(inner, plan, prune_step=2),
     "sr_ste": lambda inner, plan: methods.sr_ste(inner, plan),
     "admm": lambda inner, plan: methods.admm(
@@ -41,6 +42,11 @@ METHODS = {
     "random": lambda inner, plan: methods.random(inner, plan, densities=DENSITIES, key=KEY),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def test_no_method_is_left_out():
+    first = {name: next(iter(inspect.signature(getattr(methods, name)).parameters)) for name in methods.__all__}
+    assert set(METHODS) == {name for name, parameter in first.items() if parameter == "inner"}
 
 
 def keep_of(state):
@@ -99,7 +105,7 @@ def test_masks_of_the_first_state(runs, name, toy):
     """Before anything is done no weight is called pruned; masks that are drawn already are pending."""
     tx, history = runs(name)
     masks = ct.masks_of(history.states[0])
-    drawn = name in ("rigl", "set", "random")
+    drawn = name in ("rigl", "sparse_evolutionary", "random")
     assert masks.pending == drawn and ct.status(history.states[0]).count == 0
     if name != "sr_ste":
         assert ct.report(history.params[0], masks).conv_compression == 1.0

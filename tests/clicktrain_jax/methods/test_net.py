@@ -1,4 +1,11 @@
-"""A net and a loop that know nothing of pruning: only the optimizer is another. Then report, accelerate, export."""
+"""Nets and loops that know nothing of pruning: only the optimizer is another. Then report, accelerate, export.
+
+One net is that of a first example, in Flax; the other is Haiku's own residual net, as it is installed.
+"""
+
+import functools
+import inspect
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -26,23 +33,43 @@ class CNN(nn.Module):
         return nn.Dense(4)(x)
 
 
+class Told(NamedTuple):
+    """What a method is told of a net; the threshold finds dead channels at once."""
+
+    plan: ct.Plan
+    nodes: Any
+    threshold: float
+
+
 MODEL = CNN()
 PARAMS = MODEL.init(jax.random.key(0), IMAGES)["params"]
 PLAN = ct.make_plan(PARAMS, {"Conv_0/kernel": None, "Conv_1/kernel": 0.5}, strict=True)
-NODES = ct.channels.channel_nodes(lambda params, x: MODEL.apply({"params": params}, x), PARAMS, IMAGES.shape[1:])
+NODES = ct.channels.channel_nodes(MODEL.apply, {"params": PARAMS}, IMAGES.shape[1:])
+CNN_TOLD = Told(PLAN, NODES, 0.35)
 KEY = jax.random.key(1)
+SET = ct.patterns.fixed_set(4)
 METHODS = {
-    "magnitude": lambda inner: methods.magnitude(inner, PLAN, prune_step=1),
-    "gradual": lambda inner: methods.gradual_magnitude(inner, PLAN, begin_step=0, end_step=2, every=1),
-    "rigl": lambda inner: methods.rigl(inner, PLAN, key=KEY, every=2, end_step=4),
-    "set": lambda inner: methods.sparse_evolutionary(inner, PLAN, key=KEY, every=2, end_step=4),
-    "n_of_m": lambda inner: methods.n_of_m(inner, PLAN, prune_step=1),
-    "sr_ste": lambda inner: methods.sr_ste(inner, PLAN),
-    "admm": lambda inner: methods.admm(inner, PLAN, patterns=ct.patterns.fixed_set(4), rho=1e-2, every=1, prune_step=2),
-    # A threshold that finds dead channels at once.
-    "prunetrain": lambda inner: methods.prunetrain(inner, NODES, prefix="", every=2, threshold=0.35),
-    "random": lambda inner: methods.random(inner, PLAN, key=KEY),
+    "clicktrain": lambda inner, net: ct.clicktrain(inner, net.plan, select_step=0, prune_step=1, coeff=1e-3),
+    "magnitude": lambda inner, net: methods.magnitude(inner, net.plan, prune_step=1),
+    "gradual_magnitude": lambda inner, net: methods.gradual_magnitude(
+        inner, net.plan, begin_step=0, end_step=2, every=1
+    ),
+    "rigl": lambda inner, net: methods.rigl(inner, net.plan, key=KEY, every=2, end_step=4),
+    "sparse_evolutionary": lambda inner, net: methods.sparse_evolutionary(
+        inner, net.plan, key=KEY, every=2, end_step=4
+    ),
+    "n_of_m": lambda inner, net: methods.n_of_m(inner, net.plan, prune_step=1),
+    "sr_ste": lambda inner, net: methods.sr_ste(inner, net.plan),
+    "admm": lambda inner, net: methods.admm(inner, net.plan, patterns=SET, rho=1e-2, every=1, prune_step=2),
+    "prunetrain": lambda inner, net: methods.prunetrain(inner, net.nodes, every=2, threshold=net.threshold),
+    "random": lambda inner, net: methods.random(inner, net.plan, key=KEY),
 }
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def test_no_method_is_left_out():
+    first = {name: next(iter(inspect.signature(getattr(methods, name)).parameters)) for name in methods.__all__}
+    assert set(METHODS) == {"clicktrain"} | {name for name, parameter in first.items() if parameter == "inner"}
 
 
 def train(tx, forward=lambda params: params):
@@ -66,17 +93,17 @@ def train(tx, forward=lambda params: params):
     return state
 
 
-@pytest.mark.parametrize("name", METHODS)
+@every_method
 def test_an_unmodified_net_is_pruned(name, tmp_path):
     def forward(params):
         return methods.straight_through(params, PLAN) if name == "sr_ste" else params
 
-    state = train(METHODS[name](optax.sgd(0.1, momentum=0.9)), forward)
+    state = train(METHODS[name](optax.sgd(0.1, momentum=0.9), CNN_TOLD), forward)
     masks, params = ct.masks_of(state), forward(state.params)
     jax.tree.map(np.testing.assert_array_equal, ct.apply_masks(params, masks), params)
     report = ct.report(params, masks)
     assert report.marked == 0 and report.conv_compression > 1.05
-    if name not in ("admm", "prunetrain"):
+    if name not in ("clicktrain", "admm", "prunetrain"):
         assert {layer.name: layer.retained for layer in report.convs}["Conv_1/kernel"] == 576
 
     def apply(variables, images):
@@ -89,3 +116,57 @@ def test_an_unmodified_net_is_pruned(name, tmp_path):
     variables = {"params": state.params}
     ct.export(tmp_path / "net", apply, variables, masks, image_shape=IMAGES.shape[1:], stablehlo=False)
     np.testing.assert_allclose(ct.load(tmp_path / "net", apply)(IMAGES), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def haiku():
+    """Its residual net, small; ``apply``, and the first parameters and averages."""
+    hk = pytest.importorskip("haiku", reason="pip install dm-haiku")
+    options = {"blocks_per_group": (1, 1, 1, 1), "bottleneck": False, "channels_per_group": (8, 8, 16, 16)}
+    stem = {"output_channels": 8, "kernel_shape": 7, "stride": 2}
+
+    def forward(images, training):
+        net = hk.nets.ResNet(num_classes=4, initial_conv_config=stem, **options)
+        return net(images, is_training=training)
+
+    net = hk.without_apply_rng(hk.transform_with_state(forward))
+    images = jnp.tile(IMAGES, (1, 2, 2, 3))
+    params, averages = jax.jit(net.init, static_argnums=2)(jax.random.key(0), images, True)
+    return net.apply, params, averages, images
+
+
+@every_method
+def test_a_public_librarys_residual_net_is_pruned(name, haiku):
+    net, params, averages, images = haiku
+    rules = {".*/initial_conv/w": None, ".*/shortcut_conv/w": None, ".*/conv_[01]/w": 0.5}
+    plan = ct.make_plan(params, rules, strict=True)
+    nodes = ct.channels.channel_nodes(
+        lambda variables, x: net(variables["params"], variables["averages"], x, False)[0],
+        {"params": params, "averages": averages},
+        images.shape[1:],
+    )
+    tx = METHODS[name](optax.sgd(0.1, momentum=0.9), Told(plan, nodes, 0.35))
+
+    def forward(params):
+        return methods.straight_through(params, plan) if name == "sr_ste" else params
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def train_step(params, averages, opt_state):
+        def loss(params):
+            logits, after = net(forward(params), averages, images, True)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean(), after
+
+        (value, averages), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state, params, value=value)
+        return optax.apply_updates(params, updates), averages, opt_state
+
+    state = tx.init(params)
+    for _ in range(5):
+        params, averages, state = train_step(params, averages, state)
+    masks, kept = ct.masks_of(state), forward(params)
+    assert train_step._cache_size() == 1
+    jax.tree.map(np.testing.assert_array_equal, ct.apply_masks(kept, masks), kept)
+    report = ct.report(kept, masks)
+    assert report.marked == 0 and report.conv_compression > 1.05
+    pruned = {layer.name for layer in report.layers if layer.pruned}
+    assert pruned == {layer.name for layer in plan.layers} or name == "prunetrain" and pruned

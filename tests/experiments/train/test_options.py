@@ -37,6 +37,11 @@ def test_smoothed_labels_by_hand():
         cross_entropy(logits, labels, 0.1), optax.softmax_cross_entropy(logits, spread), rtol=1e-5
     )
     assert (cross_entropy(logits, labels) == optax.softmax_cross_entropy_with_integer_labels(logits, labels)).all()
+    slopes = [
+        jax.grad(lambda logits, scatters=scatters: cross_entropy(logits, labels, 0.1, scatters=scatters).sum())(logits)
+        for scatters in (True, False)
+    ]
+    np.testing.assert_allclose(*slopes, atol=1e-6)
 
 
 def test_a_run_ends_with_the_average_under_its_masks(tmp_path):

@@ -89,16 +89,19 @@ Case draw(Random& random, bool small) {
   k.filters = random.one_in(3) ? random.of(1, k.cout) : std::min(sizes[random.of(0, 5)], k.cout);
   k.channels = random.one_in(2) ? 1 : random.of(1, k.cin);
   k.half = random.one_in(3), k.dense = random.one_in(8), k.whole = random.one_in(2);
+  // One corner a kernel, in tiles of filters: packed, such have a form of their own.
+  const bool corners = k.kh > 1 && k.kw > 1 && k.cout >= 8 && random.one_in(3);
+  if (corners) k.dense = false, k.filters = std::max<int64_t>(k.filters, 8);
   k.retained.assign(k.blocks() * k.tiles() * k.taps(), 0);
-  const int64_t kind = random.of(0, 5), heavy = random.of(0, k.tiles() - 1);
+  const int64_t kind = corners ? 6 : random.of(0, 5), heavy = random.of(0, k.tiles() - 1);
   for (int64_t block = 0; block < k.blocks(); ++block)
     for (int64_t tile = 0; tile < k.tiles(); ++tile) {
       uint8_t* taps = &k.retained[(block * k.tiles() + tile) * k.taps()];
       if (kind == 0 || (kind == 1 && tile != heavy)) continue;  // nothing; one tile alone
-      const bool corner = kind >= 4 && k.kh > 1 && k.kw > 1 && !random.one_in(5);
-      if (kind == 5 && random.one_in(2)) continue;
+      const bool corner = kind >= 4 && k.kh > 1 && k.kw > 1 && (corners || !random.one_in(5));
+      if (kind >= 5 && random.one_in(2)) continue;
       const int64_t row = random.of(0, std::max<int64_t>(k.kh - 2, 0)), column = random.of(0, std::max<int64_t>(k.kw - 2, 0));
-      if (corner && k.kh > 2 && random.one_in(8)) {  // a corner's distances, over the edge: none
+      if (corner && !corners && k.kh > 2 && random.one_in(8)) {  // a corner's distances, over the edge: none
         const int64_t last = row * k.kw + k.kw - 1;
         for (int64_t tap : {last, last + 1, last + k.kw, last + k.kw + 1})
           if (tap < k.taps()) taps[tap] = 1;
@@ -181,22 +184,45 @@ class Check {
       same = (first || b.same_bits(dx) || wrong("input gradient", threads)) && same;
       same = (first || c.same_bits(dw) || wrong("weight gradient", threads)) && same;
     }
-    const int64_t bytes = clicktrain_packed_bytes(numbers, l[0], l[1], l[2], l[3]);
-    void* packed = nullptr;
-    if (posix_memalign(&packed, 64, bytes) != 0) std::abort();
-    clicktrain_pack(numbers, l[0], l[1], l[2], l[3], w.data(), packed);
-    y2.poison();
-    clicktrain_forward(numbers, l[0], l[1], l[2], l[3], x.data(), nullptr, packed, scales, biases, relu, y2.data(), 2);
-    std::free(packed);
-    same = (y2.same_bits(y) || wrong("value of packed weights", 2)) && same;
-
-    return check("value", y, [&](int64_t i) {
-      Sum sum = value(x, w, i);
-      const int64_t f = i % k.cout;
+    // Packed for images of any size it is the same; for these it may be computed otherwise.
+    int64_t unsized[18];
+    std::copy(numbers, numbers + 18, unsized);
+    std::fill(unsized + 1, unsized + 6, 0);
+    Array near(k.half, dy.count());
+    for (const bool sized : {false, true}) {
+      const int64_t* facts = sized ? numbers : unsized;
+      void* packed = nullptr;
+      if (posix_memalign(&packed, 64, clicktrain_packed_bytes(facts, l[0], l[1], l[2], l[3])) != 0) std::abort();
+      clicktrain_pack(facts, l[0], l[1], l[2], l[3], w.data(), packed);
+      for (int64_t threads : {1, 2, 3, 8}) {
+        Array& found = sized && threads == 1 ? near : y2;
+        found.poison();
+        clicktrain_forward(numbers, l[0], l[1], l[2], l[3], x.data(), nullptr, packed, scales, biases, relu, found.data(), threads);
+        same = (found.same_bits(sized ? near : y) || wrong("value of packed weights", threads)) && same;
+      }
+      std::free(packed);
+    }
+    const auto finished = [&](Sum sum, int64_t f) {
       if (scaled) sum.value *= scale.at(f), sum.size *= std::fabs(scale.at(f));
       if (shifted) sum.value += bias.at(f), sum.size += std::fabs(bias.at(f));
       if (relu && sum.value < 0) sum.value = 0;
       return sum;
+    };
+    same = check("value of weights packed for the size", near, [&](int64_t i) {
+      // The numbers of a square of outputs come together.
+      const int64_t f = i % k.cout, ow = i / k.cout % k.out_w, oh = i / k.cout / k.out_w % k.out_h, n = i / k.cout / k.out_w / k.out_h;
+      Sum sum = finished(value(x, w, i), f);
+      for (int64_t row = oh / 2 * 2; row < oh / 2 * 2 + 2; ++row)
+        for (int64_t column = ow / 2 * 2; column < ow / 2 * 2 + 2; ++column) {
+          const Sum other = finished(value(x, w, n, row, column, f), f);
+          if (!std::isnan(other.value)) sum.size += other.size;
+          if (std::isnan(other.value) && std::isnan(near.at(i))) sum.value = other.value;
+        }
+      return sum;
+    }) && same;
+
+    return check("value", y, [&](int64_t i) {
+      return finished(value(x, w, i), i % k.cout);
     }) && check("input gradient", dx, [&](int64_t i) { return input_gradient(dy, w, i); }) &&
            check("weight gradient", dw, [&](int64_t i) {
              Sum sum = weight_gradient(x, dy, i);
@@ -254,7 +280,10 @@ class Check {
 
   Sum value(const Array& x, const Array& w, int64_t i) const {
     const Case& k = k_;
-    const int64_t f = i % k.cout, ow = i / k.cout % k.out_w, oh = i / k.cout / k.out_w % k.out_h, n = i / k.cout / k.out_w / k.out_h;
+    return value(x, w, i / k.cout / k.out_w / k.out_h, i / k.cout / k.out_w % k.out_h, i / k.cout % k.out_w, i % k.cout);
+  }
+  Sum value(const Array& x, const Array& w, int64_t n, int64_t oh, int64_t ow, int64_t f) const {
+    const Case& k = k_;
     Sum sum;
     for (int64_t tap = 0; tap < k.taps(); ++tap) {
       const int64_t h = oh * k.stride_h + tap / k.kw - k.top, v = ow * k.stride_w + tap % k.kw - k.left;
