@@ -150,7 +150,7 @@ def test_what_retains_nothing_gives_exact_zeros(retains):
     # The second filter tile retains nothing, nor does the second channel block.
     mask[1, 0, :64, :64] = retains == "one entry"
     rng = np.random.default_rng(0)
-    x, dy = (jnp.asarray(rng.standard_normal((3, 2, 8, 128)), jnp.bfloat16) for _ in range(2))
+    x, dy = (jnp.asarray(rng.standard_normal((2, 2, 8, 128)), jnp.bfloat16) for _ in range(2))
     w = jnp.where(mask, 1.0, jnp.nan).astype(jnp.bfloat16)
     geometry = make_geometry(x.shape, (3, 3), (1, 1), "SAME", "HWNC")
     y, dx, dw = check_all(x, w, dy, make_structure(mask, tile=(64, 64)), geometry)
@@ -185,7 +185,7 @@ def test_the_epilogue_works_on_the_sums(scaled, biased, relu, outputs_first):
 
 @needs_mosaic
 def test_one_program_serves_all_masks_of_like_size():
-    geometry = make_geometry((3, 2, 8, 128), (3, 3), (1, 1), "SAME", "HWNC")
+    geometry = make_geometry((2, 2, 8, 128), (3, 3), (1, 1), "SAME", "HWNC")
 
     @jax.jit
     def value_and_gradients(x, w, structure, dy):
@@ -201,7 +201,7 @@ def test_one_program_serves_all_masks_of_like_size():
         blocks = rng.permutation(corners).reshape(2, 2, 3, 3).transpose(2, 3, 0, 1)
         mask = blocks.repeat(64, axis=2).repeat(64, axis=3)
         structure = jax.tree.map(jnp.asarray, make_structure(mask, tile=(64, 64)))
-        x, dy = (jnp.asarray(rng.standard_normal((3, 2, 8, 128)), jnp.bfloat16) for _ in range(2))
+        x, dy = (jnp.asarray(rng.standard_normal((2, 2, 8, 128)), jnp.bfloat16) for _ in range(2))
         w = jnp.asarray(np.where(mask, rng.standard_normal(mask.shape), np.nan), jnp.bfloat16)
         with compat.interpreted(detect_races=True):
             # A compiled program takes arguments of its own shapes and static facts only.
