@@ -188,7 +188,7 @@ def _backward_xla(settings: Settings, kept: tuple, slopes: tuple) -> tuple:
     x, scale, bias, moments, gate, has_added = kept
     dy, dmean, dvar = slopes
     dz, share = _whole(dy).astype(scale.dtype), x.shape[3] / x.size
-    place, seen = gate if pool else (None, x)
+    seen = gate[1] if pool else x
 
     def summed(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What the sums see, and the unit there."""
@@ -206,7 +206,7 @@ def _backward_xla(settings: Settings, kept: tuple, slopes: tuple) -> tuple:
     )
     unit = _unit(x, moments)
     if pool:
-        row = _rows(layout)
+        place, row = gate[0], _rows(layout)
         inside = (row + 1, row + 3)  # a window's own axes, once rows and columns are split in two
         numbers = jnp.arange(4, dtype=place.dtype).reshape([2 if axis in inside else 1 for axis in range(6)])
         mine = numbers == jnp.expand_dims(place, inside)

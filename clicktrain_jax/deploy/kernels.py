@@ -75,7 +75,7 @@ def forms_after(equation: Any, forms: Sequence[Form]) -> list[Form]:
     if len(results) != 1 or not any(is_leaf):
         return list(forms) if name == "broadcast_in_dim" and isinstance(forms[0], Sign) else nothing
     first, shape = forms[0], results[0].aval.shape
-    if name in _MOVES and is_leaf[0]:
+    if name in _MOVES and isinstance(first, tuple):
         if name == "reshape" and equation.params["dimensions"] is not None:
             return nothing
         return [(first[0], (*first[1], (name, tuple(equation.params[_MOVES[name][0]]))))]

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.errors
 import jax.export
 import numpy as np
 
@@ -41,7 +42,7 @@ def to_stablehlo(net: InferenceNet) -> bytes:
     (batch,) = jax.export.symbolic_shape("batch")
     try:
         function, prepared = net.portable(batch)
-    except (TypeError, jax.core.InconclusiveDimensionOperation) as error:
+    except (TypeError, jax.errors.InconclusiveDimensionOperation) as error:
         raise ValueError(
             f"apply_fn does not serve every number of images, as {STABLEHLO} does ({error}): write x.shape[0] for "
             "len(x) and compare no number with it, or leave the file out, stablehlo=False"
