@@ -37,7 +37,8 @@ def batch_norm(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises by the batch's statistics: y = pool(relu((x - mean) / sqrt(var + epsilon) * scale + bias + added)).
 
-    Differentiable once, in reverse mode, in x, scale, bias and ``added``, through all three results.
+    Differentiable once, in reverse mode, in x, scale, bias and ``added``, through all three results. A slope that is
+    not finite makes its channel's gradients so; with the backend "xla" behind a closed ReLU too.
 
     Args:
         x: images (batch, height, width, channels), or (height, width, batch, channels) for the layout "HWNC", floating

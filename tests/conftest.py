@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 import zlib
 from pathlib import Path
 
@@ -38,8 +39,9 @@ _CPU = Path("/proc/cpuinfo")
 _FLAGS = re.search("^flags.*", _CPU.read_text() if _CPU.exists() else "", re.MULTILINE)
 _PROGRAMS = _ROOT / ".programs" / f"{zlib.crc32(_FLAGS[0].encode() if _FLAGS else b''):08x}"
 if "PYTEST_XDIST_WORKER" not in os.environ and _PROGRAMS.exists():
-    if sum(file.stat().st_size for file in _PROGRAMS.iterdir()) > 2 << 30:
-        shutil.rmtree(_PROGRAMS, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):  # another run takes them away
+        if sum(file.stat().st_size for file in _PROGRAMS.iterdir()) > 2 << 30:
+            shutil.rmtree(_PROGRAMS, ignore_errors=True)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_PROGRAMS))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
@@ -60,6 +62,17 @@ _LONG = (
 def pytest_collection_modifyitems(items):
     place = {f"test_{name}": number for number, name in enumerate(_LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(_LONG)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _native():
+    """Loaded before a test names a cache folder of its own: another one would be built there, which jax refuses beside
+    the first."""
+    from pallas_kernels import native
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        native.why_not()
 
 
 @contextlib.contextmanager

@@ -34,20 +34,29 @@ def check_function(function: Any, takes: Sequence[str] = ()) -> None:
     elif any(_is_array(leaf) for leaf in jax.tree.leaves(function)):
         advice = "lambda model, x: model(x), called with the model"
     else:
-        try:
-            _ = takes and inspect.signature(function).bind(*takes)
-        except TypeError as error:
+        refused = takes and _refused(function, takes)
+        # `jax.jit` tells the arguments of what its function wraps: then ask that function.
+        if refused and _refused(getattr(function, "__wrapped__", function), takes):
             raise ValueError(
-                f"apply_fn cannot be called with ({', '.join(takes)}): {error}. Images are its one input: put others "
+                f"apply_fn cannot be called with ({', '.join(takes)}): {refused}. Images are its one input: put others "
                 "among the variables, or into further channels of the images"
-            ) from error
-        except ValueError:  # nothing tells its arguments
-            pass
+            )
         return
     raise ValueError(
         f"apply_fn is a {kind}, a module or another object with parameters inside, which would not be seen; expected a "
         f"function that takes them: {advice}"
     )
+
+
+def _refused(function: Callable[..., Any], takes: Sequence[str]) -> str:
+    """Why a function cannot be called with such arguments; empty if it can, or where nothing tells."""
+    try:
+        inspect.signature(function, follow_wrapped=False).bind(*takes)
+    except TypeError as error:
+        return str(error)
+    except ValueError:
+        pass
+    return ""
 
 
 def _is_array(value: Any) -> bool:

@@ -225,7 +225,7 @@ class _Cached:
             "plan": [f"{layer.name} {layer.shape} {layer.in_words()}" for layer in plan.layers],
             "batch": batch,
             "shares": [float(share) for share in shares],
-            "native": native.instruction_set() if native.is_fast() else "",
+            "native": native.state(),
         }
 
     def get(self) -> LayerTimes | None:

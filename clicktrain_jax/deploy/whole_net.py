@@ -85,8 +85,7 @@ def key_facts(facts: Mapping[str, Any], groups: Mapping[tuple[str, ...], tuple],
     from pallas_kernels import native
 
     ways = [[list(names), str(likeness), list(runs)] for names, (likeness, runs) in groups.items()]
-    kernels = {"native": native.instruction_set()} if native.is_fast() else {}
-    return {**facts, "ways": ways, "backend": backend, **kernels}
+    return {**facts, "ways": ways, "backend": backend, "native": native.state()}
 
 
 def _groups(sites: Sequence[Site], backend: str | None) -> dict[tuple[str, ...], tuple]:

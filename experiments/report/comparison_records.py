@@ -171,8 +171,10 @@ class Study:
         """CPU seconds over dense's, by seed: of pairs of runs that one commit made, as the code grows faster."""
 
         def measure(mine: dict[str, Any], dense: dict[str, Any]) -> float | None:
-            one = mine["setting"].get("commit") == dense["setting"].get("commit")
-            return mine["cpu_seconds"] / dense["cpu_seconds"] if one and mine.get("cpu_seconds") else None
+            commit = mine["setting"].get("commit", "unknown")
+            known = commit == dense["setting"].get("commit") and commit != "unknown" and not commit.endswith("-dirty")
+            told = mine.get("cpu_seconds") and dense.get("cpu_seconds")
+            return mine["cpu_seconds"] / dense["cpu_seconds"] if known and told else None
 
         return self.relative(cell, measure)
 

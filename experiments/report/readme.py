@@ -192,14 +192,14 @@ def _training(both: Sequence[Study]) -> _Answer:
             told = f"{times:.2f} times; {1 / mean(study.ratio(cell, 'train_seconds')):.2f} without compiling"
         elif processor:
             times = 1 / mean(processor)
-            told = f"{times:.2f} times, in CPU seconds"
+            told = f"{times:.2f} times in CPU seconds"
         else:
             continue
         every.append(times)
         figures.append(f"{_told(study, cell)}, {mean(cell.column('epochs')):.0f} epochs: {told}")
     if not every:
         return _NOT_MEASURED, [""]
-    answer = "no" if max(every) < 1 else "yes" if min(every) > 1 else "in longer runs"
+    answer = "no" if max(every) < 1 else "yes" if min(every) > 1 else "it depends"
     return f"{answer}: {_span(every, 1)} times", figures
 
 

@@ -26,6 +26,7 @@ from clicktrain_jax.deploy.structures import gaining_structures
 from clicktrain_jax.plan import Plan
 from clicktrain_jax.trees import path_keys
 from experiments.train.programs import in_background
+from pallas_kernels import native
 from pallas_kernels.tuning import Cache
 
 Way = Literal["dense", "pattern", "pattern_hwnc"]
@@ -238,4 +239,5 @@ def facts_of(config: Any, plan: Plan | None) -> dict[str, Any]:
         **({"parts": parts} if (parts := [config.accumulate, config.shards]) != [1, 1] else {}),
         "precision": config.precision,
         "plan": f"{plan.layers} {plan.target}" if plan is not None else "",
+        "native": native.state() if jax.default_backend() == "cpu" else "",
     }

@@ -79,6 +79,11 @@ def is_fast() -> bool:
     return not _is_portable.value and why_not() is None and instruction_set() != "reference"
 
 
+def state() -> str:
+    """Which kernels would run and how they are written, for keys of what was measured; empty where none are chosen."""
+    return f"{instruction_set()} {build.sources()}" if is_fast() else ""
+
+
 def portable() -> contextlib.AbstractContextManager:
     """Functions traced within take the native kernels only where these are named, never where it is left open.
 

@@ -248,11 +248,17 @@ def _key(compiler: Sequence[str]) -> str:
     jaxlib = importlib.metadata.version("jaxlib")
     for fact in (*compiler, version, jaxlib, platform.machine(), platform.system(), repr(platform.libc_ver())):
         facts.update(fact.encode() + b"\0")
-    facts.update(repr((units(), _COMPILE, _LINK, _LINK_RUNTIME)).encode())
+    facts.update(repr((units(), _COMPILE, _LINK, _LINK_RUNTIME, sources())).encode())
+    return facts.hexdigest()[:24]
+
+
+def sources() -> str:
+    """Tells one state of the kernels' sources from another."""
+    digest = hashlib.sha256()
     for source in sorted(HERE.iterdir()):
         if source.suffix in (".h", ".cc"):
-            facts.update(source.name.encode() + b"\0" + source.read_bytes())
-    return facts.hexdigest()[:24]
+            digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:24]
 
 
 def _checksum(path: pathlib.Path) -> str:

@@ -37,7 +37,7 @@ Given read(const int64_t* n, const int32_t* entries, const int32_t* counts, cons
 
 PackedHead head_of(Type type, const Mask& mask, const Geometry& window) {
   PackedHead head{};
-  std::memcpy(head.magic, "ctpack1", sizeof head.magic);
+  std::memcpy(head.magic, "ctpack2", sizeof head.magic);
   std::strncpy(head.instructions, instruction_set(), sizeof head.instructions - 1);
   head.type = static_cast<int32_t>(type);
   head.cin = static_cast<int32_t>(mask.cin);

@@ -82,7 +82,7 @@ class WinogradProduct {
     const int64_t threads = pool.threads(), wanted = threads > 1 ? 3 * threads : 1, panels = static_cast<int64_t>(w_.panels.size());
     // Rows of squares whose maps stay in the cache; for many threads fewer, but some blocks.
     int64_t rows = kCache / (4 * sizeof(float) * wide_ * p_.inputs) / 2 - p_.rows.taps / 2;
-    rows = std::clamp<int64_t>(rows, div_up(2 * kMostPixels, across_), high_);
+    rows = std::clamp<int64_t>(rows, std::min(high_, div_up(2 * kMostPixels, across_)), high_);
     if (threads > 1) rows = std::clamp<int64_t>(div_up(p_.batch * high_, wanted), std::min(rows, div_up(2 * kMostPixels, across_)), rows);
     const int64_t cuts = div_up(high_, rows), bands = p_.batch * cuts;
     const int64_t parts = std::min(panels, div_up(wanted, bands));

@@ -23,7 +23,7 @@ CONTRACT = ["-m", "pytest", "-q", "-k", "devices", str(HERE / "test_transform_co
     ("arguments", "devices", "says", "more"),
     [
         (script("two_devices"), 2, "two devices agree", {}),
-        pytest.param(script("meshes"), 4, "all meshes agree", QUICK, marks=pytest.mark.slow),
+        pytest.param(script("meshes"), 4, "all meshes agree", {}, marks=pytest.mark.slow),
         (script("reductions"), 4, "what is retained travels", {}),
         (CONTRACT, 4, "36 passed", QUICK),
     ],

@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 
 import clicktrain_jax as ct
+from clicktrain_jax.deploy import arguments
 from clicktrain_jax.trees import map_named, named_leaves
 
 X = jax.random.normal(jax.random.key(0), (2, 8, 8, 8))
@@ -293,3 +294,20 @@ def test_several_outputs_and_inputs(model, inputs, message, tmp_path):
     assert [row.runs for row in fast.report(spoilt, *inputs).convolutions] == ["sparse", "sparse"]
     with pytest.raises(ValueError, match=message):
         ct.export(tmp_path / "net", forward, kept, masks, image_shape=X.shape[1:])
+
+
+def test_a_wrapper_is_asked_for_its_own_arguments():
+    """Not for those of the function that it wraps and fills in."""
+
+    def whole(variables, images, key):
+        del key
+        return images.mean((1, 2)) * variables["scale"]
+
+    @functools.wraps(whole)
+    def forward(variables, images):
+        return whole(variables, images, None)
+
+    for function in (forward, jax.jit(forward)):
+        arguments.check_function(function, ("variables", "images"))
+    with pytest.raises(ValueError, match="cannot be called with"):
+        arguments.check_function(whole, ("variables", "images"))

@@ -124,7 +124,7 @@ def measured(monkeypatch, tmp_path):
     return noted
 
 
-def test_what_was_measured_is_used_reported_and_remembered(measured, tmp_path):
+def test_what_was_measured_is_used_reported_and_remembered(measured, tmp_path, monkeypatch):
     model, params, x, masks = net()
 
     def apply(params, x, scale=1.0):
@@ -151,6 +151,11 @@ def test_what_was_measured_is_used_reported_and_remembered(measured, tmp_path):
     assert not measured and again.report(params, x) == report
     ct.accelerate(apply, masks).tuned(params, x[:1], scale=2.0)  # another shape is another question
     assert measured
+    # And so are other kernels.
+    monkeypatch.setattr(native.build, "sources", lambda: "another state")
+    measured.clear()
+    ct.accelerate(apply, masks).tuned(params, x, scale=2.0)
+    assert bool(measured) == native.is_fast()
 
 
 def test_a_training_step_is_what_is_timed_when_asked(measured):

@@ -12,6 +12,7 @@ SETTING = {
     "device": {"platform": "cpu", "kind": "cpu"},
     "cpu": {"model": "A CPU", "cores": 2},
     "versions": {"jax": "0.12.0"},
+    "commit": "1234567",
 }
 # name: method, label, family, retained convolution weights, multiply-adds, top-1 of seed 0 (seed 1 has 2 points more),
 # training seconds, milliseconds of one image (None: not measured). Dense: 800,000 weights, 100 s with compiling.

@@ -52,11 +52,15 @@ def test_records_that_are_too_short_say_so_and_shared_cores_have_no_seconds(make
     row = rows_of(comparison.generate(study), "### A made-up")["ClickTrain: 8x, early"]
     assert row["CPU seconds, of dense"] == wide(study)["8x, early"]["CPU s, of dense"] == "0.78"
     assert len(study.processor_time(study.cells[1])) == 2
-    # The code grows faster: a run of another commit says nothing.
-    first, *others = kept(folder / RUNS)
-    keep(folder / RUNS, [first | {"setting": first["setting"] | {"commit": "another"}}, *others])
-    study = studies.read(folder)
-    assert len(study.processor_time(study.cells[1])) == 1
+    # The code grows faster: a run of another commit says nothing, nor do runs of none that is known.
+    records = kept(folder / RUNS)
+    told = {commit: records[0]["setting"] | {"commit": commit} for commit in ("another", "unknown", "1234567-dirty")}
+    for commit, setting in told.items():
+        some = records[:1] if commit == "another" else records
+        keep(folder / RUNS, [one | {"setting": setting} for one in some] + records[len(some) :])
+        other = studies.read(folder)
+        assert len(other.processor_time(other.cells[1])) == (1 if commit == "another" else 0)
+    keep(folder / RUNS, records)
     # What needs no seconds is told all the same.
     assert wide(study)["8x, early"]["top-1, %"] == "79.00 ± 1.41"
     assert claims.against_dense(study).claims[0].verdict == claims.UNKNOWN
