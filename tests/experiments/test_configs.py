@@ -68,8 +68,11 @@ def test_names_are_unique_and_every_pruned_config_has_its_dense_one():
     assert len(ALL) == len(families)
     # Each method has its own tuned learning rate.
     same = {"name": "", "expected": "", "learning_rate": 1.0}
-    known = [dataclasses.replace(other, **same) for other in ALL.values() if other == dense_of(other)]
-    for config in ALL.values():
+    # At equal seconds each cell has other epochs than the dense run, which is the slim study's by another name.
+    others = {cell.config.name for cell in configs.compare.study("slim-seconds").cells}
+    alike = [config for name, config in ALL.items() if name not in others]
+    known = [dataclasses.replace(other, **same) for other in alike if other == dense_of(other)]
+    for config in alike:
         dense = [other for other in known if other == dataclasses.replace(dense_of(config), **same)]
         assert len(dense) == 1, f"{config.name} is compared with {len(dense)} dense configs"
 
