@@ -8,13 +8,14 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.models.conv import patch_convolution
+from experiments.bench import conv_dense_forms as dense_forms
+from experiments.bench.conv_dense_forms import Direction
 from pallas_kernels import compat
 from pallas_kernels.pattern_conv import api, cpu, xla
 from pallas_kernels.pattern_conv.cases import Case, make_mask
@@ -22,7 +23,6 @@ from pallas_kernels.pattern_conv.geometry import Geometry, Layout, make_geometry
 from pallas_kernels.pattern_conv.launches import for_batch
 from pallas_kernels.pattern_conv.structure import Structure, make_structure
 
-Direction = Literal["forward", "input gradient", "weight gradient"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "input gradient", "weight gradient")
 # Left open: whatever `pattern_conv` chooses by itself.
 OPEN = "left open"
@@ -250,13 +250,13 @@ def _compare(result: jax.Array, wanted: jax.Array, mask: jax.Array | None, all_e
 
 def dense_ways(problem: Problem, direction: Direction, only: Sequence[str] | None = None) -> list[Way]:
     """XLA's own in each layout, on a CPU also the forms that are faster there for some shapes; or ``only`` some."""
-    forms: dict[str, Callable[[Direction, Geometry], Callable[..., jax.Array]]] = {"XLA": _xla_dense}
+    forms: dict[str, Callable[[Direction, Geometry], Callable[..., jax.Array]]] = {"XLA": dense_forms.xla_dense}
     # In 16 bits the CPU's matrix products sum in 16 bits too: their patches are not accurate enough to compare with.
     if jax.default_backend() == "cpu" and problem.case.dtype == "float32":
         forms |= {
-            "forward": {"patches": _patches},
-            "input gradient": {"flipped": _flipped, "flipped patches": _flipped_patches},
-            "weight gradient": {"patches": _patches, "channel-major patches": _channel_major},
+            "forward": {"patches": dense_forms.patches},
+            "input gradient": {"flipped": dense_forms.flipped, "flipped patches": dense_forms.flipped_patches},
+            "weight gradient": {"patches": dense_forms.patches, "channel-major patches": dense_forms.channel_major},
         }[direction]
     made = []
     for layout, geometry in problem.geometry.items():
@@ -282,98 +282,7 @@ def _moved(array: jax.Array, layout: str, to: str) -> jax.Array:
     return jnp.transpose(array, (1, 2, 0, 3) if layout == "NHWC" else (2, 0, 1, 3))
 
 
-# Functions of (x, w, dy, ...), compiled once for each geometry: layers of one shape, whatever their masks, share them.
-
-
-@functools.cache
-def _xla_dense(direction: Direction, geometry: Geometry) -> Callable[..., jax.Array]:
-    def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(
-            x, w, geometry.strides, geometry.padding, dimension_numbers=geometry.dimension_numbers
-        )
-
-    return _directed(convolve, direction)
-
-
-@functools.cache
-def _patches(direction: Direction, geometry: Geometry) -> Callable[..., jax.Array]:
-    def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
-        return patch_convolution(x, w, strides=geometry.strides, padding=geometry.padding, layout=geometry.layout)
-
-    return _directed(convolve, direction)
-
-
-def _directed(convolve: Callable[..., jax.Array], direction: Direction) -> Callable[..., jax.Array]:
-    if direction == "forward":
-        return jax.jit(lambda x, w, dy: convolve(x, w))
-    if direction == "input gradient":  # the value is not asked for, so that it is not computed
-        return jax.jit(lambda x, w, dy: jax.linear_transpose(lambda x: convolve(x, w), x)(dy)[0])
-    return jax.jit(lambda x, w, dy: jax.linear_transpose(lambda w: convolve(x, w), w)(dy)[0])
-
-
-@functools.cache
-def _flipped(direction: Direction, geometry: Geometry) -> Callable[..., jax.Array]:
-    """The input gradient as a convolution of dy with the flipped kernel, in the order of axes that XLA likes best."""
-    pads = _flipped_pads(geometry)
-
-    def function(x: jax.Array, w: jax.Array, dy: jax.Array) -> jax.Array:
-        flipped = jnp.swapaxes(jnp.flip(w, (0, 1)), 2, 3)
-        return jax.lax.conv_general_dilated(
-            dy, flipped, (1, 1), pads, lhs_dilation=geometry.strides, dimension_numbers=geometry.dimension_numbers
-        )
-
-    return jax.jit(function)
-
-
-@functools.cache
-def _flipped_patches(direction: Direction, geometry: Geometry) -> Callable[..., jax.Array]:
-    """The same by patches; a stride is spread with zeros first."""
-    pads = _flipped_pads(geometry)
-
-    def function(x: jax.Array, w: jax.Array, dy: jax.Array) -> jax.Array:
-        config = [(0, 0, 0)] * 4
-        for axis, (low, high), stride in zip(geometry.spatial_axes, pads, geometry.strides):
-            config[axis] = (low, high, stride - 1)
-        spread = jax.lax.pad(dy, jnp.zeros((), dy.dtype), config)
-        flipped = jnp.swapaxes(jnp.flip(w, (0, 1)), 2, 3)
-        none = ((0, 0), (0, 0))
-        return patch_convolution(spread, flipped, strides=(1, 1), padding=none, layout=geometry.layout)
-
-    return jax.jit(function)
-
-
-def _flipped_pads(geometry: Geometry) -> list[tuple[int, int]]:
-    pads = []
-    sizes = zip(geometry.image, geometry.output, geometry.window, geometry.strides, geometry.padding)
-    for length, out, size, stride, (before, _) in sizes:
-        low = size - 1 - before
-        pads.append((low, length + size - 1 - ((out - 1) * stride + 1) - low))
-    return pads
-
-
-@functools.cache
-def _channel_major(direction: Direction, geometry: Geometry) -> Callable[..., jax.Array]:
-    """The weight gradient as one product over patches whose rows are long: (taps * cin, rows * columns * batch)."""
-    (kh, kw), (rows, columns) = geometry.window, geometry.output
-    (row_stride, column_stride), pads = geometry.strides, [(0, 0)] * 4
-    for axis, pair in zip(geometry.spatial_axes, geometry.padding):
-        pads[axis] = pair
-
-    def function(x: jax.Array, w: jax.Array, dy: jax.Array) -> jax.Array:
-        planes = jnp.transpose(jnp.pad(x, pads), (3, *geometry.spatial_axes, geometry.batch_axis))
-        # Written out once, or XLA's CPU backend transposes again at every read.
-        planes = jax.lax.optimization_barrier(planes)
-        last_row, last_column = (rows - 1) * row_stride, (columns - 1) * column_stride
-        taps = [
-            planes[:, row : row + last_row + 1 : row_stride, column : column + last_column + 1 : column_stride]
-            for row in range(kh)
-            for column in range(kw)
-        ]
-        patches = jnp.concatenate(taps).reshape(kh * kw * x.shape[3], -1)
-        flat = jnp.transpose(dy, (*geometry.spatial_axes, geometry.batch_axis, 3)).reshape(-1, dy.shape[3])
-        return jnp.matmul(patches, flat).reshape(w.shape)
-
-    return jax.jit(function)
+# Functions of (x, w, dy, structure) or of what is packed, compiled once for each geometry.
 
 
 @functools.cache

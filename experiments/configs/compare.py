@@ -229,8 +229,9 @@ def _slim() -> Study:
 def _slim_seconds() -> Study:
     """What is saved on an update is spent on more of them, and its learning rate is the one that was tuned there."""
     slim = _slim()
-    # Counted from CPU seconds of an epoch on one core of an AMD EPYC: dense 28.6, pruned 8x 17 and 4x 18.5, narrow 19.8
-    # and 11, 20 for what a pruned run compiles and measures. How near that came stands in the table.
+    # From CPU seconds of an epoch on one core of an AMD EPYC: dense 28.6, pruned 4x 18.5, the narrow one 19.8; guessed
+    # before there was a run: 8x 17, the narrower one 11, and 20 for what a pruned run compiles and measures. How near
+    # that came stands in the table.
     epochs = {"dense": 12, "early-8x": 18, "early-4x": 16, "narrow-latency": 17, "narrow-multiply-adds": 31}
     cells = []
     for name, count in epochs.items():
