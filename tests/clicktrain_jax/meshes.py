@@ -77,7 +77,8 @@ def main():
         (explicit[2], P(None, "d")),
         (explicit[4], P(None, None, "d")),
         (explicit[4], P(None, None, None, "d")),
-        (auto, P(None, None, None, "d")),  # the axis before: see test_transform_contract.py
+        (auto, P(None, None, "d")),
+        (auto, P(None, None, None, "d")),
     ):
         got = train(on(mesh, spec))
         assert (

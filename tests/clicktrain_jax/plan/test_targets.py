@@ -209,7 +209,7 @@ def test_bad_targets(options, message):
 
 
 def test_the_reachable_maximum_is_reachable():
-    params, paths, _ = zoo("small", 1.0)
+    params, paths, _ = zoo("resnet18", 0.25)
     rules = dict.fromkeys(paths, "auto")
     with pytest.raises(ValueError, match="reachable maximum is") as refusal:
         ct.make_plan(params, rules, target=100.0)

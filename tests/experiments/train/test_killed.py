@@ -22,7 +22,6 @@ def _run(folder, cache, *arguments):
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     command = [sys.executable, str(_HERE / "killed_run.py"), str(folder), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
