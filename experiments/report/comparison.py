@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from experiments.report import claims
 from experiments.report.claims import UNKNOWN, spread
-from experiments.report.comparison_records import BATCHES, Cell, Study, mean
+from experiments.report.comparison_records import BATCHES, CPU_SECONDS, SECONDS, Cell, Study, mean
 from experiments.report.statistics import coding, csv_text, markdown_table
 
 CSV, PLOT, WIDE, TUNING = "joint.csv", "joint.png", "wide.csv", "tuning.csv"
@@ -49,10 +49,10 @@ _EXPLAINED = """Final top-1 in percent, mean ± standard deviation over the seed
 seed. Compression: weights of all convolutions of the dense net over those retained. Seconds are training, compiling and
 whatever a run measures to choose its ways, as the mean share of dense's in runs of equal seeds; a process compiles and
 measures once, which every seed is charged with. Where the cores did other work at the same time, CPU seconds stand in
-their place: of all threads, of runs that this project's same commit made; compiling is among them as far as that very
-run compiled. The wide tables have more: the whole model's compression, multiply-adds of one image and of the training
-as it was executed, seconds of tuning, the peak of memory, and milliseconds a call of the nets of one seed, whose
-weights and masks were checked to be those of the same row.
+their place, in the claims too: of all threads, of runs that one commit made on one kind of machine; compiling is among
+them as far as that very run compiled. The wide tables have more: the whole model's compression, multiply-adds of one
+image and of the training as it was executed, seconds of tuning, the peak of memory, and milliseconds a call of the nets
+of one seed, whose weights and masks were checked to be those of the same row.
 """
 # Columns of the wide table that RESULTS.md shows, after the cell; and those of time, by what they are called there.
 _SHOWN = ("n", "top-1, %", "against dense", "conv")
@@ -74,7 +74,7 @@ def by_seed(study: Study, cell: Cell) -> dict[str, Mapping[int, float]]:
                 study.ratio(cell, "retained_multiply_adds", "multiply_adds"),
                 study.ratio(cell, "training_multiply_adds"),
                 cell.seconds(),
-                study.time(cell),
+                study.time(cell) if study.clock == SECONDS else {},
                 study.ratio(cell, "train_seconds"),
                 study.processor_time(cell),
                 {} if cell.tuning_s is None else dict.fromkeys(cell.runs, cell.tuning_s),
@@ -158,6 +158,8 @@ def _head(study: Study) -> str:
 def _claims(study: Study, parts: Sequence[claims.Part]) -> str:
     doubts = study.doubts()
     head = f"The claims count for little here; {doubts}.\n\n" if doubts else ""
+    if study.clock == CPU_SECONDS:
+        head += "Time is told in CPU seconds, as the cores did other work too, which slows every run a little.\n\n"
     return head + "".join(f"- **{claim.verdict}**: {claim.text}\n" for part in parts for claim in part.claims)
 
 
@@ -172,14 +174,14 @@ def verdicts(compared: Sequence[Study]) -> str:
             (claims.UNKNOWN, "are not measured"),
         )
     )
-    doubtful = sum("too short" in study.doubts() for study in compared)
+    doubtful = sum(bool(study.doubts()) for study in compared)
     short = f"; the records of {doubtful} of them are too short to count" if doubtful else ""
     held = f"**{found.count(claims.HOLDS)} of {len(found)} claims hold**"
     return f"{held}; {others} (comparisons: {len(compared)}{short})."
 
 
 def _joint(study: Study) -> str:
-    shown = dict(zip(_SHOWN, _SHOWN)) | (_SECONDS if study.dense.seconds() else _CPU_SECONDS)
+    shown = dict(zip(_SHOWN, _SHOWN)) | (_SECONDS if study.clock == SECONDS else _CPU_SECONDS)
     places = [COLUMNS.index(name) for name in shown.values()]
     rows = []
     for cell in study.ordered():

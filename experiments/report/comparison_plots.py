@@ -40,7 +40,7 @@ def draw(study: Study, path: Path) -> None:
 
     panels: tuple[tuple[str, Callable[[Cell], float | None]], ...] = (
         ("compression of the convolutions, times", lambda cell: mean(study.compression(cell))),
-        ("end-to-end training seconds over dense's", lambda cell: mean(study.time(cell))),
+        (f"training, {study.clock} over dense's", lambda cell: mean(study.time(cell))),
         ("latency of one image, ms", lambda cell: None if cell.latency_s(1) is None else 1e3 * cell.latency_s(1)),
     )
     figure = Figure((15, 6.4), layout="constrained")

@@ -23,6 +23,8 @@ TIMES = ("train_seconds", "compile_seconds", "train_and_compile_seconds", "eval_
 LEAST_SEEN = 500_000
 METHODS = ("dense", "ClickTrain", "PAT", "PDT", "narrow", "one-shot", "random")
 BATCHES = (1, 32)
+# What a study's time is counted in.
+SECONDS, CPU_SECONDS = "end-to-end seconds", "CPU seconds"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,14 +126,9 @@ class Study:
     def doubts(self) -> str:
         """Why the study's claims count for little, if so; empty otherwise."""
         runs = [run for cell in self.cells for run in cell.runs.values()]
-        found = []
-        if runs:
-            seen = max(run["train_examples"] * self.facts.get("epochs", run["epochs"]) for run in runs)
-            if seen < LEAST_SEEN:
-                found.append(f"too short to count: {seen:,} images seen, {LEAST_SEEN:,} would do")
-        if any(run["setting"].get("shared_cores") for run in runs):
-            found.append("seconds are left out: the cores did other work at the same time")
-        return "; ".join(found)
+        epochs = self.facts.get("epochs")
+        seen = max((run["train_examples"] * (epochs or run["epochs"]) for run in runs), default=LEAST_SEEN)
+        return f"too short to count: {seen:,} images seen, {LEAST_SEEN:,} would do" if seen < LEAST_SEEN else ""
 
     def machines(self) -> list[str]:
         """Every device that runs were made on."""
@@ -162,19 +159,32 @@ class Study:
 
         return self.relative(cell, measure)
 
+    @property
+    def clock(self) -> str:
+        """What time is counted in: end-to-end seconds, or CPU seconds where cores were shared."""
+        return SECONDS if self.dense.seconds() or not self.dense.runs else CPU_SECONDS
+
+    def seconds(self, cell: Cell) -> dict[int, float]:
+        """A cell's seconds by the study's clock, by seed; CPU seconds where they can be compared with dense's alone."""
+        if self.clock == SECONDS:
+            return cell.seconds()
+        return {seed: cell.runs[seed]["cpu_seconds"] for seed in self.processor_time(cell)}
+
     def time(self, cell: Cell) -> dict[int, float]:
-        """End-to-end seconds over dense's, by seed."""
-        dense = self.dense.seconds()
-        return {seed: seconds / dense[seed] for seed, seconds in cell.seconds().items() if seed in dense}
+        """Seconds over dense's, by seed; see `clock`."""
+        dense = self.seconds(self.dense)
+        return {seed: seconds / dense[seed] for seed, seconds in self.seconds(cell).items() if seed in dense}
 
     def processor_time(self, cell: Cell) -> dict[int, float]:
-        """CPU seconds over dense's, by seed: of pairs of runs that one commit made, as the code grows faster."""
+        """CPU seconds over dense's, by seed: of pairs that one commit made on one kind of machine, as the code grows
+        faster."""
 
         def measure(mine: dict[str, Any], dense: dict[str, Any]) -> float | None:
             commit = mine["setting"].get("commit", "unknown")
             known = commit == dense["setting"].get("commit") and commit != "unknown" and not commit.endswith("-dirty")
             told = mine.get("cpu_seconds") and dense.get("cpu_seconds")
-            return mine["cpu_seconds"] / dense["cpu_seconds"] if known and told else None
+            alike = machine(mine) == machine(dense)
+            return mine["cpu_seconds"] / dense["cpu_seconds"] if known and told and alike else None
 
         return self.relative(cell, measure)
 

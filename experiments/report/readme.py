@@ -19,14 +19,16 @@ _NOT_MEASURED = "not measured"
 _DIGITS, _SLIM = "compare-digits", "compare-slim"
 # The compression that studies are read at; the recipe whose files are weighed.
 _COMPRESSION, _SIZED = 8.0, "vgg13-cifar10-9.0x"
-_OWN, _OWN_TILES = "price-vgg13-own-9.0x-1x1", "price-vgg13-own-9.0x-64x64"
+_OWN = "price-vgg13-own-9.0x-1x1"
 _DENSE, _NARROW = "price-vgg13-dense", "price-vgg13-narrow-weights"
+# Images a call that are shown: what is answered one by one, and what is gathered; more are in BENCHMARKS.md.
+_SIZES = (1, 8, 32)
 # What `experiments.report.claims` says of a difference smaller than its spread.
-_TIE = "within the spread"
+_TIE, _ONE_SEED = "within the spread", " (one seed)"
 # An answer in a few words, and the figures that it rests on.
 _Answer = tuple[str, list[str]]
 _NETS = {"vgg13": "VGG-13", "resnet18": "ResNet-18"}
-_NAMES = {_DIGITS: "digits, a small net", _SLIM: "CIFAR-10, VGG-11 of a quarter's width"}
+_NAMES = {_DIGITS: "digits", _SLIM: "quarter-width VGG-11"}
 
 
 def generate(text: str, records: Path = RECORDS) -> str:
@@ -54,11 +56,11 @@ def status(records: Path = RECORDS) -> str:
         ("Is the net smaller?", *_size(records)),
         ("As accurate as the dense net?", *_accuracy(records, both)),
         ("More accurate than a narrow net of its size?", *_at_equal_size(records, both)),
-        ("More accurate than a narrow net of its speed?", *_at_equal_speed(both)),
+        ("Than a narrow net that is as fast on a CPU?", *_at_equal_speed(both)),
         ("Faster to run on a CPU?", *_speed(records)),
-        ("Faster to run on a GPU?", *_gpu_export(records)),
-        ("Faster to train, an update after the prune?", *_update(records)),
-        ("Faster to train, the whole run?", *_training(both)),
+        ("Faster to train in your own loop?", "no", ["a step takes as long as before"]),
+        ("Faster to train with `clicktrain train`, on a CPU?", *_training(records, both)),
+        ("Faster on a GPU?", *_gpu(records)),
     ]
     return markdown_table(
         ("question", "answer", "measured"),
@@ -88,7 +90,7 @@ def _size(records: Path) -> _Answer:
         return _NOT_MEASURED, []
     whole, small = (exports.ratio(row[dtype]) for dtype in ("float32", "int8"))
     ratio = f"{_SIZED.rpartition('-')[2].removesuffix('x')} times fewer weights in VGG-13's convolutions"
-    return f"{whole:.1f} times", [f"{ratio}; the exported file {whole:.2f} times smaller, {small:.2f} times in int8"]
+    return f"{whole:.1f} times", [f"{ratio}; its file beside the dense float32 one; in int8 {small:.0f} times"]
 
 
 def _summaries(records: Path, name: str) -> list[dict[str, Any]]:
@@ -97,26 +99,24 @@ def _summaries(records: Path, name: str) -> list[dict[str, Any]]:
 
 
 def _accuracy(records: Path, both: Sequence[Study]) -> _Answer:
-    whole, *others = (_summaries(records, name) for name in (_DENSE, _OWN, _OWN_TILES))
+    """Answered by the largest net that was trained."""
+    dense, pruned = (_summaries(records, name) for name in (_DENSE, _OWN))
     gaps, figures = [], []
-    if whole and others[0]:
-        gaps = [_top1(runs) - _top1(whole) for runs in others if runs]
-        said = ", ".join(f"{what}{_top1(runs):.2f}%" for runs, what in zip(others, ("", "in tiles of 64 ")) if runs)
-        figures = [
-            f"VGG-13 on CIFAR-10 at {others[0][0]['conv_compression']:.0f}x, {whole[0]['epochs']} epochs, "
-            f"{_seeds(len(whole))}: {said}, dense {_top1(whole):.2f}%"
-        ]
+    if dense and pruned:
+        gaps.append((f"VGG-13 at {pruned[0]['conv_compression']:.0f}x", _top1(pruned) - _top1(dense)))
+        figures.append(
+            f"CIFAR-10, {dense[0]['epochs']} epochs, {_seeds(len(dense))}: {_top1(pruned):.1f}%, dense "
+            f"{_top1(dense):.1f}%"
+        )
     for study in both:
         cell = _cell(study)
         if cell:
-            gaps.append(mean(cell.top1()) - mean(study.dense.top1()))
-            top1, dense = (claims.spread(one.top1()) for one in (cell, study.dense))
-            figures.append(f"{_told(study, cell)}: {top1}%, dense {dense}%")
+            gaps.append((_told(study, cell), mean(cell.top1()) - mean(study.dense.top1())))
+            figures.append(f"{_told(study, cell)}: {abs(gaps[-1][1]):.1f} {'below' if gaps[-1][1] < 0 else 'above'}")
     if not gaps:
         return _NOT_MEASURED, []
-    least, most = (round(-gap, 1) for gap in (max(gaps), min(gaps)))
-    answer = f"{least if least == most else f'{least} to {most}'} points below" if least >= 0 else "see the figures"
-    return answer, [*figures, _published(records)]
+    where, gap = gaps[0]
+    return f"{abs(gap):.1f} points {'below' if gap < 0 else 'above'} ({where})", [*figures, _published(records)]
 
 
 def _told(study: Study, cell: Cell) -> str:
@@ -132,8 +132,7 @@ def _top1(runs: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _published(records: Path) -> str:
-    found = kept(records / "published" / RUNS)
-    return "the authors' recipes: see RESULTS.md" if found else f"the authors' recipes at full length: {_NOT_MEASURED}"
+    return "" if kept(records / "published" / RUNS) else f"the paper's recipes: {_NOT_MEASURED}"
 
 
 def _at_equal_size(records: Path, both: Sequence[Study]) -> _Answer:
@@ -142,8 +141,8 @@ def _at_equal_size(records: Path, both: Sequence[Study]) -> _Answer:
     common = max(curves[_OWN].keys() & curves[_NARROW].keys(), default=None)
     if common is not None:
         gap = curves[_OWN][common] - curves[_NARROW][common]
-        gaps.append(f"{gap:+.2f}")
-        figures.append(f"VGG-13 on CIFAR-10 at 9x, after {common} epochs, 1 seed: {gap:+.2f} points")
+        gaps.append(f"{gap:+.1f}{_ONE_SEED}")
+        figures.append(f"VGG-13 at 9x, {common} epochs, 1 seed: {gap:+.1f} points")
     found, said = _narrow(both, lambda name: "weights" in name)
     return _verdict(gaps + found), figures + said
 
@@ -176,49 +175,40 @@ def _verdict(gaps: Sequence[str]) -> str:
     if not clear:
         return "no difference seen"
     signs = {gap[0] for gap in clear}
-    return {"+": "yes", "-": "no"}[signs.pop()] if len(signs) == 1 else "it depends"
+    answer = {"+": "yes", "-": "no"}[signs.pop()] if len(signs) == 1 else "it depends"
+    return answer + _ONE_SEED * all(_ONE_SEED in gap for gap in clear)
 
 
-def _training(both: Sequence[Study]) -> _Answer:
-    """In times dense's speed, as all speeds of the table."""
+def _training(records: Path, both: Sequence[Study]) -> _Answer:
+    """In times dense's speed, as all speeds of the table: whole runs, and an update after the prune."""
     every, figures = [], []
     for study in both:
         cell = _cell(study)
-        if cell is None:
-            continue
-        seconds, processor = study.time(cell), study.processor_time(cell)
+        seconds = {} if cell is None else study.time(cell)
         if seconds:
-            times = 1 / mean(seconds)
-            told = f"{times:.2f} times; {1 / mean(study.ratio(cell, 'train_seconds')):.2f} without compiling"
-        elif processor:
-            times = 1 / mean(processor)
-            told = f"{times:.2f} times in CPU seconds"
-        else:
-            continue
-        every.append(times)
-        figures.append(f"{_told(study, cell)}, {mean(cell.column('epochs')):.0f} epochs: {told}")
+            every.append(1 / mean(seconds))
+            clock = "" if study.clock == comparison_records.SECONDS else f" in {study.clock}"
+            figures.append(f"{_told(study, cell)}, a whole run: {every[-1]:.2f} times{clock}")
+    updates = _updates(records)
     if not every:
-        return _NOT_MEASURED, [""]
+        return _NOT_MEASURED, [updates]
     answer = "no" if max(every) < 1 else "yes" if min(every) > 1 else "it depends"
-    return f"{answer}: {_span(every, 1)} times", figures
+    return f"{answer}: {_span(every)} times", [*figures, updates]
 
 
-def _update(records: Path) -> _Answer:
+def _updates(records: Path) -> str:
     path = records / "bench" / "step-cpu.json"
     record = read_json(path) if path.exists() else {"results": []}
     found: dict[str, list[float]] = {}
     for row in record["results"]:
         if row["name"].startswith("pruned") and "width 1," in row.get("net", ""):
             found.setdefault(_NETS.get(row["net"].split(",")[0], row["net"]), []).append(row["times_faster"])
-    if not found:
-        return _NOT_MEASURED, [_gpu_step(records)]
-    every = [times for each in found.values() for times in each]
-    said = ", ".join(f"{net} {_span(times)} times" for net, times in found.items())
-    cores = record["setting"]["cpu"]["cores"]
-    return f"{_span(every, 1)} times on a CPU", [f"at 8x, {_cores(cores)}: {said}", _gpu_step(records)]
+    said = " and ".join(f"{net} {_span(times, 1)} times" for net, times in found.items())
+    return f"an update after the prune, at 8x: {said}" if found else ""
 
 
-def _gpu_step(records: Path) -> str:
+def _gpu_step(records: Path) -> tuple[list[float], str]:
+    """An update after the prune, in times the dense one's speed: all of them, and in words."""
     found = [read_json(path) for path in sorted((records / "gpu").glob("steps-*.json"))]
     ratios: dict[str, list[float]] = {}
     for kind in {record["setting"]["device"]["kind"] for record in found}:
@@ -227,11 +217,12 @@ def _gpu_step(records: Path) -> str:
         dense = {(row["net"], row["batch"]): row["ms"] for row in rows if row["way"] == "dense"}
         ratios[kind] = [dense[row["net"], row["batch"]] / row["ms"] for row in rows if row["way"] != "dense"]
     said = [
-        f"on an {kind.replace('NVIDIA ', '').split()[0]} {_span(times)} times"
+        f"{_span(times)} times on an {kind.replace('NVIDIA ', '').split()[0]}"
         for kind, times in sorted(ratios.items())
         if times
     ]
-    return "; ".join(said) or f"on a GPU: {_NOT_MEASURED}"
+    every = [one for times in ratios.values() for one in times]
+    return every, f"an update after the prune: {' and '.join(said)}" if said else ""
 
 
 def deployed(records: Path = RECORDS) -> list[Mapping[str, Any]]:
@@ -250,9 +241,11 @@ def deployed(records: Path = RECORDS) -> list[Mapping[str, Any]]:
 
 
 def times_faster(record: Mapping[str, Any]) -> dict[int, float]:
-    """By batch size: the fastest dense engine's median over the exported net's."""
+    """By the batch sizes that are shown: the fastest dense engine's median over the exported net's."""
     found = {}
     for size, batch in record["batches"].items():
+        if int(size) not in _SIZES:
+            continue
         dense = [ratio for name, ratio in deploy.ratios(batch).items() if name != deploy.IN_C]
         if dense:
             found[int(size)] = min(dense)
@@ -268,11 +261,12 @@ def _speed(records: Path) -> _Answer:
     parts: dict[str, list[float]] = {}
     for record, times in found:
         parts.setdefault(_shape(record), []).extend(times.values())
-    every = [ratio for times in parts.values() for ratio in times]
     cores = found[0][0]["setting"]["cpu"]["cores"]
-    said = ", ".join(f"{name} {_span(times, 1)}" for name, times in parts.items())
+    said = ", ".join(f"{name} {_span(times, 1)} times" for name, times in parts.items())
+    sizes = sorted({size for _, times in found for size in times})
     nets = " and ".join(sorted({_NETS[record["net"]["net"]["name"]] for record, _ in found}))
-    return f"{_span(every, 1)} times", [f"{nets} at 8x, {_cores(cores)}, against the fastest dense engine: {said}"]
+    images = f"{', '.join(map(str, sizes[:-1]))} and {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
+    return said, [f"{nets} at 8x, {images} images a call, {_cores(cores)}, against the fastest dense engine"]
 
 
 def _name(record: Mapping[str, Any]) -> str:
@@ -295,10 +289,12 @@ def _cores(count: int) -> str:
     return f"{count} core{'s' if count > 1 else ''}"
 
 
-def _gpu_export(records: Path) -> _Answer:
+def _gpu(records: Path) -> _Answer:
     found = [read_json(path) for path in (records / "deploy").glob("bench-*.json")]
     measured = any(record["setting"]["device"]["platform"] != "cpu" for record in found)
-    return ("see BENCHMARKS.md" if measured else _NOT_MEASURED), []
+    times, said = _gpu_step(records)
+    answer = _NOT_MEASURED if not times else "no" if max(times) < 1 else "yes" if min(times) > 1 else "hardly yet"
+    return answer, [said, "to run: see BENCHMARKS.md" if measured else f"to run: {_NOT_MEASURED}"]
 
 
 def curve(records: Path, name: str) -> dict[int, float]:

@@ -39,19 +39,24 @@ def test_the_table_shown_has_six_columns_of_the_wide_one(study):
 def test_records_that_are_too_short_say_so_and_shared_cores_have_no_seconds(make_study):
     folder = make_study(("dense", "early-8x", "rewind-2", "gradual"))
     study = studies.read(folder)
-    assert "too short to count: 32,000 images seen" in study.doubts() and "seconds" not in study.doubts()
+    assert "too short to count: 32,000 images seen" in study.doubts()
     assert "The claims count for little here; too short" in comparison.generate(study)
     assert "records of 1 of them are too short" in comparison.verdicts([study])
     shared = {"shared_cores": True}
     keep(folder / RUNS, [record | {"setting": record["setting"] | shared} for record in kept(folder / RUNS)])
     study = studies.read(folder)
-    assert "seconds are left out" in study.doubts()
+    assert "Time is told in CPU seconds" in comparison.generate(study)
     assert wide(study)["8x, early"]["end-to-end s"] == wide(study)["8x, early"]["of dense"] == "not measured"
     assert all(cell.seconds() == {} for cell in study.cells)
     # CPU seconds stand in their place: 140 of 180.
     row = rows_of(comparison.generate(study), "### A made-up")["ClickTrain: 8x, early"]
     assert row["CPU seconds, of dense"] == wide(study)["8x, early"]["CPU s, of dense"] == "0.78"
     assert len(study.processor_time(study.cells[1])) == 2
+    # The claims are read by the same clock, and say so.
+    goal, limit = claims.against_dense(study).claims
+    assert goal.verdict == claims.HOLDS and "CPU seconds are at most 0.85" in goal.text and "0.78 (n=2" in goal.text
+    assert limit.verdict == claims.HOLDS and "1 of 1 cells;" in limit.text
+    assert "1.57 (8x, early)" in claims.against_pat(study).claims[0].text
     # The code grows faster: a run of another commit says nothing, nor do runs of none that is known.
     records = kept(folder / RUNS)
     told = {commit: records[0]["setting"] | {"commit": commit} for commit in ("another", "unknown", "1234567-dirty")}
@@ -63,7 +68,18 @@ def test_records_that_are_too_short_say_so_and_shared_cores_have_no_seconds(make
     keep(folder / RUNS, records)
     # What needs no seconds is told all the same.
     assert wide(study)["8x, early"]["top-1, %"] == "79.00 ± 1.41"
-    assert claims.against_dense(study).claims[0].verdict == claims.UNKNOWN
+
+
+def test_cells_whose_time_was_not_measured_leave_a_claim_on_all_open(make_study):
+    folder = make_study(("dense", "early-4x", "early-8x"))
+    runs = kept(folder / RUNS)
+    for run in runs:
+        commit = "another" if run["name"] == "early-4x" else "one"
+        run["setting"] = run["setting"] | {"shared_cores": True, "commit": commit}
+    keep(folder / RUNS, runs)
+    goal, limit = claims.against_dense(studies.read(folder)).claims
+    assert goal.verdict == claims.HOLDS
+    assert limit.verdict == claims.UNTOLD and "1 of 1 cells (1 more: not measured)" in limit.text
 
 
 def test_the_joint_table_by_hand(study):
