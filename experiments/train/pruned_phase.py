@@ -10,6 +10,7 @@ the state, and the fastest is kept; what was found is cached for this kind of de
 """
 
 import dataclasses
+import os
 import threading
 import time
 import warnings
@@ -190,12 +191,13 @@ class PrunedPhase:
 
     def _measure(self, run: Callable[[Way, dict[str, Any]], None]) -> dict[str, float]:
         times: dict[Way, list[float]] = {way: [] for way in self._candidates}
+        clock = _clock()
         for turn in range(_ROUNDS + 1):
             for way in self._candidates:
-                start = time.perf_counter()
+                start = clock()
                 run(way, {} if way == "dense" else self._structures)
                 if turn:  # the first one of each warms up
-                    times[way].append(time.perf_counter() - start)
+                    times[way].append(clock() - start)
         return {way: float(np.median(seconds)) for way, seconds in times.items()}
 
     def _wait(self) -> None:
@@ -241,3 +243,9 @@ def facts_of(config: Any, plan: Plan | None) -> dict[str, Any]:
         "plan": f"{plan.layers} {plan.target}" if plan is not None else "",
         "native": native.state() if jax.default_backend() == "cpu" else "",
     }
+
+
+def _clock() -> Callable[[], float]:
+    """Seconds; on one core of a CPU the process's own, which do not pass while the core does another one's work."""
+    alone = jax.default_backend() == "cpu" and len(os.sched_getaffinity(0)) == 1
+    return time.process_time if alone else time.perf_counter

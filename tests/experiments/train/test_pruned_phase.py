@@ -133,7 +133,7 @@ def test_the_fastest_way_is_measured_once_and_remembered(monkeypatch):
         ran.append(way)
         now[0] += times[way]
 
-    monkeypatch.setattr(pruned_phase.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(pruned_phase, "_clock", lambda: lambda: now[0])
     choice = phase.choose(run)
     assert (choice.way, choice.source, choice.layers) == ("pattern", "measured", ["Conv_0/kernel"])
     assert choice.seconds == {"dense": 2.0, "pattern": 1.0}
@@ -145,9 +145,16 @@ def test_the_fastest_way_is_measured_once_and_remembered(monkeypatch):
     assert (choice.way, choice.source) == ("pattern", "cached") and compiled[2:] == ["pattern"]
 
 
+@pytest.mark.parametrize(("cores", "clock"), [({3}, "process_time"), ({0, 1}, "perf_counter")])
+def test_a_core_shared_with_others_does_not_mislead_the_choice(monkeypatch, cores, clock):
+    # What others do there, or a stop of this process, is no time of its updates; of several cores that cannot be told.
+    monkeypatch.setattr(pruned_phase.os, "sched_getaffinity", lambda process: cores)
+    assert pruned_phase._clock() is getattr(pruned_phase.time, clock)
+
+
 def test_a_way_that_is_hardly_faster_is_not_taken(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(pruned_phase.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(pruned_phase, "_clock", lambda: lambda: now[0])
     phase, masks = phase_for()
     phase.prepare(5, masks, lambda way, structures: None)
 
