@@ -19,7 +19,7 @@ _NOT_MEASURED = "not measured"
 _DIGITS, _SLIM = "compare-digits", "compare-slim"
 # The compression that studies are read at; the recipe whose files are weighed.
 _COMPRESSION, _SIZED = 8.0, "vgg13-cifar10-9.0x"
-_OWN = "price-vgg13-own-9.0x-1x1"
+_OWN, _OWN_TILES = "price-vgg13-own-9.0x-1x1", "price-vgg13-own-9.0x-64x64"
 _DENSE, _NARROW = "price-vgg13-dense", "price-vgg13-narrow-weights"
 # Images a call that are shown: what is answered one by one, and what is gathered; more are in BENCHMARKS.md.
 _SIZES = (1, 8, 32)
@@ -55,6 +55,7 @@ def status(records: Path = RECORDS) -> str:
     rows = [
         ("Is the net smaller?", *_size(records)),
         ("As accurate as the dense net?", *_accuracy(records, both)),
+        ("What do tiles cost beside that?", *_tiles(records, both)),
         ("More accurate than a narrow net of its size?", *_at_equal_size(records, both)),
         ("Than a narrow net that is as fast on a CPU?", *_at_equal_speed(both)),
         ("Faster to run on a CPU?", *_speed(records)),
@@ -103,11 +104,9 @@ def _accuracy(records: Path, both: Sequence[Study]) -> _Answer:
     dense, pruned = (_summaries(records, name) for name in (_DENSE, _OWN))
     gaps, figures = [], []
     if dense and pruned:
-        gaps.append((f"VGG-13 at {pruned[0]['conv_compression']:.0f}x", _top1(pruned) - _top1(dense)))
-        figures.append(
-            f"CIFAR-10, {dense[0]['epochs']} epochs, {_seeds(len(dense))}: {_top1(pruned):.1f}%, dense "
-            f"{_top1(dense):.1f}%"
-        )
+        where = f"VGG-13 at {pruned[0]['conv_compression']:.0f}x, {_seeds(len(pruned))}"
+        gaps.append((where, _top1(pruned) - _top1(dense)))
+        figures.append(f"VGG-13, {dense[0]['epochs']} epochs: {_top1(pruned):.1f}%, dense {_top1(dense):.1f}%")
     for study in both:
         cell = _cell(study)
         if cell:
@@ -116,7 +115,27 @@ def _accuracy(records: Path, both: Sequence[Study]) -> _Answer:
     if not gaps:
         return _NOT_MEASURED, []
     where, gap = gaps[0]
-    return f"{abs(gap):.1f} points {'below' if gap < 0 else 'above'} ({where})", [*figures, _published(records)]
+    answer = f"{abs(gap):.1f} points {'below' if gap < 0 else 'above'} ({where})"
+    return answer, ["kernel by kernel", *figures, _published(records)]
+
+
+def _tiles(records: Path, both: Sequence[Study]) -> _Answer:
+    """Points that sharing patterns and removals loses, where both were trained."""
+    gaps, figures = [], []
+    alone, shared = (_summaries(records, name) for name in (_OWN, _OWN_TILES))
+    if alone and shared:
+        gaps.append(_top1(alone) - _top1(shared))
+        figures.append(f"VGG-13 at 9x, tiles of 64, 1 seed: {gaps[-1]:.1f}")
+    for study in both:
+        cell = _cell(study)
+        tiles = [other for other in study.of("ClickTrain") if cell and other.label == f"{cell.label}, tiles 32x1"]
+        for other in tiles:
+            mine, theirs = cell.top1(), other.top1()
+            lost = {seed: mine[seed] - theirs[seed] for seed in mine.keys() & theirs.keys()}
+            if lost:
+                gaps.append(mean(lost))
+                figures.append(f"{_told(study, cell)}, tiles of 32: {claims.spread(lost, 1)}")
+    return (f"{_span(gaps, 1)} points", figures) if gaps else (_NOT_MEASURED, [])
 
 
 def _told(study: Study, cell: Cell) -> str:
@@ -188,12 +207,12 @@ def _training(records: Path, both: Sequence[Study]) -> _Answer:
         if seconds:
             every.append(1 / mean(seconds))
             clock = "" if study.clock == comparison_records.SECONDS else f" in {study.clock}"
-            figures.append(f"{_told(study, cell)}, a whole run: {every[-1]:.2f} times{clock}")
+            figures.append(f"{_told(study, cell)}: {every[-1]:.2f} times{clock}")
     updates = _updates(records)
     if not every:
         return _NOT_MEASURED, [updates]
     answer = "no" if max(every) < 1 else "yes" if min(every) > 1 else "it depends"
-    return f"{answer}: {_span(every)} times", [*figures, updates]
+    return f"{answer}: whole runs {_span(every)} times", [*figures, updates]
 
 
 def _updates(records: Path) -> str:
@@ -204,7 +223,7 @@ def _updates(records: Path) -> str:
         if row["name"].startswith("pruned") and "width 1," in row.get("net", ""):
             found.setdefault(_NETS.get(row["net"].split(",")[0], row["net"]), []).append(row["times_faster"])
     said = " and ".join(f"{net} {_span(times, 1)} times" for net, times in found.items())
-    return f"an update after the prune, at 8x: {said}" if found else ""
+    return f"only the updates after the prune, at 8x: {said}" if found else ""
 
 
 def _gpu_step(records: Path) -> tuple[list[float], str]:
@@ -293,7 +312,7 @@ def _gpu(records: Path) -> _Answer:
     found = [read_json(path) for path in (records / "deploy").glob("bench-*.json")]
     measured = any(record["setting"]["device"]["platform"] != "cpu" for record in found)
     times, said = _gpu_step(records)
-    answer = _NOT_MEASURED if not times else "no" if max(times) < 1 else "yes" if min(times) > 1 else "hardly yet"
+    answer = _NOT_MEASURED if not times else "no" if max(times) < 1 else "yes" if min(times) > 1 else "no gain yet"
     return answer, [said, "to run: see BENCHMARKS.md" if measured else f"to run: {_NOT_MEASURED}"]
 
 

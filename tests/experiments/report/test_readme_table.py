@@ -25,7 +25,7 @@ def write_export(folder, name, tile, ours, cores=2, **dense):
 
 def test_without_records_it_says_so(tmp_path):
     lines = readme.status(tmp_path).splitlines()[2:]
-    assert len(lines) == 8
+    assert len(lines) == 9
     assert all("**not measured**" in line for line in lines if "your own loop" not in line)
     readme.draw(tmp_path / "picture.png", tmp_path)
     assert not (tmp_path / "picture.png").exists()
