@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from clicktrain_jax.plan.convolutions import Axes, tap_axes
-from clicktrain_jax.trees import Tree, is_kernel_shape, map_named, named_leaves
+from clicktrain_jax.trees import Tree, is_kernel_shape, is_key, map_named, named_leaves
 
 Criterion = Callable[[Tree, Tree], Tree]
 # Scores are scaled by powers of two, which changes no bit but the exponent's: a layer's largest to about 2**80, so that
@@ -29,7 +29,7 @@ def _square(value: Any) -> Any:
 
 def _change(name: str, weight: Any, grad: Any) -> Any:
     """w * g in float32: to first order, minus the change of the loss when the weight is removed."""
-    if weight is None or grad is None:
+    if weight is None or grad is None or is_key(weight):
         return None
     if jnp.shape(weight) != jnp.shape(grad):
         raise ValueError(f"{name}: gradient of shape {jnp.shape(grad)}, weight {jnp.shape(weight)}")
@@ -93,7 +93,7 @@ def group_taylor(params: Tree, grads: Tree, axes: Axes = "HWIO") -> Tree:
 
 def magnitude(params: Tree, grads: Tree | None = None) -> Tree:
     """Magnitude importance ``w**2``; ``grads`` is accepted, and not read, so that criteria are exchangeable."""
-    return map_named(lambda _, w: None if w is None else jnp.square(jnp.asarray(w, jnp.float32)), params)
+    return map_named(lambda _, w: None if w is None or is_key(w) else jnp.square(jnp.asarray(w, jnp.float32)), params)
 
 
 CRITERIA: dict[str, Criterion] = {"taylor": taylor, "group_taylor": group_taylor, "magnitude": magnitude}

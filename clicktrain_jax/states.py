@@ -245,7 +245,10 @@ def check_state(state: Any, plan: Plan, num_patterns: int, importance_steps: Any
         ValueError: it was saved with another plan; the layers in which they differ are named.
     """
     if not isinstance(state, ClickTrainState):
-        raise ValueError(f"state is a {type(state).__name__}: expected the ClickTrainState that init makes")
+        raise ValueError(
+            f"state is a {type(state).__name__}: expected the ClickTrainState that init makes. A checkpoint that was "
+            "read without a template is restored with one, init(params)"
+        )
     held = Masks.of(state.masks).layers
     differing = []
     for name in sorted(set(held) | set(plan.by_name())):

@@ -79,14 +79,14 @@ class _Pieces:
         return check_state(state, self.plan, num_patterns_of(self.patterns), self.importance_steps)
 
     def init(self, params: Tree) -> ClickTrainState:
-        self.plan.check_tree(params)
+        like = self.plan.tree_of(params)
         if isinstance(self.importance_steps, jax.core.Tracer):
             raise ValueError("importance_steps is traced: name it in static_args of optax.inject_hyperparams")
         num_patterns = num_patterns_of(self.patterns)
         layers = {layer.name: keep_all(layer.shape, num_patterns, layer.axes) for layer in self.plan.layers}
         gathers = self.importance_steps > 1
         scores = {layer.name: jnp.zeros(layer.leaf_shape, jnp.float32) for layer in self.plan.layers if gathers}
-        return first_state(params, layers, self.inner.init(params), scores=scores)
+        return first_state(like, layers, self.inner.init(params), scores=scores)
 
     def _add_scores(self, grads: Tree, state: ClickTrainState, params: Tree) -> tuple[ClickTrainState, jax.Array]:
         """The state with this update's scores among the sums, and whether they are finite; if not, they are zero."""

@@ -160,6 +160,11 @@ def check_names_of(tree: Tree, expected: list[str], what: str) -> None:
     check_same_names([name for name in expected if not f"{name}/".startswith(hidden)], names, what)
 
 
+def is_key(leaf: Any) -> bool:
+    """True for an array of typed random keys (`jax.random.key`), which are no numbers: NumPy does not have them."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def is_kernel_shape(shape: tuple[int, ...]) -> TypeGuard[tuple[int, int, int, int]]:
     """True for a two-dimensional convolution's kernel, axes (kh, kw, cin, cout)."""
     return len(shape) == len(KERNEL_AXES)

@@ -242,7 +242,7 @@ class Accelerated:
         ]
         seen = [] if seen is None else seen
         leaves, met = interception.run(closed, arguments, functools.partial(self._replace, seen))
-        self._check_met(met, seen, names)
+        self._check_met(met, seen, frame.paths)
         results, changed = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
         return results, dict(zip(changed_paths, changed))
 
@@ -275,11 +275,12 @@ class Accelerated:
 
     def _replace(self, seen: list, conv: interception.Convolution, x: Any) -> Any:
         site = self._planner(conv, self._wanted.get(conv.name))
+        kernel = conv.take_kernel()  # what is seen outlives the trace
         seen.append((conv, site))
         if site.plan.run == "dense" and not site.plan.backend:
             return None
-        assert conv.kernel is not None and site.layer is not None  # without either it is dense as it was traced
-        kernel = conv.kernel.masked() if site.plan.run == "dense" else conv.kernel.value
+        assert kernel is not None and site.layer is not None  # without either it is dense as it was traced
+        weights = kernel.masked() if site.plan.run == "dense" else kernel.value
         layer = site.layer
 
         def by_layer(x: Any, kernel: Any) -> Any:
@@ -292,14 +293,15 @@ class Accelerated:
         if explicit:
             # Shardings are part of types there, and not every operation of the kernels' says that of its result.
             convolve = jax.sharding.auto_axes(convolve, axes=explicit, out_sharding=conv.sharding)
-        return convolve(x, kernel)
+        return convolve(x, weights)
 
-    def _check_met(self, met: Mapping[str, bool], seen: list, names: list[str]) -> None:
+    def _check_met(self, met: Mapping[str, bool], seen: list, paths: Sequence[str]) -> None:
         masked = [name for name, mask in self._masks.items() if mask is not None and not mask.all()]
         computed = [name for name in masked if met.get(name) is False]
         if computed:
+            more = f" (and {len(computed) - 1} more)" if len(computed) > 1 else ""
             warnings.warn(
-                f"masks: {_listed(computed)} is pruned, but a convolution's kernel is computed from it: the zeros of "
+                f"masks: {computed[0]!r}{more} is pruned, but a convolution's kernel is computed from it: the zeros of "
                 "the leaf need not be zeros of that kernel, which runs dense. Prune what the convolution takes, or "
                 "leave the layer out",
                 stacklevel=2,
@@ -308,17 +310,15 @@ class Accelerated:
         if not missed:
             return
         name, shape = missed[0], getattr(self._masks[missed[0]], "shape", ())
-        where = "it is among the arguments, but no convolution takes it" if name in names else "no argument has it"
+        where, advice = "no argument has it", "Parameters must be passed in a call, not closed over"
+        if any(f"/{path}".endswith(f"/{name}") for path in paths):
+            where = "it is among the arguments, but no convolution takes it"
+            advice = "Kernels of convolutions alone are run by patterns: give None for others"
         found = [f"{conv.name or 'another kernel'} {conv.kernel_shape}" for conv, _ in seen]
         raise ValueError(
             f"masks: {name!r} {shape} meets no convolution ({where}); so do {len(missed) - 1} more. "
-            f"Convolutions found: {', '.join(found) or 'none'}. Arguments must hold the parameters that the masks were "
-            "made for, passed in a call, not closed over"
+            f"Convolutions found: {', '.join(found) or 'none'}. {advice}"
         )
-
-
-def _listed(names: list[str]) -> str:
-    return repr(names[0]) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
 def accelerate(
@@ -383,8 +383,7 @@ def concrete_masks(masks: Masks | Tree) -> dict[str, np.ndarray | None]:
     Raises:
         ValueError: a mask that is traced or not bool; no mask at all.
     """
-    tree = combine(masks) if isinstance(masks, Masks) else masks
-    named = {name: None if leaf is None else _concrete(name, leaf) for name, leaf in named_leaves(tree)}
+    named = {name: None if leaf is None else _concrete(name, leaf) for name, leaf in named_leaves(combine(masks))}
     if not any(mask is not None for mask in named.values()):
         raise ValueError("masks: no leaf has a mask; expected Masks such as masks_of(opt_state)")
     return named

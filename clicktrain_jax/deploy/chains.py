@@ -179,9 +179,9 @@ class _Reader:
         if isinstance(step, ConvStep):
             return self._convolution(run, step)
         equation = step.equation
-        result, name = equation.outvars[0], equation.primitive.name
-        if len(equation.outvars) != 1 or result.aval.dtype != np.float32:
+        if [var.aval.dtype for var in equation.outvars] != [np.float32]:
             raise _RefusedError
+        result, name = equation.outvars[0], equation.primitive.name
         if name in _POOLS:
             return self._pool(run, equation, self._value(run, step.operands[0]))
         if name in ("reshape", "squeeze", "expand_dims"):

@@ -256,7 +256,7 @@ class _Folding:
     def _absorb(self, equation: Any, knowns: list[_Known | None]) -> bool:
         """Take a step into the convolution before it, if it is one that can be."""
         waiting = [atom for atom in equation.invars if not is_literal(atom) and atom in self._pending]
-        if len(waiting) != 1 or self._uses[waiting[0]] != 1:
+        if len(waiting) != 1 or self._uses[waiting[0]] != 1 or len(equation.outvars) != 1:
             return False
         pending, name, result = self._pending[waiting[0]], equation.primitive.name, equation.outvars[0]
         if not jnp.issubdtype(result.aval.dtype, jnp.floating):

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from clicktrain_jax.deploy.jaxprs import walk
+from clicktrain_jax.deploy.jaxprs import as_numpy, walk
+from clicktrain_jax.trees import is_key
 
 
 class _Unknown(Exception):
@@ -24,16 +25,18 @@ def evaluate(function: Callable[[Any], dict[str, Any]], variables: Any) -> dict[
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(variables)
     try:
-        results = walk(closed, [np.asarray(leaf) for leaf in jax.tree.leaves(variables)], _step)
+        results = walk(closed, [as_numpy(leaf) for leaf in jax.tree.leaves(variables)], _step)
     except _Unknown:
         return jax.jit(function)(variables)
-    return jax.device_put(jax.tree.unflatten(jax.tree.structure(shapes), list(map(np.asarray, results))))
+    return jax.device_put(jax.tree.unflatten(jax.tree.structure(shapes), list(map(as_numpy, results))))
 
 
 def _step(equation: Any, operands: list[Any]) -> list[np.ndarray] | None:
     name = equation.primitive.name
     if name in ("jit", "pjit"):
         return None
+    if any(map(is_key, operands)):
+        raise _Unknown
     # A literal may be a number without a dtype.
     arrays = [np.asarray(value, atom.aval.dtype) for value, atom in zip(operands, equation.invars)]
     # In 16 bits XLA keeps more digits between two steps than NumPy does.

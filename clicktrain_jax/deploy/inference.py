@@ -18,7 +18,7 @@ from clicktrain_jax.deploy import chains, layers, whole_net
 from clicktrain_jax.deploy.accelerate import AccelerateReport, ConvolutionReport
 from clicktrain_jax.deploy.fold import Folded, plain
 from clicktrain_jax.deploy.interception import Convolution, Kernel
-from clicktrain_jax.deploy.jaxprs import bind
+from clicktrain_jax.deploy.jaxprs import as_numpy, bind
 from clicktrain_jax.deploy.steps import ConvStep, Steps
 
 
@@ -96,7 +96,7 @@ class InferenceNet:
         self.folded, self.manifest = folded, manifest or {}
         self._masks, self._normalises, self._identity, self._backend = masks, normalises, identity, backend
         self._choices = dict(choices or {})
-        self._kernels = {name: np.asarray(array) for name, array in folded.arrays.items()}
+        self._kernels = {name: as_numpy(array) for name, array in folded.arrays.items()}
         self._planner = layers.Planner(backend)
         self._prepared: dict[Any, Any] = {}
         self._programs: dict[Any, Any] = {}
@@ -218,7 +218,7 @@ class InferenceNet:
         """
         batch = self._count(batch, images)
         rng = np.random.default_rng(0)
-        images = jnp.asarray(rng.random((batch, *self.folded.image_shape), np.float32))
+        images = jax.device_put(rng.random((batch, *self.folded.image_shape), np.float32))
 
         def compiled(choice: whole_net.Choice) -> Any:
             function, prepared = self.program(batch, choice)

@@ -96,6 +96,11 @@ class Convolution:
         self.sharding = getattr(equation.outvars[0].aval, "sharding", None)
         self.kernel_dtype = weights.dtype
 
+    def take_kernel(self) -> Kernel | None:
+        """The kernel, which leaves: what was met tells of a trace and holds none of its values."""
+        kernel, self.kernel = self.kernel, None
+        return kernel
+
 
 # Called with each convolution and its images; returns the result, or None to leave the convolution as it is.
 Replace = Callable[[Convolution, Any], Any]

@@ -5,6 +5,9 @@ from typing import Any
 
 import jax
 import jax.extend.core
+import numpy as np
+
+from clicktrain_jax.trees import is_key
 
 CONVOLUTION = "conv_general_dilated"
 # The parameters of a convolution that this package knows: each is passed on, or the convolution is left as it is.
@@ -102,6 +105,11 @@ def inner_jaxprs(equation: Any) -> list[Any]:
             if hasattr(jaxpr, "eqns") and hasattr(jaxpr, "invars"):
                 found.append(jaxpr)
     return found
+
+
+def as_numpy(array: Any) -> Any:
+    """NumPy's form of an array; typed random keys stay as they are."""
+    return array if is_key(array) else np.asarray(array)
 
 
 def is_literal(atom: Any) -> bool:

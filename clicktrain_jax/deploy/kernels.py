@@ -8,6 +8,7 @@ import jax.core
 import numpy as np
 
 from clicktrain_jax.deploy.jaxprs import CALLS, walk
+from clicktrain_jax.trees import is_key
 
 # Operand i becomes result i, at the same places and zero where it was zero.
 _PASSING = frozenset(
@@ -53,7 +54,7 @@ def moved(mask: np.ndarray, moves: Moves) -> np.ndarray:
 
 def form_of_constant(value: Any) -> Form:
     """The form of a literal, or of a constant of a jaxpr."""
-    if isinstance(value, jax.core.Tracer) or np.size(value) != 1:
+    if isinstance(value, jax.core.Tracer) or np.size(value) != 1 or is_key(value):
         return None
     number = np.asarray(value).reshape(())
     return next((sign for sign in Sign if number.dtype.kind in "biuf" and np.sign(+float(number)) == sign.value), None)

@@ -19,7 +19,7 @@ from clicktrain_jax.deploy.jaxprs import traced
 from clicktrain_jax.deploy.portable import STABLEHLO, PortableNet
 from clicktrain_jax.deploy.pruned import check_is_inference, check_probe
 from clicktrain_jax.deploy.storage.containers import find_prefix, nest
-from clicktrain_jax.masks import Masks, combine
+from clicktrain_jax.masks import Masks, check_shape, combine
 from clicktrain_jax.trees import Tree, named_leaves
 
 ApplyFn = Callable[[Any, Any], Any]
@@ -164,7 +164,7 @@ def located(
     """
     if masks is None:
         return None
-    named = dict(named_leaves(combine(masks) if isinstance(masks, Masks) else masks))
+    named = dict(named_leaves(combine(masks)))
     leaves = [(name, leaf) for name, leaf in named_leaves(variables) if leaf is not None]
     if at is None:
         try:
@@ -192,9 +192,12 @@ def masks_by_leaf(masks: Masks | Tree | None, variables: Tree) -> dict[str, np.n
     """Bool arrays by the name that their leaf has among the variables; dense leaves are left out."""
     if masks is None:
         return {}
-    named = named_leaves(combine(masks) if isinstance(masks, Masks) else masks)
-    prefix = find_prefix([name for name, _ in named_leaves(variables)], [name for name, _ in named])
-    return {prefix + name: np.asarray(mask) for name, mask in named if mask is not None}
+    named, leaves = named_leaves(combine(masks)), dict(named_leaves(variables))
+    prefix = find_prefix(list(leaves), [name for name, _ in named])
+    found = {prefix + name: np.asarray(mask) for name, mask in named if mask is not None}
+    for name, mask in found.items():
+        check_shape(name, mask if leaves[name] is None else leaves[name], mask)
+    return found
 
 
 def zoo(net: Mapping[str, Any], layout: Layout = "NHWC") -> ApplyFn:

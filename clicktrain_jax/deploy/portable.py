@@ -48,12 +48,18 @@ def to_stablehlo(net: InferenceNet) -> bytes:
             "len(x) and compare no number with it, or leave the file out, stablehlo=False"
         ) from error
     images = jax.ShapeDtypeStruct((batch, *net.folded.image_shape), net.image_dtype)
-    with _without_paths():
-        exported = jax.export.export(jax.jit(lambda images: function(prepared, images)), platforms=PLATFORMS)(images)
     try:
-        return bytes(exported.serialize())
+        with _without_paths():
+            program = jax.export.export(jax.jit(lambda images: function(prepared, images)), platforms=PLATFORMS)
+            return bytes(program(images).serialize())
     except ImportError as error:
         raise ValueError(f"jax wants flatbuffers for {STABLEHLO}: {hint('deploy')}, or leave it out") from error
+    except Exception as error:  # whatever jax raises for what cannot stand in a file
+        raise ValueError(
+            f"apply_fn cannot be written as {STABLEHLO} ({type(error).__name__}: {error}): it runs without Python, on "
+            "any device. Leave callbacks (jax.debug.print, jax.pure_callback) and what one device alone can do out of "
+            "apply_fn, or leave the file out, stablehlo=False"
+        ) from error
 
 
 @contextlib.contextmanager

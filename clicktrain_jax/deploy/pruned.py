@@ -62,7 +62,8 @@ def check_is_inference(folded: Folded) -> list[float]:
 
     # As loaded nets are compiled: XLA may have a net that computes in 16 bits read memory nobody has written.
     function = jax.jit(folded.function, compiler_options=pallas_kernels.compiler_options(np.float16))
-    one, other = (np.asarray(function(folded.arrays, images[begin : begin + 2]), np.float32) for begin in (0, 1))
+    pairs = (jax.device_put(images[begin : begin + 2]) for begin in (0, 1))
+    one, other = (np.asarray(function(folded.arrays, pair), np.float32) for pair in pairs)
     if len(one) == 2 and np.abs(one[1] - other[0]).max() > _SAME * max(float(np.abs(one[1]).max()), 1e-3):
         raise ValueError(
             "an image's answer depends on the images beside it: apply_fn runs in training mode. Give it as in "

@@ -168,15 +168,15 @@ def admm(
     inner = optimizer(inner)
 
     def init(params: Tree) -> AdmmState:
-        plan.check_tree(params)
-        weights = _wide(planned(params, plan))
+        like = plan.tree_of(params)
+        weights = _wide(planned(like, plan))
 
         def zeros(names: list[str]) -> Arrays:
             return {name: jnp.zeros(weights[name].shape, weights[name].dtype) for name in names}
 
         both, removed = _with_patterns(plan), _with_removal(plan)
         variables = jnp.zeros([], jnp.int32), zeros(both), zeros(both), zeros(removed), zeros(removed)
-        count, z, u, y, v = spread_like(variables, params)
+        count, z, u, y, v = spread_like(variables, like)
         return AdmmState(count, z, u, y, v, inner.init(params))
 
     def renew(state: AdmmState, weights: Arrays) -> tuple[Arrays, Arrays, Arrays, Arrays]:

@@ -165,9 +165,9 @@ def sr_ste(
     inner = optimizer(inner)
 
     def init(params: Tree) -> ClickTrainState:
-        plan.check_tree(params)
-        masks = _choose(planned(params, plan), plan, n, m)
-        return first_state(params, single_weights(masks), inner.init(params), selected=0, pruned=0)
+        like = plan.tree_of(params)
+        masks = _choose(planned(like, plan), plan, n, m)
+        return first_state(like, single_weights(masks), inner.init(params), selected=0, pruned=0)
 
     def whole_update(
         grads: Tree, state: ClickTrainState, params: Tree, extra: dict[str, Any]

@@ -109,8 +109,8 @@ def sparse_training(
     inner = optimizer(inner)
 
     def init(params: Tree) -> ClickTrainState:
-        plan.check_tree(params)
-        return first_state(params, single_weights(start()), inner.init(params), selected=0 if chosen else -1)
+        like = plan.tree_of(params)
+        return first_state(like, single_weights(start()), inner.init(params), selected=0 if chosen else -1)
 
     def whole_update(
         grads: Tree, state: ClickTrainState, params: Tree, extra: dict[str, Any]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 from clicktrain_jax.latency import LayerTimes
 from clicktrain_jax.plan import convolutions
@@ -17,7 +18,7 @@ from clicktrain_jax.plan import rules as rule_lib
 from clicktrain_jax.plan.convolutions import Axes
 from clicktrain_jax.plan.layer_plan import LayerPlan, check_layer
 from clicktrain_jax.plan.targets import Target, least_kernels, make_target
-from clicktrain_jax.trees import Tree, check_names_of, is_kernel_shape, named_leaves
+from clicktrain_jax.trees import Tree, check_names_of, is_kernel_shape, named_leaves, nest
 
 Tile = tuple[int | None, int | None]
 Fraction = float | Literal["auto"] | None
@@ -60,6 +61,19 @@ class Plan:
                 raise ValueError(
                     f"{what}: {layer.name!r} has shape {shapes[layer.name]}, the plan was made for {layer.leaf_shape}"
                 )
+
+    def tree_of(self, params: Tree) -> Tree:
+        """The parameters, checked; zeros of this plan's names in nested dictionaries for what stands in their place
+        where `optax.tree_map_params` asks ``init`` which parts of a state are copies of them.
+
+        Raises:
+            ValueError: as `check_tree`.
+        """
+        if type(params).__name__ != "_ParamsPlaceholder":  # optax tells no other way
+            self.check_tree(params)
+            return params
+        shapes = {layer.name: layer.leaf_shape for layer in self.layers}
+        return nest({name: np.zeros(shapes.get(name, ()), np.float32) for name in self.leaf_names})
 
     def __str__(self) -> str:
         rows = [f"{'layer':<40}{'shape':<20}{'removed':>8}  patterns, and what is shared"]

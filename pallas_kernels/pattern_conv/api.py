@@ -259,8 +259,8 @@ def choose(
         return "mosaic_gpu"
     if _why_not("cpu", structure, geometry, dtype, batch) is None and native.is_fast():
         return "cpu" if estimated_gain(structure, direction, backend="cpu") > LEAST_GAIN else "dense"
-    # A symbolic batch may be anything: many images, then.
-    is_counted = isinstance(batch, numbers.Integral) and not is_packed
+    # A symbolic batch may be anything: many images, then. Of none there is nothing to count.
+    is_counted = isinstance(batch, numbers.Integral) and not is_packed and batch
     pixels = batch * math.prod(geometry.output) if is_counted else math.inf
     gain = estimated_gain(structure, direction, pixels)
     return "xla" if gain > LEAST_GAIN else "dense"

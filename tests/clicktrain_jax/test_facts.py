@@ -309,3 +309,6 @@ def test_updates_that_are_skipped_never_leave_a_run_dense(when, outside):
 def test_not_the_state_of_clicktrain():
     with pytest.raises(ValueError, match="state is a tuple: expected the ClickTrainState"):
         transform().update(grads(0), optax.sgd(0.1).init(params()), params())
+    restored = transform().init(params())._asdict()
+    with pytest.raises(ValueError, match=r"state is a dict: .*without a template is restored with one, init\(params\)"):
+        transform().update(grads(0), restored, params())

@@ -255,3 +255,29 @@ def test_a_state_that_an_older_jax_wrote(form, step, toy):
     for name, leaf in named_leaves(params):
         np.testing.assert_allclose(leaf, saved[f"end {name}"], rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(np.asarray(leaf) == 0, saved[f"end {name}"] == 0)
+
+
+def test_typed_random_keys_among_parameters_and_in_states(toy):
+    """They are no numbers: nothing is scored, masked or counted in their place, and nothing fails."""
+
+    def noisy(updates, key, params=None):
+        del params
+        own, following = jax.random.split(key)
+        noise = 1e-3 * jax.random.uniform(own)
+        return jax.tree.map(lambda leaf: noise - 0.1 * leaf, updates), following
+
+    inner = optax.GradientTransformation(lambda params: jax.random.key(0), noisy)
+    tx = ct.clicktrain(inner, toy.plan(), **toy.SCHEDULE)
+    history = toy.run(tx)
+    params, state = history.params[-1], history.states[-1]
+    assert_pruned(params, state, toy)
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), {"rng": jax.random.key(1), "opt_state": state})
+    jax.tree.map(np.testing.assert_array_equal, ct.masks_of(several), ct.masks_of(state))
+    with_key = params | {"rng": jax.random.key(2)}
+    masks = ct.masks_of(state)
+    assert ct.report(with_key, masks).marked == 0
+    assert ct.apply_masks(with_key, masks)["rng"] == with_key["rng"]
+    for criterion in (ct.importance.taylor, ct.importance.group_taylor, ct.importance.magnitude):
+        scores = criterion(with_key, with_key)
+        assert scores.pop("rng") is None
+        jax.tree.map(np.testing.assert_array_equal, scores, criterion(params, params))

@@ -130,6 +130,23 @@ def test_a_wrapper_that_mixes_states_by_arithmetic():
     assert int((tree["conv"]["kernel"] != 0).sum()) == 256
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_what_of_a_state_is_sharded_like_the_parameters(ended, steps):
+    _, tree, _ = ended
+    plan = ct.make_plan(tree, {"conv/kernel": 0.5})
+    options = OPTIONS | {"select_step": steps, "prune_step": steps + 1, "importance_steps": steps}
+    tx = optax.chain(optax.clip(1.0), ct.clicktrain(optax.adam(0.1), plan, **options))
+    specs = jax.tree.map(lambda leaf: f"{leaf.ndim} axes", tree)
+    state = tx.init(tree)
+    found = optax.tree.map_params(tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: "whole")
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    (adam, _), said = found[1].inner_state, found[1]._replace(inner_state=None)
+    assert (adam.mu, adam.nu, adam.count) == (specs, specs, "whole")
+    assert set(jax.tree.leaves(said)) == {"whole"}
+    with pytest.raises(ValueError, match="params: belongs to another tree, 0 leaves"):
+        tx.init({})
+
+
 def test_a_planned_layer_that_is_masked_away_is_refused():
     tree = params()
     tx = optax.masked(

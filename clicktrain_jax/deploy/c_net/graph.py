@@ -13,7 +13,7 @@ import numpy as np
 from clicktrain_jax.deploy.c_net import nodes
 from clicktrain_jax.deploy.c_net.nodes import Graph, Node, Op
 from clicktrain_jax.deploy.inference import InferenceNet
-from clicktrain_jax.deploy.jaxprs import bind, unknown_parameters
+from clicktrain_jax.deploy.jaxprs import as_numpy, bind, unknown_parameters
 from clicktrain_jax.deploy.steps import ConvStep
 
 _POOLS = {"reduce_window_max": "max", "reduce_window_min": "min", "reduce_window_sum": "sum"}
@@ -51,7 +51,7 @@ def refuse(what: str, advice: str) -> ValueError:
 
 class _Reader:
     def __init__(self, net: InferenceNet) -> None:
-        self._arrays = {name: np.asarray(array) for name, array in net.folded.arrays.items()}
+        self._arrays = {name: as_numpy(array) for name, array in net.folded.arrays.items()}
         self._steps = net.folded.steps(1)
         self._masks = {site.step.name: site.layer.mask for site in net.convolutions(1) if site.layer is not None}
         image = nodes.Input(net.folded.image_shape, [])
@@ -73,9 +73,9 @@ class _Reader:
 
     def _step(self, equation: Any, operands: list[Any]) -> list[Any]:
         name = equation.primitive.name
-        operands = [value if isinstance(value, _Value) else np.asarray(value) for value in operands]
+        operands = [value if isinstance(value, _Value) else as_numpy(value) for value in operands]
         if not any(isinstance(value, _Value) for value in operands):
-            return [np.asarray(result) for result in bind(equation, operands)]
+            return [*map(as_numpy, bind(equation, operands))]
         if name in _NOTHING:
             return [operands[0]]
         if name == "convert_element_type":

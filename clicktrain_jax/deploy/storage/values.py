@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clicktrain_jax.trees import is_key
+
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 _NAMES = (
     "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "bfloat16", "float32",
@@ -24,7 +26,7 @@ def to_numpy(name: str, leaf: Any) -> tuple[np.ndarray, str | None]:
         ValueError: no array, or a dtype that cannot be stored.
     """
     key = None
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and is_key(leaf):
         key = str(jax.random.key_impl(leaf))
         leaf = jax.random.key_data(leaf)
     if isinstance(leaf, jax.ShapeDtypeStruct):

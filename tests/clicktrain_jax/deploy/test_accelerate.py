@@ -443,7 +443,9 @@ def test_bad_input():
     # Closed over, parameters have no names.
     refused("passed in a call, not closed over", ct.accelerate(lambda x: apply_linen(variables, x), masks), X)
     refused("no leaf has a mask", ct.accelerate, apply_linen, {"kernel": None})
-    refused("'kernel' is float32", ct.accelerate, apply_linen, {"kernel": np.ones((3, 3, 1, 1), np.float32)})
+    refused(
+        "'kernel' has dtype float32", ct.accelerate, apply_linen, {"kernel": np.full((3, 3, 1, 1), 0.5, np.float32)}
+    )
     refused("call accelerate outside jit", jax.jit(lambda mask: ct.accelerate(apply_linen, {"k": mask})), True)
     refused("is a NnxNet, a module.*lambda model, x", ct.accelerate, nnx_net(False)[0], masks)
     refused("is a Net, a module.*model.apply", ct.accelerate, model, masks)

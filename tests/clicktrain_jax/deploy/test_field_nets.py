@@ -311,3 +311,76 @@ def test_a_wrapper_is_asked_for_its_own_arguments():
         arguments.check_function(function, ("variables", "images"))
     with pytest.raises(ValueError, match="cannot be called with"):
         arguments.check_function(whole, ("variables", "images"))
+
+
+def plain(params, x):
+    return conv(jnp.tanh(conv(x, params["a"])), params["b"]).mean((1, 2))
+
+
+@pytest.mark.parametrize("where", ["closed over", "a variable", "made of a variable"])
+def test_typed_random_keys(where, tmp_path):
+    """NumPy does not have them."""
+    masks, spoilt, kept = masked(PAIR, {"[ab]": 0.5}, {})
+    key = jax.random.key(0, impl="rbg" if where == "a variable" else "threefry2x32")
+    more = {"closed over": {}, "a variable": {"key": key}, "made of a variable": {"data": jax.random.key_data(key)}}
+
+    def forward(variables, x):
+        own = jax.random.wrap_key_data(variables["data"]) if "data" in variables else variables.get("key", key)
+        return plain(variables["net"], x) + jax.random.uniform(own, (8,))
+
+    variables = {"net": kept} | more[where]
+    wanted = jax.jit(forward)(variables, X)
+    fast = ct.accelerate(forward, masks, backend="xla")
+    np.testing.assert_allclose(jax.jit(fast)(variables | {"net": spoilt}, X), wanted, atol=1e-5)
+    ct.export(tmp_path / "net", forward, variables, masks, image_shape=X.shape[1:], c=where == "closed over")
+    for net in (ct.load(tmp_path / "net"), ct.load(tmp_path / "net", forward)):
+        np.testing.assert_allclose(net(X), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [None, "xla"])
+def test_no_images(backend):
+    masks, _, kept = masked(PAIR, {"[ab]": 0.5}, {})
+    assert ct.accelerate(plain, masks, backend=backend)(kept, X[:0]).shape == (0, 8)
+
+
+def test_what_calls_python_cannot_stand_in_a_file(tmp_path):
+    masks, _, kept = masked(PAIR, {"[ab]": 0.5}, {})
+    seen = []
+
+    def forward(params, x):
+        jax.debug.callback(seen.append, x.mean())
+        jax.debug.callback(lambda y: None, conv(x, params["b"]))
+        return plain(params, x)
+
+    settings = {"image_shape": X.shape[1:]}
+    with pytest.raises(ValueError, match=r"cannot be written as net.stablehlo .*callbacks .*stablehlo=False"):
+        ct.export(tmp_path / "net", forward, kept, masks, **settings)
+    ct.export(tmp_path / "net", forward, kept, masks, **settings, stablehlo=False)
+    net = ct.load(tmp_path / "net", forward)
+    jax.effects_barrier()
+    seen.clear()
+    np.testing.assert_allclose(net(X), plain(kept, X), atol=1e-5)
+    jax.effects_barrier()
+    assert seen == [pytest.approx(float(X.mean()))]
+
+
+def test_strict_modes(tmp_path):
+    """No tracer outlives its trace, and nothing goes to the device unasked."""
+    masks, _, kept = masked(PAIR, {"[ab]": 0.5}, {})
+    fast = ct.accelerate(plain, masks, backend="xla")
+    with jax.checking_leaks():
+        assert [row.runs for row in fast.report(kept, X).convolutions] == [SPARSE, SPARSE]
+        jax.jit(jax.grad(lambda params: fast(params, X).sum()))(kept)
+    with jax.transfer_guard("disallow"):
+        ct.export(tmp_path / "net", plain, kept, masks, image_shape=X.shape[1:], stablehlo=False)
+        ct.load(tmp_path / "net", plain).tuned(batch=1)
+        got = jax.jit(fast)(kept, X)
+    np.testing.assert_allclose(got, plain(kept, X), atol=1e-5)
+
+
+def test_a_masked_leaf_that_is_no_kernel_is_told():
+    masks, _, kept = masked(PAIR, {"[ab]": 0.5}, {})
+    params = kept | {"bias": leaf(3, (8,))}
+    masks = ct.masks.combine(masks) | {"bias": np.arange(8) < 4}
+    with pytest.raises(ValueError, match=r"'bias' \(8,\) .*among the arguments, but no convolution.*give None"):
+        ct.accelerate(lambda params, x: plain(params, x) + params["bias"], masks)(params, X)

@@ -224,6 +224,31 @@ def test_what_is_loaded_is_what_was_exported(loaded, tmp_path):
     close(ct.load(tmp_path / "list", in_turn, like=kernels)(X), in_turn(zeroed, X))
 
 
+def test_masks_are_read_alike_everywhere(tmp_path):
+    """Of 0 and 1 too; other numbers, and other shapes, are refused."""
+
+    def with_mask(mask):
+        return MASKS | {"Conv_1": MASKS["Conv_1"] | {"kernel": mask}}
+
+    for dtype in (np.int32, np.float32):
+        masks = with_mask(KEEP.astype(dtype))
+        close(ct.accelerate(apply, masks)(VARIABLES, X), apply(PRUNED, X))
+        ct.export(tmp_path / "net", apply, VARIABLES, masks, **SETTINGS)
+        net = ct.load(tmp_path / "net", apply)
+        close(net(X), apply(PRUNED, X))
+        assert net.report(1).convolutions[1].retained == pytest.approx(KEEP.mean())
+    soft, whole = with_mask(0.5 * KEEP), with_mask(KEEP[0, 0])
+    for call in (
+        lambda masks: ct.accelerate(apply, masks),
+        lambda masks: ct.export(tmp_path / "other", apply, PRUNED, masks, **SETTINGS),
+        lambda masks: ct.report(PRUNED["params"], masks),
+    ):
+        with pytest.raises(ValueError, match="the mask of 'Conv_1/kernel' has dtype float64, expected bool"):
+            call(soft)
+    with pytest.raises(ValueError, match=r"'params/Conv_1/kernel' has shape \(3, 3, 8, 8\), its mask \(8, 8\)"):
+        ct.export(tmp_path / "other", apply, PRUNED, whole, **SETTINGS)
+
+
 def test_what_is_printed_is_short(loaded):
     _, net = loaded
     plan = ct.make_plan(VARIABLES["params"], {"Conv_1/kernel": 0.5})

@@ -113,6 +113,21 @@ def test_masks_of_the_first_state(runs, name, toy):
     assert jax.tree.structure(shapes) == jax.tree.structure(history.states[0])
 
 
+@every_method
+def test_optax_tells_copies_of_the_parameters_from_all_else(runs, name):
+    """`optax.tree.map_params`, by which a state is sharded as the parameters are."""
+    tx, history = runs(name)
+    state = history.states[-1]
+    if name == "prunetrain":  # its masks have shapes that the parameters alone tell
+        with pytest.raises(ValueError, match="the tree has no leaf 'Conv_1/kernel'"):
+            optax.tree.map_params(tx, lambda leaf: -leaf, state)
+        return
+    turned = optax.tree.map_params(tx, lambda leaf: -leaf, state)
+    trace = optax.tree.get(state, "trace")
+    jax.tree.map(lambda new, old: np.testing.assert_array_equal(new, -old), optax.tree.get(turned, "trace"), trace)
+    jax.tree.map(np.testing.assert_array_equal, optax.tree.set(turned, trace=trace), state)
+
+
 @pytest.fixture
 def compilations():
     """A list that grows by one for each program that is compiled."""
