@@ -176,8 +176,9 @@ def gradient_of_drawn(trainer: Any, batch: int, way: str) -> Callable[..., Gradi
         if drawn.mixture is not None:
             if chosen is not None and not trainer.on_cpu:
                 # Each is gathered twice, in the kernel that mixes, rather than all of them in a kernel of its own.
-                of_partners = jax.tree.map(lambda array: array[drawn.mixture.partner], (chosen, drawn.crops))
-                partners = seen(data.images[of_partners[0]], of_partners[1])
+                partner = drawn.mixture.partner
+                theirs, crops = jax.tree.map(lambda array: array[partner], (chosen, drawn.crops))
+                partners = seen(data.images[theirs], crops)
             images, labels = mix(drawn.mixture, images, label, partners)
         images, *both = devices.divided((images, *labels[:2]))
         labels = (*both, labels[2])
