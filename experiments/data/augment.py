@@ -126,13 +126,16 @@ def draw_mixture(key: jax.Array, count: int, alpha: float) -> Mixture:
     return Mixture(lam, jax.random.permutation(partner_key, count))
 
 
-def mix(mixture: Mixture, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def mix(
+    mixture: Mixture, images: jax.Array, labels: jax.Array, partners: jax.Array | None = None
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Mixes each image with another of its batch: lam * a + (1 - lam) * b. The loss mixes likewise.
 
     Args:
         mixture: Of `draw_mixture`.
         images: Floats (N, ...), normalised.
         labels: (N,) integers or (N, K) one-hot.
+        partners: ``images[mixture.partner]`` where they are known.
 
     Returns:
         The mixed images, in dtype and shape of `images`, and (labels_a, labels_b, lam): `labels`, the partners' labels,
@@ -140,6 +143,7 @@ def mix(mixture: Mixture, images: jax.Array, labels: jax.Array) -> tuple[jax.Arr
     """
     lam, partner = mixture
     # In float32, so that bfloat16 images are rounded once.
-    first, second = images.astype(jnp.float32), images[partner].astype(jnp.float32)
+    second = (images[partner] if partners is None else partners).astype(jnp.float32)
+    first = images.astype(jnp.float32)
     mixed = (lam * first + (1.0 - lam) * second).astype(images.dtype)
     return mixed, (labels, labels[partner], lam)

@@ -156,6 +156,13 @@ def gradient_of_drawn(trainer: Any, batch: int, way: str) -> Callable[..., Gradi
         params: Any, batch_stats: Any, data: Images, order: Any, index: Any, drawn: Drawn, structures: Any
     ) -> Gradient:
         structures, retained = _parted(structures)
+
+        def seen(images: jax.Array, crops: Crops | None) -> jax.Array:
+            if crops is not None:
+                images = devices.each(functools.partial(crop, pad=config.crop_padding), batch)(crops, images)
+            return normalise(images, dataset.mean, dataset.std)
+
+        chosen = partners = None
         if order is None:
             images, label = data
         elif devices.mesh is None:
@@ -164,12 +171,15 @@ def gradient_of_drawn(trainer: Any, batch: int, way: str) -> Callable[..., Gradi
         else:
             # A last, smaller batch is alone in its array: whatever its index, the only one is taken.
             images, label = (jax.lax.dynamic_index_in_dim(array, index, keepdims=False) for array in data)
-        if drawn.crops is not None:
-            images = devices.each(functools.partial(crop, pad=config.crop_padding), batch)(drawn.crops, images)
-        images = normalise(images, dataset.mean, dataset.std)
+        images = seen(images, drawn.crops)
         labels = (label, label, None)
         if drawn.mixture is not None:
-            images, labels = mix(drawn.mixture, images, label)
+            if chosen is not None and not trainer.on_cpu:
+                # Each is gathered twice, in the kernel that mixes, rather than all of them in a kernel of its own.
+                partner = drawn.mixture.partner
+                theirs, crops = jax.tree.map(lambda array: array[partner], (chosen, drawn.crops))
+                partners = seen(data.images[theirs], crops)
+            images, labels = mix(drawn.mixture, images, label, partners)
         images, *both = devices.divided((images, *labels[:2]))
         labels = (*both, labels[2])
         return of_batch(params, batch_stats, structures, images, labels, drawn.dropout, retained)
@@ -201,7 +211,8 @@ def change_of(trainer: Any, kind: str) -> Callable[..., Any]:
         moved, opt_state = update(gradient.grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, moved)
         row = jnp.stack([loss, gradient.top1]).astype(jnp.float32)
-        metrics = jax.lax.dynamic_update_index_in_dim(metrics, row, index, 0)
+        # Not a slice that is written: where many small arrays are written by one kernel, these numbers are too.
+        metrics = jnp.where(jnp.arange(len(metrics))[:, None] == index, row, metrics)
         average = ()
         if trainer.config.ema_epochs:
             first = (trainer.config.total_epochs - trainer.config.ema_epochs) * trainer.steps_per_epoch
@@ -287,8 +298,8 @@ def update_loop(trainer: Any, kind: str, batch: int, way: str, count: int) -> Ca
 
     The arguments are those of `update_step`, ``first`` being the first update's index. What chance decides is drawn
     before the loop, and ``count`` is no argument: a loop whose end a GPU has to look up waits for the host each time.
-    Between updates small arrays lie side by side, so that one kernel writes them all, and the large weights that the
-    net reads in its short dtype are kept in it too, so that what changes a weight writes both.
+    Between updates small arrays, counts and metrics lie side by side, so that one kernel writes them all, and the large
+    weights that the net reads in its short dtype are kept in it too, so that what changes a weight writes both.
     """
     draw, gradient = draw_of(trainer, batch), gradient_of_drawn(trainer, batch, way)
     change, dtype = change_of(trainer, kind), jnp.dtype(trainer.config.precision)
@@ -306,8 +317,8 @@ def update_loop(trainer: Any, kind: str, batch: int, way: str, count: int) -> Ca
         drawn = jax.vmap(draw, (None, 0))(key, state.step + jnp.arange(count))
 
         def once(number: Any, carry: Any) -> Any:
-            packed, short, metrics = carry
-            state, index = unpack(packed), first + number
+            packed, short = carry
+            (state, metrics), index = unpack(packed), first + number
             now = jax.tree.map(lambda leaf: leaf[number], drawn)
             # What is rounded has a gradient of its own dtype, as it has where the net does the rounding.
             leaves, structure = jax.tree.flatten(state.params)
@@ -315,12 +326,11 @@ def update_loop(trainer: Any, kind: str, batch: int, way: str, count: int) -> Ca
             found = gradient(params, state.batch_stats, data, order, index, now, structures)
             grads = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), found.grads, state.params)
             state, metrics = change(state, metrics, index, found._replace(grads=grads))
-            return pack(state)[0], rounded(state.params), metrics
+            return pack((state, metrics))[0], rounded(state.params)
 
-        packed, unpack = pack(state)
-        start = packed, rounded(state.params), metrics
-        packed, _, metrics = jax.lax.fori_loop(0, count, once, start)
-        return unpack(packed), metrics
+        packed, unpack = pack((state, metrics))
+        packed, _ = jax.lax.fori_loop(0, count, once, (packed, rounded(state.params)))
+        return unpack(packed)
 
     return run
 
@@ -346,26 +356,36 @@ def read_in(trainer: Any, dtype: jax.typing.DTypeLike) -> set[int]:
 
 
 def pack(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """``(packed, unpack)``: small floating-point arrays of a tree in one vector for each dtype, the others as they are.
+    """``(packed, unpack)``: small floating-point arrays of a tree, and counts, in one vector of bits for each size of
+    number; the others as they are.
 
     Args:
         tree: of arrays.
     """
     leaves, structure = jax.tree.flatten(tree)
     shapes = [jnp.shape(leaf) for leaf in leaves]
-    small: dict[Any, list[int]] = {}
+    small: dict[str, list[int]] = {}
     for place, leaf in enumerate(leaves):
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and 0 < leaf.size <= SMALL:
-            small.setdefault(jnp.dtype(leaf.dtype).name, []).append(place)
-    flat = {name: jnp.concatenate([leaves[place].reshape(-1) for place in places]) for name, places in small.items()}
+        most = SMALL if jnp.issubdtype(leaf.dtype, jnp.floating) else int(jnp.issubdtype(leaf.dtype, jnp.integer))
+        if 0 < leaf.size <= most:
+            small.setdefault(f"uint{8 * leaf.dtype.itemsize}", []).append(place)
+    flat = {
+        bits: jnp.concatenate([_as(bits, leaves[place]).reshape(-1) for place in places])
+        for bits, places in small.items()
+    }
     whole = {place: leaf for place, leaf in enumerate(leaves) if all(place not in places for places in small.values())}
 
     def unpack(packed: Any) -> Any:
         flat, found = packed[0], dict(packed[1])
-        for name, places in small.items():
+        for bits, places in small.items():
             sizes = [math.prod(shapes[place]) for place in places]
-            for place, part in zip(places, jnp.split(flat[name], list(itertools.accumulate(sizes))[:-1])):
-                found[place] = part.reshape(shapes[place])
+            for place, part in zip(places, jnp.split(flat[bits], list(itertools.accumulate(sizes))[:-1])):
+                found[place] = _as(leaves[place].dtype, part).reshape(shapes[place])
         return structure.unflatten(found[place] for place in range(len(leaves)))
 
     return (flat, whole), unpack
+
+
+def _as(dtype: jax.typing.DTypeLike, leaf: Any) -> jax.Array:
+    """The same bits as numbers of another dtype, as wide."""
+    return leaf if leaf.dtype == dtype else jax.lax.bitcast_convert_type(leaf, dtype)

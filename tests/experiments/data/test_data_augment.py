@@ -139,3 +139,16 @@ def test_mixup_keeps_dtype_and_follows_its_key():
 def test_a_mixture_refuses():
     with pytest.raises(ValueError, match="alpha=0"):
         draw_mixture(jax.random.key(0), 64, 0)
+
+
+def test_partners_that_are_known_make_the_same_mixture():
+    keys = jax.random.split(jax.random.key(7))
+    batch, labels = images((8, 6, 5, 3)), jnp.arange(8)
+    crops, mixture = draw_crops(keys[0], 8, pad=2, flip=True), draw_mixture(keys[1], 8, 0.3)
+
+    def seen(crops, batch):
+        return normalise(crop(crops, batch, pad=2), (0.5,) * 3, (0.25,) * 3)
+
+    partners = seen(*jax.tree.map(lambda array: array[mixture.partner], (crops, batch)))
+    found, expected = mix(mixture, seen(crops, batch), labels, partners), mix(mixture, seen(crops, batch), labels)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

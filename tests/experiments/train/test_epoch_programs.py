@@ -97,13 +97,16 @@ def test_packing_changes_nothing():
     tree = {
         "small": jnp.arange(6.0).reshape(2, 3),
         "other": jnp.ones(3),
-        "count": jnp.int32(7),
+        "nan": jnp.float32(jnp.nan),
+        "count": jnp.int32(-7),
+        "codes": jnp.arange(3),
+        "flag": jnp.bool_(True),
         "short": jnp.ones(2, jnp.bfloat16),
         "empty": jnp.zeros((0,)),
         "large": jnp.ones((100, 100)),
     }
     packed, unpack = pack(tree)
-    assert {name: len(flat) for name, flat in packed[0].items()} == {"float32": 9, "bfloat16": 2}
+    assert {name: len(flat) for name, flat in packed[0].items()} == {"uint32": 11, "uint16": 2}
     jax.tree.map(np.testing.assert_array_equal, unpack(packed), tree)
 
 
