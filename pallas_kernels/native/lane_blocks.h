@@ -12,80 +12,78 @@ constexpr int kMostRows = 8, kMostColumns = 8;
 // With so few sums each would wait for its last product: several sets of them are kept, and added at the end.
 constexpr int kFewSums = 2;
 
-// One list on a block of rows x columns positions; `at` are the rows' places, `apart` vectors lie between columns.
-template <int Rows, int Columns, int Apart>
+// One list on a block of rows x columns positions; `at` are the rows' places, `apart` vectors lie between columns. An
+// entry has one tap, or the four of a corner, which begin so many codes behind it.
+template <int Taps, int Rows, int Columns, int Apart>
 void lane_block(const float* x, const int64_t* at, const int32_t* codes, const float* weights, int64_t count,
-                const int32_t* place, float* y, const int64_t* to, int64_t out_apart, bool begins) {
-  Vec<kLanes> sum[Rows][Columns];
+                const int32_t* place, const int32_t* steps, float* y, const int64_t* to, int64_t out_apart, bool begins) {
+  constexpr int kSets = Rows * Columns <= kFewSums ? 4 : 1;
+  Vec<kLanes> sum[kSets][Rows][Columns] = {};
+  if (!begins) {
 #pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r)
+    for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < Columns; ++c)
-      sum[r][c] = begins ? Vec<kLanes>{} : load<kLanes>(y + to[r] + c * out_apart);
+      for (int c = 0; c < Columns; ++c) sum[0][r][c] = load<kLanes>(y + to[r] + c * out_apart);
+  }
   const float* row[Rows];
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) row[r] = x + at[r];
+  const auto add = [&](int32_t code, float weight, int set) __attribute__((always_inline)) {
+    const int64_t offset = place[code];
+    const Vec<kLanes> w = splat<kLanes>(weight);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < Columns; ++c) sum[set % kSets][r][c] += w * load<kLanes>(row[r] + offset + c * (Apart * kLanes));
+  };
   int64_t k = 0;
-  if constexpr (Rows * Columns <= kFewSums) {  // four entries side by side
-    Vec<kLanes> more[3][Rows][Columns] = {};
-    for (; k + 4 <= count; k += 4) {
+  if constexpr (Taps == 4) {
+    for (; k < count; ++k)
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const int64_t offset = place[codes[k + j]];
-        const Vec<kLanes> w = splat<kLanes>(weights[k + j]);
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-          for (int c = 0; c < Columns; ++c)
-            (j == 0 ? sum[r][c] : more[j > 0 ? j - 1 : 0][r][c]) += w * load<kLanes>(row[r] + offset + c * (Apart * kLanes));
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-      for (int c = 0; c < Columns; ++c) sum[r][c] = (sum[r][c] + more[0][r][c]) + (more[1][r][c] + more[2][r][c]);
-  }
-  for (; k < count; ++k) {
-    const int64_t offset = place[codes[k]];
-    const Vec<kLanes> w = splat<kLanes>(weights[k]);
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-      for (int c = 0; c < Columns; ++c) sum[r][c] += w * load<kLanes>(row[r] + offset + c * (Apart * kLanes));
+      for (int j = 0; j < 4; ++j) add(codes[k] + steps[j], weights[4 * k + j], j);
+  } else {
+    for (; kSets == 4 && k + 4 <= count; k += 4)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) add(codes[k + j], weights[k + j], j);
+    for (; k < count; ++k) add(codes[k], weights[k], 0);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < Columns; ++c) store<kLanes>(y + to[r] + c * out_apart, sum[r][c]);
+    for (int c = 0; c < Columns; ++c) {
+      Vec<kLanes> total = sum[0][r][c];
+      if constexpr (kSets == 4) total = (total + sum[1][r][c]) + (sum[2][r][c] + sum[3][r][c]);
+      store<kLanes>(y + to[r] + c * out_apart, total);
+    }
 }
 
-using LaneBlock = void (*)(const float*, const int64_t*, const int32_t*, const float*, int64_t, const int32_t*, float*,
-                           const int64_t*, int64_t, bool);
-template <int Apart, int Columns>
+using LaneBlock = void (*)(const float*, const int64_t*, const int32_t*, const float*, int64_t, const int32_t*,
+                           const int32_t*, float*, const int64_t*, int64_t, bool);
+template <int Taps, int Apart, int Columns>
 LaneBlock lane_block_rows(int rows) {
   constexpr int most = std::min(kMostRows, kMostSums / Columns);
   switch (rows) {
-    case 1: return lane_block<1, Columns, Apart>;
-    case 2: return lane_block<std::min(2, most), Columns, Apart>;
-    case 3: return lane_block<std::min(3, most), Columns, Apart>;
-    case 4: return lane_block<std::min(4, most), Columns, Apart>;
-    case 5: return lane_block<std::min(5, most), Columns, Apart>;
-    case 6: return lane_block<std::min(6, most), Columns, Apart>;
-    case 7: return lane_block<std::min(7, most), Columns, Apart>;
-    default: return lane_block<std::min(8, most), Columns, Apart>;
+    case 1: return lane_block<Taps, 1, Columns, Apart>;
+    case 2: return lane_block<Taps, std::min(2, most), Columns, Apart>;
+    case 3: return lane_block<Taps, std::min(3, most), Columns, Apart>;
+    case 4: return lane_block<Taps, std::min(4, most), Columns, Apart>;
+    case 5: return lane_block<Taps, std::min(5, most), Columns, Apart>;
+    case 6: return lane_block<Taps, std::min(6, most), Columns, Apart>;
+    case 7: return lane_block<Taps, std::min(7, most), Columns, Apart>;
+    default: return lane_block<Taps, std::min(8, most), Columns, Apart>;
   }
 }
-template <int Apart>
+template <int Taps, int Apart>
 LaneBlock lane_block_for(int rows, int columns) {
   switch (columns) {
-    case 1: return lane_block_rows<Apart, 1>(rows);
-    case 2: return lane_block_rows<Apart, 2>(rows);
-    case 3: return lane_block_rows<Apart, 3>(rows);
-    case 4: return lane_block_rows<Apart, 4>(rows);
-    case 5: return lane_block_rows<Apart, 5>(rows);
-    case 6: return lane_block_rows<Apart, 6>(rows);
-    case 7: return lane_block_rows<Apart, 7>(rows);
-    default: return lane_block_rows<Apart, 8>(rows);
+    case 1: return lane_block_rows<Taps, Apart, 1>(rows);
+    case 2: return lane_block_rows<Taps, Apart, 2>(rows);
+    case 3: return lane_block_rows<Taps, Apart, 3>(rows);
+    case 4: return lane_block_rows<Taps, Apart, 4>(rows);
+    case 5: return lane_block_rows<Taps, Apart, 5>(rows);
+    case 6: return lane_block_rows<Taps, Apart, 6>(rows);
+    case 7: return lane_block_rows<Taps, Apart, 7>(rows);
+    default: return lane_block_rows<Taps, Apart, 8>(rows);
   }
 }
 

@@ -40,6 +40,8 @@ class LaneProduct {
   }
 
  private:
+  static constexpr int64_t kNearCache = 24 * 1024;  // of the first cache, for what a block of positions reads
+  static constexpr int64_t kFewProducts = 512;      // of a block's sums in one part
   class OneTask : public Pool {
    public:
     int64_t threads() const override { return 1; }
@@ -90,108 +92,143 @@ class LaneProduct {
     parallel(pool, div_up(p_.outputs, width), [&](int64_t task) {
       Scratch sums(4 * width * positions);
       const int64_t first = task * width, last = std::min(p_.outputs, first + width);
-      multiply(found, first, last, lanes.as<float>(), stride, count, sums.as<float>(), positions);
+      multiply(found, first, last, lanes.as<float>(), count, sums.as<float>(), positions);
       from_lanes(first, last, sums.as<float>(), positions, begin, count, y);
     });
   }
 
-  // What a block of positions reads, and where its sums go.
-  struct Target {
-    const float* x;
-    float* sums;
-    bool begins;
+  // Lists of some outputs, and where each one's part of each block of channels begins: (output, block + 1).
+  struct Parts {
+    int64_t blocks;
+    std::vector<const int32_t*> codes;
+    std::vector<const float*> weights;
+    std::vector<int64_t> begin;
+    int64_t outputs() const { return static_cast<int64_t>(codes.size()); }
   };
 
-  void multiply(const std::vector<Kind>& kinds, int64_t first, int64_t last, const float* x, int64_t stride, int64_t count,
-                float* sums, int64_t positions) const {
-    const int64_t channels = std::max<int64_t>(1, kLaneCache / (4 * stride));
+  // Sums of outputs [first, last). A block of positions of all outputs after the other, and of so many channels that
+  // what it reads of them stays in the first cache.
+  void multiply(const std::vector<Kind>& kinds, int64_t first, int64_t last, const float* x, int64_t count, float* sums,
+                int64_t positions) const {
     const bool plain = kinds.size() == 1 && p_.rows.step == 1 && p_.columns.step == 1;
-    std::vector<int32_t> codes;
-    std::vector<float> values;
     for (const Kind& kind : kinds) {
+      const int64_t rows = std::min<int64_t>(kind.rows, 4) * p_.rows.step + p_.rows.taps - 1;
+      const int64_t columns = std::min<int64_t>(kind.columns, 4) * p_.columns.step + p_.columns.taps - 1;
+      // A part's sums are read and written: that wants some products of each, and more where nothing is read for a
+      // second block of positions.
+      const int64_t products = kind.rows * kind.columns > 16 ? kFewProducts : 4 * kFewProducts;
+      const int64_t sums_of = std::min<int64_t>(kind.rows, 4) * std::min<int64_t>(kind.columns, 4);
+      const int64_t few = div_up(products * p_.inputs * p_.outputs, sums_of * std::max<int64_t>(1, w_.weights));
+      const int64_t most = std::max(kNearCache / (4 * kLanes * rows * columns), few), blocks = div_up(p_.inputs, most);
+      Parts corners{blocks, {}, {}, {}}, singles{blocks, {}, {}, {}};
+      std::vector<std::vector<int32_t>> codes(kind.all ? 0 : last - first);
+      std::vector<std::vector<float>> values(codes.size());
+      bool has_corners = false, has_singles = !kind.all;
+      for (int64_t output = first; output < last; ++output) {
+        const LaneWeights::List list = w_.list_of(output);
+        if (kind.all) {
+          add_list(list.corners, list.corner_count, list.corner_values, corners);
+          add_list(list.singles, list.single_count, list.single_values, singles);
+          has_corners = has_corners || list.corner_count > 0;
+          has_singles = has_singles || list.single_count > 0;
+        } else {
+          std::vector<int32_t>& of = codes[output - first];
+          take_apart(kind, list, of, values[output - first]);
+          add_list(of.data(), static_cast<int64_t>(of.size()), values[output - first].data(), singles);
+        }
+      }
       std::vector<int64_t> at, to;
       for (int64_t g = 0; g < count; ++g)
         for (int64_t r = 0; r < kind.rows; ++r) {
           at.push_back(g * q_.plane() + r * p_.rows.step * q_.in_wide * kLanes);
           to.push_back((g * q_.positions() + (kind.first_row + r * p_.rows.spread) * q_.wide + kind.first_column) * kLanes);
         }
-      for (int64_t from = 0; from < p_.inputs; from += channels) {
-        const int32_t low = static_cast<int32_t>(from * w_.taps());
-        const int32_t high = static_cast<int32_t>(std::min(p_.inputs, from + channels) * w_.taps());
-        for (int64_t output = first; output < last; ++output) {
-          const LaneWeights::List list = w_.list_of(output);
-          const Part corners = part_of(list.corners, list.corner_count, low, high);
-          const Part singles = part_of(list.singles, list.single_count, low, high);
-          Target target{x, sums + (output - first) * positions, from == 0};
-          if (plain) {
-            if (corners.count > 0) {
-              run_corners(kind, list.corners + corners.begin, list.corner_values + 4 * corners.begin, corners.count, count, target);
-              target.begins = false;
-            }
-            if (singles.count > 0 || target.begins)
-              run_singles(kind, at, to, list.singles + singles.begin, list.single_values + singles.begin, singles.count, target);
-            continue;
-          }
-          // Corners are taken apart, and what reads nothing here is left out.
-          codes.clear();
-          values.clear();
-          const int32_t steps[4] = {0, 1, static_cast<int32_t>(w_.kw), static_cast<int32_t>(w_.kw + 1)};
-          for (int64_t k = corners.begin; k < corners.begin + corners.count; ++k)
-            for (int j = 0; j < 4; ++j)
-              if (kind.place[list.corners[k] + steps[j]] >= 0) {
-                codes.push_back(list.corners[k] + steps[j]);
-                values.push_back(list.corner_values[4 * k + (w_.turned ? 3 - j : j)]);
-              }
-          for (int64_t k = singles.begin; k < singles.begin + singles.count; ++k)
-            if (kind.place[list.singles[k]] >= 0) {
-              codes.push_back(list.singles[k]);
-              values.push_back(list.single_values[k]);
-            }
-          run_singles(kind, at, to, codes.data(), values.data(), static_cast<int64_t>(codes.size()), target);
-        }
-      }
+      if (has_corners && plain)
+        run_corners(kind, corners, count, x, sums, positions);
+      else if (has_corners)
+        run_apart<4>(kind, corners, at, to, x, sums, positions, true);
+      if (has_singles || !has_corners) run_apart<1>(kind, singles, at, to, x, sums, positions, !has_corners);
     }
   }
 
-  void run_corners(const Kind& kind, const int32_t* codes, const float* weights, int64_t length, int64_t count,
-                   const Target& target) const {
+  void add_list(const int32_t* codes, int64_t count, const float* weights, Parts& parts) const {
+    parts.codes.push_back(codes);
+    parts.weights.push_back(weights);
+    parts.begin.push_back(0);
+    for (int64_t block = 1; block < parts.blocks; ++block)
+      parts.begin.push_back(std::lower_bound(codes, codes + count, p_.inputs * block / parts.blocks * w_.taps()) - codes);
+    parts.begin.push_back(count);
+  }
+
+  // A list by single taps, without those that read nothing here, in rising order of their channels.
+  void take_apart(const Kind& kind, const LaneWeights::List& list, std::vector<int32_t>& codes,
+                  std::vector<float>& values) const {
+    const auto add = [&](int32_t code, float value) {
+      if (kind.place[code] >= 0) codes.push_back(code), values.push_back(value);
+    };
+    int64_t single = 0;
+    const auto add_singles = [&](int64_t end) {
+      for (; single < list.single_count && list.singles[single] < end; ++single)
+        add(list.singles[single], list.single_values[single]);
+    };
+    for (int64_t k = 0; k < list.corner_count; ++k) {
+      add_singles(list.corners[k]);
+      for (int j = 0; j < 4; ++j) add(list.corners[k] + corner_step(j), list.corner_values[4 * k + (w_.turned ? 3 - j : j)]);
+    }
+    add_singles(p_.inputs * w_.taps());
+  }
+  int32_t corner_step(int j) const { return static_cast<int32_t>(j / 2 * w_.kw + j % 2); }
+
+  void run_corners(const Kind& kind, const Parts& lists, int64_t count, const float* x, float* sums, int64_t positions) const {
     // A corner begins at its first tap, or at its last where taps count backwards.
     const int32_t* place = kind.place.data() + (w_.turned ? w_.kw + 1 : 0);
-    const int64_t pitch = q_.in_wide * kLanes, out_pitch = q_.wide * kLanes;
+    const int64_t pitch = q_.in_wide * kLanes, out_pitch = q_.wide * kLanes, outputs = lists.outputs();
     const int64_t columns = div_up(q_.wide, div_up(q_.wide, kCornerColumns));
-    for (int64_t c = 0; c < q_.wide; c += columns) {
-      const int n = static_cast<int>(std::min(columns, q_.wide - c));
-      const int64_t turns = div_up(q_.high, std::min(4, kCornerSums / n)), rows = div_up(q_.high, turns);
-      for (int64_t g = 0; g < count; ++g)
+    for (int64_t g = 0; g < count; ++g)
+      for (int64_t c = 0; c < q_.wide; c += columns) {
+        const int n = static_cast<int>(std::min(columns, q_.wide - c));
+        const int64_t turns = div_up(q_.high, std::min(4, kCornerSums / n)), rows = div_up(q_.high, turns);
         for (int64_t r = 0; r < q_.high; r += rows) {
-          const int m = static_cast<int>(std::min(rows, q_.high - r));
-          corner_block_for(m, n)(target.x + g * q_.plane() + r * pitch + c * kLanes, pitch, codes, weights, length, place,
-                                 target.sums + g * q_.positions() * kLanes + r * out_pitch + c * kLanes, out_pitch,
-                                 target.begins);
+          const CornerBlock run = corner_block_for(static_cast<int>(std::min(rows, q_.high - r)), n);
+          const float* from = x + g * q_.plane() + r * pitch + c * kLanes;
+          float* to = sums + g * q_.positions() * kLanes + r * out_pitch + c * kLanes;
+          for (int64_t block = 0; block < lists.blocks; ++block)
+            for (int64_t output = 0; output < outputs; ++output) {
+              const int64_t* part = lists.begin.data() + output * (lists.blocks + 1) + block;
+              const int64_t begin = part[0], length = part[1] - begin;
+              if (length > 0 || block == 0)
+                run(from, pitch, lists.codes[output] + begin, lists.weights[output] + 4 * begin, length, place,
+                    to + output * positions, out_pitch, block == 0);
+            }
         }
-    }
+      }
   }
 
-  void run_singles(const Kind& kind, const std::vector<int64_t>& at, const std::vector<int64_t>& to, const int32_t* codes,
-                   const float* weights, int64_t length, const Target& target) const {
-    if (length == 0 && !target.begins) return;
-    const int64_t columns = div_up(kind.columns, div_up(kind.columns, kMostColumns));
+  // Entries of so many taps, each of which has a place of its own.
+  template <int Taps>
+  void run_apart(const Kind& kind, const Parts& lists, const std::vector<int64_t>& at, const std::vector<int64_t>& to,
+                 const float* x, float* sums, int64_t positions, bool begins) const {
+    const int64_t columns = div_up(kind.columns, div_up(kind.columns, kMostColumns)), outputs = lists.outputs();
     const int64_t step = p_.columns.step, out_step = p_.columns.spread * kLanes, all = static_cast<int64_t>(at.size());
+    int32_t steps[4] = {0, 0, 0, 0};
+    for (int j = 0; j < Taps && Taps > 1; ++j) steps[j] = corner_step(w_.turned ? 3 - j : j);
     for (int64_t c = 0; c < kind.columns; c += columns) {
       const int n = static_cast<int>(std::min(columns, kind.columns - c));
       const int64_t rows = div_up(all, div_up(all, std::min(kMostRows, kMostSums / n)));
       for (int64_t r = 0; r < all; r += rows) {
         const int m = static_cast<int>(std::min(rows, all - r));
-        if (step <= 2) {
-          (step == 1 ? lane_block_for<1>(m, n) : lane_block_for<2>(m, n))(
-              target.x + c * step * kLanes, at.data() + r, codes, weights, length, kind.place.data(),
-              target.sums + c * out_step, to.data() + r, out_step, target.begins);
-        } else {
-          for (int one = 0; one < n; ++one)
-            lane_block_for<1>(m, 1)(target.x + (c + one) * step * kLanes, at.data() + r, codes, weights, length,
-                                    kind.place.data(), target.sums + (c + one) * out_step, to.data() + r, out_step,
-                                    target.begins);
-        }
+        for (int64_t block = 0; block < lists.blocks; ++block)
+          for (int64_t output = 0; output < outputs; ++output) {
+            const int64_t* part = lists.begin.data() + output * (lists.blocks + 1) + block;
+            const int64_t begin = part[0], length = part[1] - begin;
+            const bool is_first = begins && block == 0;
+            if (length == 0 && !is_first) continue;
+            const int64_t most = step <= 2 ? n : 1;
+            const auto run = step == 2 ? lane_block_for<Taps, 2>(m, n) : lane_block_for<Taps, 1>(m, static_cast<int>(most));
+            for (int64_t one = c; one < c + n; one += most)
+              run(x + one * step * kLanes, at.data() + r, lists.codes[output] + begin, lists.weights[output] + Taps * begin,
+                  length, kind.place.data(), steps, sums + output * positions + one * out_step, to.data() + r, out_step, is_first);
+          }
       }
     }
   }

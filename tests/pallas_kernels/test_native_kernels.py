@@ -34,6 +34,8 @@ ODD = (
     Case("rests-of-8-stride-3", (11, 8), 2, 19, 21, strides=(3, 2), tile=(8, 1), removed=0.3),
     Case("many-images", (3, 2), 35, 5, 9, tile=(1, 1), removed=0.3),
     Case("many-images-stride-2", (6, 5), 33, 18, 17, strides=(2, 2), tile=(1, 1), removed=0.3),
+    Case("parts-of-channels", (9, 8), 17, 43, 18, tile=(1, 1), removed=0.3),
+    Case("parts-of-channels-stride-2", (17, 16), 17, 43, 18, strides=(2, 2), tile=(1, 1), removed=0.3),
     Case("wide-image", (1, 61), 1, 6, 20, tile=(1, 1)),
     Case("singles", (8, 8), 2, 20, 19, tile=(1, 1), patterns=((0, 4, 8), (2,), (1, 3, 5, 7)), removed=0.2),
     Case("corners-and-singles", (8, 8), 2, 20, 19, tile=(1, 1), patterns=(CORNERS[0], (4,), CORNERS[3]), removed=0.2),
