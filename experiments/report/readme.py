@@ -259,33 +259,38 @@ def deployed(records: Path = RECORDS) -> list[Mapping[str, Any]]:
     return [one for one in found if one["setting"]["cpu"]["cores"] == most]
 
 
-def times_faster(record: Mapping[str, Any]) -> dict[int, float]:
-    """By the batch sizes that are shown: the fastest dense engine's median over the exported net's."""
+def times_faster(record: Mapping[str, Any], in_c: bool = False) -> dict[int, float]:
+    """By the batch sizes that are shown: the fastest dense engine's median over the exported net's, or its C file's."""
     found = {}
     for size, batch in record["batches"].items():
-        if int(size) not in _SIZES:
-            continue
-        dense = [ratio for name, ratio in deploy.ratios(batch).items() if name != deploy.IN_C]
-        if dense:
-            found[int(size)] = min(dense)
+        ratios = deploy.ratios(batch)
+        ours = ratios.pop(deploy.IN_C, None) if in_c else 1.0
+        ratios.pop(deploy.IN_C, None)
+        if int(size) in _SIZES and ratios and ours:
+            found[int(size)] = min(ratios.values()) / ours
     return found
 
 
 def _speed(records: Path) -> _Answer:
     """Against the fastest dense engine of each batch size."""
-    found = [(record, times_faster(record)) for record in deployed(records)]
-    found = [(record, times) for record, times in found if times]
-    if not found:
+    found = deployed(records)
+    said = _by_shape(found, in_c=False)
+    if not said:
         return _NOT_MEASURED, []
-    parts: dict[str, list[float]] = {}
-    for record, times in found:
-        parts.setdefault(_shape(record), []).extend(times.values())
-    cores = found[0][0]["setting"]["cpu"]["cores"]
-    said = ", ".join(f"{name} {_span(times, 1)} times" for name, times in parts.items())
-    sizes = sorted({size for _, times in found for size in times})
-    nets = " and ".join(sorted({_NETS[record["net"]["net"]["name"]] for record, _ in found}))
+    sizes = sorted({size for record in found for size in times_faster(record)})
+    nets = " and ".join(sorted({_NETS[record["net"]["net"]["name"]] for record in found}))
     images = f"{', '.join(map(str, sizes[:-1]))} and {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
-    return said, [f"{nets} at 8x, {images} images a call, {_cores(cores)}, against the fastest dense engine"]
+    cores = _cores(found[0]["setting"]["cpu"]["cores"])
+    in_c = _by_shape(found, in_c=True)
+    figures = [f"{nets} at 8x, {images} images a call, {cores}, against the fastest dense engine"]
+    return said, figures + ([f"as one C file: {in_c}"] if in_c else [])
+
+
+def _by_shape(found: Sequence[Mapping[str, Any]], in_c: bool) -> str:
+    parts: dict[str, list[float]] = {}
+    for record in found:
+        parts.setdefault(_shape(record), []).extend(times_faster(record, in_c).values())
+    return ", ".join(f"{name} {_span(times, 1)} times" for name, times in parts.items() if times)
 
 
 def _name(record: Mapping[str, Any]) -> str:

@@ -34,9 +34,19 @@ def test_without_records_it_says_so(tmp_path):
 def test_the_fastest_dense_engine_counts_and_one_core_does_not(tmp_path):
     write_export(tmp_path / "deploy", "vgg13", [32, 1], 1.0, XLA=9.0, PyTorch=2.5)
     write_export(tmp_path / "deploy", "vgg13", [32, 1], 1.0, cores=1, XLA=99.0)
-    assert "| **in tiles of 32 2.5 times**" in readme.status(tmp_path)
+    assert "| **in tiles of 32 2.5 times**" in readme.status(tmp_path) and "C file" not in readme.status(tmp_path)
     readme.draw(tmp_path / "pictures" / "speed.png", tmp_path)
     assert (tmp_path / "pictures" / "speed.png").stat().st_size > 1000
+
+
+def test_the_same_net_in_c_is_told_beside_it_and_is_no_dense_engine(tmp_path):
+    write_export(tmp_path / "deploy", "vgg13", [1, 1], 1.0, XLA=3.0)
+    path = next((tmp_path / "deploy").iterdir())
+    record = json.loads(path.read_text())
+    record["batches"]["1"][readme.deploy.IN_C] = engine(0.75)
+    path.write_text(json.dumps(record))
+    found = readme.status(tmp_path)
+    assert "| **kernel by kernel 3.0 times**" in found and "as one C file: kernel by kernel 4.0 times" in found
 
 
 def test_cards_are_not_mixed(tmp_path):
