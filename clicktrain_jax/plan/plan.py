@@ -64,7 +64,8 @@ class Plan:
 
     def tree_of(self, params: Tree) -> Tree:
         """The parameters, checked; zeros of this plan's names in nested dictionaries for what stands in their place
-        where `optax.tree_map_params` asks ``init`` which parts of a state are copies of them.
+        where `optax.tree_map_params` asks ``init`` which parts of a state are copies of them: parameters in nested
+        dictionaries alone are found so.
 
         Raises:
             ValueError: as `check_tree`.

@@ -200,6 +200,7 @@ def _row(study: Study, cell: Cell) -> tuple[str, ...]:
     def shown(name: str, digits: int = 2, suffix: str = "") -> str:
         return f"{spread(figures[name], digits)}{suffix}" if figures[name] else UNKNOWN
 
+    pairs = len(figures["cpu_seconds_of_dense"])
     against = "" if is_dense else spread(figures["top1_less_dense_points"], signed=True)
     latencies = []
     for batch in BATCHES:
@@ -221,7 +222,7 @@ def _row(study: Study, cell: Cell) -> tuple[str, ...]:
         shown("end_to_end_seconds", 1),
         shown("end_to_end_seconds_of_dense"),
         shown("training_seconds_of_dense"),
-        shown("cpu_seconds_of_dense"),
+        shown("cpu_seconds_of_dense", suffix=f" (n={pairs})" if pairs != len(cell.runs) else ""),
         shown("tuning_seconds", 0),
         shown("seconds_with_tuning_of_dense"),
         shown("training_peak_mb", 0),

@@ -176,14 +176,14 @@ class Study:
         return {seed: seconds / dense[seed] for seed, seconds in self.seconds(cell).items() if seed in dense}
 
     def processor_time(self, cell: Cell) -> dict[int, float]:
-        """CPU seconds over dense's, by seed: of pairs that one commit made on one kind of machine, as the code grows
-        faster."""
+        """CPU seconds over dense's, by seed: of pairs that one commit made on one kind of machine with one jax, as the
+        code grows faster."""
 
         def measure(mine: dict[str, Any], dense: dict[str, Any]) -> float | None:
             commit = mine["setting"].get("commit", "unknown")
             known = commit == dense["setting"].get("commit") and commit != "unknown" and not commit.endswith("-dirty")
             told = mine.get("cpu_seconds") and dense.get("cpu_seconds")
-            alike = machine(mine) == machine(dense)
+            alike = all(of(mine) == of(dense) for of in (machine, lambda run: run["setting"]["versions"]))
             return mine["cpu_seconds"] / dense["cpu_seconds"] if known and told and alike else None
 
         return self.relative(cell, measure)

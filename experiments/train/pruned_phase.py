@@ -241,7 +241,7 @@ def facts_of(config: Any, plan: Plan | None) -> dict[str, Any]:
         **({"parts": parts} if (parts := [config.accumulate, config.shards]) != [1, 1] else {}),
         "precision": config.precision,
         "plan": f"{plan.layers} {plan.target}" if plan is not None else "",
-        "native": native.state() if jax.default_backend() == "cpu" else "",
+        **({"native": native.state(), "cores": len(os.sched_getaffinity(0))} if jax.default_backend() == "cpu" else {}),
     }
 
 

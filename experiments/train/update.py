@@ -326,13 +326,25 @@ def update_loop(trainer: Any, kind: str, batch: int, way: str, count: int) -> Ca
             found = gradient(params, state.batch_stats, data, order, index, now, structures)
             grads = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), found.grads, state.params)
             state, metrics = change(state, metrics, index, found._replace(grads=grads))
+            after = _dtypes(state)
+            wrong = [
+                f"{path} from {was} to {after[path]}" for path, was in dtypes.items() if after.get(path, was) != was
+            ]
+            if wrong:  # bits of one would be read as another
+                raise TypeError(f"an update changed {', '.join(wrong)}: expected the dtypes of the state before it")
             return pack((state, metrics))[0], rounded(state.params)
 
+        dtypes = _dtypes(state)
         packed, unpack = pack((state, metrics))
         packed, _ = jax.lax.fori_loop(0, count, once, (packed, rounded(state.params)))
         return unpack(packed)
 
     return run
+
+
+def _dtypes(state: TrainState) -> dict[str, Any]:
+    """By the leaves' places, for people."""
+    return {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
 
 
 def read_in(trainer: Any, dtype: jax.typing.DTypeLike) -> set[int]:

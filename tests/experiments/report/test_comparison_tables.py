@@ -80,6 +80,23 @@ def test_cells_whose_time_was_not_measured_leave_a_claim_on_all_open(make_study)
     goal, limit = claims.against_dense(studies.read(folder)).claims
     assert goal.verdict == claims.HOLDS
     assert limit.verdict == claims.UNTOLD and "1 of 1 cells (1 more: not measured)" in limit.text
+    # Nor does a goal for the quickest of all fail by those that were measured.
+    slow = [
+        run | {"summary": run["summary"] | {"cpu_seconds": 1000.0}} if run["name"] == "early-8x" else run
+        for run in runs
+    ]
+    keep(folder / RUNS, slow)
+    assert claims.against_dense(studies.read(folder)).claims[0].verdict == claims.UNTOLD
+
+
+def test_runs_of_another_length_say_nothing_of_time_saved(make_study):
+    folder = make_study(("dense", "early-8x"))
+    runs = kept(folder / RUNS)
+    keep(
+        folder / RUNS,
+        [one | {"summary": one["summary"] | {"epochs": 8 + 4 * (one["name"] != "dense")}} for one in runs],
+    )
+    assert claims.against_dense(studies.read(folder)).claims == []
 
 
 def test_the_joint_table_by_hand(study):

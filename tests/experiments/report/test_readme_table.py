@@ -68,6 +68,7 @@ def test_cards_are_not_mixed(tmp_path):
         (["+2.76 ± 0.10", "-0.10 ± 0.22 (within the spread)"], "yes"),
         (["+2.8 (one seed)", "-0.10 ± 0.22 (within the spread)"], "yes (one seed)"),
         (["+2.8 (one seed)", "+0.90 ± 0.22"], "yes"),
+        (["+0.0 (one seed)"], "no difference seen"),
         (["-1.20 ± 0.22"], "no"),
         (["-1.20 ± 0.22", "+2.76"], "it depends"),
     ],

@@ -53,6 +53,23 @@ def test_a_run_compiles_three_loops_at_most_and_one_update_for_the_selection(sca
     assert scanned.images_by_pattern == 160 and summary["pruned_convolution"]["way"] == "pattern"
 
 
+def test_an_update_that_changes_a_dtype_is_refused(scanned, monkeypatch):
+    change_of = update.change_of
+
+    def with_float_steps(trainer, kind):
+        change = change_of(trainer, kind)
+
+        def run(*args):
+            state, metrics = change(*args)
+            return state._replace(step=state.step.astype(jnp.float32)), metrics
+
+        return run
+
+    monkeypatch.setattr(update, "change_of", with_float_steps)
+    with pytest.raises(TypeError, match="step from int32 to float32: expected the dtypes"):
+        jax.eval_shape(update_loop(scanned, "dense", 32, "dense", scanned.loop_length), *arguments(scanned))
+
+
 def test_an_epochs_last_batch_is_filled_from_the_next_ones_order(scanned):
     assert (scanned.steps_per_epoch, scanned.tail, scanned.loop_length) == (5, 0, 5)
     key = jax.random.key(3)
