@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,26 +19,30 @@ from pallas_kernels import native
 @pytest.mark.parametrize("net", ["vgg11", "resnet18", "small"])
 def test_a_gradient_follows_flax_s(net):
     shape = models.default_image_shape(net)
-    images = np.random.default_rng(0).standard_normal((8, *shape)).astype(np.float32)
+    draws = [np.random.default_rng(seed).standard_normal((8, *shape)).astype(np.float32) for seed in range(3)]
 
-    def run(normalise):
+    def gradient_of(normalise):
         dropout = {"dropout": 0.0} if net == "vgg11" else {}
         norm = functools.partial(models.Norm, normalise=normalise)
         model = models.build(net, num_classes=10, width=0.25, norm=norm, **dropout)
-        variables = model.init(jax.random.key(0), images, train=False)
+        variables = model.init(jax.random.key(0), draws[0], train=False)
 
-        def loss(params):
+        def loss(params, images):
             logits, new = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
             return (logits**2).mean(), new
 
-        return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+        return functools.partial(jax.jit(jax.grad(loss, has_aux=True)), variables["params"])
 
-    results, wanted = run(functools.partial(pk.batch_norm, backend="cpu")), run(None)
-    assert jax.tree.structure(results) == jax.tree.structure(wanted)
-    for result, exact in zip(jax.tree.leaves(results), jax.tree.leaves(wanted)):
-        assert result.shape == exact.shape and result.dtype == exact.dtype
-        # Rounding decides some maxima and ReLUs otherwise, by the processor and how XLA compiles (2.6e-3 was seen).
-        assert np.linalg.norm(result - exact) <= 5e-3 * max(np.linalg.norm(exact), 1e-3)
+    native_one, wanted_one = gradient_of(functools.partial(pk.batch_norm, backend="cpu")), gradient_of(None)
+    worst = []
+    for images in draws:
+        results, wanted = native_one(images), wanted_one(images)
+        chex.assert_trees_all_equal_shapes_and_dtypes(results, wanted)
+        pairs = zip(jax.tree.leaves(results), jax.tree.leaves(wanted))
+        worst.append(max(np.linalg.norm(one - exact) / max(np.linalg.norm(exact), 1e-3) for one, exact in pairs))
+    # Rounding decides a ReLU or a maximum otherwise in some draws, by the processor and how XLA compiles: a hundredth
+    # then, and 1e-5 without.
+    assert sorted(worst)[1] <= 2e-4 and max(worst) <= 0.1, worst
 
 
 def test_an_update_follows_the_one_without_the_library(tiny_dataset, monkeypatch):
