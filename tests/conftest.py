@@ -18,7 +18,8 @@ import pytest
 os.environ.setdefault("NPROC", "16")
 
 # A test's program is small and runs a few times: most of its time would go into optimising it. What users run is
-# compiled as theirs in the slow layer (`make test-slow`), and where a test asks for the fixture `optimised`.
+# compiled as theirs in the slow layer (`make test-slow`), on the newest jax in .ci/run, and where a test asks for the
+# fixture `optimised`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # What is measured while a net runs is kept in the user's folder, and a test neither reads nor writes there. In the

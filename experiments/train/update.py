@@ -326,10 +326,7 @@ def update_loop(trainer: Any, kind: str, batch: int, way: str, count: int) -> Ca
             found = gradient(params, state.batch_stats, data, order, index, now, structures)
             grads = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), found.grads, state.params)
             state, metrics = change(state, metrics, index, found._replace(grads=grads))
-            after = _dtypes(state)
-            wrong = [
-                f"{path} from {was} to {after[path]}" for path, was in dtypes.items() if after.get(path, was) != was
-            ]
+            wrong = [f"{path} to {now}" for path, now in _dtypes(state).items() if now != dtypes.get(path)]
             if wrong:  # bits of one would be read as another
                 raise TypeError(f"an update changed {', '.join(wrong)}: expected the dtypes of the state before it")
             return pack((state, metrics))[0], rounded(state.params)

@@ -42,7 +42,7 @@ def test_a_gradient_follows_flax_s(net):
         worst.append(max(np.linalg.norm(one - exact) / max(np.linalg.norm(exact), 1e-3) for one, exact in pairs))
     # Rounding decides a ReLU or a maximum otherwise in some draws, by the processor and how XLA compiles: a hundredth
     # then, and 1e-5 without.
-    assert sorted(worst)[1] <= 2e-4 and max(worst) <= 0.1, worst
+    assert sorted(worst)[1] <= 2e-4 and max(worst) <= 0.02, worst
 
 
 def test_an_update_follows_the_one_without_the_library(tiny_dataset, monkeypatch):
