@@ -216,13 +216,15 @@ class Updates:
         self.programs.seconds += self.pruned.waited_seconds - before
 
     def _choose_pruned(self, state: Any, metrics: Any, order: Any, key: Any) -> Choice:
-        def run(way: Way, structures: dict[str, Any]) -> None:
-            copies = jax.tree.map(jnp.copy, (state, metrics))
+        def ready(way: Way, structures: dict[str, Any]) -> Callable[[], object]:
+            copies = jax.block_until_ready(jax.tree.map(jnp.copy, (state, metrics)))
             args = (*copies, self._images(self._batch), order, np.int32(0), key, self._sending(structures))
-            jax.block_until_ready(self._pruned_program(way, args, ahead=True)(*args))
+            # Not ahead: it was compiled before, and would be traced again.
+            program = self._pruned_program(way, args, ahead=False)
+            return lambda: jax.block_until_ready(program(*args))
 
         before = self.pruned.waited_seconds
-        choice = self.pruned.choose(run)
+        choice = self.pruned.choose(ready)
         self.programs.seconds += self.pruned.waited_seconds - before
         return choice
 

@@ -33,7 +33,7 @@ from pallas_kernels.tuning import Cache
 Way = Literal["dense", "pattern", "pattern_hwnc"]
 # Two of the pruned updates in a hundred must be saved by a way before it is taken over dense ones.
 _MARGIN = 0.02
-_ROUNDS = 3
+_ROUNDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +164,12 @@ class PrunedPhase:
         self._compiling = in_background(work, "compile the pruned phase")
         self.waited_seconds += time.perf_counter() - start
 
-    def choose(self, run: Callable[[Way, dict[str, Any]], None]) -> Choice:
+    def choose(self, ready: Callable[[Way, dict[str, Any]], Callable[[], object]]) -> Choice:
         """The way for the masks of the last `prepare`.
 
         Args:
-            run: runs one pruned update of a way on a copy of the state, to its end.
+            ready: makes one call of a way's compiled program ready, on a copy of the state; what it returns makes the
+                call and waits for its end, and that alone is measured.
         """
         if self.choice is not None:
             return self.choice
@@ -178,7 +179,7 @@ class PrunedPhase:
             source = "asked for" if self.asked != "auto" else "cached"
             self.choice = self._as_choice(self._candidates[0], {}, source)
         elif self.choice is None:
-            seconds = self._measure(run)
+            seconds = self._measure(ready)
             best = min(seconds, key=seconds.__getitem__)
             way = best if seconds[best] < (1 - _MARGIN) * seconds["dense"] else "dense"
             Cache().put(self.facts, {"way": way, "seconds": seconds})
@@ -189,13 +190,14 @@ class PrunedPhase:
     def _as_choice(self, way: Way, seconds: dict[str, float], source: str) -> Choice:
         return Choice(way, {} if way == "dense" else self._structures, seconds, source)
 
-    def _measure(self, run: Callable[[Way, dict[str, Any]], None]) -> dict[str, float]:
+    def _measure(self, ready: Callable[[Way, dict[str, Any]], Callable[[], object]]) -> dict[str, float]:
         times: dict[Way, list[float]] = {way: [] for way in self._candidates}
         clock = _clock()
         for turn in range(_ROUNDS + 1):
             for way in self._candidates:
+                call = ready(way, {} if way == "dense" else self._structures)
                 start = clock()
-                run(way, {} if way == "dense" else self._structures)
+                call()
                 if turn:  # the first one of each warms up
                     times[way].append(clock() - start)
         return {way: float(np.median(seconds)) for way, seconds in times.items()}
@@ -235,7 +237,7 @@ def way_asked(config: Any, devices: Any, *, on_cpu: bool) -> str:
 def facts_of(config: Any, plan: Plan | None) -> dict[str, Any]:
     """What decides the speed of a run's pruned updates."""
     return {
-        "pruned update": config.net,
+        "a call of the pruned phase": config.net,
         "width": config.width,
         "batch": config.batch_size,
         **({"parts": parts} if (parts := [config.accumulate, config.shards]) != [1, 1] else {}),

@@ -14,7 +14,7 @@ from experiments import configs
 from experiments.bench import step as bench_step
 from experiments.configs.base import PruneConfig
 from experiments.data import load
-from experiments.train import pruned_phase
+from experiments.train import compiled, pruned_phase
 from experiments.train.loop import train
 from experiments.train.pruned_phase import PrunedPhase, gaining_structures
 from experiments.train.step import Trainer
@@ -121,28 +121,33 @@ def phase_for(asked="auto"):
 
 
 def test_the_fastest_way_is_measured_once_and_remembered(monkeypatch):
-    compiled, ran = [], []
+    built, ran = [], []
     phase, masks = phase_for()
-    phase.prepare(5, masks, lambda way, structures: compiled.append((way, bool(structures))))
+    phase.prepare(5, masks, lambda way, structures: built.append((way, bool(structures))))
     phase._wait()
-    assert compiled == [("dense", False), ("pattern", True)]
+    assert built == [("dense", False), ("pattern", True)]
     times = {"dense": 2.0, "pattern": 1.0}
     now = [0.0]
 
-    def run(way, structures):
-        ran.append(way)
-        now[0] += times[way]
+    def ready(way, structures):
+        now[0] += 100  # what makes a call ready is not measured
+
+        def call():
+            ran.append(way)
+            now[0] += times[way]
+
+        return call
 
     monkeypatch.setattr(pruned_phase, "_clock", lambda: lambda: now[0])
-    choice = phase.choose(run)
+    choice = phase.choose(ready)
     assert (choice.way, choice.source, choice.layers) == ("pattern", "measured", ["Conv_0/kernel"])
     assert choice.seconds == {"dense": 2.0, "pattern": 1.0}
-    assert phase.choose(run) is choice and len(ran) == 8
+    assert phase.choose(ready) is choice and len(ran) == 12
 
     again, masks = phase_for()
-    again.prepare(5, masks, lambda way, structures: compiled.append(way))
+    again.prepare(5, masks, lambda way, structures: built.append(way))
     choice = again.choose(lambda way, structures: pytest.fail("measured again"))
-    assert (choice.way, choice.source) == ("pattern", "cached") and compiled[2:] == ["pattern"]
+    assert (choice.way, choice.source) == ("pattern", "cached") and built[2:] == ["pattern"]
 
 
 @pytest.mark.parametrize(("cores", "clock"), [({3}, "process_time"), ({0, 1}, "perf_counter")])
@@ -158,10 +163,13 @@ def test_a_way_that_is_hardly_faster_is_not_taken(monkeypatch):
     phase, masks = phase_for()
     phase.prepare(5, masks, lambda way, structures: None)
 
-    def run(way, structures):
-        now[0] += {"dense": 1.0, "pattern": 0.99}[way]
+    def ready(way, structures):
+        def call():
+            now[0] += {"dense": 1.0, "pattern": 0.99}[way]
 
-    choice = phase.choose(run)
+        return call
+
+    choice = phase.choose(ready)
     assert choice.way == "dense" and choice.structures == {}
 
 
@@ -174,6 +182,21 @@ def test_what_fails_in_the_background_is_raised_where_it_is_waited_for():
     phase.prepare(5, masks, fail)
     with pytest.raises(MemoryError, match="no room"):
         phase.choose(lambda way, structures: None)
+
+
+def test_the_calls_that_are_measured_trace_nothing(digits, monkeypatch):
+    """A net's trace takes longer than a small update, the more so by pattern: the choice would be of traces."""
+    trainer = Trainer(asked("auto", epochs=3), digits)
+    trainer.pruned.begin()
+    state, structures = bench_step.pruned_state(trainer)
+    metrics, _, order, _, key = bench_step.arguments(trainer)
+    trainer._begin(0, 0)
+    trainer._prepare_pruned("masks", state, metrics, order, key)
+    trainer.pruned._wait()
+    assert structures and trainer.pruned._candidates == trainer.pruned.ways and trainer.pruned.choice is None
+    monkeypatch.setattr(compiled, "gradient_of", lambda *_: pytest.fail("a net was built to be traced"))
+    choice = trainer._choose_pruned(state, metrics, order, key)
+    assert choice.source == "measured" and set(choice.seconds) == {"dense", "pattern"}
 
 
 @pytest.mark.slow
