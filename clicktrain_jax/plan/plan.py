@@ -9,6 +9,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,7 +19,7 @@ from clicktrain_jax.plan import rules as rule_lib
 from clicktrain_jax.plan.convolutions import Axes
 from clicktrain_jax.plan.layer_plan import LayerPlan, check_layer
 from clicktrain_jax.plan.targets import Target, least_kernels, make_target
-from clicktrain_jax.trees import Tree, check_names_of, is_kernel_shape, named_leaves, nest
+from clicktrain_jax.trees import Tree, check_names_of, is_kernel_shape, map_named, named_leaves, nest
 
 Tile = tuple[int | None, int | None]
 Fraction = float | Literal["auto"] | None
@@ -33,12 +34,15 @@ class Plan:
         leaf_names: the names of all leaves of the tree that the plan was made for.
         target: what the whole net is to reach, if any.
         left_out: ``((name, why), ...)`` of what stays dense, among the leaves that are convolutions or could be.
+        containers: the tree that the plan was made for, a name at each leaf; None for nested dictionaries.
     """
 
     layers: tuple[LayerPlan, ...]
     leaf_names: tuple[str, ...]
     target: Target | None = None
     left_out: tuple[tuple[str, str], ...] = ()
+    # No part of what a plan says, and not hashable.
+    containers: Tree = dataclasses.field(default=None, compare=False)
 
     @property
     def axes(self) -> Axes:
@@ -63,9 +67,8 @@ class Plan:
                 )
 
     def tree_of(self, params: Tree) -> Tree:
-        """The parameters, checked; zeros of this plan's names in nested dictionaries for what stands in their place
-        where `optax.tree_map_params` asks ``init`` which parts of a state are copies of them: parameters in nested
-        dictionaries alone are found so.
+        """The parameters, checked; zeros in this plan's containers for what stands in their place where
+        `optax.tree_map_params` asks ``init`` which parts of a state are copies of them.
 
         Raises:
             ValueError: as `check_tree`.
@@ -74,7 +77,8 @@ class Plan:
             self.check_tree(params)
             return params
         shapes = {layer.name: layer.leaf_shape for layer in self.layers}
-        return nest({name: np.zeros(shapes.get(name, ()), np.float32) for name in self.leaf_names})
+        zeros = {name: np.zeros(shapes.get(name, ()), np.float32) for name in self.leaf_names}
+        return nest(zeros) if self.containers is None else jax.tree.map(zeros.get, self.containers)
 
     def __str__(self) -> str:
         rows = [f"{'layer':<40}{'shape':<20}{'removed':>8}  patterns, and what is shared"]
@@ -124,7 +128,8 @@ def make_plan(
     The defaults are the choices of the authors' code.
 
     Args:
-        params: the parameter tree (arrays or ``jax.ShapeDtypeStruct``); only names and shapes are read.
+        params: the parameter tree (arrays or ``jax.ShapeDtypeStruct``); only names, shapes and containers are
+            read. A run may have others, but `optax.tree.map_params` goes by those of the plan.
         rules: ``{regular expression: fraction}``. An expression must match a whole name (`re.fullmatch`), such
             as ``"Conv_1/kernel"``; the first that matches a leaf decides. A fraction in [0, 1) prunes the layer:
             that share of its kernels is removed and the rest keep one pattern each; 0.0 means patterns only.
@@ -285,7 +290,8 @@ def make_plan(
         raise ValueError("the rules prune no layer: give at least one convolution a fraction in [0, 1)")
     counted = {name for name, why in doubts.items() if why is None} | {layer.name for layer in layers}
     resolved = None if target is None else make_target(target, target_of, shapes, layers, output_sizes, counted, costs)
-    return Plan(tuple(layers), tuple(names), resolved, tuple(left_out))
+    containers = map_named(lambda name, _: name, params)
+    return Plan(tuple(layers), tuple(names), resolved, tuple(left_out), containers)
 
 
 def _whole(tile: Tile, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -59,7 +59,8 @@ def test_containers(toy, container):
     tree = build(*arrays())
     assert [name for name, leaf in named_leaves(tree) if leaf is not None] == sorted(names)
     plan = plan_of(tree, names)
-    history = toy.run(ct.clicktrain(optax.sgd(0.1, momentum=0.9), plan, **SCHEDULE), tree, steps=4)
+    tx = ct.clicktrain(optax.sgd(0.1, momentum=0.9), plan, **SCHEDULE)
+    history = toy.run(tx, tree, steps=4)
     assert history.traces == 1
     masks = ct.masks_of(history.states[-1])
     expected = ct.select_masks(ct.importance.taylor(tree, history.grads[0]), plan, ct.patterns.fixed_set(4))
@@ -77,6 +78,16 @@ def test_containers(toy, container):
             zeros += 0 if leaf is None else int((np.asarray(leaf) == 0).sum())
         report = ct.report(trained, masks)
         assert zeros == report.model_weights - report.model_retained > 0
+    check_copies_are_found(tx, history.states[-1], tree)
+
+
+def check_copies_are_found(tx, state, tree):
+    """`optax.tree.map_params` gives copies of the parameters, and nothing else of a state, to its function."""
+    found = optax.tree.map_params(tx, lambda _, leaf: leaf.shape, state, tree, transform_non_params=lambda _: "another")
+    assert jax.tree.structure(found.masks) == jax.tree.structure(state.masks)
+    others = jax.tree.leaves(found._replace(inner_state=None))
+    assert set(others) == {"another"} and len(others) == len(jax.tree.leaves(state._replace(inner_state=None)))
+    assert jax.tree.leaves(found.inner_state) == jax.tree.leaves(jax.tree.map(jnp.shape, tree))
 
 
 def test_bare_array(toy):
