@@ -22,6 +22,7 @@ from clicktrain_jax.deploy import interception, layers, whole_net
 from clicktrain_jax.deploy.arguments import Frame, check_function, parameter_names, state_of, take_apart, write_back
 from clicktrain_jax.deploy.jaxprs import traced
 from clicktrain_jax.deploy.pruned import check_zeros
+from clicktrain_jax.deploy.reverse_only import reverse_only
 from clicktrain_jax.masks import Masks, combine
 from clicktrain_jax.trees import Tree, named_leaves
 
@@ -284,7 +285,7 @@ class Accelerated:
         layer = site.layer
 
         def by_layer(x: Any, kernel: Any) -> Any:
-            return layer.convolve(x, kernel, site.structure, site.plan)
+            return layer.convolve(reverse_only(x), reverse_only(kernel), site.structure, site.plan)
 
         convolve: Callable[..., Any] = by_layer
         mesh = getattr(conv.sharding, "mesh", None)
@@ -336,8 +337,8 @@ def accelerate(
     `pallas_kernels.pattern_conv`; all else stays. Grouped, dilated, transposed and one- or three-dimensional
     convolutions, and those whose kernel is computed from a leaf otherwise (with a warning), stay dense; those inside of
     loops and branches too. The result is that of the function on ``apply_masks(params, masks)``. Call it under
-    `jax.jit`; it may be differentiated (differentiate the accelerated function, do not accelerate a gradient) and
-    vmapped.
+    `jax.jit`; it may be vmapped and differentiated, in reverse mode, as often as wanted (differentiate the accelerated
+    function, do not accelerate a gradient): `jax.jvp` and `jax.hessian` want the net itself, on masked parameters.
 
     Args:
         apply_fn: any function that jax can trace, such as linen's ``model.apply``, one that takes an ``nnx.Module`` or
