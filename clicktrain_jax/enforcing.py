@@ -1,10 +1,13 @@
 """What masks remove stays at zero: weights, and all that an optimizer remembers of them."""
 
+import collections
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
+from clicktrain_jax.deploy.jaxprs import bind, walk
 from clicktrain_jax.masks import Masks, kept, layers_for
 from clicktrain_jax.trees import Tree, map_named, named_leaves, path_keys, placed_like
 
@@ -23,7 +26,12 @@ def enforce(updates: Tree, inner_state: Any, params: Tree, masks: Masks) -> tupl
         ``(updates, inner_state)``.
     """
     keep = {name: layer.combined() for name, layer in layers_for(params, masks).items()}
+    leaves, structure = jax.tree.flatten(inner_state)
+    mirrored = _mirrored(inner_state, keep, [name for name, _ in named_leaves(params)])
+    return _held_weights(updates, params, keep), structure.unflatten(map(_held, leaves, mirrored))
 
+
+def _held_weights(updates: Tree, params: Tree, keep: dict[str, Any]) -> Tree:
     def hold(name: str, update: Any, weight: Any) -> Any:
         if update is None or name not in keep:
             return update
@@ -31,12 +39,58 @@ def enforce(updates: Tree, inner_state: Any, params: Tree, masks: Masks) -> tupl
         wide = jnp.promote_types(update.dtype, weight.dtype)
         return jnp.where(placed_like(keep[name], weight), update.astype(wide), -weight.astype(wide))
 
-    updates = map_named(hold, updates, params, what="params")
-    return updates, _mask_mirrors(inner_state, keep, [name for name, _ in named_leaves(params)])
+    return map_named(hold, updates, params, what="params")
 
 
-def _mask_mirrors(inner_state: Any, keep: dict[str, Any], leaf_names: list[str]) -> Any:
-    paths = {path_keys(path) for path, _ in jax.tree_util.tree_flatten_with_path(inner_state)[0]}
+def _held(leaf: Any, mask: Any) -> Any:
+    return leaf if mask is None else kept(leaf, mask)
+
+
+def held_update(
+    inner: Any, grads: Tree, inner_state: Any, params: Tree, extra: dict[str, Any], masks: Masks
+) -> tuple[Tree, Any]:
+    """`enforce` of an optimizer's update, with memory masked where it is made, before the rest of the update reads it.
+
+    So one loop makes the memory and another the weights of it, as in the optimizer's own update. Were it masked
+    afterwards, both would compute the unmasked memory from what was there before, which neither might overwrite: XLA
+    would copy both.
+
+    Args:
+        inner: optax transformation.
+        grads, inner_state, params, extra: of its update.
+        masks: as `enforce` takes them.
+    """
+    arguments = grads, inner_state, params
+
+    def update(grads: Tree, inner_state: Any, params: Tree) -> tuple[Tree, Any]:
+        return inner.update(grads, inner_state, params, **extra)
+
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+        return enforce(*update(*arguments), params, masks)
+    closed, shapes = jax.make_jaxpr(update, return_shape=True)(*arguments)
+    keep = {name: layer.combined() for name, layer in layers_for(params, masks).items()}
+    mirrored = _mirrored(shapes[1], keep, [name for name, _ in named_leaves(params)])
+    variables = closed.jaxpr.outvars[len(closed.jaxpr.outvars) - len(mirrored) :]
+    results = {id(result) for equation in closed.jaxpr.eqns for result in equation.outvars}
+    # What is no result, or stands for several leaves, is masked at the end.
+    seen = collections.Counter(map(id, variables))
+    early = [id(variable) in results and seen[id(variable)] == 1 for variable in variables]
+    masked = {id(variable): mask for variable, mask, is_early in zip(variables, mirrored, early) if is_early}
+
+    def step(equation: Any, operands: list[Any]) -> list[Any]:
+        return [_held(one, masked.get(id(result))) for one, result in zip(bind(equation, operands), equation.outvars)]
+
+    found = walk(closed, jax.tree.leaves(arguments), step)
+    updates, inner_state = jax.tree.unflatten(jax.tree.structure(shapes), found)
+    leaves, structure = jax.tree.flatten(inner_state)
+    rest = [None if is_early else mask for mask, is_early in zip(mirrored, early)]
+    return _held_weights(updates, params, keep), structure.unflatten(map(_held, leaves, rest))
+
+
+def _mirrored(inner_state: Any, keep: dict[str, Any], leaf_names: list[str]) -> list[Any]:
+    """For each leaf of an optimizer's state the mask of the parameter that it mirrors, or None."""
+    with_paths = jax.tree_util.tree_flatten_with_path(inner_state)[0]
+    paths = {path_keys(path) for path, _ in with_paths}
     names = {tuple(name.split("/")) if name else () for name in leaf_names}
 
     def name_of(keys: tuple[str, ...]) -> str | None:
@@ -47,11 +101,10 @@ def _mask_mirrors(inner_state: Any, keep: dict[str, Any], leaf_names: list[str])
             return None
         return "/".join(max(splits, key=lambda split: sum((*split[0], *name) in paths for name in names))[1])
 
-    def mask(path: tuple, leaf: Any) -> Any:
+    def mask_of(path: tuple, leaf: Any) -> Any:
         name = name_of(path_keys(path))
         held = None if name is None else keep.get(name)
-        if held is None or jnp.shape(leaf) != held.shape or not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return leaf
-        return kept(leaf, held)
+        fits = held is not None and jnp.shape(leaf) == held.shape and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        return held if fits else None
 
-    return jax.tree_util.tree_map_with_path(mask, inner_state)
+    return [mask_of(*each) for each in with_paths]

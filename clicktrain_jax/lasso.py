@@ -78,8 +78,30 @@ def check_coeff(coeff: Any) -> None:
         )
 
 
+def inverse_norms(params: Tree, masks: Masks, *, axes: Axes | None = None) -> dict[str, list[jax.Array]]:
+    """For each pruned leaf, and each of its masks, 1 / the norm of what is marked, float32: an entry a kernel."""
+    layers, found = layers_for(params, masks), {}
+    for name, weight in named_leaves(params):
+        if name in layers and weight is not None:
+            parts = _marked_parts(weight, layers[name])
+            found[name] = [jnp.squeeze(1 / _norms(part, axes), tap_axes(part.shape, axes)) for part in parts]
+    return found
+
+
+def _marked_parts(weight: Any, layer: Any) -> list[jax.Array]:
+    weight = jnp.asarray(weight, jnp.float32)
+    return [_marked(weight, mask) for mask in layer.full() if mask is not None]
+
+
 def add_group_lasso(
-    grads: Tree, params: Tree, masks: Masks, coeff: float | jax.Array, *, axes: Axes | None = None
+    grads: Tree,
+    params: Tree,
+    masks: Masks,
+    coeff: float | jax.Array,
+    *,
+    axes: Axes | None = None,
+    where: bool | jax.Array = True,
+    inverses: dict[str, list[jax.Array]] | None = None,
 ) -> Tree:
     """Add ``coeff * dR/dw`` to the gradients of the pruned leaves; the others pass through untouched.
 
@@ -89,6 +111,8 @@ def add_group_lasso(
         masks: `Masks` of that tree, or of a part of it.
         coeff: weight of the group lasso in the loss, a scalar.
         axes: as in `group_lasso`.
+        where: whether it is added, a scalar.
+        inverses: of `inverse_norms`; read where ``where`` is True alone. None computes them.
 
     Returns:
         A tree like ``grads``, each leaf in its own dtype; the sum is formed in float32 or wider.
@@ -98,19 +122,24 @@ def add_group_lasso(
     """
     check_coeff(coeff)
     layers = layers_for(params, masks)
+    found = inverse_norms(params, masks, axes=axes) if inverses is None else inverses
+    if where is not True:
+        # Scalars that are made once, not in each loop over weights.
+        where, coeff = jax.lax.optimization_barrier((where, coeff))
+
+    def over_taps(kernels: jax.Array, like: jax.Array) -> jax.Array:
+        taps = tap_axes(like.shape, axes)
+        return jax.lax.broadcast_in_dim(kernels, like.shape, [axis for axis in range(4) if axis not in taps])
 
     def add(name: str, grad: Any, weight: Any) -> Any:
         if name not in layers:
             return grad
         if grad is None or weight is None:
             raise ValueError(f"{name!r} is pruned, but its {'gradient' if grad is None else 'weight'} is None")
-        weight = jnp.asarray(weight, jnp.float32)
-        push = jnp.zeros_like(weight)
-        for mask in layers[name].full():
-            if mask is not None:
-                marked = _marked(weight, mask)
-                push += marked / _norms(marked, axes)
+        parts = _marked_parts(weight, layers[name])
+        push = sum(part * over_taps(inverse, part) for part, inverse in zip(parts, found[name], strict=True))
         wide = jnp.promote_types(grad.dtype, jnp.float32)
-        return (grad.astype(wide) + jnp.asarray(coeff, jnp.float32) * push).astype(grad.dtype)
+        pushed = (grad.astype(wide) + jnp.asarray(coeff, jnp.float32) * push).astype(grad.dtype)
+        return pushed if where is True else jnp.where(where, pushed, grad)
 
     return map_named(add, grads, params, what="params")

@@ -27,6 +27,8 @@ from clicktrain_jax.trees import (
     replicated,
 )
 
+_FEW_PATTERNS = 16
+
 
 class FullMask(NamedTuple):
     """The mask of one leaf, a bool for each weight: what others hand in, and what `LayerMask.full` spells out.
@@ -60,6 +62,10 @@ class FullMask(NamedTuple):
     def full(self) -> "FullMask":
         """Itself."""
         return self
+
+    def where(self, flag: Any) -> "FullMask":
+        """This mask where a bool, perhaps traced, is True; where it is False, one that keeps all."""
+        return FullMask(*(None if part is None else part | ~flag for part in self))
 
     def transposed(self, order: tuple[int, ...]) -> "FullMask":
         """The mask of the transposed leaf."""
@@ -119,16 +125,24 @@ def _full(layer: LayerMask, xp: Any) -> FullMask:
 
 def _words(layer: LayerMask, xp: Any) -> Any:
     """uint32 (cin, cout): each kernel's taps as bits. One table look-up a kernel; a gather of whole patterns would read
-    nine times as many entries."""
+    nine times as many entries. In a small table XLA on a CPU finds an entry faster by comparing than by its gather."""
     taps = xp.arange(layer.shape[0] * layer.shape[1], dtype=xp.uint32)
     bits = xp.left_shift(layer.patterns.reshape(-1, taps.size).astype(xp.uint32), taps[None])
-    return xp.sum(bits, axis=1, dtype=xp.uint32)[layer.pattern_ids]
+    table = xp.sum(bits, axis=1, dtype=xp.uint32)
+    if xp is np or len(table) > _FEW_PATTERNS:
+        return table[layer.pattern_ids]
+    table = jax.lax.optimization_barrier(table)
+    words = jnp.zeros(layer.pattern_ids.shape, jnp.uint32)
+    for index in range(len(table)):
+        words = jnp.where(layer.pattern_ids == index, table[index], words)
+    return words
 
 
 def _spread(words: Any, shape: tuple[int, ...], xp: Any) -> Any:
-    """Bool (kh, kw, cin, cout) of words (cin, cout): a bit test a tap."""
-    taps = xp.arange(shape[0] * shape[1], dtype=xp.uint32)
-    return (xp.right_shift(words[None], taps[:, None, None]) & xp.uint32(1)).astype(bool).reshape(shape)
+    """Bool (kh, kw, cin, cout) of words (cin, cout): a bit test a tap. Nothing is reshaped on the way, for which XLA's
+    loops would divide at each weight."""
+    taps = np.arange(shape[0] * shape[1], dtype=np.uint32).reshape(shape[:2])
+    return (xp.right_shift(words[None, None], taps[:, :, None, None]) & xp.uint32(1)).astype(bool)
 
 
 @partial(jax.jit, inline=True)

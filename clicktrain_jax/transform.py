@@ -16,10 +16,10 @@ import optax
 
 from clicktrain_jax import importance as importance_lib
 from clicktrain_jax.eager import branch, optimizer, transformation
-from clicktrain_jax.enforcing import enforce
+from clicktrain_jax.enforcing import held_update
 from clicktrain_jax.importance import NO_SCORE, rescaled, scaled_scores, times_power_of_two
-from clicktrain_jax.lasso import add_group_lasso, check_coeff
-from clicktrain_jax.masks import LayerMask, Masks, apply_masks, combine, keep_all
+from clicktrain_jax.lasso import add_group_lasso, check_coeff, inverse_norms
+from clicktrain_jax.masks import Masks, apply_masks, keep_all
 from clicktrain_jax.patterns import fixed_set
 from clicktrain_jax.phases import PhaseSchedule
 from clicktrain_jax.plan import Plan
@@ -134,7 +134,7 @@ class _Pieces:
             scores=jax.tree.map(jnp.zeros_like, old.scores),
             exponents=jnp.full_like(old.exponents, NO_SCORE),
         )
-        return _where(complete, lambda: new, seen)
+        return jax.tree.map(lambda new, old: old if new is old else jnp.where(complete, new, old), new, seen)
 
     def move(
         self,
@@ -146,7 +146,7 @@ class _Pieces:
         lasso: Any = False,
         masked: Any = False,
         held: Any = False,
-        stored: bool = False,
+        inverses: dict[str, list[jax.Array]] | None = None,
     ) -> tuple[Tree, ClickTrainState]:
         """The inner optimizer's update, with what a phase does to the gradient before it and to its result.
 
@@ -154,39 +154,27 @@ class _Pieces:
             grads, state, params, extra: as for ``update``.
             lasso, masked: whether the gradient gets the group lasso, or is masked; bools, perhaps traced.
             held: whether masked weights are zero afterwards.
-            stored: whether a bool for each weight is stored on the way, of which a CPU reads faster than it finds the
-                same anew in each loop; on a GPU, where nobody waits for it, it would be a kernel more.
+            inverses: of `inverse_norms`, for the lasso.
         """
-        masks = Masks.of(state.masks)
+        # Spelled out once for all that reads them.
+        masks = Masks.of(Masks.of(state.masks).view(lambda layer: layer.full()))
         if lasso is not False:
-            # Spelled out once for all that reads them.
-            masks = Masks.of(masks.view(LayerMask.full))
-        grads = _where(
-            lasso, lambda: add_group_lasso(grads, params, masks, self.coeff(state.count), axes=self.plan.axes), grads
-        )
-        keep: Any = None
-        if masked is not False or held is not False:
-            keep = Masks.of(jax.lax.optimization_barrier(combine(masks)) if stored else combine(masks))
-        grads = _where(masked, lambda: apply_masks(grads, keep), grads)
-        updates, inner_state = self.inner.update(grads, state.inner_state, params, **extra)
-        held_at_zero = _where(held, lambda: enforce(updates, inner_state, params, keep), (updates, inner_state))
-        updates, inner_state = held_at_zero
+            coeff = self.coeff(state.count)
+            grads = add_group_lasso(grads, params, masks, coeff, axes=self.plan.axes, where=lasso, inverses=inverses)
+        if masked is not False:
+            grads = apply_masks(grads, _where(masks, masked))
+        if held is False:
+            updates, inner_state = self.inner.update(grads, state.inner_state, params, **extra)
+        else:
+            keep = _where(masks, held)
+            updates, inner_state = held_update(self.inner, grads, state.inner_state, params, extra, keep)
         state = state._replace(masks=spread_like(state.masks, params), inner_state=inner_state)
         return updates, state._replace(count=optax.safe_increment(state.count))
 
 
-def _where(flag: Any, change: Callable[[], Any], value: Any) -> Any:
-    """``change() if flag else value``, as arithmetic where the flag is traced."""
-    if flag is False:
-        return value
-    changed = change()
-    if flag is True:
-        return changed
-
-    def choose(new: Any, old: Any) -> Any:
-        return old if new is old else jnp.where(flag, new, old.astype(new.dtype))
-
-    return jax.tree.map(choose, changed, value)
+def _where(masks: Masks, flag: Any) -> Masks:
+    """The masks where a bool is True; where it is False, ones that keep all."""
+    return masks if flag is True else Masks.of(masks.view(lambda layer: layer.where(flag)))
 
 
 def phase_updates(
@@ -337,16 +325,21 @@ def clicktrain(
         # What jit returned may be sharded in any way, and the branches must agree.
         masks, scores = jax.tree.map(replicated, (state.masks, state.scores))
         state = state._replace(masks=masks, scores=scores, gathered=jnp.where(due.forgets, 0, state.gathered))
-        whatever = {"inner_state": None}  # no business of the selection
+        before = state._replace(inner_state=None)  # no business of the selection
 
-        def look(how: Callable[..., Any]) -> Callable[[], ClickTrainState]:
-            return lambda: how(grads, state._replace(**whatever), params)
+        def norms() -> dict[str, list[jax.Array]]:
+            return inverse_norms(params, Masks.of(before.masks), axes=plan.axes)
 
-        ways = [lambda: state._replace(**whatever), look(pieces.select)]
+        def look(how: Callable[..., Any] | None, pushes: bool) -> Callable[[], tuple[ClickTrainState, Any]]:
+            found = norms if pushes else lambda: jax.tree.map(jnp.zeros_like, norms())
+            return lambda: (before if how is None else how(grads, before, params), found())
+
+        ways = [look(None, False), look(pieces.select, False), look(None, True)]
         if state.scores:
-            ways.append(look(pieces.gather))
-        # The only conditional, around the only costly thing.
-        seen = branch(jnp.int32(due.selects) + 2 * jnp.int32(due.gathers), ways)
+            ways += [look(pieces.gather, False), look(pieces.gather, True)]
+        # The only conditional, around all that is costly and not due in every update; weights do not go through it.
+        pushes, gathers = jnp.int32(due.regularizes), jnp.int32(due.gathers)
+        seen, inverses = branch(jnp.int32(due.selects) + 2 * (pushes | gathers) + gathers * (1 + pushes), ways)
         pruned = jnp.where(due.prunes, state.count, state.pruned)
         return pieces.move(
             grads,
@@ -356,7 +349,7 @@ def clicktrain(
             lasso=due.regularizes,
             masked=due.pruned,
             held=due.prunes | due.pruned,
-            stored=True,
+            inverses=inverses,
         )
 
     def check(grads: Tree, params: Tree | None, extra: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """What pruning adds to an update, and what a selection and an epoch loop cost: ratios measured side by side.
 
     python -m experiments bench steps      (make bench)
+    python -m experiments bench update
     python -m experiments bench loop
     python -m experiments bench selection
     python -m experiments bench step
@@ -48,7 +49,7 @@ def run(
     """Measure whole updates side by side in one process.
 
     Args:
-        what: "steps", "loop", "selection" or "step".
+        what: "steps", "update", "loop", "selection" or "step".
         net: vgg16 of width 1 in batches of 64 by default; step measures a slim VGG-11, VGG-13 and ResNet-18 when no
             net is named.
         width: of the net.
@@ -62,8 +63,8 @@ def run(
         results, asked = step.measure_nets(width, batch_size, repeats), ""
     else:
         net, width, batch_size = net or "vgg16", 1.0 if width is None else width, batch_size or 64
-        measures = {"steps": measure_steps, "loop": measure_loop, "selection": measure_selection}
-        measures["step"] = step.measure_step
+        measures = {"steps": measure_steps, "update": measure_update, "loop": measure_loop}
+        measures |= {"selection": measure_selection, "step": step.measure_step}
         results = measures[what](net, width, batch_size, repeats)
         asked = f"--net {net} "
     asked += "" if width is None else f"--width {width:g} "
@@ -169,6 +170,59 @@ def measure_steps(net: str, width: float, batch_size: int, repeats: int) -> list
     selection = interleaved({"select": lambda: select(grads, fresh, params)}, repeats)["select"]
     name = f"selection, {len(plan.layers)} layers, {_PATTERNS} patterns, compiled"
     return [*rows, _row(name, selection, None, "under 1 s on 2 cores")]
+
+
+_OPTIMIZERS = {
+    "sgd": lambda: optax.sgd(0.1),
+    "momentum": lambda: optax.sgd(0.1, momentum=0.9),
+    "adamw": lambda: optax.adamw(1e-3),
+}
+
+
+def measure_update(net: str, width: float, batch_size: int, repeats: int) -> list[dict[str, Any]]:
+    """Optimizers' updates alone, wrapped in every phase against plain ones; ``batch_size`` plays no part."""
+    model, image_shape = models.build(net, num_classes=10, width=width), models.default_image_shape(net)
+    params = drawn.initialised(model, image_shape)["params"]
+    grads = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(0), leaf.shape), params)
+    plan = ct.make_plan(params, {path: _FRACTION for path in models.prunable_convs(model, image_shape)})
+    rows = []
+    for name, make in _OPTIMIZERS.items():
+        inner = make()
+        whole = ct.clicktrain(inner, plan, select_step=_SELECT_STEP, prune_step=_PRUNE_STEP, coeff=1e-4)
+
+        def stepped(update: Callable[..., Any]) -> Callable[..., Any]:
+            def step(params: Any, state: Any, grads: Any) -> Any:
+                updates, state = update(grads, state, params)
+                return optax.apply_updates(params, updates), state
+
+            return jax.jit(step, donate_argnums=(0, 1))
+
+        def runner(compiled: Callable[..., Any], state: Any) -> Callable[[], Any]:
+            state = jax.tree.map(jnp.copy, (params, state))
+
+            def call() -> Any:
+                nonlocal state
+                state = compiled(*state, grads)
+                return state
+
+            return call
+
+        plain, wrapped = stepped(inner.update), stepped(whole.update)
+        fresh = whole.init(params)
+        selecting = fresh._replace(count=jnp.int32(_SELECT_STEP))
+        _, selected = wrapped(*jax.tree.map(jnp.copy, (params, selecting)), grads)
+        pruned = selected._replace(count=jnp.int32(_PRUNE_STEP + 1), pruned=jnp.int32(_PRUNE_STEP))
+        functions = {
+            f"{name}, plain": runner(plain, inner.init(params)),
+            f"{name}, plain again (noise)": runner(plain, inner.init(params)),
+            f"{name}, dense phase": runner(wrapped, fresh),
+            f"{name}, regularize phase": runner(wrapped, selected),
+            f"{name}, pruned phase": runner(wrapped, pruned),
+        }
+        seconds = interleaved(functions, repeats)
+        base = seconds[f"{name}, plain"]
+        rows += [_row(key, seconds[key], base, "" if "plain" in key else "1.05") for key in functions]
+    return rows
 
 
 # (what, options of the plan, patterns) of one selection each; the first is the reference's.

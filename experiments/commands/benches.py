@@ -12,6 +12,7 @@ USAGE = f"""usage: {PROGRAM} bench WHAT ...
 
   collectives  bytes of an update's all-reduce, whole gradients against retained weights
   steps        VGG-16 updates of every phase against the plain optax step, and the selection
+  update       optimizers' updates alone, wrapped in every phase against plain ones
   step         whole training updates, dense against pruned by patterns
   loop         an epoch as one compiled loop against one call an update
   selection    the choice of the masks alone, with each option
@@ -49,7 +50,7 @@ def _benches() -> dict[str, Callable[..., str]]:
     from experiments.bench import input as input_bench
 
     return {
-        **{name: functools.partial(updates.run, name) for name in ("steps", "step", "loop", "selection")},
+        **{name: functools.partial(updates.run, name) for name in ("steps", "update", "step", "loop", "selection")},
         "collectives": collectives.run,
         "conv": conv.run,
         "deploy": deploy.run,
