@@ -208,9 +208,9 @@ def measure_update(net: str, width: float, batch_size: int, repeats: int) -> lis
             return call
 
         plain, wrapped = stepped(inner.update), stepped(whole.update)
-        fresh = whole.init(params)
+        fresh: Any = whole.init(params)
         selecting = fresh._replace(count=jnp.int32(_SELECT_STEP))
-        _, selected = wrapped(*jax.tree.map(jnp.copy, (params, selecting)), grads)
+        selected: Any = wrapped(*jax.tree.map(jnp.copy, (params, selecting)), grads)[1]
         pruned = selected._replace(count=jnp.int32(_PRUNE_STEP + 1), pruned=jnp.int32(_PRUNE_STEP))
         functions = {
             f"{name}, plain": runner(plain, inner.init(params)),
