@@ -33,6 +33,7 @@ class Conv:
         padding: ((top, bottom), (left, right)).
         bias: which of the arrays is added, float32 (cout,); None for none.
         relu: whether what is negative becomes 0 then.
+        second: a value of the result's shape that is added before that; None for none.
     """
 
     source: int
@@ -42,6 +43,7 @@ class Conv:
     padding: tuple[Two, Two] = ((0, 0), (0, 0))
     bias: int | None = None
     relu: bool = False
+    second: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +139,16 @@ def shape_after(step: Step, shapes: Sequence[Shape]) -> Shape:
     Raises:
         ValueError: it does not fit them.
     """
+    shape = _own_shape(step, shapes)
+    second = None if isinstance(step, Pool) else step.second
+    if second is not None and shapes[second] != shape:
+        raise ValueError(f"a sum of values of different shapes, {shape} and {shapes[second]}")
+    return shape
+
+
+def _own_shape(step: Step, shapes: Sequence[Shape]) -> Shape:
     shape = shapes[step.source]
     if isinstance(step, Sum):
-        if shapes[step.second] != shape:
-            raise ValueError(f"a sum of values of different shapes, {shape} and {shapes[step.second]}")
         return shape
     window = step.structure.shape[:2] if isinstance(step, Conv) else step.window
     geometry = make_geometry((1, *shape), window, step.strides, step.padding, "NHWC")
@@ -162,4 +170,5 @@ def _numbers(step: Step, shapes: Sequence[Shape], inputs: int) -> tuple[Shape, l
         return shape, [1 if step.kind == "max" else 2, step.source, -1, *shape, *step.window, *place, *(0,) * 4]
     bias = -1 if step.bias is None else inputs + step.bias
     window, tile = step.structure.shape[:2], step.structure.tile
-    return shape, [0, step.source, -1, *shape, *window, *place, *tile, inputs + step.packed, bias]
+    second = -1 if step.second is None else step.second
+    return shape, [0, step.source, second, *shape, *window, *place, *tile, inputs + step.packed, bias]

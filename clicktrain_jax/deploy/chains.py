@@ -105,9 +105,9 @@ class _Run:
         from pallas_kernels import chain
 
         # As the shapes are told by place: the step's own, one after the other.
-        sources = [step.source, *([step.second] if isinstance(step, chain.Sum) else [])]
-        own = dataclasses.replace(step, source=0, **({"second": 1} if len(sources) == 2 else {}))
-        self.shapes.append(chain.shape_after(own, [self.shape(index) for index in sources]))
+        read = _values(step)
+        own = dataclasses.replace(step, **{name: place for place, name in enumerate(read)})
+        self.shapes.append(chain.shape_after(own, [self.shape(index) for index in read.values()]))
         self.steps.append(step)
         self.values[result] = _Value(len(self.steps) - 1, tuple(result.aval.shape[1:]))
 
@@ -117,17 +117,12 @@ class _Run:
 
     def numbered(self) -> tuple[Any, ...]:
         """The steps, counted as `chain.chain` does: inputs first."""
-        from pallas_kernels import chain
 
         def number(index: int) -> int:
             return index + len(self.inputs) if index >= 0 else -1 - index
 
         return tuple(
-            dataclasses.replace(
-                step,
-                source=number(step.source),
-                **({"second": number(step.second)} if isinstance(step, chain.Sum) else {}),
-            )
+            dataclasses.replace(step, **{name: number(index) for name, index in _values(step).items()})
             for step in self.steps
         )
 
@@ -295,7 +290,7 @@ class _Reader:
             a, b = self._value(run, first), self._value(run, second)
             if name != "add" or a.shape != b.shape:
                 raise _RefusedError
-            return run.add(chain.Sum(a.index, b.index), result)
+            return self._sum(run, (a, first[1]), (b, second[1]), result)
         is_first = first[0] == "value"
         value = self._value(run, first if is_first else second, alone=True)
         kind, other = second if is_first else first
@@ -315,9 +310,28 @@ class _Reader:
         atom = step.equation.invars[1 if is_first else 0].aval
         filters = value.shape[-1]
         is_bias = kind == "array" and name == "add" and atom.dtype == np.float32 and atom.size == filters
-        if is_bias and isinstance(made, chain.Conv) and made.bias is None and atom.shape[-1:] == (filters,):
+        is_bare = isinstance(made, chain.Conv) and made.bias is None and made.second is None
+        if is_bias and is_bare and atom.shape[-1:] == (filters,):
             return run.change(value, result, bias=run.array(other))
         raise _RefusedError
+
+    def _sum(self, run: _Run, one: tuple[_Value, Any], other: tuple[_Value, Any], result: Any) -> None:
+        """The later of two values is a convolution's as a rule, which then adds the earlier one."""
+        from pallas_kernels import chain
+
+        (before, _), (value, var) = sorted((one, other), key=lambda each: each[0].index)
+        made = run.steps[value.index] if value.index >= 0 else None
+        is_bare = isinstance(made, chain.Conv) and made.second is None and not made.relu
+        is_alone = before.index < value.index and self._uses[var] == 1
+        if is_bare and is_alone and run.shape(before.index) == run.shape(value.index):
+            run.change(value, result, second=before.index)
+        else:
+            run.add(chain.Sum(one[0].index, other[0].index), result)
+
+
+def _values(step: Any) -> dict[str, int]:
+    """Which values a step reads, by the names of its fields."""
+    return {name: index for name in ("source", "second") if (index := getattr(step, name, None)) is not None}
 
 
 def _is_chained(step: Any) -> bool:

@@ -309,7 +309,7 @@ class InferenceNet:
         return self._choices[batch][0]
 
     def _facts(self, batch: int) -> dict[str, Any]:
-        return {"inference net": self._identity, "batch": batch, "chains": 1}
+        return {"inference net": self._identity, "batch": batch, "chains": 2}
 
     def _tunable(self, batch: int) -> list[whole_net.Site]:
         sites = self._sites(batch, {})

@@ -197,9 +197,12 @@ class Runner {
     if (step.kind == ChainStep::conv) {
       const Mask mask = mask_of(chain_, step);
       const int64_t most = is_tiled(mask, geometry_of(chain_, step, 1)) ? count : unit_;
-      for (int64_t n = 0; n < count; n += most)
+      for (int64_t n = 0; n < count; n += most) {
+        const int64_t at = n * step.shape.size();
+        const Epilogue epilogue{nullptr, step.bias, step.relu, z == nullptr ? nullptr : z + at};
         forward(Type::f32, geometry_of(chain_, step, std::min(most, count - n)), mask, x + n * in.size(), nullptr,
-                step.packed, {nullptr, step.bias, step.relu}, y + n * step.shape.size(), pool);
+                step.packed, epilogue, y + at, pool);
+      }
       return;
     }
     const int64_t size = count * step.shape.size();
@@ -253,15 +256,15 @@ const char* wrong_with_last(const Chain& chain) {
   if (step.source < 0 || step.source >= values || step.second >= values) return "a value before it is made";
   const ImageShape in = shape_of(chain, step.source), out = step.shape;
   if (out.height < 1 || out.width < 1 || out.channels < 1) return "a result without numbers";
+  const auto differs = [&](const ImageShape& each) {
+    return each.height != out.height || each.width != out.width || each.channels != out.channels;
+  };
+  if (step.second >= 0 && differs(shape_of(chain, step.second))) return "a sum of values of different shapes";
   if (step.kind == ChainStep::sum) {
     if (step.second < 0) return "a sum of one value";
-    const ImageShape other = shape_of(chain, step.second);
-    const auto differs = [&](const ImageShape& each) {
-      return each.height != out.height || each.width != out.width || each.channels != out.channels;
-    };
-    return differs(in) || differs(other) ? "a sum of values of different shapes" : nullptr;
+    return differs(in) ? "a sum of values of different shapes" : nullptr;
   }
-  if (step.second >= 0) return "a second value, which only sums take";
+  if (step.second >= 0 && step.kind != ChainStep::conv) return "a second value, which only sums and convolutions take";
   if (step.kind < ChainStep::conv || step.kind > ChainStep::sum) return "a step of an unknown kind";
   if (step.kh < 1 || step.kw < 1 || step.stride_h < 1 || step.stride_w < 1 || step.pad_top < 0 || step.pad_left < 0)
     return "windows and strides are positive, padding is not negative";

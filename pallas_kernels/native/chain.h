@@ -20,7 +20,7 @@ struct ChainStep {
   enum Kind : int64_t { conv = 0, max_pool = 1, sum_pool = 2, sum = 3 };
   Kind kind;
   // Values: first those that are given, then what each step makes, the last of which is the result.
-  int64_t source, second;  // `second` is a sum's; -1 where there is none
+  int64_t source, second;  // `second`: of a sum, or what a convolution adds before its ReLU; -1 where there is none
   ImageShape shape;        // of what the step makes
   int64_t kh, kw, stride_h, stride_w, pad_top, pad_left;
   bool relu;

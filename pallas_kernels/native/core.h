@@ -32,11 +32,13 @@ struct Mask {
   Lists by_filters, by_channels;
 };
 
-// y = relu(sum * scale + bias), each part where it is given: scale and bias have one entry a filter, or are null.
+// y = relu(sum * scale + bias + added), each part where it is given: scale and bias have one entry a filter, `added` is
+// of y's shape and apart from it, for float32 alone; or they are null.
 struct Epilogue {
   const float* scale;
   const float* bias;
   bool relu;
+  const float* added = nullptr;
 };
 
 // Who runs tasks: XLA's thread pool, or one thread.

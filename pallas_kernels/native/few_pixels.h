@@ -194,10 +194,8 @@ class FewPixels {
   void finish(int64_t first, int64_t last, const float* sums, float* y) const {
     for (int64_t pixel = 0; pixel < pixels_; ++pixel)
       for (int64_t output = first; output < last; ++output) {
-        float value = sums[(output - first) * width_ + pixel];
-        if (epilogue_.scale) value *= epilogue_.scale[output];
-        if (epilogue_.bias) value += epilogue_.bias[output];
-        y[pixel * p_.outputs + output] = epilogue_.relu && value < 0.0f ? 0.0f : value;
+        const int64_t at = pixel * p_.outputs + output;
+        y[at] = finished(epilogue_, sums[(output - first) * width_ + pixel], output, at);
       }
   }
 

@@ -9,15 +9,21 @@ namespace clicktrain::CLICKTRAIN_ISA {
 
 constexpr int kMostSums = CLICKTRAIN_LANES == 8 ? 12 : 16;  // of a block: what the registers hold
 constexpr int kMostRows = 8, kMostColumns = 8;
-// With so few sums each would wait for its last product: several sets of them are kept, and added at the end.
-constexpr int kFewSums = 2;
+// With few sums each would wait for its last product: several sets of them are kept, and added at the end.
+constexpr int sets_of(int sums) { return sums <= 2 ? 4 : sums <= 4 ? 2 : 1; }
+template <int Sets, int Rows, int Columns>
+inline __attribute__((always_inline)) Vec<kLanes> total_of(const Vec<kLanes> (&sum)[Sets][Rows][Columns], int r, int c) {
+  if constexpr (Sets == 4) return (sum[0][r][c] + sum[1][r][c]) + (sum[2][r][c] + sum[3][r][c]);
+  if constexpr (Sets == 2) return sum[0][r][c] + sum[1][r][c];
+  return sum[0][r][c];
+}
 
 // One list on a block of rows x columns positions; `at` are the rows' places, `apart` vectors lie between columns. An
 // entry has one tap, or the four of a corner, which begin so many codes behind it.
 template <int Taps, int Rows, int Columns, int Apart>
 void lane_block(const float* x, const int64_t* at, const int32_t* codes, const float* weights, int64_t count,
                 const int32_t* place, const int32_t* steps, float* y, const int64_t* to, int64_t out_apart, bool begins) {
-  constexpr int kSets = Rows * Columns <= kFewSums ? 4 : 1;
+  constexpr int kSets = sets_of(Rows * Columns);
   Vec<kLanes> sum[kSets][Rows][Columns] = {};
   if (!begins) {
 #pragma GCC unroll 8
@@ -42,7 +48,7 @@ void lane_block(const float* x, const int64_t* at, const int32_t* codes, const f
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) add(codes[k] + steps[j], weights[4 * k + j], j);
   } else {
-    for (; kSets == 4 && k + 4 <= count; k += 4)
+    for (; kSets > 1 && k + 4 <= count; k += 4)
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) add(codes[k + j], weights[k + j], j);
     for (; k < count; ++k) add(codes[k], weights[k], 0);
@@ -50,11 +56,7 @@ void lane_block(const float* x, const int64_t* at, const int32_t* codes, const f
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < Columns; ++c) {
-      Vec<kLanes> total = sum[0][r][c];
-      if constexpr (kSets == 4) total = (total + sum[1][r][c]) + (sum[2][r][c] + sum[3][r][c]);
-      store<kLanes>(y + to[r] + c * out_apart, total);
-    }
+    for (int c = 0; c < Columns; ++c) store<kLanes>(y + to[r] + c * out_apart, total_of(sum, r, c));
 }
 
 using LaneBlock = void (*)(const float*, const int64_t*, const int32_t*, const float*, int64_t, const int32_t*,
@@ -91,8 +93,7 @@ LaneBlock lane_block_for(int rows, int columns) {
 template <int Rows, int Columns>
 void corner_block(const float* x, int64_t pitch, const int32_t* codes, const float* weights, int64_t count,
                   const int32_t* place, float* y, int64_t out_pitch, bool begins) {
-  // Sums of their own for each weight where there are few.
-  constexpr int kSets = Rows * Columns <= kFewSums ? 4 : 1;
+  constexpr int kSets = sets_of(Rows * Columns);
   Vec<kLanes> sum[kSets][Rows][Columns] = {};
   if (!begins) {
 #pragma GCC unroll 8
@@ -126,17 +127,13 @@ void corner_block(const float* x, int64_t pitch, const int32_t* codes, const flo
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < Columns; ++c) {
-      Vec<kLanes> total = sum[0][r][c];
-      if constexpr (kSets == 4) total = (total + sum[1][r][c]) + (sum[2][r][c] + sum[3][r][c]);
-      store<kLanes>(y + r * out_pitch + c * kLanes, total);
-    }
+    for (int c = 0; c < Columns; ++c) store<kLanes>(y + r * out_pitch + c * kLanes, total_of(sum, r, c));
 }
 
 using CornerBlock = void (*)(const float*, int64_t, const int32_t*, const float*, int64_t, const int32_t*, float*, int64_t,
                              bool);
 constexpr int kCornerSums = CLICKTRAIN_LANES == 8 ? 8 : 16;
-constexpr int kCornerColumns = CLICKTRAIN_LANES == 8 ? 2 : 8;
+constexpr int kCornerColumns = CLICKTRAIN_LANES == 8 ? 2 : 4;
 template <int Columns>
 CornerBlock corner_block_rows(int rows) {
   constexpr int most = std::min(4, kCornerSums / Columns);
@@ -152,11 +149,7 @@ inline CornerBlock corner_block_for(int rows, int columns) {
     case 1: return corner_block_rows<1>(rows);
     case 2: return corner_block_rows<2>(rows);
     case 3: return corner_block_rows<3>(rows);
-    case 4: return corner_block_rows<4>(rows);
-    case 5: return corner_block_rows<5>(rows);
-    case 6: return corner_block_rows<6>(rows);
-    case 7: return corner_block_rows<7>(rows);
-    default: return corner_block_rows<8>(rows);
+    default: return corner_block_rows<4>(rows);
   }
 }
 

@@ -165,6 +165,14 @@ struct LaneWeights {
   }
 };
 
+// An output's sum at its end; `at`: where it stands in what is added.
+inline float finished(const Epilogue& epilogue, float sum, int64_t output, int64_t at) {
+  if (epilogue.scale) sum *= epilogue.scale[output];
+  if (epilogue.bias) sum += epilogue.bias[output];
+  if (epilogue.added) sum += epilogue.added[at];
+  return epilogue.relu && sum < 0.0f ? 0.0f : sum;
+}
+
 // The part of a rising list whose codes lie in [low, high).
 struct Part {
   int64_t begin, count;

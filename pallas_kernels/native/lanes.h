@@ -41,7 +41,8 @@ class LaneProduct {
 
  private:
   static constexpr int64_t kNearCache = 24 * 1024;  // of the first cache, for what a block of positions reads
-  static constexpr int64_t kFewProducts = 512;      // of a block's sums in one part
+  // Products of a block's sums in one part: fewer where there is one block of few positions.
+  static constexpr int64_t kFewProducts = 512, kFewest = 256;
   class OneTask : public Pool {
    public:
     int64_t threads() const override { return 1; }
@@ -97,13 +98,35 @@ class LaneProduct {
     });
   }
 
-  // Lists of some outputs, and where each one's part of each block of channels begins: (output, block + 1).
-  struct Parts {
-    int64_t blocks;
-    std::vector<const int32_t*> codes;
-    std::vector<const float*> weights;
-    std::vector<int64_t> begin;
-    int64_t outputs() const { return static_cast<int64_t>(codes.size()); }
+  // Some entries of an output's list.
+  struct Section {
+    const int32_t* codes;
+    const float* weights;
+    int64_t count;
+  };
+  // Lists of some outputs in parts, one for each block of channels, in the order in which they are read: (block, output).
+  class Parts {
+   public:
+    Parts(int64_t blocks, int64_t outputs) : blocks_(blocks), outputs_(outputs), parts_(blocks * outputs) {}
+    int64_t blocks() const { return blocks_; }
+    int64_t outputs() const { return outputs_; }
+    const Section* block(int64_t index) const { return parts_.data() + index * outputs_; }
+    // `weights`: so many for each entry; the codes of block b are below inputs * (b + 1) / blocks * taps.
+    void add(int64_t output, const int32_t* codes, int64_t count, const float* weights, int64_t each, int64_t inputs, int64_t taps) {
+      int64_t begin = 0;
+      for (int64_t b = 0; b < blocks_; ++b) {
+        // Counted in vectors: a search's branches are not to be foreseen.
+        const int32_t end = static_cast<int32_t>(inputs * (b + 1) / blocks_ * taps);
+        int32_t before = 0;
+        for (int64_t k = 0; k < count; ++k) before += codes[k] < end;
+        parts_[b * outputs_ + output] = {codes + begin, weights + each * begin, before - begin};
+        begin = before;
+      }
+    }
+
+   private:
+    int64_t blocks_, outputs_;
+    std::vector<Section> parts_;
   };
 
   // Sums of outputs [first, last). A block of positions of all outputs after the other, and of so many channels that
@@ -114,27 +137,27 @@ class LaneProduct {
     for (const Kind& kind : kinds) {
       const int64_t rows = std::min<int64_t>(kind.rows, 4) * p_.rows.step + p_.rows.taps - 1;
       const int64_t columns = std::min<int64_t>(kind.columns, 4) * p_.columns.step + p_.columns.taps - 1;
-      // A part's sums are read and written: that wants some products of each, and more where nothing is read for a
-      // second block of positions.
-      const int64_t products = kind.rows * kind.columns > 16 ? kFewProducts : 4 * kFewProducts;
+      // A part's sums are read and written: that wants some products of each.
+      const int64_t products = kind.rows * kind.columns > 4 ? kFewProducts : kFewest;
       const int64_t sums_of = std::min<int64_t>(kind.rows, 4) * std::min<int64_t>(kind.columns, 4);
       const int64_t few = div_up(products * p_.inputs * p_.outputs, sums_of * std::max<int64_t>(1, w_.weights));
       const int64_t most = std::max(kNearCache / (4 * kLanes * rows * columns), few), blocks = div_up(p_.inputs, most);
-      Parts corners{blocks, {}, {}, {}}, singles{blocks, {}, {}, {}};
+      Parts corners(blocks, last - first), singles(blocks, last - first);
       std::vector<std::vector<int32_t>> codes(kind.all ? 0 : last - first);
       std::vector<std::vector<float>> values(codes.size());
       bool has_corners = false, has_singles = !kind.all;
       for (int64_t output = first; output < last; ++output) {
         const LaneWeights::List list = w_.list_of(output);
         if (kind.all) {
-          add_list(list.corners, list.corner_count, list.corner_values, corners);
-          add_list(list.singles, list.single_count, list.single_values, singles);
+          corners.add(output - first, list.corners, list.corner_count, list.corner_values, 4, p_.inputs, w_.taps());
+          singles.add(output - first, list.singles, list.single_count, list.single_values, 1, p_.inputs, w_.taps());
           has_corners = has_corners || list.corner_count > 0;
           has_singles = has_singles || list.single_count > 0;
         } else {
           std::vector<int32_t>& of = codes[output - first];
-          take_apart(kind, list, of, values[output - first]);
-          add_list(of.data(), static_cast<int64_t>(of.size()), values[output - first].data(), singles);
+          std::vector<float>& its = values[output - first];
+          take_apart(kind, list, of, its);
+          singles.add(output - first, of.data(), static_cast<int64_t>(of.size()), its.data(), 1, p_.inputs, w_.taps());
         }
       }
       std::vector<int64_t> at, to;
@@ -149,15 +172,6 @@ class LaneProduct {
         run_apart<4>(kind, corners, at, to, x, sums, positions, true);
       if (has_singles || !has_corners) run_apart<1>(kind, singles, at, to, x, sums, positions, !has_corners);
     }
-  }
-
-  void add_list(const int32_t* codes, int64_t count, const float* weights, Parts& parts) const {
-    parts.codes.push_back(codes);
-    parts.weights.push_back(weights);
-    parts.begin.push_back(0);
-    for (int64_t block = 1; block < parts.blocks; ++block)
-      parts.begin.push_back(std::lower_bound(codes, codes + count, p_.inputs * block / parts.blocks * w_.taps()) - codes);
-    parts.begin.push_back(count);
   }
 
   // A list by single taps, without those that read nothing here, in rising order of their channels.
@@ -192,13 +206,11 @@ class LaneProduct {
           const CornerBlock run = corner_block_for(static_cast<int>(std::min(rows, q_.high - r)), n);
           const float* from = x + g * q_.plane() + r * pitch + c * kLanes;
           float* to = sums + g * q_.positions() * kLanes + r * out_pitch + c * kLanes;
-          for (int64_t block = 0; block < lists.blocks; ++block)
+          for (int64_t block = 0; block < lists.blocks(); ++block)
             for (int64_t output = 0; output < outputs; ++output) {
-              const int64_t* part = lists.begin.data() + output * (lists.blocks + 1) + block;
-              const int64_t begin = part[0], length = part[1] - begin;
-              if (length > 0 || block == 0)
-                run(from, pitch, lists.codes[output] + begin, lists.weights[output] + 4 * begin, length, place,
-                    to + output * positions, out_pitch, block == 0);
+              const Section& part = lists.block(block)[output];
+              if (part.count > 0 || block == 0)
+                run(from, pitch, part.codes, part.weights, part.count, place, to + output * positions, out_pitch, block == 0);
             }
         }
       }
@@ -217,35 +229,31 @@ class LaneProduct {
       const int64_t rows = div_up(all, div_up(all, std::min(kMostRows, kMostSums / n)));
       for (int64_t r = 0; r < all; r += rows) {
         const int m = static_cast<int>(std::min(rows, all - r));
-        for (int64_t block = 0; block < lists.blocks; ++block)
+        for (int64_t block = 0; block < lists.blocks(); ++block)
           for (int64_t output = 0; output < outputs; ++output) {
-            const int64_t* part = lists.begin.data() + output * (lists.blocks + 1) + block;
-            const int64_t begin = part[0], length = part[1] - begin;
+            const Section& part = lists.block(block)[output];
             const bool is_first = begins && block == 0;
-            if (length == 0 && !is_first) continue;
+            if (part.count == 0 && !is_first) continue;
             const int64_t most = step <= 2 ? n : 1;
             const auto run = step == 2 ? lane_block_for<Taps, 2>(m, n) : lane_block_for<Taps, 1>(m, static_cast<int>(most));
             for (int64_t one = c; one < c + n; one += most)
-              run(x + one * step * kLanes, at.data() + r, lists.codes[output] + begin, lists.weights[output] + Taps * begin,
-                  length, kind.place.data(), steps, sums + output * positions + one * out_step, to.data() + r, out_step, is_first);
+              run(x + one * step * kLanes, at.data() + r, part.codes, part.weights, part.count, kind.place.data(), steps,
+                  sums + output * positions + one * out_step, to.data() + r, out_step, is_first);
           }
       }
     }
   }
 
-  void from_lanes(int64_t first, int64_t last, float* sums, int64_t positions, int64_t begin, int64_t count, float* y) const {
-    for (int64_t output = first; output < last; ++output) {
-      float* at = sums + (output - first) * positions;
-      const bool scales = epilogue_.scale != nullptr, shifts = epilogue_.bias != nullptr;
-      if (!scales && !shifts && !epilogue_.relu) break;
-      const float scale = scales ? epilogue_.scale[output] : 1.0f, bias = shifts ? epilogue_.bias[output] : 0.0f;
-      for (int64_t i = 0; i < positions; ++i) {
-        float value = at[i];
-        if (scales) value *= scale;
-        if (shifts) value += bias;
-        at[i] = epilogue_.relu && value < 0.0f ? 0.0f : value;
-      }
-    }
+  // Sums of one pixel, outputs side by side from one on; `added`: where what is added to them lies.
+  Vec<kLanes> finished(Vec<kLanes> sums, int64_t output, const float* added) const {
+    if (epilogue_.scale) sums *= load<kLanes>(epilogue_.scale + output);
+    if (epilogue_.bias) sums += load<kLanes>(epilogue_.bias + output);
+    if (added) sums += load<kLanes>(added);
+    return epilogue_.relu ? rectified<kLanes>(sums) : sums;
+  }
+
+  void from_lanes(int64_t first, int64_t last, const float* sums, int64_t positions, int64_t begin, int64_t count, float* y) const {
+    const float* added = epilogue_.added;
     for (int64_t g = 0; g < count; ++g) {
       const std::vector<float*> at = places_of_lanes(q_, p_.batch, begin + g, y, p_.outputs, p_.rows.out, p_.columns.out, 0,
                                                      0, q_.high, q_.wide, q_.high, q_.wide);
@@ -260,11 +268,12 @@ class LaneProduct {
           transpose<kLanes>(v);
 #pragma GCC unroll 16
           for (int lane = 0; lane < kLanes; ++lane)
-            if (to[lane]) store<kLanes>(to[lane] + output, v[lane]);
+            if (to[lane])
+              store<kLanes>(to[lane] + output, finished(v[lane], output, added ? added + (to[lane] - y) + output : nullptr));
         }
       for (; output < last; ++output, from += positions)
         for (int64_t i = 0; i < q_.positions() * kLanes; ++i)
-          if (at[i]) at[i][output] = from[i];
+          if (at[i]) at[i][output] = clicktrain::CLICKTRAIN_ISA::finished(epilogue_, from[i], output, added ? at[i] - y + output : 0);
     }
   }
 

@@ -124,6 +124,7 @@ void forward(Type type, const Geometry& g, const Mask& mask, const void* x, cons
       float value = sums[index];
       if (epilogue.scale != nullptr) value *= epilogue.scale[index % mask.cout];
       if (epilogue.bias != nullptr) value += epilogue.bias[index % mask.cout];
+      if (epilogue.added != nullptr) value += epilogue.added[index];
       if (epilogue.relu && value < 0) value = 0;  // A NaN stays one.
       store(type, y, image * pixels * mask.cout + index, value);
     }

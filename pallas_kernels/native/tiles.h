@@ -115,6 +115,10 @@ inline void finish(const Panel& panel, const Epilogue& epilogue, float* sums, co
     float* to = y + out[p] * outputs + panel.first;
     if (scale) for (int64_t o = 0; o < panel.valid; ++o) from[o] *= scale[o];
     if (bias) for (int64_t o = 0; o < panel.valid; ++o) from[o] += bias[o];
+    if (epilogue.added) {
+      const float* added = epilogue.added + (to - y);
+      for (int64_t o = 0; o < panel.valid; ++o) from[o] += added[o];
+    }
     if (epilogue.relu) for (int64_t o = 0; o < panel.valid; ++o) from[o] = from[o] < 0.0f ? 0.0f : from[o];
     if (panel.valid == width && width % kLanes == 0) {
       for (int64_t o = 0; o < width; o += kLanes) store<kLanes>(to + o, load<kLanes>(from + o));
@@ -197,8 +201,10 @@ class TileProduct {
       for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) {
         const int most = most_of(w_.panels[i]);
         if (blocks[most].blocks.empty()) find(run, most, blocks[most]);
-        run_panel(i, blocks[most], offsets, x_ + run.image * p_.rows.in * p_.columns.in * p_.inputs,
-                  y + run.image * p_.rows.out * p_.columns.out * p_.outputs);
+        const int64_t at = run.image * p_.rows.out * p_.columns.out * p_.outputs;
+        Epilogue epilogue = epilogue_;
+        if (epilogue.added) epilogue.added += at;
+        run_panel(i, blocks[most], offsets, x_ + run.image * p_.rows.in * p_.columns.in * p_.inputs, epilogue, y + at);
       }
     });
   }
@@ -286,7 +292,8 @@ class TileProduct {
       }
   }
 
-  void run_panel(int64_t index, const Blocks& blocks, const int32_t* offsets, const float* x, float* y) const {
+  void run_panel(int64_t index, const Blocks& blocks, const int32_t* offsets, const float* x,
+                 const Epilogue& epilogue, float* y) const {
     const Panel& panel = w_.panels[index];
     const int32_t* begin = w_.tap_begin + panel.group * (w_.taps + 1);
     const int64_t list = w_.list_begin[panel.group];
@@ -325,7 +332,7 @@ class TileProduct {
         }
         multiply_for(panel, block.count)(segments.data(), used, (block.inside ? offsets : w_.channels) + list, weights, sums,
                                          part == 0);
-        if (part == parts - 1) finish(panel, epilogue_, sums, block.out, block.count, p_.outputs, y);
+        if (part == parts - 1) finish(panel, epilogue, sums, block.out, block.count, p_.outputs, y);
         if (parts > 1) sums += size;
       }
     }

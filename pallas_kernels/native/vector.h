@@ -57,6 +57,16 @@ inline __attribute__((always_inline)) Vec<Lanes> splat(float s) {
   return s - Vec<Lanes>{};  // one broadcast; the subtraction of zero is folded away
 }
 
+// What is negative becomes 0; a NaN stays one.
+template <int Lanes>
+inline __attribute__((always_inline)) Vec<Lanes> rectified(Vec<Lanes> v) {
+  const auto stays = ~(v < Vec<Lanes>{});
+  Vec<Lanes> result;
+  const auto bits = stays & reinterpret_cast<decltype(stays)>(v);
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
 inline float as_float(float value) { return value; }
 inline float as_float(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;

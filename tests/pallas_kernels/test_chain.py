@@ -36,9 +36,10 @@ def drawn(tile, batch, seed=0):
         conv(0, (3, 3, 5, 16), padding=SAME, relu=True),
         conv(1, (3, 3, 16, 16), padding=SAME),
         Sum(2, 1, relu=True),
-        Pool(3, "max", (3, 2), (2, 2), ((1, 1), (0, 1))),
-        conv(4, (3, 3, 16, 20), strides=(2, 2), padding=((0, 1), (1, 1)), relu=True),
-        Pool(5, "sum", (2, 2), (1, 1), factor=1 / 4),
+        conv(3, (3, 3, 16, 16), padding=SAME, second=2, relu=True),
+        Pool(4, "max", (3, 2), (2, 2), ((1, 1), (0, 1))),
+        conv(5, (3, 3, 16, 20), strides=(2, 2), padding=((0, 1), (1, 1)), relu=True),
+        Pool(6, "sum", (2, 2), (1, 1), factor=1 / 4),
     ]
     return [jnp.asarray(rng.standard_normal((batch, *SHAPE)).astype(np.float32))], steps, arrays, weights
 
@@ -51,6 +52,7 @@ def one_by_one(x, steps, weights):
             w, bias = next(own)
             numbers = ("NHWC", "HWIO", "NHWC")
             y = jax.lax.conv_general_dilated(y, w, step.strides, step.padding, dimension_numbers=numbers) + bias
+            y = y if step.second is None else y + values[step.second]
         elif isinstance(step, Sum):
             y = y + values[step.second]
         else:
@@ -84,7 +86,8 @@ def test_several_inputs_and_images_that_are_mapped():
 
 def _after_another_input(step):
     """Of a chain that begins with a sum of two inputs, where one input was."""
-    moved = {name: getattr(step, name) + 2 for name in ("source", "second") if hasattr(step, name)}
+    moved = {name: getattr(step, name, None) for name in ("source", "second")}
+    moved = {name: index + 2 for name, index in moved.items() if index is not None}
     return dataclasses.replace(step, **moved)
 
 
@@ -101,6 +104,8 @@ def test_what_does_not_fit_is_refused():
         chain([x[..., :3]], steps, arrays)
     with pytest.raises(ValueError, match="sum of values of different shapes"):
         chain([x], [steps[0], Sum(0, 1)], arrays)
+    with pytest.raises(ValueError, match="sum of values of different shapes"):
+        chain([x], [dataclasses.replace(steps[0], second=0)], arrays)
     first, *others = arrays
     with pytest.raises(Exception, match="step 0: the packed weights are of another convolution"):
         jax.block_until_ready(chain([x], steps, [first[:-1], *others]))

@@ -12,7 +12,7 @@ import clicktrain_jax as ct
 from clicktrain_jax.deploy import chains
 from clicktrain_jax.deploy.load import inference_net
 from pallas_kernels import native
-from pallas_kernels.chain import Conv, Pool, Sum
+from pallas_kernels.chain import Conv, Pool
 
 pytestmark = pytest.mark.skipif(not native.is_fast(), reason="there are no native kernels here")
 
@@ -75,8 +75,10 @@ def test_a_net_in_one_call(head, filters):
     net, x, wanted = made(False, head, filters)
     (steps,) = runs_of(net, 5, {})
     kinds = [type(step) for step in steps]
-    assert kinds == [Conv, Conv, Conv, Sum, Pool, Conv, Conv, Pool, Conv, Conv]
-    assert [step.relu for step in steps] == [True, True, False, True, False, True, True, False, True, False]
+    assert kinds == [Conv, Conv, Conv, Pool, Conv, Conv, Pool, Conv, Conv]
+    assert [step.relu for step in steps] == [True, True, True, False, True, True, False, True, False]
+    # The sum of the shortcut is the convolution's before it.
+    assert [getattr(step, "second", None) for step in steps] == [None, None, 1, *[None] * 6]
     for batch in (1, 2, 5):
         np.testing.assert_allclose(net(x[:batch]), wanted[:batch], atol=1e-5)
         np.testing.assert_allclose(net.dense(batch)(x[:batch]), wanted[:batch], atol=1e-5)
@@ -85,7 +87,7 @@ def test_a_net_in_one_call(head, filters):
 def test_what_is_no_step_of_a_chain_stands_between_two():
     net, x, wanted = made(True, "mean", 8)
     first, between, second = runs_of(net, 5, {})
-    assert (len(first), between, len(second)) == (4, "tanh", 6)
+    assert (len(first), between, len(second)) == (3, "tanh", 6)
     np.testing.assert_allclose(net(x), wanted, atol=1e-5)
 
 
@@ -96,7 +98,7 @@ def test_convolutions_that_run_by_xla_are_left():
     found = runs_of(net, 5, choice)
     # Before it one convolution alone, behind it what reads two values from before.
     assert [len(each) if isinstance(each, tuple) else each for each in found] == [
-        "conv_general_dilated", "conv_general_dilated", 8
+        "conv_general_dilated", "conv_general_dilated", 7
     ]  # fmt: skip
     np.testing.assert_allclose(net.with_choice(5, choice)(x), wanted, atol=1e-5)
     xla = dict.fromkeys(names, "dense")

@@ -145,7 +145,9 @@ class ChainCheck {
     const Value& in = values_[source];
     const Window w = draw_window(in);
     const int64_t sizes[] = {1, 8, 16, 64}, taps = w.kh * w.kw, cin = in.channels;
-    const int64_t cout = random_.one_in(2) ? random_.of(1, 6) : random_.of(7, 40);
+    int64_t cout = random_.one_in(2) ? random_.of(1, 6) : random_.of(7, 40);
+    for (const Value& each : values_)
+      if (each.height == w.out_h && each.width == w.out_w && random_.one_in(2)) cout = each.channels;
     const int64_t filters = std::min(sizes[random_.of(0, 3)], cout), tiles = (cout + filters - 1) / filters;
     std::vector<int32_t> entries(tiles * cin * taps, std::numeric_limits<int32_t>::max()), counts(tiles, 0);
     std::vector<bool> kept(tiles * cin * taps);
@@ -182,7 +184,9 @@ class ChainCheck {
     });
     for (size_t i = 0; has_bias && i < out.exact.size(); ++i) out.exact[i] += bias->at(i % cout), out.size_of[i] += 1;
     biases_.push_back(std::move(bias));
-    add({0, source, -1, out.height, out.width, cout, w.kh, w.kw, w.stride_h, w.stride_w, w.top, w.left, relu, filters, 1, 0, 0},
+    const int64_t second = find_like(out, -1);
+    if (second >= 0) add_up(out, values_[second]);
+    add({0, source, second, out.height, out.width, cout, w.kh, w.kw, w.stride_h, w.stride_w, w.top, w.left, relu, filters, 1, 0, 0},
         1, std::move(out), relu);
   }
 
@@ -206,18 +210,26 @@ class ChainCheck {
          relu, 0, 0, 0, 0}, factor, std::move(out), relu);
   }
 
+  // A value of such a shape, or the one that is given.
+  int64_t find_like(const Value& a, int64_t otherwise) {
+    for (int64_t i = 0; i < static_cast<int64_t>(values_.size()); ++i) {
+      const Value& b = values_[i];
+      if (b.height == a.height && b.width == a.width && b.channels == a.channels && random_.one_in(2)) otherwise = i;
+    }
+    return otherwise;
+  }
+  static void add_up(Value& to, const Value& other) {
+    for (size_t i = 0; i < to.exact.size(); ++i) to.exact[i] += other.exact[i], to.size_of[i] += other.size_of[i];
+  }
+
   // Of a value and one of its shape, or itself.
   void draw_sum() {
     const int64_t source = draw_source();
     const Value& a = values_[source];
-    int64_t second = source;
-    for (int64_t i = 0; i < static_cast<int64_t>(values_.size()); ++i) {
-      const Value& b = values_[i];
-      if (b.height == a.height && b.width == a.width && b.channels == a.channels && random_.one_in(2)) second = i;
-    }
+    const int64_t second = find_like(a, source);
     const bool relu = random_.one_in(2);
     Value out{a.height, a.width, a.channels, a.exact, a.size_of};
-    for (size_t i = 0; i < out.exact.size(); ++i) out.exact[i] += values_[second].exact[i], out.size_of[i] += values_[second].size_of[i];
+    add_up(out, values_[second]);
     add({3, source, second, a.height, a.width, a.channels, 0, 0, 0, 0, 0, 0, relu, 0, 0, 0, 0}, 1, std::move(out), relu);
   }
 
