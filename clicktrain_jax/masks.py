@@ -131,7 +131,6 @@ def _words(layer: LayerMask, xp: Any) -> Any:
     table = xp.sum(bits, axis=1, dtype=xp.uint32)
     if xp is np or len(table) > _FEW_PATTERNS:
         return table[layer.pattern_ids]
-    table = jax.lax.optimization_barrier(table)
     words = jnp.zeros(layer.pattern_ids.shape, jnp.uint32)
     for index in range(len(table)):
         words = jnp.where(layer.pattern_ids == index, table[index], words)
