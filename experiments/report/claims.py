@@ -159,6 +159,8 @@ def _pat_reading(study: Study, cell: Cell) -> Reading | None:
             verdict = FAILS if value < PAT_RATIO else UNTOLD
         else:
             verdict = HOLDS if value >= PAT_RATIO - _EXACT else FAILS
+        if len(ratio) < 2:
+            said, verdict = f"{said} (one seed)", UNTOLD
     gaps = ", ".join(f"{spread(gap, signed=True)} at {budget:.2f}" for budget, gap, _ in budgets)
     known = between is not None and reached and reached[0] > 0
     row = (cell.label, str(len(budgets)), gaps, verdict, said, f"{between:.2f}" if known else "")
@@ -224,28 +226,48 @@ def _pdt_reading(study: Study, family: Sequence[Cell], other: Cell) -> tuple[Rea
                 like_compression = like_compression._replace(verdict=UNTOLD)
         else:
             like_compression = nothing
-    # Means here: a curve through single runs does not fall.
-    points = [(place, mean(top1)) for place, top1 in zip(xs, accuracies)]
-    wanted = mean(other.top1())
-    reached = frontier.solve(points, wanted, "falling")
+    # Means here, of the seeds that all have: a curve through single runs does not fall.
+    seeds = set(other.top1()).intersection(*accuracies)
+    if not seeds:
+        return like_compression, nothing
+    curve = [(place, {seed: top1[seed] for seed in seeds}) for place, top1 in zip(xs, accuracies)]
+    theirs = {seed: other.top1()[seed] for seed in seeds}
+    reached = frontier.solve([(place, mean(top1)) for place, top1 in curve], mean(theirs), "falling")
     if reached is None:
-        return like_compression, _beyond(points, wanted, x, time_at)
-    there = time_at(frontier.weights(xs, reached, tolerance=_EXACT))
-    return like_compression, _in_time(f"{reached / x:.2f}", reached / x, 1.0, there)
+        like_accuracy = _beyond(curve, theirs, x, time_at)
+    else:
+        there = time_at(frontier.weights(xs, reached, tolerance=_EXACT))
+        like_accuracy = _in_time(f"{reached / x:.2f}", reached / x, 1.0, there)
+    return like_compression, _of_seeds(like_accuracy, len(seeds))
+
+
+def _of_seeds(reading: Reading, count: int) -> Reading:
+    """One seed tells nothing."""
+    if count > 1 or reading.verdict == UNKNOWN:
+        return reading
+    return reading._replace(row=(f"{reading.row[0]} (one seed)", *reading.row[1:]), verdict=UNTOLD)
 
 
 def _beyond(
-    points: frontier.Points, wanted: float, x: float, time_at: Callable[[Mapping[int, float]], dict[int, float]]
+    curve: Sequence[tuple[float, Mapping[int, float]]],
+    theirs: Mapping[int, float],
+    x: float,
+    time_at: Callable[[Mapping[int, float]], dict[int, float]],
 ) -> Reading:
     """Where ClickTrain is better, or worse, at every compression: its end is a bound, which may be enough to tell."""
     # The envelope, as `frontier.solve` reads it: a dip that a higher compression makes good is none.
-    is_better = min(top1 for _, top1 in frontier.envelope(points, "falling")) > wanted
-    end = (max if is_better else min)(place for place, _ in points)
+    lowest = min(top1 for _, top1 in frontier.envelope([(place, mean(top1)) for place, top1 in curve], "falling"))
+    is_better = lowest > mean(theirs)
+    end, accuracies = (max if is_better else min)(curve, key=lambda point: point[0])
     text = f"{'more' if is_better else 'less'} than {end / x:.2f} ({OUTSIDE})"
+    gap = _differences(accuracies, theirs)
     if is_better != (end / x > 1):
         return Reading((text, ""), UNTOLD)
-    found = _in_time(text, end / x, 1.0, time_at(frontier.weights([place for place, _ in points], end)))
-    return found._replace(value=None)
+    found = _in_time(text, end / x, 1.0, time_at(frontier.weights([place for place, _ in curve], end)))
+    found = found._replace(value=None)
+    if len(gap) > 1 and _weak(gap):
+        return found._replace(row=(text + _weak(gap), *found.row[1:]), verdict=UNTOLD)
+    return found
 
 
 def _range(found: Sequence[Reading], unit: str) -> str:

@@ -1,5 +1,7 @@
 """The comparison's verdicts, claim by claim, from a whole study made up by hand."""
 
+import json
+
 import pytest
 
 from experiments.records import RUNS, keep
@@ -136,3 +138,37 @@ def test_a_spread_larger_than_the_difference_is_said(make_study):
     assert keep(folder / RUNS, [record_of("narrow-0.5", 1, summary=summary)]) == 1
     part = claims.against_narrow(studies.read(folder))
     assert part.rows[0][1] == "+0.25 ± 2.47 (within the spread)"
+
+
+def test_one_seed_tells_nothing_of_compression_or_budgets(make_study, monkeypatch):
+    """What the other method's cell was run with counts, however many seeds ClickTrain's have."""
+    monkeypatch.setitem(CELLS, "gradual", (*CELLS["gradual"][:5], 70.0, 78.0, None))
+    folder = make_study(("dense", "early-4x", "early-16x", "gradual"))
+    lines = (folder / RUNS).read_text().splitlines(keepends=True)
+    (folder / RUNS).write_text("".join(line for line in lines if not _is(line, "gradual", 1)))
+    part = claims.against_pdt(studies.read(folder))
+    assert part.rows[0][5] == "more than 2.83 (outside the measured range) (one seed)"
+    assert [claim.verdict for claim in part.claims] == [claims.UNTOLD, claims.UNTOLD]
+
+
+def test_one_seed_tells_no_budget(make_study):
+    folder = make_study(("dense", "early-8x", "rewind-2", "rewind-8"))
+    lines = (folder / RUNS).read_text().splitlines(keepends=True)
+    (folder / RUNS).write_text("".join(line for line in lines if not _is(line, "rewind-8", 1)))
+    part = claims.against_pat(studies.read(folder))
+    assert part.rows[0][4].endswith("(one seed)") and part.claims[0].verdict == claims.UNTOLD
+
+
+def test_a_bound_within_the_spread_over_seeds_tells_nothing(make_study):
+    folder = make_study(("dense", "early-4x", "early-16x", "gradual"))
+    # 75 and 77 at 16x, on average above 71 and 80.
+    for seed, top1 in ((0, 0.71), (1, 0.80)):
+        keep(folder / RUNS, [record_of("gradual", seed, summary=summary_of("gradual", seed) | {"final_top1": top1})])
+    part = claims.against_pdt(studies.read(folder))
+    assert part.rows[0][5] == "more than 2.83 (outside the measured range) (within the spread)"
+    assert part.claims[1].verdict == claims.UNTOLD
+
+
+def _is(line, name, seed):
+    record = json.loads(line)
+    return (record["name"], record["seed"]) == (name, seed)
