@@ -167,11 +167,12 @@ def _limits(axes: Any, study: Study) -> None:
 
 def _plain_ticks(axes: Any) -> None:
     """Numbers as they are said, 1.5 and not 1.5 x 10^0, at more places a decade the less of one is shown."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = axes.get_xlim()
     finest, finer, coarse = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 4, 6, 8), (1, 2, 5)
     places = finest if high < 5 * low else finer if high < 60 * low else coarse
-    axes.xaxis.set_major_locator(LogLocator(subs=places, numticks=20))
+    # Of so short an axis a logarithmic locator may find one place, or none.
+    axes.xaxis.set_major_locator(MaxNLocator(7) if high < 2 * low else LogLocator(subs=places, numticks=20))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
