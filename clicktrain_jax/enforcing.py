@@ -7,7 +7,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from clicktrain_jax.deploy.jaxprs import bind, walk
+from clicktrain_jax.jaxprs import bind, walk
 from clicktrain_jax.masks import Masks, kept, layers_for
 from clicktrain_jax.trees import Tree, map_named, named_leaves, path_keys, placed_like
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from clicktrain_jax.deploy.jaxprs import CONVOLUTION, bind, flattened, walk
+from clicktrain_jax.jaxprs import CONVOLUTION, bind, flattened, walk
 
 # Each entry of the result comes from the same entry of the operands, which are alike in shape, or single numbers.
 _ENTRYWISE = frozenset(

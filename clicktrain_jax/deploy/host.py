@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clicktrain_jax.deploy.jaxprs import as_numpy, walk
+from clicktrain_jax.jaxprs import as_numpy, walk
 from clicktrain_jax.trees import is_key
 
 

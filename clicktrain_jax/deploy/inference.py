@@ -18,8 +18,8 @@ from clicktrain_jax.deploy import chains, layers, whole_net
 from clicktrain_jax.deploy.accelerate import AccelerateReport, ConvolutionReport
 from clicktrain_jax.deploy.fold import Folded, plain
 from clicktrain_jax.deploy.interception import Convolution, Kernel
-from clicktrain_jax.deploy.jaxprs import as_numpy, bind
 from clicktrain_jax.deploy.steps import ConvStep, Steps
+from clicktrain_jax.jaxprs import as_numpy, bind
 
 
 class Net(Protocol):

@@ -14,8 +14,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from clicktrain_jax.deploy.jaxprs import CALLS, CONVOLUTION, bind, inner_jaxprs, walk
 from clicktrain_jax.deploy.kernels import CUSTOM, Form, Moves, Sign, form_of_constant, forms_after, moved
+from clicktrain_jax.jaxprs import CALLS, CONVOLUTION, bind, inner_jaxprs, walk
 
 _REMAT = frozenset("checkpoint remat remat2".split())
 

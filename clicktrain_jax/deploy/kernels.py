@@ -7,7 +7,7 @@ from typing import Any
 import jax.core
 import numpy as np
 
-from clicktrain_jax.deploy.jaxprs import CALLS, walk
+from clicktrain_jax.jaxprs import CALLS, walk
 from clicktrain_jax.trees import is_key
 
 # Operand i becomes result i, at the same places and zero where it was zero.

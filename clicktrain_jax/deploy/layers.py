@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax.deploy.interception import Convolution
-from clicktrain_jax.deploy.jaxprs import unknown_parameters
+from clicktrain_jax.jaxprs import unknown_parameters
 
 # By XLA's convolution, by the native kernels with all weights, or by the structure in a layout.
 Run = Literal["dense", "dense cpu", "NHWC", "HWNC"]

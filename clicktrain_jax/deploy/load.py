@@ -15,10 +15,10 @@ from clicktrain_jax.deploy.arguments import check_function, places_of
 from clicktrain_jax.deploy.fold import Folded, fold
 from clicktrain_jax.deploy.inference import InferenceNet
 from clicktrain_jax.deploy.interception import read_by_convolutions
-from clicktrain_jax.deploy.jaxprs import traced
 from clicktrain_jax.deploy.portable import STABLEHLO, PortableNet
 from clicktrain_jax.deploy.pruned import check_is_inference, check_probe
 from clicktrain_jax.deploy.storage.containers import find_prefix, nest
+from clicktrain_jax.jaxprs import traced
 from clicktrain_jax.masks import Masks, check_shape, combine
 from clicktrain_jax.trees import Tree, named_leaves
 

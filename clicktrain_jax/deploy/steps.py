@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clicktrain_jax.deploy.jaxprs import bind
 from clicktrain_jax.deploy.kernels import Moves
+from clicktrain_jax.jaxprs import bind
 
 # Computes one convolution: its step, its images, its kernel, its bias (filters,) or None -> the step's result.
 Convolve = Callable[["ConvStep", Any, Any, Any], Any]

@@ -13,8 +13,8 @@ import numpy as np
 from clicktrain_jax.deploy.c_net import nodes
 from clicktrain_jax.deploy.c_net.nodes import Graph, Node, Op
 from clicktrain_jax.deploy.inference import InferenceNet
-from clicktrain_jax.deploy.jaxprs import as_numpy, bind, unknown_parameters
 from clicktrain_jax.deploy.steps import ConvStep
+from clicktrain_jax.jaxprs import as_numpy, bind, unknown_parameters
 
 _POOLS = {"reduce_window_max": "max", "reduce_window_min": "min", "reduce_window_sum": "sum"}
 _REDUCING = {"reduce_max": "max", "reduce_min": "min", "reduce_sum": "sum"}

@@ -14,9 +14,9 @@ from clicktrain_jax.deploy import layers, onnx
 from clicktrain_jax.deploy.c_net import to_c
 from clicktrain_jax.deploy.channels_first import channels_first
 from clicktrain_jax.deploy.interception import Convolution, Kernel
-from clicktrain_jax.deploy.jaxprs import PARAMETERS, flattened, unknown_parameters
 from clicktrain_jax.deploy.load import inference_net
 from clicktrain_jax.deploy.portable import to_stablehlo
+from clicktrain_jax.jaxprs import PARAMETERS, flattened, unknown_parameters
 
 SHAPE = (8, 9, 8)
 KEEP = np.zeros((3, 3, 8, 16), bool)
