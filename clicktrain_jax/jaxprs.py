@@ -64,28 +64,6 @@ def bind(equation: Any, operands: Sequence[Any], **changed: Any) -> list[Any]:
     return list(results) if equation.primitive.multiple_results else [results]
 
 
-def traced(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
-    """`jax.make_jaxpr` with the shapes of the results; convolutions that are left open stand in it as XLA's.
-
-    A net may use `pallas_kernels.dense_conv` and `pattern_conv` itself: what they run natively here would be no
-    convolution for whoever reads the jaxpr, and nothing that another machine runs.
-    """
-    from pallas_kernels import native
-
-    with native.portable():
-        return jax.make_jaxpr(function, return_shape=True)(*arguments)
-
-
-def flattened(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
-    """``(closed jaxpr, shapes of the results)`` of a function, with the jaxprs that it calls in the place of the calls.
-
-    Rules for derivatives are lost with the calls. Loops and branches stay.
-    """
-    closed, out = traced(function, *arguments)
-    flat = jax.make_jaxpr(lambda *leaves: walk(closed, leaves))
-    return flat(*jax.tree.leaves(arguments)), out
-
-
 def unknown_parameters(params: Mapping[str, Any]) -> str:
     """What a convolution says that is not passed on: ``out_sharding``, what later versions of jax add; or empty."""
     return ", ".join(f"{name}={params[name]!r}" for name in sorted(params.keys() - PARAMETERS) if params[name])

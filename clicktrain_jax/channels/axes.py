@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from clicktrain_jax.jaxprs import CALLS, traced, walk
+from clicktrain_jax.deploy.tracing import traced
+from clicktrain_jax.jaxprs import CALLS, walk
 from clicktrain_jax.trees import Tree, named_leaves
 
 Role = Literal["writer", "reader"]

@@ -22,7 +22,7 @@ from clicktrain_jax.deploy import interception, layers, whole_net
 from clicktrain_jax.deploy.arguments import Frame, check_function, parameter_names, state_of, take_apart, write_back
 from clicktrain_jax.deploy.pruned import check_zeros
 from clicktrain_jax.deploy.reverse_only import reverse_only
-from clicktrain_jax.jaxprs import traced
+from clicktrain_jax.deploy.tracing import traced
 from clicktrain_jax.masks import Masks, combine
 from clicktrain_jax.trees import Tree, named_leaves
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from clicktrain_jax.jaxprs import CONVOLUTION, bind, flattened, walk
+from clicktrain_jax.deploy.tracing import flattened
+from clicktrain_jax.jaxprs import CONVOLUTION, bind, walk
 
 # Each entry of the result comes from the same entry of the operands, which are alike in shape, or single numbers.
 _ENTRYWISE = frozenset(

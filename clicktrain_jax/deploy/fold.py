@@ -20,7 +20,8 @@ import numpy as np
 from clicktrain_jax.deploy import host
 from clicktrain_jax.deploy.kernels import Form, Moves, form_of_constant, forms_after
 from clicktrain_jax.deploy.steps import Convolve, ConvStep, OtherStep, Steps
-from clicktrain_jax.jaxprs import CONVOLUTION, bind, flattened, is_literal, walk
+from clicktrain_jax.deploy.tracing import flattened
+from clicktrain_jax.jaxprs import CONVOLUTION, bind, is_literal, walk
 from clicktrain_jax.trees import named_leaves
 
 # How many images a net is first traced for.

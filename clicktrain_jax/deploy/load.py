@@ -18,7 +18,7 @@ from clicktrain_jax.deploy.interception import read_by_convolutions
 from clicktrain_jax.deploy.portable import STABLEHLO, PortableNet
 from clicktrain_jax.deploy.pruned import check_is_inference, check_probe
 from clicktrain_jax.deploy.storage.containers import find_prefix, nest
-from clicktrain_jax.jaxprs import traced
+from clicktrain_jax.deploy.tracing import traced
 from clicktrain_jax.masks import Masks, check_shape, combine
 from clicktrain_jax.trees import Tree, named_leaves
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from clicktrain_jax.deploy.channels_first import channels_first
+from clicktrain_jax.deploy.tracing import flattened
 from clicktrain_jax.extras import hint
-from clicktrain_jax.jaxprs import CONVOLUTION, bind, flattened, unknown_parameters, walk
+from clicktrain_jax.jaxprs import CONVOLUTION, bind, unknown_parameters, walk
 
 if TYPE_CHECKING:
     from clicktrain_jax.deploy.fold import Folded

@@ -114,7 +114,7 @@ def test_loaded_nets_run_natively_with_bias_and_relu_inside(filters):
 
 
 def flat(function, *arguments):
-    from clicktrain_jax.jaxprs import flattened
+    from clicktrain_jax.deploy.tracing import flattened
 
     return flattened(function, *arguments)[0].jaxpr.eqns
 

@@ -16,7 +16,7 @@ from clicktrain_jax import models
 from clicktrain_jax.deploy import onnx
 from clicktrain_jax.deploy.channels_first import channels_first
 from clicktrain_jax.deploy.fold import fold
-from clicktrain_jax.jaxprs import flattened
+from clicktrain_jax.deploy.tracing import flattened
 
 missing = [name for name in ("jax2onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
 converting = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")

@@ -16,7 +16,8 @@ from clicktrain_jax.deploy.channels_first import channels_first
 from clicktrain_jax.deploy.interception import Convolution, Kernel
 from clicktrain_jax.deploy.load import inference_net
 from clicktrain_jax.deploy.portable import to_stablehlo
-from clicktrain_jax.jaxprs import PARAMETERS, flattened, unknown_parameters
+from clicktrain_jax.deploy.tracing import flattened
+from clicktrain_jax.jaxprs import PARAMETERS, unknown_parameters
 
 SHAPE = (8, 9, 8)
 KEEP = np.zeros((3, 3, 8, 16), bool)
