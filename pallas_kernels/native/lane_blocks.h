@@ -9,12 +9,11 @@ namespace clicktrain::CLICKTRAIN_ISA {
 
 constexpr int kMostSums = CLICKTRAIN_LANES == 8 ? 12 : 16;  // of a block: what the registers hold
 constexpr int kMostRows = 8, kMostColumns = 8;
-// With few sums each would wait for its last product: several sets of them are kept, and added at the end.
-constexpr int sets_of(int sums) { return sums <= 2 ? 4 : sums <= 4 ? 2 : 1; }
+// With so few sums each would wait for its last product: several sets of them are kept, and added at the end.
+constexpr int sets_of(int sums) { return sums <= 2 ? 4 : 1; }
 template <int Sets, int Rows, int Columns>
 inline __attribute__((always_inline)) Vec<kLanes> total_of(const Vec<kLanes> (&sum)[Sets][Rows][Columns], int r, int c) {
   if constexpr (Sets == 4) return (sum[0][r][c] + sum[1][r][c]) + (sum[2][r][c] + sum[3][r][c]);
-  if constexpr (Sets == 2) return sum[0][r][c] + sum[1][r][c];
   return sum[0][r][c];
 }
 
