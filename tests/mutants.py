@@ -108,6 +108,8 @@ MUTANTS = [Mutant(*each) for each in (
     ("_held_weights.hold", "jnp.promote_types(update.dtype, weight.dtype)", "update.dtype",
      "test_transform_trees::test_dtypes[f16 with bf16 gradients]"),
     ("enforce", "map(_held, leaves, mirrored)", "leaves",
+     "test_sparse_training::test_masked_weights_and_what_is_remembered_of_them_are_zero"),
+    ("held_update.step", "_held(one, masked.get(id(result)))", "one",
      "test_transform_trees::test_a_layer_is_not_taken_for_another_of_the_same_shape"),
     ("_mirrored.name_of", "max(splits", "min(splits",
      "test_transform_trees::test_a_module_named_like_a_field_of_the_optimizer"),
