@@ -15,6 +15,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -181,27 +182,43 @@ def _removed_at_least(layer: LayerPlan) -> int:
     return removed
 
 
-def resolve(target: Target, current: jax.Array, rows: Mapping[str, Rows]) -> dict[str, jax.Array]:
+class Ranked(NamedTuple):
+    """A layer's rows as they compete with those of others.
+
+    Attributes:
+        rank: float32 (rows,), never falling; infinite for what must stay.
+        saved: float32 (rows + 1,), what has been saved before each row goes, and in the end.
+    """
+
+    rank: jax.Array
+    saved: jax.Array
+
+
+def ranked(rows: Rows) -> Ranked:
+    """Relative damage per weight (or second) saved, and what is saved."""
+    return Ranked(_rank(rows), jnp.cumsum(jnp.concatenate([jnp.zeros(1), rows.costs])))
+
+
+@partial(jax.jit, inline=True, static_argnames="target")  # one program outside of jit, nothing that shows inside
+def resolve(target: Target, current: jax.Array, layers: Sequence[Ranked]) -> list[jax.Array]:
     """How many rows each layer loses.
 
     Args:
         target: what to reach.
         current: float32 scalar, what all planned layers hold before these rows go (patterns and explicit fractions
             already counted).
-        rows: of the layers that the target decides.
+        layers: those that the target decides, in the order in which ties go.
 
     Returns:
-        ``{name: int32 scalar}``. What is retained is as near to the target as the last row allows.
+        int32 scalars. What is retained is as near to the target as the last row allows.
     """
     need = current + target.dense - target.retained
-    ranked = {name: _rank(layer) for name, layer in rows.items()}
-    saved = {name: jnp.cumsum(jnp.concatenate([jnp.zeros(1), layer.costs])) for name, layer in rows.items()}
 
-    def count_below(threshold: jax.Array, side: str) -> dict[str, jax.Array]:
-        return {name: jnp.searchsorted(rank, threshold, side=side) for name, rank in ranked.items()}
+    def count_below(threshold: jax.Array, side: str) -> list[jax.Array]:
+        return [jnp.searchsorted(layer.rank, threshold, side=side) for layer in layers]
 
-    def saved_by(counts: Mapping[str, jax.Array]) -> jax.Array:
-        return sum((saved[name][count] for name, count in counts.items()), start=jnp.float32(0))
+    def saved_by(counts: Sequence[jax.Array]) -> jax.Array:
+        return sum((layer.saved[count] for layer, count in zip(layers, counts)), start=jnp.float32(0))
 
     # Non-negative floats are ordered as their bits are: the least rank that suffices, by bisection.
     def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -216,20 +233,20 @@ def resolve(target: Target, current: jax.Array, rows: Mapping[str, Rows]) -> dic
     # What must stay has an infinite rank, above any threshold: the largest one is a finite float.
     below, tied = count_below(threshold, "left"), count_below(threshold, "right")
     missing = need - saved_by(below)
-    counts = {}
+    counts = []
     # Ties go layer by layer until the need is met; the last row only when that brings it nearer.
-    for name in rows:
-        start = saved[name][below[name]]
-        enough = jnp.searchsorted(saved[name], start + jnp.maximum(missing, 0.0), side="left")
-        last = jnp.clip(enough, below[name], tied[name])
-        over = saved[name][last] - start - missing
-        under = missing - (saved[name][jnp.maximum(last - 1, 0)] - start)
-        last = jnp.where((last > below[name]) & (over > under), last - 1, last)
+    for (_, saved), first, end in zip(layers, below, tied):
+        start = saved[first]
+        enough = jnp.searchsorted(saved, start + jnp.maximum(missing, 0.0), side="left")
+        last = jnp.clip(enough, first, end)
+        over = saved[last] - start - missing
+        under = missing - (saved[jnp.maximum(last - 1, 0)] - start)
+        last = jnp.where((last > first) & (over > under), last - 1, last)
         # What saves nothing stays: a layer may have to lose much before it gets faster.
-        counts[name] = jnp.where(saved[name][last] > 0, last, 0).astype(jnp.int32)
+        counts.append(jnp.where(saved[last] > 0, last, 0).astype(jnp.int32))
         # Once the need is met, or nearly, the next layers' tied rows stay.
         met = (over >= 0) | (missing <= 0)
-        missing = jnp.where(met, 0.0, missing - (saved[name][last] - start))
+        missing = jnp.where(met, 0.0, missing - (saved[last] - start))
     return counts
 
 

@@ -4,8 +4,10 @@ For each layer: its pattern set (given or generated), and a pattern for each ker
 loses, by its fraction or by the plan's target; then which.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +21,7 @@ from clicktrain_jax.patterns import Generated, check_set
 from clicktrain_jax.patterns.kernels import ordered_sum
 from clicktrain_jax.plan import Plan, check_plan
 from clicktrain_jax.plan.layer_plan import LayerPlan
-from clicktrain_jax.plan.targets import in_seconds, resolve
+from clicktrain_jax.plan.targets import Ranked, in_seconds, ranked, resolve
 from clicktrain_jax.selection.kernel_choice import keep, protect, rows_of
 from clicktrain_jax.selection.pattern_choice import check_quads, choose_patterns, retained_by
 from clicktrain_jax.selection.tiles import tile_sums
@@ -61,14 +63,7 @@ def select_layers(leaves: Mapping[str, Any], plan: Plan, patterns: Any) -> dict[
             )
         if has_negative(leaves[layer.name]):
             raise ValueError(f"scores of {layer.name!r} hold negative values: expected non-negative importance")
-    # The barrier keeps a compiler from fusing the criterion's products into the sums with multiply-adds, whose
-    # other rounding could flip a near-tie.
-    by_name = {
-        layer.name: layer.to_hwio(
-            rescaled(jax.lax.optimization_barrier(replicated(leaves[layer.name]).astype(jnp.float32)))[0]
-        )
-        for layer in plan.layers
-    }
+    by_name = {layer.name: _scaled(leaves[layer.name], _kind(layer)) for layer in plan.layers}
     sets = _pattern_sets(by_name, plan, patterns)
     drafts = {layer.name: _draft(by_name[layer.name], layer, sets.get(layer.name)) for layer in plan.layers}
     levels: dict[str, Any] = {layer.name: layer.num_removed for layer in plan.layers if layer.fraction is not None}
@@ -170,7 +165,53 @@ def _pattern_sets(scores: dict[str, jax.Array], plan: Plan, patterns: Any) -> di
     return sets | {layer.name: np.ones((num_patterns_of(patterns), *layer.shape[:2]), bool) for layer in whole}
 
 
+# What follows is a program for each kind of layer where a selection is made outside of jit, rather than one for each of
+# its sixty operations, and nothing that shows inside of it.
+def _by_kind(*static: str) -> Any:
+    return partial(jax.jit, inline=True, static_argnames=("layer", *static))
+
+
+def _kind(layer: LayerPlan) -> LayerPlan:
+    """The layer without its name, and without what says how much goes: layers alike share their programs."""
+    return dataclasses.replace(layer, name="", fraction=None)
+
+
+class _Known(NamedTuple):
+    """A pattern set that is known while something is traced, hashable."""
+
+    shape: tuple[int, ...]
+    taps: bytes
+
+    @staticmethod
+    def of(patterns: Any) -> "tuple[_Known | None, Any]":
+        """The set as one that is known, or else as an argument."""
+        if isinstance(patterns, np.ndarray):
+            return _Known(patterns.shape, patterns.astype(bool).tobytes()), None
+        return None, patterns
+
+    def array(self) -> np.ndarray:
+        return np.frombuffer(self.taps, bool).reshape(self.shape)
+
+
+@_by_kind()
+def _scaled(leaf: jax.Array, layer: LayerPlan) -> jax.Array:
+    """float32 (kh, kw, cin, cout), scores that neither underflow nor overflow."""
+    # The barrier keeps a compiler from fusing the criterion's products into the sums with multiply-adds, whose
+    # other rounding could flip a near-tie.
+    return layer.to_hwio(rescaled(jax.lax.optimization_barrier(replicated(leaf).astype(jnp.float32)))[0])
+
+
 def _draft(scores: jax.Array, layer: LayerPlan, patterns: Any) -> _Draft:
+    known, given = _Known.of(patterns)
+    taps, ids, units = _drafted(scores, given, known=known, layer=_kind(layer))
+    return _Draft(taps, patterns, ids, units)
+
+
+@_by_kind("known")
+def _drafted(
+    scores: jax.Array, patterns: Any, known: _Known | None, layer: LayerPlan
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    patterns = patterns if known is None else known.array()
     kh, kw, cin, cout = layer.shape
     taps = scores.reshape(kh * kw, cin, cout)
     if layer.chooses_patterns:
@@ -179,35 +220,57 @@ def _draft(scores: jax.Array, layer: LayerPlan, patterns: Any) -> _Draft:
     else:
         ids = None if patterns is None else jnp.zeros((cin, cout), jnp.uint8)
         kernels = ordered_sum(taps)
-    return _Draft(taps, patterns, ids, tile_sums(kernels, layer.removal_tile))
+    return taps, ids, tile_sums(kernels, layer.removal_tile)
 
 
 def _resolve(plan: Plan, drafts: dict[str, _Draft], levels: dict[str, int]) -> dict[str, jax.Array]:
     """Levels of the layers that the target decides."""
-    current, rows = jnp.float32(0), {}
+    current, decided = jnp.float32(0), {}
     for layer in plan.layers:
         units = drafts[layer.name].units
         if layer.fraction is None:
-            found, kept = rows_of(units, layer), float(math.prod(layer.shape[2:]))
-            rows[layer.name] = found if layer.times is None else in_seconds(found, layer)
+            decided[layer.name] = _ranked(units, _kind(layer))
+            kept = float(math.prod(layer.shape[2:]))
         else:
-            kept = keep(protect(units, layer), layer, levels[layer.name]).sum(dtype=jnp.float32)
+            kept = _kept(units, _kind(layer), levels[layer.name])
         if layer.times is None:
             current += layer.cost * layer.kept_taps * kept
         else:
             current += layer.times.at(kept / math.prod(layer.shape[2:]))
     assert plan.target is not None
-    return resolve(plan.target, current, rows)
+    return dict(zip(decided, resolve(plan.target, current, list(decided.values()))))
 
 
-def _finish(draft: _Draft, layer: LayerPlan, level: Any) -> LayerMask:
-    kernel = keep(protect(draft.units, layer), layer, level)
+@_by_kind()
+def _ranked(units: jax.Array, layer: LayerPlan) -> Ranked:
+    rows = rows_of(units, layer)
+    return ranked(rows if layer.times is None else in_seconds(rows, layer))
+
+
+@_by_kind("level")
+def _kept(units: jax.Array, layer: LayerPlan, level: int) -> jax.Array:
+    """float32 scalar: how many kernels stay."""
+    return keep(protect(units, layer), layer, level).sum(dtype=jnp.float32)
+
+
+def _finish(draft: _Draft, layer: LayerPlan, level: int | jax.Array) -> LayerMask:
+    known, given = _Known.of(draft.patterns)
+    fixed, traced = (level, None) if isinstance(level, int) else (None, level)
+    kernel, ids = _finished(draft._replace(patterns=given), traced, known=known, layer=_kind(layer), level=fixed)
+    # A copy of the set for each layer: a buffer that stands in a state twice cannot be donated.
+    return LayerMask(ids, kernel, None if draft.patterns is None else jnp.array(draft.patterns, bool, copy=True))
+
+
+@_by_kind("known", "level")
+def _finished(
+    draft: _Draft, traced: jax.Array | None, known: _Known | None, layer: LayerPlan, level: int | None
+) -> tuple[jax.Array, jax.Array | None]:
+    kernel = keep(protect(draft.units, layer), layer, traced if level is None else level)
     ids = draft.pattern_ids
     shared = layer.tile != (1, 1) and layer.removal_tile != layer.tile
     if layer.chooses_patterns and shared and layer.removal_score == "retained":
         # A pattern that is shared is chosen once more, over the kernels that stay.
-        ids = choose_patterns(jnp.where(kernel, draft.taps, 0.0), layer, draft.patterns)
+        patterns = draft.patterns if known is None else known.array()
+        ids = choose_patterns(jnp.where(kernel, draft.taps, 0.0), layer, patterns)
     # Kept in the leaf's layout, which `LayerMask` knows by the number of axes.
-    kernel = kernel if layer.axes == "HWIO" else kernel.T[:, :, None, None]
-    # A copy of the set for each layer: a buffer that stands in a state twice cannot be donated.
-    return LayerMask(ids, kernel, None if draft.patterns is None else jnp.array(draft.patterns, bool, copy=True))
+    return kernel if layer.axes == "HWIO" else kernel.T[:, :, None, None], ids
