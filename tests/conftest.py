@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import importlib.util
 import os
 import re
@@ -80,6 +81,12 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
     items[:] = [item for item in items if id(item) in kept]
     os.environ.pop("CLICKTRAIN_CASES", None)  # a test that starts pytest itself counts on all cases
+
+
+def pytest_collection_finish():
+    # Half a million objects of jax and the tests live to the end: collections need not walk them each time.
+    gc.collect()
+    gc.freeze()
 
 
 def _drawn(name, of):

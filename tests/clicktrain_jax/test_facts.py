@@ -1,5 +1,7 @@
 """What a run does when it does not go as planned: the facts in its state decide, and `status` tells of them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +28,23 @@ def plan(tree=None, rules=None):
     return ct.make_plan(params() if tree is None else tree, rules or {".*/kernel": 0.5})
 
 
-def transform(inner=None, rules=None, **options):
+SGD = optax.sgd(0.01)
+
+
+def made(inner=SGD, rules=None, **options):
     options = {"select_step": 2, "prune_step": 5, "coeff": 1e-3} | options
-    return ct.clicktrain(inner or optax.sgd(0.01), plan(rules=rules), **options)
+    return ct.clicktrain(inner, plan(rules=rules), **options)
+
+
+@functools.cache
+def transform(inner=SGD, **options):
+    """Made once for equal arguments, and so traced and compiled once."""
+    return made(inner, **options)
+
+
+@functools.cache
+def if_finite(inner):
+    return optax.apply_if_finite(inner, 9)
 
 
 def run(tx, steps, bad=(), state=None, tree=None, value=jnp.nan):
@@ -85,7 +101,7 @@ def test_the_prune_waits_for_the_selection():
 
 def test_an_update_whose_loss_is_not_finite_elsewhere_is_no_matter():
     """Scores decide: a layer that is not pruned may say what it likes."""
-    history = run(transform(rules={"b/kernel": 0.5, "a/kernel": None}), 4, bad=(2,))
+    history = run(made(rules={"b/kernel": 0.5, "a/kernel": None}), 4, bad=(2,))
     assert ct.status(history[-1][1]).selected == 2
 
 
@@ -256,7 +272,7 @@ RESUMED = {
 def test_a_state_of_another_plan_names_what_differs(case):
     saved, resumed, message = RESUMED[case]
     with pytest.raises(ValueError, match=message):
-        jax.jit(transform(**resumed).update)(grads(0), transform(**saved).init(params()), params())
+        jax.jit(made(**resumed).update)(grads(0), made(**saved).init(params()), params())
 
 
 def test_the_layout_of_a_state_counts():
@@ -281,6 +297,7 @@ def test_updates_by_phase_refuse_a_state_of_another_plan(name):
         getattr(both, name)(grads(0), one.init(params()), params())
 
 
+MOMENTUM = optax.sgd(0.01, momentum=0.9)
 NOT_FINITE = {"the selection": (2,), "the prune": (5,), "both": (2, 5), "between": (3, 4), "after it": (6, 7)}
 
 
@@ -288,9 +305,8 @@ NOT_FINITE = {"the selection": (2,), "the prune": (5,), "both": (2, 5), "between
 @pytest.mark.parametrize("when", NOT_FINITE)
 def test_updates_that_are_skipped_never_leave_a_run_dense(when, outside):
     """By the optimizer that is wrapped, or by one around the wrapper, for which they never happened."""
-    inner, bad = optax.sgd(0.01, momentum=0.9), NOT_FINITE[when]
-    tx = transform(inner if outside else optax.apply_if_finite(inner, 9))
-    tx = optax.apply_if_finite(tx, 9) if outside else tx
+    bad = NOT_FINITE[when]
+    tx = if_finite(transform(MOMENTUM)) if outside else transform(if_finite(MOMENTUM))
     tree, state, update = params(), tx.init(params()), jax.jit(tx.update)
     for step in range(10):
         found = grads(step, tree=tree)
