@@ -18,6 +18,7 @@ from flax.training.train_state import TrainState
 import clicktrain_jax as ct
 from clicktrain_jax import methods
 
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8, 8, 1)), jnp.float32)
 LABELS = jnp.arange(8) % 4
 
@@ -86,7 +87,7 @@ def train(tx, forward=lambda params: params):
         params = optax.apply_updates(state.params, updates)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), value
 
-    train_step = jax.jit(train_step, compiler_options={"xla_backend_optimization_level": 0})
+    train_step = quick_jit(train_step)
     for _ in range(5):
         state, value = train_step(state)
     assert train_step._cache_size() == 1 and np.isfinite(value)
@@ -95,9 +96,7 @@ def train(tx, forward=lambda params: params):
 
 @every_method
 def test_an_unmodified_net_is_pruned(name, tmp_path):
-    def forward(params):
-        return methods.straight_through(params, PLAN) if name == "sr_ste" else params
-
+    forward = straight_through(name, PLAN)
     state = train(METHODS[name](optax.sgd(0.1, momentum=0.9), CNN_TOLD), forward)
     masks, params = ct.masks_of(state), forward(state.params)
     jax.tree.map(np.testing.assert_array_equal, ct.apply_masks(params, masks), params)
@@ -118,9 +117,24 @@ def test_an_unmodified_net_is_pruned(name, tmp_path):
     np.testing.assert_allclose(ct.load(tmp_path / "net", apply)(IMAGES), expected, rtol=1e-4, atol=1e-5)
 
 
+class Haiku(NamedTuple):
+    """Its residual net, small, and one gradient program for all optimizers.
+
+    ``gradient`` takes weights and averages, and gives the gradient with the loss and the next averages.
+    """
+
+    params: Any
+    averages: Any
+    told: Told
+    gradient: Any
+
+
+def straight_through(name, plan):
+    return (lambda params: methods.straight_through(params, plan)) if name == "sr_ste" else lambda params: params
+
+
 @pytest.fixture(scope="module")
 def haiku():
-    """Its residual net, small; ``apply``, and the first parameters and averages."""
     hk = pytest.importorskip("haiku", reason="pip install dm-haiku")
     options = {"blocks_per_group": (1, 1, 1, 1), "bottleneck": False, "channels_per_group": (8, 8, 16, 16)}
     stem = {"output_channels": 8, "kernel_shape": 7, "stride": 2}
@@ -132,41 +146,47 @@ def haiku():
     net = hk.without_apply_rng(hk.transform_with_state(forward))
     images = jnp.tile(IMAGES, (1, 2, 2, 3))
     params, averages = jax.jit(net.init, static_argnums=2)(jax.random.key(0), images, True)
-    return net.apply, params, averages, images
+    rules = {".*/initial_conv/w": None, ".*/shortcut_conv/w": None, ".*/conv_[01]/w": 0.5}
+    plan = ct.make_plan(params, rules, strict=True)
+    nodes = ct.channels.channel_nodes(
+        lambda variables, x: net.apply(variables["params"], variables["averages"], x, False)[0],
+        {"params": params, "averages": averages},
+        images.shape[1:],
+    )
+
+    @quick_jit
+    def gradient(params, averages):
+        def loss(params):
+            logits, after = net.apply(params, averages, images, True)
+            value = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
+            return value, (value, after)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    return Haiku(params, averages, Told(plan, nodes, 0.35), gradient)
 
 
 @every_method
 def test_a_public_librarys_residual_net_is_pruned(name, haiku):
-    net, params, averages, images = haiku
-    rules = {".*/initial_conv/w": None, ".*/shortcut_conv/w": None, ".*/conv_[01]/w": 0.5}
-    plan = ct.make_plan(params, rules, strict=True)
-    nodes = ct.channels.channel_nodes(
-        lambda variables, x: net(variables["params"], variables["averages"], x, False)[0],
-        {"params": params, "averages": averages},
-        images.shape[1:],
-    )
-    tx = METHODS[name](optax.sgd(0.1, momentum=0.9), Told(plan, nodes, 0.35))
+    params, averages, told, gradient = haiku
+    tx, forward = METHODS[name](optax.sgd(0.1, momentum=0.9), told), straight_through(name, told.plan)
 
-    def forward(params):
-        return methods.straight_through(params, plan) if name == "sr_ste" else params
+    @quick_jit
+    def change(slope, value, params, state):
+        # Through the estimator, if there is one: the gradient is that of the masked weights.
+        _, back = jax.vjp(forward, params)
+        updates, state = tx.update(*back(slope), state, params, value=value)
+        params = optax.apply_updates(params, updates)
+        return params, forward(params), state
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-    def train_step(params, averages, opt_state):
-        def loss(params):
-            logits, after = net(forward(params), averages, images, True)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean(), after
-
-        (value, averages), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, opt_state = tx.update(grads, opt_state, params, value=value)
-        return optax.apply_updates(params, updates), averages, opt_state
-
-    state = tx.init(params)
+    state, kept = tx.init(params), forward(params)
     for _ in range(5):
-        params, averages, state = train_step(params, averages, state)
-    masks, kept = ct.masks_of(state), forward(params)
-    assert train_step._cache_size() == 1
+        slope, (value, averages) = gradient(kept, averages)
+        params, kept, state = change(slope, value, params, state)
+    assert change._cache_size() == 1
+    masks = ct.masks_of(state)
     jax.tree.map(np.testing.assert_array_equal, ct.apply_masks(kept, masks), kept)
     report = ct.report(kept, masks)
     assert report.marked == 0 and report.conv_compression > 1.05
     pruned = {layer.name for layer in report.layers if layer.pruned}
-    assert pruned == {layer.name for layer in plan.layers} or name == "prunetrain" and pruned
+    assert pruned == {layer.name for layer in told.plan.layers} or name == "prunetrain" and pruned
