@@ -189,7 +189,7 @@ class _Known(NamedTuple):
             return _Known(patterns.shape, patterns.astype(bool).tobytes()), None
         return None, patterns
 
-    def array(self) -> np.ndarray:
+    def array(self) -> Any:
         return np.frombuffer(self.taps, bool).reshape(self.shape)
 
 
@@ -263,7 +263,7 @@ def _finish(draft: _Draft, layer: LayerPlan, level: int | jax.Array) -> LayerMas
 
 @_by_kind("known", "level")
 def _finished(
-    draft: _Draft, traced: jax.Array | None, known: _Known | None, layer: LayerPlan, level: int | None
+    draft: _Draft, traced: Any, known: _Known | None, layer: LayerPlan, level: int | None
 ) -> tuple[jax.Array, jax.Array | None]:
     kernel = keep(protect(draft.units, layer), layer, traced if level is None else level)
     ids = draft.pattern_ids
