@@ -67,11 +67,13 @@ def expected(x, w, dy, mask, geometry):
     padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
     y, dpadded, dw = np.zeros(dy.shape), np.zeros(padded.shape), np.zeros(w.shape)
     (rows, columns), (down, across) = dy.shape[1:3], geometry.strides
+    pixels = dy.reshape(-1, dy.shape[3])
     for i, j in itertools.product(*map(range, w.shape[:2])):
         at = (slice(None), slice(i, i + (rows - 1) * down + 1, down), slice(j, j + (columns - 1) * across + 1, across))
-        y += padded[at] @ w[i, j]
-        dpadded[at] += dy @ w[i, j].T
-        dw[i, j] = np.einsum("nhwc,nhwf->cf", padded[at], dy)
+        seen = padded[at].reshape(-1, w.shape[2])
+        y += (seen @ w[i, j]).reshape(y.shape)
+        dpadded[at] += (pixels @ w[i, j].T).reshape(*dy.shape[:3], -1)
+        dw[i, j] = seen.T @ pixels
     dx = dpadded[:, top : top + x.shape[1], left : left + x.shape[2]]
     if geometry.layout == "HWNC":
         y, dx = np.moveaxis(y, 0, 2), np.moveaxis(dx, 0, 2)
