@@ -31,7 +31,7 @@ Outcome = Iterator[dict[str, Any]]
 _SWEPT_LAYERS = ((28, 128, 128), (8, 512, 256))
 _SWEPT_TILES = ((64, 16), (64, 32), (16, 64), (32, 64), (64, 64), (128, 64))
 # Steps of smoke runs are interpreted: the smallest that the kernels take.
-_TINY = Case("tiny-n64-2x2-64", (2, 2), 64, 64, 64, tile=(64, 64), dtype="bfloat16", layout="HWNC")
+_TINY = Case("tiny-n8-2x2-64", (2, 2), 8, 64, 64, tile=(64, 64), dtype="bfloat16", layout="HWNC")
 
 
 def measure_shift(smoke: bool, budget_s: float, packed: str | None) -> Outcome:
@@ -165,7 +165,7 @@ def measure_steps(smoke: bool, budget_s: float, packed: str | None) -> Outcome:
     deadline = time.monotonic() + budget_s
     nets, width, batch_size, tile = ("vgg13", "resnet18"), 1.0, 512, cases.BLOCK
     if smoke:
-        nets, width, batch_size, tile = ("vgg11",), 0.25, 4, (64, 1)
+        nets, width, batch_size, tile = ("small",), 1.0, 4, (16, 1)
     rows, left_out = [], []
     for net in nets:
         if time.monotonic() > deadline:

@@ -141,8 +141,8 @@ def measure_step(
 def pruned_state(trainer: Trainer) -> tuple[Any, dict[str, Any]]:
     """``(state, structures)`` after a selection from random scores with heavy tails, as scores have."""
     state = trainer.init(0)
-    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(state.params))))
-    scores = jax.tree.map(lambda leaf: jnp.exp(2 * jax.random.normal(next(keys), leaf.shape)), state.params)
+    rng = np.random.default_rng(0)
+    scores = jax.tree.map(lambda leaf: jnp.asarray(rng.lognormal(0, 2, leaf.shape), jnp.float32), state.params)
     masks = jax.jit(lambda tree: ct.select_masks(tree, trainer.plan, trainer.patterns))(scores)
     held = state.opt_state._replace(masks=fill_masks(state.opt_state.masks, masks.layers))
     pruned = state._replace(params=ct.apply_masks(state.params, masks), opt_state=held)

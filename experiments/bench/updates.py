@@ -130,15 +130,18 @@ def measure_steps(net: str, width: float, batch_size: int, repeats: int) -> list
     updates = ct.phase_updates(inner, plan, **options)
     whole = ct.clicktrain(inner, plan, select_step=_SELECT_STEP, prune_step=_PRUNE_STEP, **options)
 
-    grads = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape), params)
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), params)
     select = jax.jit(updates.select)
     fresh = updates.init(params)
     _, selected = select(grads, fresh, params)
     pruned_params = ct.apply_masks(params, ct.masks_of(selected))
 
-    def runner(step: Callable[..., Any], params: Any, opt_state: Any) -> Callable[[], Any]:
+    def program(update: Callable[..., Any]) -> Callable[..., Any]:
         # Donated, and fed back: as in a training loop.
-        compiled = jax.jit(step, donate_argnums=(0, 1, 2))
+        return jax.jit(train_step(model, update), donate_argnums=(0, 1, 2))
+
+    def runner(compiled: Callable[..., Any], params: Any, opt_state: Any) -> Callable[[], Any]:
         state = jax.tree.map(jnp.copy, (params, batch_stats, opt_state))
 
         def call() -> Any:
@@ -148,17 +151,18 @@ def measure_steps(net: str, width: float, batch_size: int, repeats: int) -> list
 
         return call
 
+    # One program in all phases.
+    plain, in_any_phase = program(inner.update), program(whole.update)
+
     def whole_at(count: int, params: Any, state: Any) -> Callable[[], Any]:
-        state = state._replace(count=jnp.int32(count))
-        return runner(train_step(model, whole.update), params, state)
+        return runner(in_any_phase, params, state._replace(count=jnp.int32(count)))
 
     pruned = selected._replace(pruned=jnp.int32(_PRUNE_STEP))
-    plain = train_step(model, inner.update)
     functions = {
         "plain optax step": runner(plain, params, inner.init(params)),
         "plain optax step, again (noise)": runner(plain, params, inner.init(params)),
-        "phase: regularize": runner(train_step(model, updates.regularize), params, selected),
-        "phase: pruned": runner(train_step(model, updates.pruned), pruned_params, pruned),
+        "phase: regularize": runner(program(updates.regularize), params, selected),
+        "phase: pruned": runner(program(updates.pruned), pruned_params, pruned),
         "clicktrain(...), dense phase": whole_at(0, params, fresh),
         "clicktrain(...), regularize phase": whole_at(_SELECT_STEP + 1, params, selected),
         "clicktrain(...), pruned phase": whole_at(_PRUNE_STEP + 1, pruned_params, pruned),
@@ -249,9 +253,9 @@ def measure_selection(net: str, width: float, batch_size: int, repeats: int) -> 
     image_shape = models.default_image_shape(net)
     params = models.abstract_variables(model, image_shape)["params"]
     paths = models.prunable_convs(model, image_shape)
-    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(params))))
+    rng = np.random.default_rng(0)
     # Heavy tails, as scores have.
-    scores = jax.tree.map(lambda leaf: jnp.exp(2 * jax.random.normal(next(keys), leaf.shape)), params)
+    scores = jax.tree.map(lambda leaf: jnp.asarray(rng.lognormal(0, 2, leaf.shape), jnp.float32), params)
 
     def selector(options: dict[str, Any], patterns: Any) -> Callable[[], Any]:
         rules = dict.fromkeys(paths, "auto" if "target" in options else _FRACTION)

@@ -6,6 +6,7 @@ entry. Results have the same bits for any number of threads, and for packed weig
 
 import ctypes
 import dataclasses
+import functools
 import importlib.util
 import os
 import subprocess
@@ -81,22 +82,33 @@ def sets():
     return [fastest, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
 
 
-@pytest.fixture(scope="module", params=sets())
-def native(request):
+@functools.cache
+def library(instructions):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(build.ENVIRONMENT, request.param)
+        patch.setenv(build.ENVIRONMENT, instructions)
         loaded = ctypes.CDLL(os.fspath(build.built()[0]))
     loaded.clicktrain_instruction_set.restype = ctypes.c_char_p
     loaded.clicktrain_packed_bytes.restype = ctypes.c_int64
-    assert loaded.clicktrain_instruction_set().decode() == request.param
+    assert loaded.clicktrain_instruction_set().decode() == instructions
     return loaded
+
+
+# Above all other parameters: the sets take turns on one case after the other, which has one reference for all.
+in_each_set = pytest.mark.parametrize("native", sets())
+
+
+@functools.lru_cache(maxsize=1)
+def drawn(case, dtype, seed=0):
+    """``(x, w, dy, mask, structure)`` and what it comes to."""
+    x, w, dy, mask, structure = common.draw(case, dtype, seed)
+    return (x, w, dy, mask, structure), common.expected(x, w, dy, mask, case.geometry())
 
 
 class Convolution:
     """One convolution as the plain entries take it; `structure` None for a dense one."""
 
     def __init__(self, native, case, structure, dtype):
-        self.native, self.case, self.dtype = native, case, DTYPES[dtype]
+        self.native, self.case, self.dtype = library(native), case, DTYPES[dtype]
         geometry = case.geometry()
         lists = [None] * 4
         tile, rooms = (1, 1), (0, 0)
@@ -158,10 +170,9 @@ def _with_no_rest(entries, counts):
 
 
 def check_all(native, case, dtype, seed=0, threads=(2, 3, 8)):
-    x, w, dy, mask, structure = common.draw(case, dtype, seed)
+    (x, w, dy, mask, structure), wanted = drawn(case, dtype, seed)
     convolution = Convolution(native, case, structure, dtype)
     results = convolution.all(x, w, dy)
-    wanted = common.expected(x, w, dy, mask, case.geometry())
     # The weight gradient is float32 whatever the images are.
     bounds = (common.BOUNDS[dtype], common.BOUNDS[dtype], common.BOUNDS["float32"])
     for what, result, exact, bound in zip(("value", "input gradient", "weight gradient"), results, wanted, bounds):
@@ -179,6 +190,7 @@ def check_all(native, case, dtype, seed=0, threads=(2, 3, 8)):
         assert convolution.forward(x, None, number, packed=sized).tobytes() == value.tobytes()
 
 
+@in_each_set
 @pytest.mark.parametrize("case", (*NHWC, *ODD), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_directions(native, case, dtype):
@@ -189,6 +201,7 @@ def some_layers():
     return [case if case.name in SOME_LAYERS else pytest.param(case, marks=pytest.mark.slow) for case in LAYERS]
 
 
+@in_each_set
 @pytest.mark.parametrize("case", some_layers(), ids=str)
 def test_layers_of_real_nets(native, case):
     check_all(native, case, "float32", threads=(2,))
@@ -211,27 +224,30 @@ def convolutions(draw):
     return Case("drawn", image, batch, cin, cout, window, strides, padding, tile, patterns, "tile", removed)
 
 
+@in_each_set
 @given(case=convolutions(), dtype=st.sampled_from(sorted(DTYPES)), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_drawn_convolutions(native, case, dtype, seed):
     check_all(native, case, dtype, seed, threads=(3,))
 
 
+@in_each_set
 @pytest.mark.parametrize("name", ["rests", "many-images-stride-2", "window-7x7", "resnet18-shortcut-1"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense(native, name, dtype):
     case = next(case for case in (*ODD, *LAYERS) if case.name == name)
     case = dataclasses.replace(case, tile=(None, None), patterns=(), removed=0.0)
-    x, w, dy, mask, structure = common.draw(case, dtype)
+    (x, w, dy, mask, structure), wanted = drawn(case, dtype)
     dense = Convolution(native, case, None, dtype)
     results = dense.all(x, w, dy, 2)
     # One kernel for both, so that times compare: the dense form's sums are those of a mask that retains everything.
     for result, same in zip(results, Convolution(native, case, structure, dtype).all(x, w, dy)):
         assert result.tobytes() == same.tobytes()
-    common.check(results[0], common.expected(x, w, dy, mask, case.geometry())[0], common.BOUNDS[dtype], "value")
+    common.check(results[0], wanted[0], common.BOUNDS[dtype], "value")
     assert dense.forward(x, None, packed=dense.pack(w)).tobytes() == results[0].tobytes()
 
 
+@in_each_set
 @pytest.mark.parametrize("strides", [(1, 1), (2, 3)])
 def test_more_taps_than_a_number_has_bits(native, strides):
     case = Case("9x9", (12, 11), 2, 5, 40, (9, 9), strides, tile=(None, None), patterns=())
@@ -243,15 +259,15 @@ def test_more_taps_than_a_number_has_bits(native, strides):
         common.check(result, exact, 1e-5, what)
 
 
+@in_each_set
 @pytest.mark.parametrize("name", ["rests", "rests-of-8-stride-3", "singles", "many-images-stride-2"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_epilogue(native, name, dtype):
     case = next(case for case in ODD if case.name == name)
-    x, w, dy, mask, structure = common.draw(case, dtype)
+    (x, w, _, _, structure), (y, _, _) = drawn(case, dtype)
     rng = np.random.default_rng(1)
     scale, bias = (rng.standard_normal(case.cout).astype(np.float32) for _ in range(2))
     convolution = Convolution(native, case, structure, dtype)
-    y = common.expected(x, w, dy, mask, case.geometry())[0]
     for scales, shifts, relu in np.ndindex(2, 2, 2):
         more = dict(scale=scale if scales else None, bias=bias if shifts else None, relu=bool(relu))
         wanted = y * (scale if scales else 1) + (bias if shifts else 0)
@@ -261,6 +277,7 @@ def test_epilogue(native, name, dtype):
             common.check(result, wanted, common.BOUNDS[dtype], f"{more}")
 
 
+@in_each_set
 @pytest.mark.parametrize("name", ["rests", "rests-of-8-stride-3", "singles", "many-images-stride-2"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_a_number_comes_through(native, name, dtype):
@@ -273,8 +290,7 @@ def test_what_is_not_a_number_comes_through(native, name, dtype):
     convolution = Convolution(native, case, structure, dtype)
     # Where a product with the NaN is, its size counts: with the others' being one, NaN is what has any.
     lone_x, lone_dy = (np.isnan(array.astype(np.float32)).astype(np.float64) for array in (x, dy))
-    reads, _, _ = common.expected(lone_x, np.ones(w.shape), lone_dy, mask, case.geometry())
-    _, gets, _ = common.expected(lone_x, np.ones(w.shape), lone_dy, mask, case.geometry())
+    reads, gets, _ = common.expected(lone_x, np.ones(w.shape), lone_dy, mask, case.geometry())
     assert reads.any() and gets.any() and not reads.all() and not gets.all()
     np.testing.assert_array_equal(np.isnan(convolution.forward(x, w, 2, relu=True).astype(np.float32)), reads > 0)
     np.testing.assert_array_equal(np.isnan(convolution.input_gradient(dy, w, 2).astype(np.float32)), gets > 0)
@@ -282,6 +298,7 @@ def test_what_is_not_a_number_comes_through(native, name, dtype):
     np.testing.assert_array_equal(y, (reads > 0) | np.isin(np.arange(case.cout), (4, 5)))
 
 
+@in_each_set
 @pytest.mark.parametrize("name", ["rests-of-8-stride-3", "many-images-stride-2", "corners-and-singles"])
 def test_finite_differences(native, name):
     case = next(case for case in ODD if case.name == name)

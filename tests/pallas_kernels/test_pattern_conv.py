@@ -41,11 +41,23 @@ GEOMETRIES = (
     *(case.name for case in MORE),
 )
 
+ELSEWHERE = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in (*SOME, "one-pixel", "smaller-than-the-window", "smaller-than-a-5x5-window")
+]
+
 
 def some(*names):
     """All cases, but these alone by default."""
     assert set(names) <= set(ALL)
     return [case if name in names else pytest.param(case, marks=pytest.mark.slow) for name, case in ALL.items()]
+
+
+def in_turns(values, *names):
+    """(value, case): every pair with these cases; in the slow layer the others too, which take the values in turns."""
+    others = [case for name, case in ALL.items() if name not in names]
+    slow = [pytest.param(values[turn % len(values)], case, marks=pytest.mark.slow) for turn, case in enumerate(others)]
+    return [*((value, ALL[name]) for value in values for name in names), *slow]
 
 
 def draw(case, dtype, seed=0):
@@ -67,11 +79,13 @@ def expected(x, w, dy, mask, geometry):
     padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
     y, dpadded, dw = np.zeros(dy.shape), np.zeros(padded.shape), np.zeros(w.shape)
     (rows, columns), (down, across) = dy.shape[1:3], geometry.strides
+    pixels = dy.reshape(-1, dy.shape[3])
     for i, j in itertools.product(*map(range, w.shape[:2])):
         at = (slice(None), slice(i, i + (rows - 1) * down + 1, down), slice(j, j + (columns - 1) * across + 1, across))
-        y += padded[at] @ w[i, j]
-        dpadded[at] += dy @ w[i, j].T
-        dw[i, j] = np.einsum("nhwc,nhwf->cf", padded[at], dy)
+        seen = padded[at].reshape(-1, w.shape[2])
+        y += (seen @ w[i, j]).reshape(y.shape)
+        dpadded[at] += (pixels @ w[i, j].T).reshape(*dy.shape[:3], -1)
+        dw[i, j] = seen.T @ pixels
     dx = dpadded[:, top : top + x.shape[1], left : left + x.shape[2]]
     if geometry.layout == "HWNC":
         y, dx = np.moveaxis(y, 0, 2), np.moveaxis(dx, 0, 2)
@@ -132,8 +146,9 @@ def test_value_and_gradients(case):
 
 
 # So small, neighbouring tiles are merged into one by the estimate of their work: here they are not, or in pairs.
-@pytest.mark.parametrize("case", some("short-last-tiles-hwnc", "free-patterns", "1x1-stride-2", "stride-2"), ids=str)
-@pytest.mark.parametrize("merged", [1, 2])
+@pytest.mark.parametrize(
+    ("merged", "case"), in_turns((1, 2), "short-last-tiles-hwnc", "free-patterns", "1x1-stride-2", "stride-2"), ids=str
+)
 def test_value_and_gradients_by_single_tiles(case, merged, monkeypatch):
     # One tile after another, as large ones are, or free.
     monkeypatch.setattr(xla, "_ORDER_BYTES", -1 if merged == 1 else 1 << 30)
@@ -150,8 +165,7 @@ def test_value_and_gradients_of_the_dense_forms(case, backend):
     check_case(case, "float64", backend)
 
 
-@pytest.mark.parametrize("case", some(*SOME[:4]), ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "case"), in_turns(("bfloat16", "float32"), *SOME[:4]), ids=str)
 def test_lower_precision(case, dtype):
     for backend in ("xla", "dense", "reference") if case.name == SOME[0] else ("xla",):
         check_case(case, dtype, backend, seed=1)
@@ -184,13 +198,14 @@ def test_sums_over_many_pixels(case, monkeypatch):
         check(forward(x, w, structure), expected(x, w, dy, mask, case.geometry())[0], 1e-12, "value")
 
 
-# What is for CPUs alone, order and ranges of images, is left out elsewhere.
-@pytest.mark.parametrize("case", some("short-last-tiles-hwnc", "stride-2-even-padded"), ids=str)
-def test_the_form_for_other_devices(case, monkeypatch):
+# Elsewhere what is for CPUs alone is left out: the order and the ranges of images, which such small cases do not have
+# here either, products of matrices (without, all cases are above), the native kernels, which take float32, and a way
+# round XLA where an image is smaller than the window.
+@pytest.mark.parametrize("name", ["short-last-tiles-hwnc", "stride-2-even-padded", *ELSEWHERE])
+def test_the_form_for_other_devices(name, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for dtype in ("float64", "float32"):
-        check_case(case, dtype, "xla")
-        check_case(case, dtype, "dense")
+    check_case(ALL[name], "float64", "xla")
+    check_case(ALL[name], "float32", "dense")
 
 
 @pytest.mark.parametrize(("layout", "few_pixels"), [("NHWC", 0), ("HWNC", 128)])
