@@ -19,10 +19,15 @@ def drawn(model, shape, seed=0):
 
 
 def drawn_like(tree, seed=0):
-    """Values for the shapes of a tree, float32 numpy arrays: vectors around one, the rest as large as kernels are."""
+    """Values for the shapes of a tree, float32 numpy arrays: vectors around one, the rest as large as kernels are;
+    random keys are all one, and counts zero."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(seed)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return np.zeros(leaf.shape, leaf.dtype)
         if leaf.ndim == 1:
             return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
         return (rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))).astype(np.float32)
