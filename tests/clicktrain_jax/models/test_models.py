@@ -18,7 +18,8 @@ from clicktrain_jax.models.resnet import ResidualBlock
 pytestmark = pytest.mark.usefixtures("quick")
 
 NAMES = "vgg11 vgg13 vgg16 resnet18 resnet32_wide resnet32 resnet50_cifar resnet50 small".split()
-every_net = pytest.mark.parametrize("name", NAMES)
+# Deeper nets are of the same modules; the sizes below are of every one.
+every_kind = pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet32", "resnet50", "small"])
 # These programs run once: compiling them without optimisation is up to 15 times faster.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -76,7 +77,7 @@ def test_stated_weights_and_widths():
     assert [models.scaled_width(*pair) for pair in given] == [64, 32, 8, 24, 128, 32]
 
 
-@every_net
+@every_kind
 def test_width_scales_every_layer(name):
     params, slim = (flatten_dict(abstract(name, width=w)[1]["params"]) for w in (1.0, 0.5))
     logits = max(module for module, *_ in params if module.startswith("Dense"))
@@ -185,14 +186,14 @@ class OwnConv(nn.Module):
         )
 
 
-@every_net
+@every_kind
 def test_an_injected_conv_keeps_paths_shapes_and_sizes(name):
     plain, own = (abstract(name, conv=conv) for conv in (nn.Conv, OwnConv))
     assert own[1] == plain[1]
     assert conv_layers(own[0], own[2]) == conv_layers(plain[0], plain[2])
 
 
-@every_net
+@every_kind
 def test_bfloat16_keeps_float32_parameters_statistics_and_logits(name):
     model, variables, image_shape = abstract(name, num_classes=7, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
@@ -215,8 +216,7 @@ def test_bfloat16_keeps_float32_parameters_statistics_and_logits(name):
     assert updates["batch_stats"] == variables["batch_stats"]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", ["small", "vgg11"])
+@pytest.mark.parametrize(("name", "dtype"), [("small", jnp.float32), ("vgg11", jnp.bfloat16)])
 def test_train_updates_the_statistics_and_evaluation_does_not(name, dtype):
     image_shape = models.default_image_shape(name)
     model = models.build(name, num_classes=10, width=0.125, dtype=dtype, conv=OwnConv)
