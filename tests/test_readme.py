@@ -1,5 +1,6 @@
 """What README and the pages say, done: every snippet is run, every option, config, command and file named exists."""
 
+import functools
 import inspect
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import drawn, drawn_masks, masked
 from flax import nnx
 
 import clicktrain_jax as ct
@@ -54,10 +56,10 @@ class Stack(nnx.Module):
 @pytest.fixture(scope="module")
 def pruned():
     """Variables of the net with its masks applied, and the masks."""
-    variables = Net().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+    variables = drawn(Net(), (32, 32, 3))
     plan = ct.make_plan(variables["params"], {"Conv_0/kernel": None, "Conv_.*/kernel": 0.5}, tile=(16, 1))
-    masks = ct.select_masks(jax.tree.map(jnp.abs, variables["params"]), plan, ct.patterns.fixed_set(4))
-    return variables | {"params": ct.apply_masks(variables["params"], masks)}, masks
+    masks = drawn_masks(variables["params"], plan)
+    return jax.tree.map(jnp.asarray, variables | {"params": masked(variables["params"], masks)}), masks
 
 
 @pytest.fixture
@@ -103,19 +105,22 @@ def run_page(pruned, tmp_path, monkeypatch):
     return run
 
 
+predicted = jax.jit(functools.partial(Net().apply, train=False))
+
+
 def check_readme(names, printed):
     kernel = names["params"]["Conv_1"]["kernel"]
     assert int((kernel != 0).sum()) == (512 - 333) * 4  # ceil(0.65 * 512) kernels go, the others keep 4 taps
     assert "all convolutions" in printed
     variables = {"params": names["params"], "batch_stats": names["batch_stats"]}
-    wanted = names["model"].apply(variables, names["images"], train=False)
+    wanted = predicted(variables, names["images"])
     assert jnp.abs(names["logits"] - wanted).max() < 1e-5
     assert jnp.abs(names["net"](names["images"]) - wanted).max() < 1e-4
 
 
 def check_deploying(names, printed):
     mean, std = (np.float32(each) for each in ([0.49, 0.48, 0.45], [0.25, 0.24, 0.26]))
-    wanted = names["model"].apply(names["variables"], (names["images"] - mean) / std, train=False)
+    wanted = predicted(names["variables"], (names["images"] - mean) / std)
     assert jnp.abs(names["logits"] - wanted).max() < 1e-4
     assert jnp.abs(names["net"](names["images"][:1]) - wanted[:1]).max() < 1e-4
     assert "kernel" in printed

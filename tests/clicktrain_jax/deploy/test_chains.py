@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn_masks, masked
 
 import clicktrain_jax as ct
 from clicktrain_jax.deploy import chains
@@ -46,12 +47,11 @@ class Residual(nn.Module):
 @functools.cache
 def made(between, head, filters):
     model = Residual(between, head)
-    x = jax.random.normal(jax.random.key(1), (5, *SHAPE))
+    x = np.random.default_rng(1).normal(size=(5, *SHAPE)).astype(np.float32)
     variables = jax.jit(model.init)(jax.random.key(0), x)
     plan = ct.make_plan(variables["params"], {"Conv_[1234]/kernel": 0.5}, tile=(filters, 1))
-    scores = jax.tree.map(jnp.square, variables["params"])
-    masks = ct.select_masks(scores, plan, ct.patterns.fixed_set(4))
-    variables = {"params": ct.apply_masks(variables["params"], masks)}
+    masks = drawn_masks(variables["params"], plan)
+    variables = {"params": masked(variables["params"], masks)}
     net = inference_net(model.apply, variables, masks, image_shape=SHAPE, normalise=None)
     return net, x, np.asarray(jax.jit(model.apply)(variables, x))
 

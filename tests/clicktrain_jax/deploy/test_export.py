@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn, drawn_like, drawn_masks, masked
 from flax import nnx
 
 import clicktrain_jax as ct
@@ -23,17 +24,9 @@ NORMALISE = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
 NET = {"name": "small", "num_classes": 10, "width": 2.0, "precision": "float32"}
 
 
-def pruned(params, rules, tile, fraction=0.6, seed=0):
-    rng = np.random.default_rng(seed)
-    plan = ct.make_plan(params, dict.fromkeys(rules, fraction), tile=tile)
-    scores = jax.tree.map(lambda leaf: jnp.square(leaf) * rng.uniform(0.5, 1.5, leaf.shape), params)
-    masks = ct.select_masks(scores, plan, ct.patterns.fixed_set(4))
-    return ct.apply_masks(params, masks), masks
-
-
-def randomised(tree, seed=3):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: leaf + rng.uniform(0.1, 0.4, leaf.shape).astype(leaf.dtype), tree)
+def pruned(params, rules, tile, fraction=0.6):
+    masks = drawn_masks(params, ct.make_plan(params, dict.fromkeys(rules, fraction), tile=tile))
+    return masked(params, masks), masks
 
 
 class Case:
@@ -41,9 +34,9 @@ class Case:
 
     def __init__(self, tile=(64, 1)):
         model = models.build("small", num_classes=10, width=2.0)
-        variables = model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False)
+        variables = drawn(model, SHAPE)
         params, self.masks = pruned(variables["params"], ["Conv_[123]/kernel"], tile)
-        self.variables = {"params": params, "batch_stats": randomised(variables["batch_stats"])}
+        self.variables = {"params": params, "batch_stats": variables["batch_stats"]}
         self.apply_fn = lambda variables, images: model.apply(variables, images, train=False)
 
     def logits(self, images):
@@ -201,9 +194,9 @@ def test_a_users_linen_net(tmp_path):
             return nn.Dense(5)(x.mean((1, 2)))
 
     model = Net()
-    variables = model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False)
+    variables = drawn(model, SHAPE)
     params, masks = pruned(variables["params"], ["Conv_1/kernel"], (64, 1))
-    variables = {"params": params, "batch_stats": randomised(variables["batch_stats"])}
+    variables = {"params": params, "batch_stats": variables["batch_stats"]}
 
     def apply_fn(variables, x):
         return model.apply(variables, x, train=False)
@@ -223,7 +216,8 @@ def test_a_users_nnx_net(tmp_path):
         def __call__(self, x):
             return self.head(nnx.relu(self.norm(self.second(nnx.relu(self.first(x))))).mean((1, 2)))
 
-    model = Net(nnx.Rngs(0))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Net(nnx.Rngs(0))))
+    model = nnx.merge(graph, drawn_like(state))
     params, masks = pruned(nnx.state(model, nnx.Param), ["second/kernel"], (64, 1))
     nnx.update(model, params)
     model.eval()
@@ -333,7 +327,7 @@ def test_deep_bfloat16_nets_are_finite_and_close(tmp_path, layout):
     # On CPUs some versions of XLA give NaN for such nets, unless they are asked not to fuse.
     shape, normalise = (32, 32, 3), {"mean": [0.5] * 3, "std": [0.25] * 3}
     model = models.build("vgg13", num_classes=10, width=0.25)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False)
+    variables = drawn(model, shape)
     params, masks = pruned(variables["params"], ["Conv_[5-9]/kernel"], (16, 1))
     variables = {"params": params, "batch_stats": variables["batch_stats"]}
     net = {"name": "vgg13", "num_classes": 10, "width": 0.25, "precision": "bfloat16"}

@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import drawn
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,11 @@ import clicktrain_jax as ct
 from clicktrain_jax.deploy import arguments
 from clicktrain_jax.trees import map_named, named_leaves
 
-X = jax.random.normal(jax.random.key(0), (2, 8, 8, 8))
+X = np.random.default_rng(0).normal(size=(2, 8, 8, 8)).astype(np.float32)
 
 
 def leaf(seed, shape=(3, 3, 8, 8)):
-    return 0.3 * jax.random.normal(jax.random.key(seed), shape)
+    return (0.3 * np.random.default_rng(seed).normal(size=shape)).astype(np.float32)
 
 
 def conv(x, w, **settings):
@@ -91,7 +92,7 @@ class Tied(nnx.Module):
 
 
 def of_linen(model, *inputs):
-    params = model.init(jax.random.key(1), *(inputs or (X,)))["params"]
+    params = jax.jit(model.init)(jax.random.key(1), *(inputs or (X,)))["params"]
     return params, lambda params, *inputs: model.apply({"params": params}, *inputs)
 
 
@@ -172,11 +173,12 @@ NETS = {
 
 def masked(params, rules, options):
     """Masks of weights of which what is removed holds anything, and the weights as they should count."""
-    plan = ct.make_plan(params, rules, **options)
-    masks = ct.select_masks(ct.importance.magnitude(params), plan, ct.patterns.fixed_set(4))
-    kept = ct.apply_masks(params, masks)
+    masks = drawn.drawn_masks(params, ct.make_plan(params, rules, **options))
+    kept = drawn.masked(params, masks)
     zero = dict(named_leaves(kept))
-    spoilt = map_named(lambda name, weight: jnp.where((zero[name] == 0) & (weight != 0), 1e3, weight), params)
+    spoilt = map_named(
+        lambda name, weight: np.where((zero[name] == 0) & (weight != 0), np.float32(1e3), weight), params
+    )
     return masks, spoilt, kept
 
 
@@ -250,7 +252,7 @@ def test_which_steps_keep_zeros(function, sparse):
         (row,) = fast.report(spoilt, X).convolutions
         got = fast(spoilt, X)
     assert row.runs == ("sparse" if sparse else "dense"), row
-    wanted = conv(X, function(kept["a"]))
+    wanted = conv(X, function(jnp.asarray(kept["a"])))
     if np.isfinite(wanted).all():
         np.testing.assert_allclose(got, wanted, atol=1e-4 * float(jnp.abs(wanted).max()))
 
@@ -282,7 +284,7 @@ class Pair(nn.Module):
 )
 def test_several_outputs_and_inputs(model, inputs, message, tmp_path):
     """They are accelerated like any other; a file has one of each."""
-    params = model.init(jax.random.key(1), *inputs)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), *inputs)["params"]
     if len(inputs) == 1:
         forward = lambda params, x: model.apply({"params": params}, x)  # noqa: E731
     else:
@@ -367,15 +369,16 @@ def test_what_calls_python_cannot_stand_in_a_file(tmp_path):
 def test_strict_modes(tmp_path):
     """No tracer outlives its trace, and nothing goes to the device unasked."""
     masks, _, kept = masked(PAIR, {"[ab]": 0.5}, {})
+    kept, x = jax.device_put((kept, X))
     fast = ct.accelerate(plain, masks, backend="xla")
     with jax.checking_leaks():
-        assert [row.runs for row in fast.report(kept, X).convolutions] == [SPARSE, SPARSE]
-        jax.jit(jax.grad(lambda params: fast(params, X).sum()))(kept)
+        assert [row.runs for row in fast.report(kept, x).convolutions] == [SPARSE, SPARSE]
+        jax.jit(jax.grad(lambda params: fast(params, x).sum()))(kept)
     with jax.transfer_guard("disallow"):
         ct.export(tmp_path / "net", plain, kept, masks, image_shape=X.shape[1:], stablehlo=False)
         ct.load(tmp_path / "net", plain).tuned(batch=1)
-        got = jax.jit(fast)(kept, X)
-    np.testing.assert_allclose(got, plain(kept, X), atol=1e-5)
+        got = jax.jit(fast)(kept, x)
+    np.testing.assert_allclose(got, plain(kept, x), atol=1e-5)
 
 
 def test_a_masked_leaf_that_is_no_kernel_is_told():

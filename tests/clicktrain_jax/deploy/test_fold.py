@@ -6,6 +6,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn, drawn_like
 from flax import nnx
 from jax import lax
 
@@ -13,16 +14,6 @@ from clicktrain_jax import models
 from clicktrain_jax.deploy.fold import fold
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
-
-
-def randomised(variables, seed=0):
-    """Statistics, scales and biases that are not their neutral start."""
-    rng = np.random.default_rng(seed)
-
-    def changed(leaf):
-        return np.asarray(leaf) + (rng.uniform(0.1, 0.5, leaf.shape) * (np.ndim(leaf) == 1)).astype(leaf.dtype)
-
-    return jax.tree.map(changed, variables)
 
 
 def check(apply_fn, variables, shape, batch=3, **tolerance):
@@ -51,7 +42,7 @@ def primitives(steps):
 def test_every_net_has_its_batch_norms_folded(name):
     model = models.build(name, num_classes=10, width=0.125)
     shape = models.default_image_shape(name)
-    variables = randomised(model.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False))
+    variables = drawn(model, shape)
     apply_fn = jax.jit(lambda variables, images: model.apply(variables, images, train=False))
     folded, steps = check(apply_fn, variables, shape, atol=1e-4, rtol=1e-4)
     assert {"rsqrt", "sub", "mul"}.isdisjoint(primitives(steps))
@@ -72,10 +63,10 @@ def test_nnx_with_convolution_bias():
         def __call__(self, x):
             return self.head(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
 
-    model = Net(nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
     model.eval()
     graph, state = nnx.split(model)
-    folded, steps = check(lambda state, x: nnx.merge(graph, state)(x), randomised(state), (8, 8, 3))
+    folded, steps = check(lambda state, x: nnx.merge(graph, state)(x), drawn_like(state), (8, 8, 3))
     (convolution,) = steps.convolutions
     assert convolution.leaf == "conv/kernel"
     assert folded.arrays[convolution.bias].shape == (8,)
@@ -165,7 +156,7 @@ def test_zeros_stay_zeros():
 
 def test_bfloat16_nets_keep_their_dtype():
     model = models.build("small", num_classes=10, dtype=jnp.bfloat16)
-    variables = randomised(model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False))
+    variables = drawn(model, (8, 8, 1))
     folded, steps = check(lambda v, x: model.apply(v, x, train=False), variables, (8, 8, 1), atol=0.05, rtol=0.05)
     assert {folded.arrays[step.name].dtype for step in steps.convolutions} == {jnp.dtype(jnp.bfloat16)}
     assert "rsqrt" not in primitives(steps)
@@ -204,7 +195,7 @@ def test_flax_modules_with_mutable_state_and_constants():
             return nn.Conv(4, (3, 3))(x + 1.0) * offset.value
 
     model = Net()
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 6, 6, 2)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 6, 6, 2)))
     _, steps = check(model.apply, variables, (6, 6, 2))
     assert primitives(steps) == ["add", "conv_general_dilated"]
 
@@ -213,7 +204,7 @@ def test_flax_modules_with_mutable_state_and_constants():
 def test_a_symbolic_batch_has_the_same_arrays(name):
     model = models.build(name, num_classes=10, width=0.125)
     shape = models.default_image_shape(name)
-    variables = randomised(model.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False))
+    variables = drawn(model, shape)
     folded = fold(lambda variables, images: model.apply(variables, images, train=False), variables, shape)
     (batch,) = jax.export.symbolic_shape("batch")
     symbolic, known = folded.steps(batch), folded.steps(3)

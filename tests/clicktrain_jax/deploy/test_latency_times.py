@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 import clicktrain_jax as ct
 from clicktrain_jax import models
@@ -17,7 +18,7 @@ SHARES = (0.25, 1.0)
 def net():
     model = models.build("small", num_classes=10, width=0.25)
     shape = models.default_image_shape("small")
-    variables = model.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False)
+    variables = drawn(model, shape)
     plan = ct.make_plan(variables["params"], target=4.0, tile=(8, 1), floor=False)
     apply_fn = functools.partial(model.apply, train=False)
     return apply_fn, variables, jnp.zeros((2, *shape)), plan

@@ -8,6 +8,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn_masks, masked
 
 import clicktrain_jax as ct
 import pallas_kernels as pk
@@ -46,14 +47,13 @@ class Net(nn.Module):
 
 @functools.cache
 def made(own=False, filters=16):
-    model, x = Net(own), jax.random.normal(jax.random.key(1), (2, *SHAPE))
-    params = model.init(jax.random.key(0), x)["params"]
+    model, x = Net(own), np.random.default_rng(1).normal(size=(2, *SHAPE)).astype(np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     plan = ct.make_plan(params, {"Conv_[12]/kernel": 0.6}, tile=(filters, 1))
-    scores = jax.tree.map(jnp.square, params)
-    masks = ct.select_masks(scores, plan, ct.patterns.fixed_set(4))
+    masks = drawn_masks(params, plan)
     # `apply` is traced here first: what is kept of that must not be taken for another purpose.
     apply = jax.jit(model.apply)
-    params = ct.apply_masks(params, masks)
+    params = masked(params, masks)
     return apply, {"params": params}, masks, x, np.asarray(apply({"params": params}, x))
 
 

@@ -1,10 +1,10 @@
 """Kernels (filters, channels, height, width), as Equinox and PyTorch keep them: run, stored, reported like others."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import drawn_masks, masked
 from jax import lax
 
 import clicktrain_jax as ct
@@ -38,15 +38,16 @@ def net(params, x, axes="OIHW"):
 
 
 def selected(params, axes):
+    """Of the same kernels in either layout."""
     plan = ct.make_plan(params, RULES, axes=axes)
-    return plan, ct.select_masks(jax.tree.map(jnp.square, params), plan, PATTERNS)
+    return plan, drawn_masks(params, plan)
 
 
 PLAN, MASKS = selected(PARAMS, "OIHW")
-PRUNED = ct.apply_masks(PARAMS, MASKS)
+PRUNED = masked(PARAMS, MASKS)
 HWIO = turned(PARAMS, TO_HWIO["OIHW"])
 HWIO_MASKS = selected(HWIO, "HWIO")[1]
-WANTED = np.asarray(net(ct.apply_masks(HWIO, HWIO_MASKS), X, "HWIO"))
+WANTED = np.asarray(jax.jit(net, static_argnums=2)(masked(HWIO, HWIO_MASKS), X, "HWIO"))
 
 
 def same(one, other):
@@ -56,7 +57,7 @@ def same(one, other):
 @pytest.mark.parametrize("backend", [None, "xla"])
 def test_it_runs_by_its_patterns(backend):
     fast = ct.accelerate(net, MASKS, backend=backend)
-    np.testing.assert_allclose(fast(PARAMS, X), WANTED, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(fast)(PARAMS, X), WANTED, atol=1e-5)
     rows = fast.report(PARAMS, X).convolutions
     kept = [float(np.asarray(combine(MASKS)[name]["weight"]).mean()) for name in ("c1", "c2", "p")]
     assert [row.retained for row in rows[1:]] == kept
@@ -75,7 +76,7 @@ def test_it_is_stored_like_other_kernels(tmp_path, dtype, form):
     settings = {"image_shape": IMAGE, "dtype": dtype, "stablehlo": False}
     manifest = ct.export(tmp_path / "net", apply, variables, masks, **settings)
     stored = storage.read(tmp_path / "net")
-    wanted = ct.apply_masks(HWIO, HWIO_MASKS)
+    wanted = masked(HWIO, HWIO_MASKS)
     own = storage.write(tmp_path / "hwio", wanted, HWIO_MASKS, facts={}, dtype=dtype)
     back = turned(storage.read(tmp_path / "hwio").variables, FROM_HWIO["OIHW"])
     if form == "one of two copies":
@@ -105,7 +106,7 @@ def test_zeros_tell_of_whole_kernels():
 
 
 def test_it_is_reported_like_other_kernels():
-    report, other = ct.report(PRUNED, MASKS), ct.report(ct.apply_masks(HWIO, HWIO_MASKS), HWIO_MASKS)
+    report, other = ct.report(PRUNED, MASKS), ct.report(masked(HWIO, HWIO_MASKS), HWIO_MASKS)
     assert report.conv_compression == other.conv_compression and report.model_compression == other.model_compression
 
 

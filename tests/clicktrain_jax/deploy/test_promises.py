@@ -27,8 +27,8 @@ class Net(nn.Module):
 
 SHAPE = (8, 8, 3)
 X = np.random.default_rng(0).random((4, *SHAPE), np.float32)
-VARIABLES = Net().init(jax.random.key(1), X)
-KEEP = np.asarray(jax.random.bernoulli(jax.random.key(3), 0.3, (3, 3, 8, 8)))
+VARIABLES = jax.jit(Net().init)(jax.random.key(1), X)
+KEEP = np.random.default_rng(3).random((3, 3, 8, 8)) < 0.3
 MASKS = jax.tree.map(lambda _: None, VARIABLES["params"])
 MASKS["Conv_1"]["kernel"] = KEEP
 LEFT = int((~KEEP).sum())

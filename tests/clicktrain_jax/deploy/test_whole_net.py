@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn_masks, masked
 
 import clicktrain_jax as ct
 import pallas_kernels.tuning
 from clicktrain_jax.deploy import whole_net
-from clicktrain_jax.trees import map_named
 from pallas_kernels import native
 
 WAYS = {("a", "b"): ("dense", "NHWC", "HWNC"), ("c",): ("dense", "NHWC", "HWNC"), ("d",): ("dense", "HWNC")}
@@ -100,11 +100,10 @@ class Net(nn.Module):
 
 @functools.cache
 def net():
-    model, x = Net(), jax.random.normal(jax.random.key(1), (2, 6, 6, 8))
-    params = model.init(jax.random.key(0), x)["params"]
+    model, x = Net(), np.random.default_rng(1).normal(size=(2, 6, 6, 8)).astype(np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     plan = ct.make_plan(params, {"Conv_[01]/kernel": 0.5}, tile=(4, 1))
-    scores = map_named(lambda _, leaf: jnp.abs(leaf), params)
-    return model, params, x, ct.select_masks(scores, plan, ct.patterns.fixed_set(4))
+    return model, params, x, drawn_masks(params, plan)
 
 
 @pytest.fixture
@@ -133,7 +132,7 @@ def test_what_was_measured_is_used_reported_and_remembered(measured, tmp_path, m
     fast = ct.accelerate(apply, masks)
     tuned = fast.tuned(params, x, scale=2.0)
     assert measured  # all that is timed computes the same, dense or not, whatever the parameters hold elsewhere
-    wanted = apply(ct.apply_masks(params, masks), x, scale=2.0)
+    wanted = apply(masked(params, masks), x, scale=2.0)
     for comparison in measured:
         for result in comparison.values():
             np.testing.assert_allclose(result[0], wanted, rtol=1e-4, atol=1e-5)
@@ -187,5 +186,5 @@ def test_a_net_is_measured_for_real(monkeypatch, tmp_path):
     others = {"all dense, native"} if native.is_fast() else {"all by pattern, HWNC"}
     assert {"all dense", "all by pattern, NHWC", "chosen"} | others == report.seconds.keys()
     assert all(seconds > 0 for seconds in report.seconds.values())
-    wanted = model.apply({"params": ct.apply_masks(params, masks)}, x)
+    wanted = model.apply({"params": masked(params, masks)}, x)
     np.testing.assert_allclose(tuned({"params": params}, x), wanted, rtol=1e-4, atol=1e-5)

@@ -61,8 +61,8 @@ def instructions():
     return found
 
 
-def run(files, images, folder, compiler="gcc", flags=("-O1",), emulator=()):
-    """Logits (batch, classes) of a net that is compiled now."""
+def build(files, folder, compiler="gcc", flags=("-O1",)):
+    """Compiles a net into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -71,7 +71,11 @@ def run(files, images, folder, compiler="gcc", flags=("-O1",), emulator=()):
     command = [compiler, *WARNINGS, *flags, *apart, "net.c", "main.c", "-o", "net", "-lm"]
     built = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-3000:]
-    arguments = ["net.weights"] if apart else []
+
+
+def call(images, folder, emulator=()):
+    """Logits (batch, classes) of the net that was compiled in a folder."""
+    arguments = ["net.weights"] if (folder / "net.weights").exists() else []
     done = subprocess.run([*emulator, "./net", *arguments], cwd=folder, input=images.tobytes(), capture_output=True)
     assert done.returncode == 0, (done.returncode, done.stderr.decode()[-3000:])
     return np.frombuffer(done.stdout, np.float32).reshape(len(images), -1)
@@ -86,10 +90,11 @@ def images(net, count=3, seed=1):
     return rng.normal(size=shape).astype(np.float32)
 
 
-def check(net, folder, files=None, **how):
+def check(net, folder, files=None, emulator=(), **how):
     """The logits in C, which are those of the net."""
     x = images(net)
-    found = run(files or to_c(net), x, folder, **how)
+    build(files or to_c(net), folder, **how)
+    found = call(x, folder, emulator)
     expected = np.asarray(net(jnp.asarray(x))).reshape(len(x), -1)
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
     return found
