@@ -1,4 +1,4 @@
-"""The compiled updates of a trainer: one by one, in two programs, or many in a loop; and compiling ahead of them."""
+"""The compiled updates of a trainer: one by one, in three programs, or many in a loop; and compiling ahead of them."""
 
 import functools
 import time
