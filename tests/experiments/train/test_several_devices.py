@@ -46,7 +46,7 @@ def test_a_divided_stream_trains_as_on_one_device():
 
 @pytest.mark.slow
 def test_compiled_loops_on_two_devices_train_as_on_one():
-    assert "the same loops on 2\n" in emulated("several_devices.py", "scan", 2)
+    assert "the same loops on 2\n" in emulated("several_devices.py", "scan", 2, devices=2)
 
 
 @pytest.mark.slow
