@@ -1,4 +1,4 @@
-"""The compiled updates of a trainer: one by one, in two programs, or many in a loop; and compiling ahead of them."""
+"""The compiled updates of a trainer: one by one, in three programs, or many in a loop; and compiling ahead of them."""
 
 import functools
 import time
@@ -17,7 +17,15 @@ from experiments.train.devices import Devices
 from experiments.train.programs import Programs, in_background, shapes_of
 from experiments.train.pruned_phase import Choice, PrunedPhase, Way
 from experiments.train.state import Images, TrainState
-from experiments.train.update import change_of, gradient_of, update_loop, update_step, with_retained
+from experiments.train.update import (
+    change_of,
+    draw_of,
+    gradient_of_drawn,
+    mixes,
+    update_loop,
+    update_step,
+    with_retained,
+)
 
 # Of the run's key: experiments.train.step has the stream before it.
 _ORDER = 1
@@ -82,6 +90,7 @@ class Updates:
         A streamed set has no order here: an update is given its batch.
         """
         key, metrics = jax.random.key(seed), jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
+        self._mixes = np.bool_(mixes(self.config, epoch))
         order = None if self.streams else self._order(key, epoch)
         if self.devices.mesh is not None and not self.streams:
             full = self.steps_per_epoch - bool(self.tail)
@@ -140,30 +149,33 @@ class Updates:
     def _program(self, kind: str, batch: int, way: Way, args: tuple, *, ahead: bool = False) -> Callable[..., Any]:
         """An update, ``(state, metrics, data, order, index, key, structures) -> (state, metrics)``.
 
-        It is two programs, so that all phases share the costly one, which has the convolutions, and few have to wait
-        for a compiler.
+        It is three programs. All phases share the costly one, which has the convolutions, so that few have to wait for
+        a compiler; and all ways, and runs of other lengths, the one that draws, whose samplers take longer to compile
+        than a small net.
         """
         narrowed, shapes = self._shapes(args[0].params), self._shapes_key(args[-1], args[0].params)
 
+        def done(program: Callable[..., Any], inputs: tuple) -> Any:
+            """What a program gives; where it is compiled ahead, the shapes of that."""
+            return self.devices.placed(shapes_of(program.out_info)) if ahead else program(*inputs)
+
         def run(state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, held: Any) -> Any:
-            inputs = (state.params, state.batch_stats, state.step, data, order, index, key, held)
+            inputs = (key, state.step, self._mixes)
+            draw = self.programs.get(("draw", batch), lambda: draw_of(self, batch), inputs, counts=False, ahead=ahead)
+            inputs = (state.params, state.batch_stats, data, order, index, done(draw, inputs), held)
             gradient = self.programs.get(
                 ("gradient", batch, way, *shapes),
-                lambda: gradient_of(self, batch, way),
+                lambda: gradient_of_drawn(self, batch, way),
                 inputs,
                 large=True,
                 beside=size_of(state.opt_state),
                 ahead=ahead,
             )
-            if ahead:
-                found = self.devices.placed(jax.eval_shape(gradient_of(self, batch, way), *inputs))
-            else:
-                found = gradient(*inputs)
-            changed = (state, metrics, index, found)
+            inputs = (state, metrics, index, done(gradient, inputs))
             change = self.programs.get(
-                ("change", kind, *narrowed), lambda: change_of(self, kind), changed, (0, 1), ahead=ahead
+                ("change", kind, *narrowed), lambda: change_of(self, kind), inputs, (0, 1), ahead=ahead
             )
-            return None if ahead else change(*changed)
+            return None if ahead else change(*inputs)
 
         if ahead:
             run(*args)

@@ -193,7 +193,7 @@ class Trainer(Updates):
         """What `fresh` makes of a run's seed."""
         self._retained = None, None
         key = self.devices.whole(jax.random.fold_in(jax.random.key(seed), _INIT))
-        return self.programs.get(("init",), lambda: self.fresh, (key,), counts=False)(key)
+        return self.programs.get(("init",), lambda: self.fresh, (key,), counts=False, runs_once=True)(key)
 
     def segments(self, epoch: int, done: int = 0, facts: tuple[int, int, int] | None = None) -> list[Segment]:
         """The phases of an epoch after its first ``done`` updates.

@@ -72,10 +72,10 @@ def same_masks(one, two):
     jax.tree.map(np.testing.assert_array_equal, one.opt_state.masks, two.opt_state.masks)
 
 
-def check_plain(counts, dataset):
-    _, one, losses, evaluated = run(1, dataset)
+def check_plain(counts, dataset, **fields):
+    _, one, losses, evaluated = run(1, dataset, **fields)
     for count in counts:
-        trainer, state, found, also = run(count, dataset)
+        trainer, state, found, also = run(count, dataset, **fields)
         same_masks(one, state)
         np.testing.assert_allclose(found, losses, rtol=2e-5)
         np.testing.assert_allclose(also, evaluated, rtol=1e-4)
@@ -83,6 +83,11 @@ def check_plain(counts, dataset):
         # Each device convolves its own images.
         assert f"f32[{32 // count},8,8,8]" in program and "f32[32,8,8,8]" not in program
     print("the same run on", *counts)
+
+
+def check_whole_batches(counts, dataset):
+    """Without mixtures, whose sampler takes longer to compile than the net."""
+    check_plain(counts, dataset, partial_batch="drop", mixup_epoch=None)
 
 
 def check_ordered(counts, dataset):
@@ -127,21 +132,22 @@ def check_compact(counts, dataset):
         programs = {key: future.result() for key, future in trainer.programs._futures.items()}
         return {reduced(one.as_text())[0] for key, one in programs.items() if key[:3] == ("gradient", 32, "pattern")}
 
-    for count in counts:
-        for fields in ({}, {"accumulate": 2}, {"epoch_program": "scan"}):
-            fields |= {"shards": count, "epochs": 4, "partial_batch": "drop"}
-            whole, *one = run(count, dataset, **fields)
-            compact, *other = run(count, dataset, compact=True, **fields)
-            jax.tree.map(np.testing.assert_array_equal, one, other)
-            if not compact.scan:
-                state = one[0]
-                bytes = ct.reduction.num_bytes(
-                    state.params, ct.reduction.retained(state.params, ct.masks_of(state.opt_state))
-                )
-                ((dense,), less) = sent(whole), sent(compact)
-                # With accumulate the parts are written out, each with its sum.
-                assert less == {dense - fields.get("accumulate", 1) * (bytes.dense - bytes.compact)}
-                assert bytes.pruned_compact < bytes.pruned_dense / 3
+    few, many = counts
+    for count, fields in ((many, {}), (few, {"accumulate": 2}), (few, {"epoch_program": "scan"})):
+        # What chance decides of images is decided before gradients.
+        fields |= {"shards": count, "epochs": 4, "partial_batch": "drop", "crop_padding": 0, "mixup_epoch": None}
+        whole, *one = run(count, dataset, **fields)
+        compact, *other = run(count, dataset, compact=True, **fields)
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+        if not compact.scan:
+            state = one[0]
+            bytes = ct.reduction.num_bytes(
+                state.params, ct.reduction.retained(state.params, ct.masks_of(state.opt_state))
+            )
+            ((dense,), less) = sent(whole), sent(compact)
+            # With accumulate the parts are written out, each with its sum.
+            assert less == {dense - fields.get("accumulate", 1) * (bytes.dense - bytes.compact)}
+            assert bytes.pruned_compact < bytes.pruned_dense / 3
     print("the same bits by compact gradients on", *counts)
 
 

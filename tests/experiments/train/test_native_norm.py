@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from drawn import drawn
 
 import pallas_kernels as pk
 from clicktrain_jax import models
@@ -25,7 +26,7 @@ def test_a_gradient_follows_flax_s(net):
         dropout = {"dropout": 0.0} if net == "vgg11" else {}
         norm = functools.partial(models.Norm, normalise=normalise)
         model = models.build(net, num_classes=10, width=0.25, norm=norm, **dropout)
-        variables = model.init(jax.random.key(0), draws[0], train=False)
+        variables = drawn(model, shape)
 
         def loss(params, images):
             logits, new = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
@@ -47,7 +48,8 @@ def test_a_gradient_follows_flax_s(net):
 
 def test_an_update_follows_the_one_without_the_library(tiny_dataset, monkeypatch):
     def update():
-        trainer = Trainer(tiny.changed(method=None), tiny_dataset)
+        # Nothing is drawn: the samplers take longer to compile than the net.
+        trainer = Trainer(tiny.changed(method=None, crop_padding=0, mixup_epoch=None), tiny_dataset)
         before = trainer.init(0)
         step = jax.jit(update_step(trainer, "dense", trainer.config.batch_size))
         metrics = jnp.zeros((trainer.steps_per_epoch, 2))
