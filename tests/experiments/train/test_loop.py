@@ -223,7 +223,7 @@ def test_one_program_mixes_images_in_the_epochs_that_ask_for_it_alone(tiny_datas
         assert sorted(key[:2] for key in trainer.programs.large) == [("gradient", 12), ("gradient", 32)]
         losses.append(found)
     ours, plain = losses
-    np.testing.assert_allclose(ours[0], plain[0], rtol=1e-5)
+    np.testing.assert_allclose(ours[0], plain[0], rtol=1e-6)
     assert (np.abs(np.subtract(ours[1:], plain[1:])) > 1e-3).all()
 
 

@@ -33,15 +33,15 @@ def test_two_devices_train_as_one():
 
 
 @pytest.mark.slow
-def test_eight_devices_train_as_one():
-    # They cannot divide the last batch of an epoch: it lies whole on each.
-    assert "the same run on 8\n" in emulated("several_devices.py", "plain", 8)
+def test_two_and_eight_devices_train_as_one():
+    # Two divide the last batch of an epoch; eight cannot: it lies whole on each.
+    assert "the same run on 2 8\n" in emulated("several_devices.py", "plain", 2, 8)
 
 
 @pytest.mark.slow
 def test_a_divided_stream_trains_as_on_one_device():
-    # Nor that of an evaluation. Two, which can, go through a stream below.
-    assert "the same stream on 8\n" in emulated("several_devices.py", "streamed", 8)
+    # Eight cannot divide that of an evaluation either.
+    assert "the same stream on 2 8\n" in emulated("several_devices.py", "streamed", 2, 8)
 
 
 @pytest.mark.slow
