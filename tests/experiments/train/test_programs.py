@@ -6,8 +6,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from clicktrain_jax import models
 from experiments.train.programs import Programs, in_background, keep_on_disk
 
 
@@ -35,6 +37,17 @@ def test_a_program_is_compiled_once_and_who_waits_for_it_is_timed():
     waited = programs.seconds
     programs.get("key", build, args)
     assert programs.seconds == waited and programs.bytes > 0
+
+
+@pytest.mark.slow
+def test_first_weights_that_are_compiled_for_a_short_wait_have_the_same_bits(optimised):
+    model, programs, key = models.build("small", num_classes=10), Programs({}), jax.random.key(3)
+
+    def build():
+        return lambda key: model.init(key, jnp.zeros((1, 8, 8, 1)), train=False)
+
+    soon, fast = (programs.get(runs_once, build, (key,), runs_once=runs_once)(key) for runs_once in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, soon, fast)
 
 
 def test_what_fails_is_raised_where_the_program_is_asked_for():
