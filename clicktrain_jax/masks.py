@@ -349,9 +349,15 @@ def apply_masks(params: Tree, masks: Masks) -> Tree:
     def mask(name: str, weight: Any) -> Any:
         if weight is None or name not in layers:
             return weight
-        return kept(jnp.asarray(weight), layers[name].combined())
+        return _masked(jnp.asarray(weight), layers[name])
 
     return map_named(mask, params)
+
+
+@partial(jax.jit, inline=True)
+def _masked(weight: jax.Array, layer: LayerMask | FullMask) -> jax.Array:
+    """One program outside of jit, and inside of it nothing that shows."""
+    return kept(weight, layer.combined())
 
 
 @partial(jax.jit, inline=True)
