@@ -17,15 +17,7 @@ from experiments.train.devices import Devices
 from experiments.train.programs import Programs, in_background, shapes_of
 from experiments.train.pruned_phase import Choice, PrunedPhase, Way
 from experiments.train.state import Images, TrainState
-from experiments.train.update import (
-    change_of,
-    draw_of,
-    gradient_of_drawn,
-    mixes,
-    update_loop,
-    update_step,
-    with_retained,
-)
+from experiments.train.update import change_of, draw_of, gradient_of_drawn, update_loop, update_step, with_retained
 
 # Of the run's key: experiments.train.step has the stream before it.
 _ORDER = 1
@@ -90,7 +82,6 @@ class Updates:
         A streamed set has no order here: an update is given its batch.
         """
         key, metrics = jax.random.key(seed), jnp.zeros((self.steps_per_epoch, 2), jnp.float32)
-        self._mixes = np.bool_(mixes(self.config, epoch))
         order = None if self.streams else self._order(key, epoch)
         if self.devices.mesh is not None and not self.streams:
             full = self.steps_per_epoch - bool(self.tail)
@@ -150,8 +141,7 @@ class Updates:
         """An update, ``(state, metrics, data, order, index, key, structures) -> (state, metrics)``.
 
         It is three programs. All phases share the costly one, which has the convolutions, so that few have to wait for
-        a compiler; and all ways, and runs of other lengths, the one that draws, whose samplers take longer to compile
-        than a small net.
+        a compiler; and all ways the one that draws, whose samplers take longer to compile than a small net.
         """
         narrowed, shapes = self._shapes(args[0].params), self._shapes_key(args[-1], args[0].params)
 
@@ -160,8 +150,8 @@ class Updates:
             return self.devices.placed(shapes_of(program.out_info)) if ahead else program(*inputs)
 
         def run(state: TrainState, metrics: Any, data: Images, order: Any, index: Any, key: Any, held: Any) -> Any:
-            inputs = (key, state.step, self._mixes)
-            draw = self.programs.get(("draw", batch), lambda: draw_of(self, batch), inputs, counts=False, ahead=ahead)
+            inputs = (key, state.step)
+            draw = self.programs.get(("draw", batch), lambda: draw_of(self, batch), inputs, ahead=ahead)
             inputs = (state.params, state.batch_stats, data, order, index, done(draw, inputs), held)
             gradient = self.programs.get(
                 ("gradient", batch, way, *shapes),

@@ -70,23 +70,19 @@ class Drawn(NamedTuple):
     dropout: jax.Array
 
 
-def draw_of(trainer: Any, batch: int) -> Callable[..., Drawn]:
-    """``(key of the run, updates done) -> Drawn``, a pure function. The sampler of mixup's lambda has loops in it.
-
-    A third argument says whether this epoch mixes images: the program then knows no epochs, and longer runs share it.
-    """
+def draw_of(trainer: Any, batch: int) -> Callable[[Any, Any], Drawn]:
+    """``(key of the run, updates done) -> Drawn``, a pure function. The sampler of mixup's lambda has loops in it."""
     config = trainer.config
     mixed_epochs = np.asarray([mixes(config, epoch) for epoch in range(config.total_epochs)])
 
-    def draw(key: Any, step: Any, now: Any = None) -> Drawn:
+    def draw(key: Any, step: Any) -> Drawn:
         step_key = jax.random.fold_in(jax.random.fold_in(key, _STEP), step)
         augment_key, mixup_key, dropout_key = jax.random.split(step_key, 3)
         crops = mixture = None
         if config.crop_padding or config.flip:
             crops = draw_crops(augment_key, batch, pad=config.crop_padding, flip=config.flip)
         if mixed_epochs.any():
-            if now is None:
-                now = jnp.asarray(mixed_epochs).at[step // trainer.steps_per_epoch].get(mode="clip")
+            now = jnp.asarray(mixed_epochs).at[step // trainer.steps_per_epoch].get(mode="clip")
             mixture = draw_mixture(mixup_key, batch, config.mixup_alpha)
             mixture = mixture._replace(lam=jnp.where(now, mixture.lam, 1))
         return Drawn(crops, mixture, dropout_key)
