@@ -127,7 +127,7 @@ class InferenceNet:
             ValueError: images of another shape or dtype, or values outside [0, 1].
         """
         images = self._checked(images)
-        key = (images.shape[0], str(images.dtype))
+        key = (images.shape[0], images.dtype)
         if key not in self._programs:
             self._programs[key] = self.program(images.shape[0])
         function, prepared = self._programs[key]

@@ -58,10 +58,17 @@ void pool_row(const ChainStep& step, const ImageShape& in, const float* x, int64
   }
 }
 
+// Steps [begin, end) that go through so many images at once, which take all of them before the next ones begin: what
+// one writes is in the cache when the next one reads it.
+struct Segment {
+  int64_t begin, end, images;
+};
+
 // Steps [begin, end) that each thread takes with its own images, or that all threads share.
 struct Phase {
   int64_t begin, end;
   bool shares;
+  std::vector<Segment> segments;
 };
 
 // Pieces of memory for values, in numbers of one image: what is needed no more makes room.
@@ -93,11 +100,21 @@ class Runner {
  public:
   Runner(const Chain& chain, int64_t batch, const float* const* inputs, float* y)
       : chain_(chain), inputs_(inputs), y_(y), batch_(batch), count_(static_cast<int64_t>(chain.steps.size())) {
-    bool has_lanes = false;
     for (const ChainStep& step : chain.steps)
-      has_lanes = has_lanes || (step.kind == ChainStep::conv && !is_tiled(mask_of(chain, step), geometry_of(chain, step, 1)));
-    // The order of the sums in lanes depends on how many images there are: always on so many, then.
-    unit_ = has_lanes ? std::clamp<int64_t>(div_up(batch, 2), 1, kMostImages) : 1;
+      has_lanes_ = has_lanes_ || (step.kind == ChainStep::conv && !is_tiled(mask_of(chain, step), geometry_of(chain, step, 1)));
+    unit_ = has_lanes_ ? std::clamp<int64_t>(div_up(batch, 2), 1, kMostImages) : 1;
+    last_.assign(inputs_count() + count_, -1);
+    for (int64_t k = 0; k < count_; ++k) {
+      last_[chain.steps[k].source] = k;
+      if (chain.steps[k].second >= 0) last_[chain.steps[k].second] = k;
+    }
+    // Maps get smaller as a rule: what a step makes of some images, the next ones take whole.
+    together_.resize(count_);
+    for (int64_t k = count_ - 1, most = kMostImages; k >= 0; --k) {
+      const int64_t bytes = 4 * (shape_of(chain, chain.steps[k].source).size() + chain.steps[k].shape.size());
+      while (most > 1 && most * bytes > chain.cache) most /= 2;
+      together_[k] = most;
+    }
   }
 
   void run(Pool& pool) const {
@@ -106,15 +123,20 @@ class Runner {
   }
 
  private:
+  int64_t inputs_count() const { return static_cast<int64_t>(chain_.inputs.size()); }
+
   struct Images {
     int64_t first, end;  // of the batch
     int64_t count() const { return end - first; }
   };
-  // Where the values that are made lie: those that another phase reads for all images, others for a task's own.
+  // Where the values that are made lie: those that another phase reads for all images, those that another segment reads
+  // for all of a task's, others for a group.
+  enum class For { all, task, group };
   struct Places {
-    std::vector<bool> crosses;
-    std::vector<int64_t> at;
-    int64_t whole = 0, own = 0;  // room in numbers of one image
+    std::vector<For> kind;
+    std::vector<int64_t> at;  // in numbers of one image
+    int64_t all = 0, task = 0;  // room in numbers of one image
+    int64_t group = 0;          // room in numbers
   };
 
   void run_images(Images images, Pool& pool) const {
@@ -125,64 +147,75 @@ class Runner {
     std::vector<Phase> phases;
     for (int64_t k = 0; k < count_; ++k) {
       const bool shares = is_uneven || waits(chain_.steps[k], images.count() / tasks);
-      if (phases.empty() || phases.back().shares != shares) phases.push_back({k, k, shares});
-      phases.back().end = k + 1;
+      if (phases.empty() || phases.back().shares != shares) phases.push_back({k, k, shares, {}});
+      Phase& phase = phases.back();
+      const int64_t together = shares ? images.count() : together_[k];
+      if (phase.segments.empty() || phase.segments.back().images != together) phase.segments.push_back({k, k, together});
+      phase.segments.back().end = phase.end = k + 1;
     }
     const Places places = placed(phases);
-    const Scratch whole(4 * places.whole * images.count()), own(4 * places.own * images.count());
+    const Scratch all(4 * places.all * images.count()), own(4 * places.task * images.count()), groups(4 * places.group * tasks);
     for (const Phase& phase : phases) {
-      const auto carry = [&](Images some, Pool& pool) {
-        const auto made = [&](int64_t k) {
+      const auto carry = [&](Images some, int64_t task, Pool& pool) {
+        // Step k's value of a group that begins at n of these images.
+        const auto made = [&](int64_t k, const Segment& segment, int64_t n) {
           const int64_t size = chain_.steps[k].shape.size(), before = some.first - images.first;
-          if (k + 1 == count_) return y_ + some.first * size;
-          if (places.crosses[k]) return whole.as<float>() + places.at[k] * images.count() + before * size;
-          return own.as<float>() + before * places.own + places.at[k] * some.count();
+          if (k + 1 == count_) return y_ + (some.first + n) * size;
+          if (places.kind[k] == For::all) return all.as<float>() + places.at[k] * images.count() + (before + n) * size;
+          if (places.kind[k] == For::task)
+            return own.as<float>() + before * places.task + places.at[k] * some.count() + n * size;
+          return groups.as<float>() + task * places.group + places.at[k] * segment.images;
         };
-        const int64_t inputs = static_cast<int64_t>(chain_.inputs.size());
-        const auto value = [&](int64_t k) -> const float* {
-          return k < inputs ? inputs_[k] + some.first * chain_.inputs[k].size() : made(k - inputs);
+        const auto value = [&](int64_t index, const Segment& segment, int64_t n) -> const float* {
+          const int64_t k = index - inputs_count();
+          return k < 0 ? inputs_[index] + (some.first + n) * chain_.inputs[index].size() : made(k, segment, n);
         };
-        for (int64_t k = phase.begin; k < phase.end; ++k) {
-          const ChainStep& step = chain_.steps[k];
-          run_step(step, some.count(), value(step.source), step.second < 0 ? nullptr : value(step.second), made(k), pool);
-        }
+        for (const Segment& segment : phase.segments)
+          for (int64_t n = 0, next; n < some.count(); n = next) {
+            next = phase.shares ? some.count() : group_end(n, segment.images, some.count());
+            for (int64_t k = segment.begin; k < segment.end; ++k) {
+              const ChainStep& step = chain_.steps[k];
+              const float* z = step.second < 0 ? nullptr : value(step.second, segment, n);
+              run_step(k, next - n, value(step.source, segment, n), z, made(k, segment, n), pool);
+            }
+          }
       };
       if (phase.shares) {
-        carry(images, pool);
+        carry(images, 0, pool);
         continue;
       }
       parallel(pool, tasks, [&](int64_t task) {
         Alone alone;
         const int64_t begin = unit_ * (units * task / tasks), end = unit_ * (units * (task + 1) / tasks);
-        carry({images.first + begin, std::min(images.end, images.first + end)}, alone);
+        carry({images.first + begin, std::min(images.end, images.first + end)}, task, alone);
       });
     }
   }
 
   Places placed(const std::vector<Phase>& phases) const {
-    const int64_t inputs = static_cast<int64_t>(chain_.inputs.size());
-    std::vector<int64_t> last(inputs + count_, -1);
-    for (int64_t k = 0; k < count_; ++k) {
-      last[chain_.steps[k].source] = k;
-      if (chain_.steps[k].second >= 0) last[chain_.steps[k].second] = k;
-    }
-    // Other threads may still read what is read last in a phase.
-    std::vector<int64_t> phase_end(count_);
+    // While a phase lasts, other threads may still read what is read last in it; while a segment lasts, other groups.
+    std::vector<int64_t> phase_end(count_), segment_end(count_);
     for (const Phase& phase : phases)
-      for (int64_t k = phase.begin; k < phase.end; ++k) phase_end[k] = phase.end - 1;
+      for (const Segment& segment : phase.segments)
+        for (int64_t k = segment.begin; k < segment.end; ++k) phase_end[k] = phase.end - 1, segment_end[k] = segment.end - 1;
     Places places;
-    Room whole;
+    Room all;
     for (const Phase& phase : phases) {
-      Room own;
-      for (int64_t k = phase.begin; k < phase.end; ++k) {
-        const int64_t until = last[inputs + k], size = chain_.steps[k].shape.size();
-        const bool crosses = until >= phase.end;
-        places.crosses.push_back(crosses);
-        places.at.push_back(crosses ? whole.take(size, k, phase_end[until]) : own.take(size, k, until));
+      Room task;
+      for (const Segment& segment : phase.segments) {
+        Room group;
+        for (int64_t k = segment.begin; k < segment.end; ++k) {
+          const int64_t until = last_[inputs_count() + k], size = chain_.steps[k].shape.size();
+          places.kind.push_back(until >= phase.end ? For::all : until >= segment.end ? For::task : For::group);
+          places.at.push_back(until >= phase.end     ? all.take(size, k, phase_end[until])
+                              : until >= segment.end ? task.take(size, segment.begin, segment_end[until])
+                                                     : group.take(size, k, until));
+        }
+        places.group = std::max(places.group, group.size() * segment.images);
       }
-      places.own = std::max(places.own, own.size());
+      places.task = std::max(places.task, task.size());
     }
-    places.whole = whole.size();
+    places.all = all.size();
     return places;
   }
 
@@ -192,15 +225,22 @@ class Runner {
            step.bytes > chain_.cache;
   }
 
-  void run_step(const ChainStep& step, int64_t count, const float* x, const float* z, float* y, Pool& pool) const {
+  // Where a group of images ends that begins at n: each unit is divided alike, whoever has it.
+  int64_t group_end(int64_t n, int64_t most, int64_t count) const {
+    return std::min({count, n + most, has_lanes_ ? (n / unit_ + 1) * unit_ : count});
+  }
+
+  void run_step(int64_t index, int64_t count, const float* x, const float* z, float* y, Pool& pool) const {
+    const ChainStep& step = chain_.steps[index];
     const ImageShape in = shape_of(chain_, step.source);
     if (step.kind == ChainStep::conv) {
       const Mask mask = mask_of(chain_, step);
-      const int64_t most = is_tiled(mask, geometry_of(chain_, step, 1)) ? count : unit_;
-      for (int64_t n = 0; n < count; n += most) {
+      const bool is_whole = is_tiled(mask, geometry_of(chain_, step, 1));
+      for (int64_t n = 0, next; n < count; n = next) {
+        next = is_whole ? count : group_end(n, together_[index], count);
         const int64_t at = n * step.shape.size();
         const Epilogue epilogue{nullptr, step.bias, step.relu, z == nullptr ? nullptr : z + at};
-        forward(Type::f32, geometry_of(chain_, step, std::min(most, count - n)), mask, x + n * in.size(), nullptr,
+        forward(Type::f32, geometry_of(chain_, step, next - n), mask, x + n * in.size(), nullptr,
                 step.packed, epilogue, y + at, pool);
       }
       return;
@@ -225,7 +265,11 @@ class Runner {
   const float* const* inputs_;
   float* const y_;
   const int64_t batch_, count_;
-  int64_t unit_;  // images that stay together
+  // The order of the sums in lanes depends on how many images there are: groups are of as many, whoever takes them.
+  bool has_lanes_ = false;
+  int64_t unit_;                   // images that have one thread
+  std::vector<int64_t> together_;  // of each step: so many images at once, whose maps stay in the cache
+  std::vector<int64_t> last_;      // of each value: the step that reads it last
 };
 
 }  // namespace

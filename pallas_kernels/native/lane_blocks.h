@@ -17,11 +17,24 @@ inline __attribute__((always_inline)) Vec<kLanes> total_of(const Vec<kLanes> (&s
   return sum[0][r][c];
 }
 
+// What is left of an output's list, in the order of its codes, with some weights an entry.
+struct Rest {
+  const int32_t* codes;
+  const float* weights;
+  int64_t count;
+  bool has_below(int32_t end) const { return count > 0 && *codes < end; }
+  void skip(int64_t entries, int64_t each) { codes += entries, weights += each * entries, count -= entries; }
+};
+
 // One list on a block of rows x columns positions; `at` are the rows' places, `apart` vectors lie between columns. An
-// entry has one tap, or the four of a corner, which begin so many codes behind it.
+// entry has one tap, or the four of a corner, which begin so many codes behind it. Returns how many entries have codes
+// below `end`; those are taken.
 template <int Taps, int Rows, int Columns, int Apart>
-void lane_block(const float* x, const int64_t* at, const int32_t* codes, const float* weights, int64_t count,
-                const int32_t* place, const int32_t* steps, float* y, const int64_t* to, int64_t out_apart, bool begins) {
+int64_t lane_block(const float* x, const int64_t* at, const Rest& list, int32_t end, const int32_t* place,
+                   const int32_t* steps, float* y, const int64_t* to, int64_t out_apart, bool begins) {
+  const int32_t* codes = list.codes;
+  const float* weights = list.weights;
+  const int64_t count = list.count;
   constexpr int kSets = sets_of(Rows * Columns);
   Vec<kLanes> sum[kSets][Rows][Columns] = {};
   if (!begins) {
@@ -43,23 +56,24 @@ void lane_block(const float* x, const int64_t* at, const int32_t* codes, const f
   };
   int64_t k = 0;
   if constexpr (Taps == 4) {
-    for (; k < count; ++k)
+    for (; k < count && codes[k] < end; ++k)
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) add(codes[k] + steps[j], weights[4 * k + j], j);
   } else {
-    for (; kSets > 1 && k + 4 <= count; k += 4)
+    for (; kSets > 1 && k + 4 <= count && codes[k + 3] < end; k += 4)
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) add(codes[k + j], weights[k + j], j);
-    for (; k < count; ++k) add(codes[k], weights[k], 0);
+    for (; k < count && codes[k] < end; ++k) add(codes[k], weights[k], 0);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
     for (int c = 0; c < Columns; ++c) store<kLanes>(y + to[r] + c * out_apart, total_of(sum, r, c));
+  return k;
 }
 
-using LaneBlock = void (*)(const float*, const int64_t*, const int32_t*, const float*, int64_t, const int32_t*,
-                           const int32_t*, float*, const int64_t*, int64_t, bool);
+using LaneBlock = int64_t (*)(const float*, const int64_t*, const Rest&, int32_t, const int32_t*, const int32_t*, float*,
+                              const int64_t*, int64_t, bool);
 template <int Taps, int Apart, int Columns>
 LaneBlock lane_block_rows(int rows) {
   constexpr int most = std::min(kMostRows, kMostSums / Columns);
@@ -88,20 +102,29 @@ LaneBlock lane_block_for(int rows, int columns) {
   }
 }
 
-// Corners on a block of rows x columns positions that lie side by side: each vector is loaded once for all four weights.
-template <int Rows, int Columns>
-void corner_block(const float* x, int64_t pitch, const int32_t* codes, const float* weights, int64_t count,
-                  const int32_t* place, float* y, int64_t out_pitch, bool begins) {
+// So few sums wait for their last product: those of two outputs are taken together, each in the order that it has alone.
+constexpr int kCornerSums = CLICKTRAIN_LANES == 8 ? 8 : 16;
+constexpr int kCornerColumns = CLICKTRAIN_LANES == 8 ? 2 : 4;
+constexpr int outputs_of(int sums) { return sums > 2 && sums < 8 && 2 * sums <= kCornerSums ? 2 : 1; }
+
+// Corners on a block of rows x columns positions that lie side by side, for `Outputs` outputs: each vector is loaded once
+// for all four weights. Takes the entries whose codes are below `end`.
+template <int Rows, int Columns, int Outputs>
+void corner_block(const float* x, int64_t pitch, Rest* lists, int32_t end, const int32_t* place, float* y,
+                  int64_t out_pitch, int64_t positions, bool begins) {
   constexpr int kSets = sets_of(Rows * Columns);
-  Vec<kLanes> sum[kSets][Rows][Columns] = {};
+  Vec<kLanes> sum[Outputs][kSets][Rows][Columns] = {};
   if (!begins) {
+#pragma GCC unroll 2
+    for (int o = 0; o < Outputs; ++o)
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r)
+      for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-      for (int c = 0; c < Columns; ++c) sum[0][r][c] = load<kLanes>(y + r * out_pitch + c * kLanes);
+        for (int c = 0; c < Columns; ++c) sum[o][0][r][c] = load<kLanes>(y + o * positions + r * out_pitch + c * kLanes);
   }
-  for (int64_t k = 0; k < count; ++k, weights += 4) {
-    const float* at = x + place[codes[k]];
+  const auto add = [&](int o, int64_t k) __attribute__((always_inline)) {
+    const float* at = x + place[lists[o].codes[k]];
+    const float* weights = lists[o].weights + 4 * k;
     const Vec<kLanes> w00 = splat<kLanes>(weights[0]), w01 = splat<kLanes>(weights[1]);
     const Vec<kLanes> w10 = splat<kLanes>(weights[2]), w11 = splat<kLanes>(weights[3]);
 #pragma GCC unroll 9
@@ -111,44 +134,58 @@ void corner_block(const float* x, int64_t pitch, const int32_t* codes, const flo
       for (int c = 0; c <= Columns; ++c) v[c] = load<kLanes>(at + c * kLanes);
       if (r > 0) {
 #pragma GCC unroll 8
-        for (int c = 0; c < Columns; ++c) sum[2 % kSets][r - 1][c] += w10 * v[c];
+        for (int c = 0; c < Columns; ++c) sum[o][2 % kSets][r - 1][c] += w10 * v[c];
 #pragma GCC unroll 8
-        for (int c = 0; c < Columns; ++c) sum[3 % kSets][r - 1][c] += w11 * v[c + 1];
+        for (int c = 0; c < Columns; ++c) sum[o][3 % kSets][r - 1][c] += w11 * v[c + 1];
       }
       if (r < Rows) {
 #pragma GCC unroll 8
-        for (int c = 0; c < Columns; ++c) sum[0][r][c] += w00 * v[c];
+        for (int c = 0; c < Columns; ++c) sum[o][0][r][c] += w00 * v[c];
 #pragma GCC unroll 8
-        for (int c = 0; c < Columns; ++c) sum[1 % kSets][r][c] += w01 * v[c + 1];
+        for (int c = 0; c < Columns; ++c) sum[o][1 % kSets][r][c] += w01 * v[c + 1];
       }
     }
+  };
+  int64_t both = 0;
+  if constexpr (Outputs == 2) {
+    const int64_t most = std::min(lists[0].count, lists[1].count);
+    for (; both < most && lists[0].codes[both] < end && lists[1].codes[both] < end; ++both) add(0, both), add(1, both);
   }
+#pragma GCC unroll 2
+  for (int o = 0; o < Outputs; ++o) {
+    int64_t k = both;
+    for (; k < lists[o].count && lists[o].codes[k] < end; ++k) add(o, k);
+    lists[o].skip(k, 4);
 #pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r)
+    for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < Columns; ++c) store<kLanes>(y + r * out_pitch + c * kLanes, total_of(sum, r, c));
+      for (int c = 0; c < Columns; ++c) store<kLanes>(y + o * positions + r * out_pitch + c * kLanes, total_of(sum[o], r, c));
+  }
 }
 
-using CornerBlock = void (*)(const float*, int64_t, const int32_t*, const float*, int64_t, const int32_t*, float*, int64_t,
-                             bool);
-constexpr int kCornerSums = CLICKTRAIN_LANES == 8 ? 8 : 16;
-constexpr int kCornerColumns = CLICKTRAIN_LANES == 8 ? 2 : 4;
+using CornerBlock = void (*)(const float*, int64_t, Rest*, int32_t, const int32_t*, float*, int64_t, int64_t, bool);
+template <int Rows, int Columns>
+CornerBlock corner_block_of(int64_t outputs) {
+  constexpr int most = outputs_of(Rows * Columns);
+  return outputs == 1 ? corner_block<Rows, Columns, 1> : corner_block<Rows, Columns, most>;
+}
 template <int Columns>
-CornerBlock corner_block_rows(int rows) {
+CornerBlock corner_block_rows(int rows, int64_t outputs) {
   constexpr int most = std::min(4, kCornerSums / Columns);
   switch (rows) {
-    case 1: return corner_block<1, Columns>;
-    case 2: return corner_block<std::min(2, most), Columns>;
-    case 3: return corner_block<std::min(3, most), Columns>;
-    default: return corner_block<most, Columns>;
+    case 1: return corner_block_of<1, Columns>(outputs);
+    case 2: return corner_block_of<std::min(2, most), Columns>(outputs);
+    case 3: return corner_block_of<std::min(3, most), Columns>(outputs);
+    default: return corner_block_of<most, Columns>(outputs);
   }
 }
-inline CornerBlock corner_block_for(int rows, int columns) {
+// For so many outputs, 1 or `outputs_of` of the block's sums.
+inline CornerBlock corner_block_for(int rows, int columns, int64_t outputs) {
   switch (columns) {
-    case 1: return corner_block_rows<1>(rows);
-    case 2: return corner_block_rows<2>(rows);
-    case 3: return corner_block_rows<3>(rows);
-    default: return corner_block_rows<4>(rows);
+    case 1: return corner_block_rows<1>(rows, outputs);
+    case 2: return corner_block_rows<2>(rows, outputs);
+    case 3: return corner_block_rows<3>(rows, outputs);
+    default: return corner_block_rows<4>(rows, outputs);
   }
 }
 

@@ -86,7 +86,8 @@ class LaneProduct {
       to_lanes(q_, p_.rows, p_.columns, p_.batch, x_, p_.inputs, first, last, begin, count, lanes.as<float>() + first * stride);
     });
     const std::vector<Kind> found = kinds(stride);
-    const int64_t positions = count * q_.positions() * kLanes;
+    // One more: at a power of two apart, sums of many outputs would share the few places of a cache.
+    const int64_t positions = (count * q_.positions() + 1) * kLanes;
     // Outputs of one task: whole vectors, whose sums stay in the second cache.
     int64_t width = std::clamp<int64_t>(kLaneCache / 2 / (4 * positions) / kLanes * kLanes, kLanes, 4 * kLanes);
     if (pool.threads() > 1) width = std::min(width, round_up(div_up(p_.outputs, 3 * pool.threads()), kLanes));
@@ -98,35 +99,11 @@ class LaneProduct {
     });
   }
 
-  // Some entries of an output's list.
-  struct Section {
-    const int32_t* codes;
-    const float* weights;
-    int64_t count;
-  };
-  // Lists of some outputs in parts, one for each block of channels, in the order in which they are read: (block, output).
-  class Parts {
-   public:
-    Parts(int64_t blocks, int64_t outputs) : blocks_(blocks), outputs_(outputs), parts_(blocks * outputs) {}
-    int64_t blocks() const { return blocks_; }
-    int64_t outputs() const { return outputs_; }
-    const Section* block(int64_t index) const { return parts_.data() + index * outputs_; }
-    // `weights`: so many for each entry; the codes of block b are below inputs * (b + 1) / blocks * taps.
-    void add(int64_t output, const int32_t* codes, int64_t count, const float* weights, int64_t each, int64_t inputs, int64_t taps) {
-      int64_t begin = 0;
-      for (int64_t b = 0; b < blocks_; ++b) {
-        // Counted in vectors: a search's branches are not to be foreseen.
-        const int32_t end = static_cast<int32_t>(inputs * (b + 1) / blocks_ * taps);
-        int32_t before = 0;
-        for (int64_t k = 0; k < count; ++k) before += codes[k] < end;
-        parts_[b * outputs_ + output] = {codes + begin, weights + each * begin, before - begin};
-        begin = before;
-      }
-    }
-
-   private:
-    int64_t blocks_, outputs_;
-    std::vector<Section> parts_;
+  // Blocks of channels, one after the other.
+  struct Blocks {
+    int64_t count, inputs, taps;
+    // What all codes of a block and of those before it are below.
+    int32_t end(int64_t block) const { return static_cast<int32_t>(inputs * (block + 1) / count * taps); }
   };
 
   // Sums of outputs [first, last). A block of positions of all outputs after the other, and of so many channels that
@@ -142,22 +119,23 @@ class LaneProduct {
       const int64_t sums_of = std::min<int64_t>(kind.rows, 4) * std::min<int64_t>(kind.columns, 4);
       const int64_t few = div_up(products * p_.inputs * p_.outputs, sums_of * std::max<int64_t>(1, w_.weights));
       const int64_t most = std::max(kNearCache / (4 * kLanes * rows * columns), few), blocks = div_up(p_.inputs, most);
-      Parts corners(blocks, last - first), singles(blocks, last - first);
+      const Blocks parts{blocks, p_.inputs, w_.taps()};
+      std::vector<Rest> corners, singles;
       std::vector<std::vector<int32_t>> codes(kind.all ? 0 : last - first);
       std::vector<std::vector<float>> values(codes.size());
       bool has_corners = false, has_singles = !kind.all;
       for (int64_t output = first; output < last; ++output) {
         const LaneWeights::List list = w_.list_of(output);
         if (kind.all) {
-          corners.add(output - first, list.corners, list.corner_count, list.corner_values, 4, p_.inputs, w_.taps());
-          singles.add(output - first, list.singles, list.single_count, list.single_values, 1, p_.inputs, w_.taps());
+          corners.push_back({list.corners, list.corner_values, list.corner_count});
+          singles.push_back({list.singles, list.single_values, list.single_count});
           has_corners = has_corners || list.corner_count > 0;
           has_singles = has_singles || list.single_count > 0;
         } else {
           std::vector<int32_t>& of = codes[output - first];
           std::vector<float>& its = values[output - first];
           take_apart(kind, list, of, its);
-          singles.add(output - first, of.data(), static_cast<int64_t>(of.size()), its.data(), 1, p_.inputs, w_.taps());
+          singles.push_back({of.data(), its.data(), static_cast<int64_t>(of.size())});
         }
       }
       std::vector<int64_t> at, to;
@@ -167,10 +145,10 @@ class LaneProduct {
           to.push_back((g * q_.positions() + (kind.first_row + r * p_.rows.spread) * q_.wide + kind.first_column) * kLanes);
         }
       if (has_corners && plain)
-        run_corners(kind, corners, count, x, sums, positions);
+        run_corners(kind, corners, parts, count, x, sums, positions);
       else if (has_corners)
-        run_apart<4>(kind, corners, at, to, x, sums, positions, true);
-      if (has_singles || !has_corners) run_apart<1>(kind, singles, at, to, x, sums, positions, !has_corners);
+        run_apart<4>(kind, corners, parts, at, to, x, sums, positions, true);
+      if (has_singles || !has_corners) run_apart<1>(kind, singles, parts, at, to, x, sums, positions, !has_corners);
     }
   }
 
@@ -193,34 +171,53 @@ class LaneProduct {
   }
   int32_t corner_step(int j) const { return static_cast<int32_t>(j / 2 * w_.kw + j % 2); }
 
-  void run_corners(const Kind& kind, const Parts& lists, int64_t count, const float* x, float* sums, int64_t positions) const {
+  // What the outputs that come so much later begin with is fetched: each list lies somewhere else.
+  static constexpr size_t kAhead = 2;
+  template <int Taps>
+  static void fetch(const std::vector<Rest>& lists, size_t output) {
+    if (output >= lists.size()) return;
+    const Rest& list = lists[output];
+    __builtin_prefetch(list.codes);
+    for (int line = 0; line < std::min(Taps, 3); ++line) __builtin_prefetch(list.weights + 16 * line);
+  }
+
+  void run_corners(const Kind& kind, const std::vector<Rest>& lists, const Blocks& blocks, int64_t count, const float* x,
+                   float* sums, int64_t positions) const {
     // A corner begins at its first tap, or at its last where taps count backwards.
     const int32_t* place = kind.place.data() + (w_.turned ? w_.kw + 1 : 0);
-    const int64_t pitch = q_.in_wide * kLanes, out_pitch = q_.wide * kLanes, outputs = lists.outputs();
+    const int64_t pitch = q_.in_wide * kLanes, out_pitch = q_.wide * kLanes;
     const int64_t columns = div_up(q_.wide, div_up(q_.wide, kCornerColumns));
     for (int64_t g = 0; g < count; ++g)
       for (int64_t c = 0; c < q_.wide; c += columns) {
         const int n = static_cast<int>(std::min(columns, q_.wide - c));
         const int64_t turns = div_up(q_.high, std::min(4, kCornerSums / n)), rows = div_up(q_.high, turns);
         for (int64_t r = 0; r < q_.high; r += rows) {
-          const CornerBlock run = corner_block_for(static_cast<int>(std::min(rows, q_.high - r)), n);
+          const int m = static_cast<int>(std::min(rows, q_.high - r));
+          const size_t together = outputs_of(m * n);
+          const CornerBlock alone = corner_block_for(m, n, 1), run = corner_block_for(m, n, together);
           const float* from = x + g * q_.plane() + r * pitch + c * kLanes;
           float* to = sums + g * q_.positions() * kLanes + r * out_pitch + c * kLanes;
-          for (int64_t block = 0; block < lists.blocks(); ++block)
-            for (int64_t output = 0; output < outputs; ++output) {
-              const Section& part = lists.block(block)[output];
-              if (part.count > 0 || block == 0)
-                run(from, pitch, part.codes, part.weights, part.count, place, to + output * positions, out_pitch, block == 0);
+          std::vector<Rest> rests = lists;
+          for (int64_t block = 0; block < blocks.count; ++block) {
+            const int32_t end = blocks.end(block);
+            for (size_t output = 0; output < rests.size();) {
+              const bool is_whole = output + together <= rests.size();
+              for (size_t k = 0; k < together; ++k) fetch<4>(rests, output + kAhead * together + k);
+              if (block == 0 || rests[output].has_below(end) || (is_whole && rests[output + together - 1].has_below(end)))
+                (is_whole ? run : alone)(from, pitch, &rests[output], end, place, to + output * positions, out_pitch,
+                                         positions, block == 0);
+              output += is_whole ? together : 1;
             }
+          }
         }
       }
   }
 
   // Entries of so many taps, each of which has a place of its own.
   template <int Taps>
-  void run_apart(const Kind& kind, const Parts& lists, const std::vector<int64_t>& at, const std::vector<int64_t>& to,
-                 const float* x, float* sums, int64_t positions, bool begins) const {
-    const int64_t columns = div_up(kind.columns, div_up(kind.columns, kMostColumns)), outputs = lists.outputs();
+  void run_apart(const Kind& kind, const std::vector<Rest>& lists, const Blocks& blocks, const std::vector<int64_t>& at,
+                 const std::vector<int64_t>& to, const float* x, float* sums, int64_t positions, bool begins) const {
+    const int64_t columns = div_up(kind.columns, div_up(kind.columns, kMostColumns));
     const int64_t step = p_.columns.step, out_step = p_.columns.spread * kLanes, all = static_cast<int64_t>(at.size());
     int32_t steps[4] = {0, 0, 0, 0};
     for (int j = 0; j < Taps && Taps > 1; ++j) steps[j] = corner_step(w_.turned ? 3 - j : j);
@@ -229,28 +226,43 @@ class LaneProduct {
       const int64_t rows = div_up(all, div_up(all, std::min(kMostRows, kMostSums / n)));
       for (int64_t r = 0; r < all; r += rows) {
         const int m = static_cast<int>(std::min(rows, all - r));
-        for (int64_t block = 0; block < lists.blocks(); ++block)
-          for (int64_t output = 0; output < outputs; ++output) {
-            const Section& part = lists.block(block)[output];
-            const bool is_first = begins && block == 0;
-            if (part.count == 0 && !is_first) continue;
-            const int64_t most = step <= 2 ? n : 1;
-            const auto run = step == 2 ? lane_block_for<Taps, 2>(m, n) : lane_block_for<Taps, 1>(m, static_cast<int>(most));
+        const int most = step <= 2 ? n : 1;
+        const auto run = step == 2 ? lane_block_for<Taps, 2>(m, n) : lane_block_for<Taps, 1>(m, most);
+        std::vector<Rest> rests = lists;
+        for (int64_t block = 0; block < blocks.count; ++block) {
+          const int32_t end = blocks.end(block);
+          const bool is_first = begins && block == 0;
+          for (size_t output = 0; output < rests.size(); ++output) {
+            fetch<Taps>(rests, output + kAhead);
+            if (!is_first && !rests[output].has_below(end)) continue;
+            int64_t taken = 0;
             for (int64_t one = c; one < c + n; one += most)
-              run(x + one * step * kLanes, at.data() + r, part.codes, part.weights, part.count, kind.place.data(), steps,
-                  sums + output * positions + one * out_step, to.data() + r, out_step, is_first);
+              taken = run(x + one * step * kLanes, at.data() + r, rests[output], end, kind.place.data(), steps,
+                          sums + output * positions + one * out_step, to.data() + r, out_step, is_first);
+            rests[output].skip(taken, Taps);
           }
+        }
       }
     }
   }
 
-  // Sums of one pixel, outputs side by side from one on; `added`: where what is added to them lies.
-  Vec<kLanes> finished(Vec<kLanes> sums, int64_t output, const float* added) const {
-    if (epilogue_.scale) sums *= load<kLanes>(epilogue_.scale + output);
-    if (epilogue_.bias) sums += load<kLanes>(epilogue_.bias + output);
-    if (added) sums += load<kLanes>(added);
-    return epilogue_.relu ? rectified<kLanes>(sums) : sums;
-  }
+  // What becomes of sums of one pixel, outputs side by side from one on: a copy that a loop need not read again.
+  struct Finish {
+    Vec<kLanes> scale, bias;
+    bool scales, biases, relu;
+    Finish(const Epilogue& epilogue, int64_t output)
+        : scale{}, bias{}, scales(epilogue.scale), biases(epilogue.bias), relu(epilogue.relu) {
+      if (scales) scale = load<kLanes>(epilogue.scale + output);
+      if (biases) bias = load<kLanes>(epilogue.bias + output);
+    }
+    // `added`: where what is added to them lies, or null.
+    inline __attribute__((always_inline)) Vec<kLanes> operator()(Vec<kLanes> sums, const float* added) const {
+      if (scales) sums *= scale;
+      if (biases) sums += bias;
+      if (added) sums += load<kLanes>(added);
+      return relu ? rectified<kLanes>(sums) : sums;
+    }
+  };
 
   void from_lanes(int64_t first, int64_t last, const float* sums, int64_t positions, int64_t begin, int64_t count, float* y) const {
     const float* added = epilogue_.added;
@@ -258,9 +270,11 @@ class LaneProduct {
       const std::vector<float*> at = places_of_lanes(q_, p_.batch, begin + g, y, p_.outputs, p_.rows.out, p_.columns.out, 0,
                                                      0, q_.high, q_.wide, q_.high, q_.wide);
       const float* from = sums + g * q_.positions() * kLanes;
+      const int64_t all = q_.positions();
       int64_t output = first;
-      for (; output + kLanes <= last; output += kLanes, from += kLanes * positions)
-        for (int64_t i = 0; i < q_.positions(); ++i) {
+      for (; output + kLanes <= last; output += kLanes, from += kLanes * positions) {
+        const Finish finish(epilogue_, output);
+        for (int64_t i = 0; i < all; ++i) {
           float* const* to = at.data() + i * kLanes;
           Vec<kLanes> v[kLanes];
 #pragma GCC unroll 16
@@ -268,11 +282,11 @@ class LaneProduct {
           transpose<kLanes>(v);
 #pragma GCC unroll 16
           for (int lane = 0; lane < kLanes; ++lane)
-            if (to[lane])
-              store<kLanes>(to[lane] + output, finished(v[lane], output, added ? added + (to[lane] - y) + output : nullptr));
+            if (to[lane]) store<kLanes>(to[lane] + output, finish(v[lane], added ? added + (to[lane] - y) + output : nullptr));
         }
+      }
       for (; output < last; ++output, from += positions)
-        for (int64_t i = 0; i < q_.positions() * kLanes; ++i)
+        for (int64_t i = 0; i < all * kLanes; ++i)
           if (at[i]) at[i][output] = clicktrain::CLICKTRAIN_ISA::finished(epilogue_, from[i], output, added ? at[i] - y + output : 0);
     }
   }
