@@ -1,6 +1,5 @@
-"""`accelerate` on users' own nets: the same function as on masked parameters, its convolutions run by pattern.
-
-One long file: linen, NNX and plain functions go through the same masks and comparisons.
+"""`accelerate` on users' own nets, linen and plain functions: the same function as on masked parameters, its
+convolutions run by pattern.
 """
 
 import functools
@@ -11,15 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawn import drawn, drawn_like, drawn_masks, masked
+from drawn import drawn, masked
 from flax import nnx
 from jax import lax
+from own_nets import X, close, jit, masks_for
 
 import clicktrain_jax as ct
 from clicktrain_jax.trees import map_named, named_leaves
-
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-X = np.random.default_rng(1).normal(size=(2, 9, 8, 3)).astype(np.float32)
 
 
 class Net(nn.Module):
@@ -47,13 +44,6 @@ SPARSE = {"first", "halve", "shortcut", "twice"}
 REMOVED = ("first", "halve", "shortcut", "twice", "grouped", "dilated", "transposed")
 
 
-def masks_for(params, removed=REMOVED, seed=0):
-    """Masks by the package's own plan."""
-    names = [name for name, leaf in named_leaves(params) if np.ndim(leaf) == 4]
-    rules = {name: 0.5 if name.split("/")[-2] in removed else None for name in names}
-    return drawn_masks(params, ct.make_plan(params, rules, tile=(4, 1)), seed)
-
-
 @functools.cache
 def linen():
     model, variables = Net(), drawn(Net(), X.shape[1:])
@@ -62,19 +52,11 @@ def linen():
     variables["params"] = map_named(
         lambda name, leaf: np.float32(0.1) * (leaf - 1) if name.endswith("bias") else leaf, variables["params"]
     )
-    return model, variables, masks_for(variables["params"])
+    return model, variables, masks_for(variables["params"], REMOVED)
 
 
 def apply_linen(variables, x, **options):
     return Net().apply(variables, x, **options)
-
-
-def close(got, wanted, tolerance=1e-5):
-    """Largest difference against the largest value, leaf by leaf; neither may be all zeros."""
-    assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
-        scale = np.abs(other).max()
-        assert np.abs(np.asarray(one) - np.asarray(other)).max() <= tolerance * max(scale, 1e-3), one.shape
 
 
 def how(report):
@@ -263,104 +245,6 @@ def test_what_keeps_zeros_is_followed_and_the_rest_of_the_net_runs_by_pattern(ki
         assert "transposed" in rows["made"].why
 
 
-class Block(nnx.Module):
-    def __init__(self, features, strides, rngs):
-        self.conv = nnx.Conv(features, features, (3, 3), strides=strides, rngs=rngs)
-        self.norm = nnx.BatchNorm(features, rngs=rngs)
-        self.shortcut = nnx.Conv(features, features, (1, 1), strides=strides, rngs=rngs)
-
-    def __call__(self, x):
-        return nnx.relu(self.norm(self.conv(x))) + self.shortcut(x)
-
-
-class NnxNet(nnx.Module):
-    def __init__(self, rngs):
-        self.stem = nnx.Conv(3, 8, (3, 3), rngs=rngs)
-        self.blocks = nnx.List([Block(8, 1, rngs), Block(8, 2, rngs)])
-        self.grouped = nnx.Conv(8, 8, (3, 3), feature_group_count=2, rngs=rngs)
-        self.dropout = nnx.Dropout(0.2, rngs=rngs)
-        self.head = nnx.Linear(8, 5, rngs=rngs)
-
-    def __call__(self, x):
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.dropout(self.grouped(x)).mean((1, 2)))
-
-
-@functools.cache
-def nnx_state():
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: NnxNet(nnx.Rngs(0))))
-    state = drawn_like(state)
-    return graphdef, state, masks_for(nnx.filter_state(state, nnx.Param), ("conv", "shortcut", "grouped"))
-
-
-def nnx_net(train):
-    graphdef, state, masks = nnx_state()
-    model = nnx.merge(graphdef, jax.tree.map(jnp.array, state))
-    model.train() if train else model.eval()
-    return model, masks
-
-
-def masked_model(model, masks):
-    other = nnx.clone(model)
-    nnx.update(other, masked(nnx.state(other, nnx.Param), masks))
-    return other
-
-
-run_nnx = nnx.jit(lambda model, x: model(x))
-
-
-@pytest.mark.parametrize("train", [False, True])
-def test_nnx_modules_are_split_and_written_back(train):
-    model, masks = nnx_net(train)
-    other = masked_model(model, masks)
-    before = [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
-    mean = np.asarray(model.blocks[0].norm.mean[...])
-    fast = ct.accelerate(lambda model, x: model(x), masks, backend="xla")
-    runs = [conv.runs for conv in fast.report(model, X).convolutions]
-    assert runs == ["dense", *4 * ["sparse"], "dense"]
-    for _ in range(2):  # statistics and the count of dropout move on from call to call
-        close(nnx.jit(lambda model, x: fast(model, x))(model, X), run_nnx(other, X))
-    rest = nnx.Not(nnx.Param)
-    states = [nnx.filter_state(nnx.state(net), rest) for net in (model, other)]
-    for one, wanted in zip(*(jax.tree.leaves(state) for state in states)):
-        if not jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
-            np.testing.assert_allclose(one, wanted, rtol=1e-4, atol=1e-5)
-    assert train == bool(np.any(model.blocks[0].norm.mean[...] != mean))
-    for one, wanted in zip(jax.tree.leaves(nnx.state(model, nnx.Param)), before):
-        np.testing.assert_array_equal(one, wanted)  # parameters stay unmasked
-
-
-def test_nnx_gradients_and_states():
-    model, masks = nnx_net(False)
-
-    def loss(forward):
-        return lambda model, x: jnp.sum(jnp.sin(forward(model, x)))
-
-    fast = ct.accelerate(lambda model, x: model(x), masks, backend="xla")
-    wanted = run_nnx(masked_model(model, masks), X)
-    got = nnx.jit(nnx.grad(loss(fast)))(model, X)
-    slopes = nnx.jit(nnx.grad(loss(lambda model, x: model(x))))(masked_model(model, masks), X)
-    keep = dict(named_leaves(ct.masks.combine(masks)))
-    slopes = map_named(lambda name, leaf: leaf if keep[name] is None else np.where(keep[name], leaf, 0), slopes)
-    close(jax.tree.leaves(got), jax.tree.leaves(slopes))
-
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    merged = ct.accelerate(lambda params, rest, x: nnx.merge(graphdef, params, rest)(x), masks)
-    close(jit(merged)(params, rest, X), wanted)
-    whole = ct.accelerate(lambda graphdef, state, x: nnx.merge(graphdef, state)(x), masks)
-    close(jax.jit(whole, static_argnums=0)(*nnx.split(model), X), wanted)
-
-
-def test_a_call_outside_of_jit_goes_op_by_op():
-    model, masks = nnx_net(False)
-    one = masks.view(lambda layer: layer.combined())
-    one = map_named(lambda name, keep: keep if name == "blocks/0/conv/kernel" else None, one)
-    fast = ct.accelerate(lambda model, x: model(x), one, backend="xla")
-    close(fast(model, X), run_nnx(masked_model(model, one), X))
-
-
 def test_calls_are_walked_into_and_loops_are_left():
     rng = np.random.default_rng(0)
     names = ("jitted", "remat", "jvp", "vjp", "scanned", "branch")
@@ -459,7 +343,7 @@ def test_bad_input():
         "'kernel' has dtype float32", ct.accelerate, apply_linen, {"kernel": np.full((3, 3, 1, 1), 0.5, np.float32)}
     )
     refused("call accelerate outside jit", jax.jit(lambda mask: ct.accelerate(apply_linen, {"k": mask})), True)
-    refused("is a NnxNet, a module.*lambda model, x", ct.accelerate, nnx_net(False)[0], masks)
+    refused("is a Linear, a module.*lambda model, x", ct.accelerate, nnx.Linear(1, 1, rngs=nnx.Rngs(0)), masks)
     refused("is a Net, a module.*model.apply", ct.accelerate, model, masks)
     refused("is a dict, .*its apply function", ct.accelerate, variables, masks)
     bound = jax.tree_util.Partial(apply_linen, variables)
