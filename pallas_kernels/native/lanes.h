@@ -86,10 +86,11 @@ class LaneProduct {
       to_lanes(q_, p_.rows, p_.columns, p_.batch, x_, p_.inputs, first, last, begin, count, lanes.as<float>() + first * stride);
     });
     const std::vector<Kind> found = kinds(stride);
-    // One more: at a power of two apart, sums of many outputs would share the few places of a cache.
-    const int64_t positions = (count * q_.positions() + 1) * kLanes;
     // Outputs of one task: whole vectors, whose sums stay in the second cache.
-    int64_t width = std::clamp<int64_t>(kLaneCache / 2 / (4 * positions) / kLanes * kLanes, kLanes, 4 * kLanes);
+    const int64_t sums_of = count * q_.positions() * kLanes;
+    int64_t width = std::clamp<int64_t>(kLaneCache / 2 / (4 * sums_of) / kLanes * kLanes, kLanes, 4 * kLanes);
+    // A vector more between outputs: at a power of two apart, their sums would share a few places of a cache.
+    const int64_t positions = sums_of + kLanes;
     if (pool.threads() > 1) width = std::min(width, round_up(div_up(p_.outputs, 3 * pool.threads()), kLanes));
     parallel(pool, div_up(p_.outputs, width), [&](int64_t task) {
       Scratch sums(4 * width * positions);

@@ -35,20 +35,33 @@ bool look_for(std::chrono::microseconds time, const Found& found) {
 // The calling thread takes tasks itself until none is left, and waits for those alone that another thread has begun:
 // so it ends even where no helper ever runs, as in a pool whose threads all wait in such a call. A helper that comes
 // late finds nothing to do and touches nothing but `Work`, which it shares.
+//
+// Each thread begins with a run of tasks of its own, and then takes what is left of others': of layers that are divided
+// alike, it reads what it wrote itself, which its core's cache still has.
 class Work {
  public:
-  Work(int64_t count, void (*task)(void*, int64_t), void* context) : count_(count), task_(task), context_(context) {}
+  Work(int64_t threads, int64_t count, void (*task)(void*, int64_t), void* context)
+      : count_(count), task_(task), context_(context), runs_(threads) {
+    for (int64_t run = 0; run < threads; ++run) {
+      runs_[run].next.store(count * run / threads, std::memory_order_relaxed);
+      runs_[run].end = count * (run + 1) / threads;
+    }
+  }
 
   void take() {
-    for (int64_t index; (index = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
-      try {
-        task_(context_, index);
-      } catch (...) {  // Kernels throw nothing but for want of memory; an exception must not leave a pool's thread.
-        failed_.store(true, std::memory_order_relaxed);
-      }
-      if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        all_done_.notify_all();
+    const int64_t threads = static_cast<int64_t>(runs_.size()), own = arrived_.fetch_add(1, std::memory_order_relaxed);
+    for (int64_t k = 0; k < threads; ++k) {
+      Run& run = runs_[(own + k) % threads];
+      for (int64_t index; (index = run.next.fetch_add(1, std::memory_order_relaxed)) < run.end;) {
+        try {
+          task_(context_, index);
+        } catch (...) {  // Kernels throw nothing but for want of memory; an exception must not leave a pool's thread.
+          failed_.store(true, std::memory_order_relaxed);
+        }
+        if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+          std::lock_guard<std::mutex> lock(mutex_);
+          all_done_.notify_all();
+        }
       }
     }
   }
@@ -63,11 +76,16 @@ class Work {
   }
 
  private:
+  struct Run {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
   static constexpr std::chrono::microseconds kPatience{100};
   const int64_t count_;
   void (*const task_)(void*, int64_t);
   void* const context_;
-  std::atomic<int64_t> next_{0}, done_{0};
+  std::vector<Run> runs_;  // one a thread
+  std::atomic<int64_t> arrived_{0}, done_{0};
   std::atomic<bool> failed_{false};
   std::mutex mutex_;
   std::condition_variable all_done_;
@@ -145,9 +163,9 @@ void run_shared(int64_t threads, int64_t count, void (*task)(void*, int64_t), vo
     for (int64_t index = 0; index < count; ++index) task(context, index);
     return;
   }
-  auto work = std::make_shared<Work>(count, task, context);
+  const int64_t wanted = std::min(threads, count) - 1;
+  auto work = std::make_shared<Work>(wanted + 1, count, task, context);
   try {
-    const int64_t wanted = std::min(threads, count) - 1;
     for (int64_t helper = stay ? Helpers::all().give(work, wanted) : 0; helper < wanted; ++helper) {
       schedule([work, stay] { stay ? Helpers::all().serve(work) : work->take(); });
     }
