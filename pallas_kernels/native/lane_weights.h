@@ -28,6 +28,8 @@ struct LaneWeights {
   LaneWeights(const Grouped& grouped, const int64_t* counts)
       : groups(grouped.groups()), width(grouped.width), outputs(grouped.outputs), kh(grouped.kh), kw(grouped.kw),
         turned(grouped.turned) {
+    panels.reserve(outputs);
+    list_begin.reserve(groups + 1);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t n = counts[g];
       list_begin.push_back(entries);

@@ -68,9 +68,12 @@ class LaneProduct {
           const bool reads = row % p_.rows.spread == 0 && column % p_.columns.spread == 0;
           kind.all = kind.all && reads;
           const int64_t offset = ((row / p_.rows.spread - q_.low_row) * q_.in_wide + column / p_.columns.spread - q_.low_column) * kLanes;
-          for (int64_t i = 0; i < p_.inputs; ++i)
-            kind.place[i * w_.taps() + tap] = reads ? static_cast<int32_t>(i * stride + offset) : -1;
+          kind.place[tap] = reads ? static_cast<int32_t>(offset) : -1;
         }
+        // Each channel as the first one, a stride further.
+        for (int64_t i = 1; i < p_.inputs; ++i)
+          for (int64_t tap = 0; tap < w_.taps(); ++tap)
+            kind.place[i * w_.taps() + tap] = kind.place[tap] < 0 ? -1 : static_cast<int32_t>(kind.place[tap] + i * stride);
         found.push_back(std::move(kind));
       }
     return found;
