@@ -58,8 +58,8 @@ void pool_row(const ChainStep& step, const ImageShape& in, const float* x, int64
   }
 }
 
-// Steps [begin, end) that go through so many images at once, which take all of them before the next ones begin: what
-// one writes is in the cache when the next one reads it.
+// Steps [begin, end) that a group of so many images takes one after the other, before the next group begins: what one
+// step writes is in the cache when the next one reads it.
 struct Segment {
   int64_t begin, end, images;
 };
@@ -135,8 +135,8 @@ class Runner {
   struct Places {
     std::vector<For> kind;
     std::vector<int64_t> at;  // in numbers of one image
-    int64_t all = 0, task = 0;  // room in numbers of one image
-    int64_t group = 0;          // room in numbers
+    int64_t all = 0, task = 0;            // room in numbers of one image
+    int64_t group = 0, shared_group = 0;  // room in numbers: for each task's group, and for one of all images
   };
 
   void run_images(Images images, Pool& pool) const {
@@ -154,7 +154,8 @@ class Runner {
       phase.segments.back().end = phase.end = k + 1;
     }
     const Places places = placed(phases);
-    const Scratch all(4 * places.all * images.count()), own(4 * places.task * images.count()), groups(4 * places.group * tasks);
+    const Scratch all(4 * places.all * images.count()), own(4 * places.task * images.count());
+    const Scratch groups(4 * std::max(places.group * tasks, places.shared_group));
     for (const Phase& phase : phases) {
       const auto carry = [&](Images some, int64_t task, Pool& pool) {
         // Step k's value of a group that begins at n of these images.
@@ -211,7 +212,8 @@ class Runner {
                               : until >= segment.end ? task.take(size, segment.begin, segment_end[until])
                                                      : group.take(size, k, until));
         }
-        places.group = std::max(places.group, group.size() * segment.images);
+        int64_t& room = phase.shares ? places.shared_group : places.group;
+        room = std::max(room, group.size() * segment.images);
       }
       places.task = std::max(places.task, task.size());
     }
@@ -267,7 +269,7 @@ class Runner {
   const int64_t batch_, count_;
   // The order of the sums in lanes depends on how many images there are: groups are of as many, whoever takes them.
   bool has_lanes_ = false;
-  int64_t unit_;                   // images that have one thread
+  int64_t unit_;                   // images that are never divided between tasks
   std::vector<int64_t> together_;  // of each step: so many images at once, whose maps stay in the cache
   std::vector<int64_t> last_;      // of each value: the step that reads it last
 };

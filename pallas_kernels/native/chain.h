@@ -1,8 +1,9 @@
 // Layers of a net one after the other in one call: convolutions, pools and sums on float32 images.
 //
 // Where there are as many images as threads, each thread carries some images through all layers: what a layer writes
-// is in the core's cache when the next one reads it, and nobody waits for anybody. Of fewer images, each layer has all
-// threads. Results have the same bits in both ways, and for any number of threads.
+// is in the core's cache when the next one reads it, and nobody waits for anybody; of large maps it takes a few images
+// at a time. Of fewer images, each layer has all threads. Results have the same bits in both ways, and for any number of
+// threads.
 #pragma once
 
 #include <vector>
@@ -35,7 +36,7 @@ struct ChainStep {
 struct Chain {
   std::vector<ImageShape> inputs;
   std::vector<ChainStep> steps;
-  int64_t cache = 512 * 1024;  // of a core, for a step's weights
+  int64_t cache = 512 * 1024;  // of a core, for a step's weights, and for the maps that it reads and writes
 };
 
 // Numbers of one step where it comes as an array: kind, source, second, height, width, channels, kh, kw, stride_h,

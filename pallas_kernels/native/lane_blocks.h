@@ -102,9 +102,10 @@ LaneBlock lane_block_for(int rows, int columns) {
   }
 }
 
-// So few sums wait for their last product: those of two outputs are taken together, each in the order that it has alone.
 constexpr int kCornerSums = CLICKTRAIN_LANES == 8 ? 8 : 16;
 constexpr int kCornerColumns = CLICKTRAIN_LANES == 8 ? 2 : 4;
+// Three to seven sums would each wait for its last product (fewer have several sets): those of two outputs are taken
+// together, each in the order that it has alone.
 constexpr int outputs_of(int sums) { return sums > 2 && sums < 8 && 2 * sums <= kCornerSums ? 2 : 1; }
 
 // Corners on a block of rows x columns positions that lie side by side, for `Outputs` outputs: each vector is loaded once

@@ -25,8 +25,7 @@ class LaneProduct {
     const int64_t channel_bytes = 4 * q_.plane(), group_bytes = channel_bytes * p_.inputs;
     // Few rows make short blocks: then several groups are taken together.
     const int64_t rows = std::max<int64_t>(1, q_.high / p_.rows.spread);
-    int64_t chunk = std::clamp<int64_t>(kLaneCache / group_bytes, rows < 4 ? 4 / rows : 1, q_.groups);
-    chunk = std::min(chunk, q_.groups);
+    const int64_t chunk = std::min(q_.groups, std::max<int64_t>(kLaneCache / group_bytes, rows < 4 ? 4 / rows : 1));
     const int64_t chunks = div_up(q_.groups, chunk);
     const int64_t wide = pool.threads() > 1 ? 2 * pool.threads() : 1;
     if (chunks >= wide) {
@@ -106,7 +105,7 @@ class LaneProduct {
   // Blocks of channels, one after the other.
   struct Blocks {
     int64_t count, inputs, taps;
-    // What all codes of a block and of those before it are below.
+    // All codes of this block, and of those before it, are below this.
     int32_t end(int64_t block) const { return static_cast<int32_t>(inputs * (block + 1) / count * taps); }
   };
 
@@ -175,7 +174,8 @@ class LaneProduct {
   }
   int32_t corner_step(int j) const { return static_cast<int32_t>(j / 2 * w_.kw + j % 2); }
 
-  // What the outputs that come so much later begin with is fetched: each list lies somewhere else.
+  // Fetches the beginning of a list that is needed so many outputs later: lists lie apart, so that no processor foresees
+  // them.
   static constexpr size_t kAhead = 2;
   template <int Taps>
   static void fetch(const std::vector<Rest>& lists, size_t output) {

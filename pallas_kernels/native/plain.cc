@@ -118,7 +118,7 @@ CLICKTRAIN_PUBLIC void clicktrain_weight_gradient(const int64_t* numbers, const 
   clicktrain::weight_gradient(given.type, given.geometry, given.mask, x, dy, dw, pool);
 }
 
-// `numbers`: batch, a core's cache for weights, how many inputs, how many steps, each input's height, width and channels, each step's numbers
+// `numbers`: batch, a core's cache for weights and maps, how many inputs, how many steps, each input's height, width and channels, each step's numbers
 // (chain.h). `packed` (of clicktrain_pack) and `biases` have one pointer a step, null where there is none.
 CLICKTRAIN_PUBLIC void clicktrain_chain_plain(const int64_t* numbers, const float* factors, const float* const* inputs,
                                               const void* const* packed, const float* const* biases, float* y,

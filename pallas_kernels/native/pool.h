@@ -36,8 +36,9 @@ bool look_for(std::chrono::microseconds time, const Found& found) {
 // so it ends even where no helper ever runs, as in a pool whose threads all wait in such a call. A helper that comes
 // late finds nothing to do and touches nothing but `Work`, which it shares.
 //
-// Each thread begins with a run of tasks of its own, and then takes what is left of others': of layers that are divided
-// alike, it reads what it wrote itself, which its core's cache still has.
+// Each thread begins with a run of tasks of its own, the caller with the first one, and then takes what is left of
+// others'. Of layers that are divided alike it then reads, with two threads, what it wrote itself and its core's cache
+// still has; of more threads, helpers take their runs in the order in which they come.
 class Work {
  public:
   Work(int64_t threads, int64_t count, void (*task)(void*, int64_t), void* context)
@@ -48,8 +49,10 @@ class Work {
     }
   }
 
-  void take() {
-    const int64_t threads = static_cast<int64_t>(runs_.size()), own = arrived_.fetch_add(1, std::memory_order_relaxed);
+  void help() { take(helpers_.fetch_add(1, std::memory_order_relaxed) + 1); }
+
+  void take(int64_t own = 0) {
+    const int64_t threads = static_cast<int64_t>(runs_.size());
     for (int64_t k = 0; k < threads; ++k) {
       Run& run = runs_[(own + k) % threads];
       for (int64_t index; (index = run.next.fetch_add(1, std::memory_order_relaxed)) < run.end;) {
@@ -85,7 +88,7 @@ class Work {
   void (*const task_)(void*, int64_t);
   void* const context_;
   std::vector<Run> runs_;  // one a thread
-  std::atomic<int64_t> arrived_{0}, done_{0};
+  std::atomic<int64_t> helpers_{0}, done_{0};
   std::atomic<bool> failed_{false};
   std::mutex mutex_;
   std::condition_variable all_done_;
@@ -115,7 +118,7 @@ class Helpers {
   // A helper's life, from its first work until none has come for a while.
   void serve(std::shared_ptr<Work> work) {
     do {
-      work->take();
+      work->help();
       work.reset();
       free_.fetch_add(1, std::memory_order_relaxed);
       while (!work && look_for(kPatience, [this] { return waiting_.load(std::memory_order_acquire) > 0; })) {
@@ -167,7 +170,7 @@ void run_shared(int64_t threads, int64_t count, void (*task)(void*, int64_t), vo
   auto work = std::make_shared<Work>(wanted + 1, count, task, context);
   try {
     for (int64_t helper = stay ? Helpers::all().give(work, wanted) : 0; helper < wanted; ++helper) {
-      schedule([work, stay] { stay ? Helpers::all().serve(work) : work->take(); });
+      schedule([work, stay] { stay ? Helpers::all().serve(work) : work->help(); });
     }
   } catch (...) {  // No more helpers are to be had; those that there are still read `context`, so none is left alone.
   }

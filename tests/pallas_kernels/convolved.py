@@ -23,6 +23,11 @@ MORE = (
     Case("1x1-padded", (3, 4), 2, 4, 6, window=(1, 1), padding=((1, 0), (0, 2)), tile=(2, 2), patterns=(), removed=0.5),
 )
 ALL = {case.name: case for case in (*cases.SMALL, *MORE)}
+GEOMETRIES = (
+    *("per-channel-hwnc", "short-last-tiles", "stride-2", "stride-2-even-padded", "stride-2-by-1-hwnc", "valid"),
+    *("lopsided-padding", "wide-padding", "one-pixel", "window-5x5", "window-2x2", "1x1-stride-2", "all-removed"),
+    *(case.name for case in MORE),
+)
 
 
 def draw(case, dtype, seed=0):
@@ -86,3 +91,44 @@ def check_case(case, dtype, backend, seed=0):
         assert result.dtype == x.dtype
         check(result, exact, BOUNDS[dtype], what)
     assert not results[2][~mask].any(), "the weight gradient is exactly zero off the structure"
+
+
+def finite(case, dtype="float64", seed=0):
+    """(x, w, structure, scale, bias) without poison, for whatever adds up all that is there."""
+    x, w, _, _, structure = draw(case, dtype, seed)
+    scale, bias = np.random.default_rng(seed).standard_normal((2, case.cout)).astype(dtype)
+    return x, np.where(np.isfinite(w), w, 1).astype(w.dtype), structure, scale, bias
+
+
+def check_transformations(backend):
+    """vmap over images and weights, checkpoint, scan: each as the plain loop."""
+    case = ALL["tiles-one-channel"]
+    x, w, dy, mask, structure = draw(case, "float32")
+    rng = np.random.default_rng(5)
+    xs = rng.standard_normal((3, *x.shape)).astype(np.float32)
+    ws = np.where(mask, rng.standard_normal((3, *w.shape)), np.nan).astype(np.float32)
+    gradients = functools.partial(value_and_gradients, case=case, backend=backend)
+    every = [expected(x, w, dy, mask, case.geometry()) for x, w in zip(xs, ws)]
+    mapped = quick_jit(jax.vmap(gradients, (0, 0, None, None)))(xs, ws, dy, structure)
+    shared = quick_jit(jax.vmap(gradients, (0, None, None, None)))(xs, ws[0], dy, structure)
+    for number in range(3):
+        for what, result, exact in zip("y dx dw".split(), mapped, every[number]):
+            check(result[number], exact, 1e-5, f"vmap {what}")
+        wanted = expected(xs[number], ws[0], dy, mask, case.geometry())
+        for what, result, exact in zip("y dx dw".split(), shared, wanted):
+            check(result[number], exact, 1e-5, f"vmap, shared weights, {what}")
+
+    def loss(x, w):
+        return jnp.sum(convolve(x, w, structure, case, backend) * dy)
+
+    again = quick_jit(jax.grad(jax.checkpoint(loss), (0, 1)))(xs[0], ws[0])
+    for what, result, exact in zip(("dx", "dw"), again, every[0][1:]):
+        check(result, exact, 1e-5, f"checkpoint {what}")
+
+    def total(xs, ws):
+        return jax.lax.scan(lambda carry, both: (carry + loss(*both), None), 0.0, (xs, ws))[0]
+
+    dxs, dws = quick_jit(jax.grad(total, (0, 1)))(xs, ws)
+    for number in range(3):
+        check(dxs[number], every[number][1], 1e-5, "scan dx")
+        check(dws[number], every[number][2], 1e-5, "scan dw")

@@ -5,9 +5,8 @@ Weights that are not retained are NaN or infinite here: none of them may reach a
 
 import dataclasses
 import functools
-import importlib.util
-from pathlib import Path
 
+import convolved as common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +17,6 @@ import pallas_kernels as pk
 from pallas_kernels import native
 from pallas_kernels.pattern_conv import api, cases, cpu, dense
 from pallas_kernels.pattern_conv.cases import Case
-
-_SPEC = importlib.util.spec_from_file_location("of_every_backend", Path(__file__).with_name("test_pattern_conv.py"))
-common = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(common)
 
 NHWC = [case for case in common.ALL.values() if case.layout == "NHWC"]
 
@@ -228,8 +223,7 @@ def test_shapes_that_do_not_fit_are_an_error_of_the_call():
 
 
 def test_transformations():
-    with pytest.MonkeyPatch.context() as patch:
-        common.test_transformations("cpu", patch)
+    common.check_transformations("cpu")
 
 
 def test_mapped_images_are_one_batch():

@@ -4,11 +4,10 @@ Shared memory and what a kernel leaves unwritten of its output are NaN while it 
 weights that are not retained: none of them may reach a result.
 """
 
-import importlib.util
 import itertools
 import re
-from pathlib import Path
 
+import convolved as common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +19,6 @@ from pallas_kernels.pattern_conv.cases import CORNERS
 from pallas_kernels.pattern_conv.geometry import make_geometry
 from pallas_kernels.pattern_conv.structure import make_structure
 from pallas_kernels.pattern_conv.vjp import differentiable
-
-_SPEC = importlib.util.spec_from_file_location("of_every_backend", Path(__file__).with_name("test_pattern_conv.py"))
-common = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(common)
 
 needs_mosaic = pytest.mark.skipif(not compat.HAS_MOSAIC_GPU, reason=f"{compat.MOSAIC_GPU_NEEDS}, for its interpreter")
 BOUND = 1e-2

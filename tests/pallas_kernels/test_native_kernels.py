@@ -7,12 +7,12 @@ entry. Results have the same bits for any number of threads, and for packed weig
 import ctypes
 import dataclasses
 import functools
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import convolved as common
 import ml_dtypes
 import numpy as np
 import pytest
@@ -21,10 +21,6 @@ from hypothesis import strategies as st
 
 from pallas_kernels.native import build
 from pallas_kernels.pattern_conv.cases import CORNERS, Case
-
-_SPEC = importlib.util.spec_from_file_location("of_every_backend", Path(__file__).with_name("test_pattern_conv.py"))
-common = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(common)
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 NHWC = [case for case in common.ALL.values() if case.layout == "NHWC"]

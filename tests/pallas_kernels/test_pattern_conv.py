@@ -12,7 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from convolved import ALL, MORE, check, check_case, convolve, draw, expected, quick_jit, value_and_gradients
+from convolved import (
+    ALL,
+    GEOMETRIES,
+    check,
+    check_case,
+    check_transformations,
+    convolve,
+    draw,
+    expected,
+    finite,
+    quick_jit,
+    value_and_gradients,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -24,12 +36,6 @@ from pallas_kernels.pattern_conv.vjp import epilogue
 
 # One of each kind: the default layer's choice where all would take long.
 SOME = ("per-channel-hwnc", "per-kernel-removed", "short-last-tiles", "stride-2", "wide-padding", "free-patterns")
-GEOMETRIES = (
-    *("per-channel-hwnc", "short-last-tiles", "stride-2", "stride-2-even-padded", "stride-2-by-1-hwnc", "valid"),
-    *("lopsided-padding", "wide-padding", "one-pixel", "window-5x5", "window-2x2", "1x1-stride-2", "all-removed"),
-    *(case.name for case in MORE),
-)
-
 ELSEWHERE = [
     pytest.param(name, marks=pytest.mark.slow)
     for name in (*SOME, "one-pixel", "smaller-than-the-window", "smaller-than-a-5x5-window")
@@ -217,13 +223,6 @@ def test_any_convolution(data):
         check_case(case, "float64", "xla", seed=data.draw(st.integers(0, 99)))
 
 
-def finite(case, dtype="float64", seed=0):
-    """(x, w, structure, scale, bias) without poison, for whatever adds up all that is there."""
-    x, w, _, _, structure = draw(case, dtype, seed)
-    scale, bias = np.random.default_rng(seed).standard_normal((2, case.cout)).astype(dtype)
-    return x, np.where(np.isfinite(w), w, 1).astype(w.dtype), structure, scale, bias
-
-
 @pytest.mark.parametrize("backend", [pytest.param("dense", marks=pytest.mark.slow), "xla"])
 @pytest.mark.parametrize("name", ["one-pixel", "stride-2-by-1-hwnc", "per-kernel-removed", "1x1"])
 def test_finite_differences(name, backend):
@@ -335,38 +334,8 @@ def test_no_images(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["dense", "xla"])
 def test_transformations(backend, monkeypatch):
-    """vmap over images and weights, checkpoint, scan: each as the plain loop."""
     monkeypatch.setattr(xla, "_ORDER_BYTES", -1)
-    case = ALL["tiles-one-channel"]
-    x, w, dy, mask, structure = draw(case, "float32")
-    rng = np.random.default_rng(5)
-    xs = rng.standard_normal((3, *x.shape)).astype(np.float32)
-    ws = np.where(mask, rng.standard_normal((3, *w.shape)), np.nan).astype(np.float32)
-    gradients = functools.partial(value_and_gradients, case=case, backend=backend)
-    every = [expected(x, w, dy, mask, case.geometry()) for x, w in zip(xs, ws)]
-    mapped = quick_jit(jax.vmap(gradients, (0, 0, None, None)))(xs, ws, dy, structure)
-    shared = quick_jit(jax.vmap(gradients, (0, None, None, None)))(xs, ws[0], dy, structure)
-    for number in range(3):
-        for what, result, exact in zip("y dx dw".split(), mapped, every[number]):
-            check(result[number], exact, 1e-5, f"vmap {what}")
-        wanted = expected(xs[number], ws[0], dy, mask, case.geometry())
-        for what, result, exact in zip("y dx dw".split(), shared, wanted):
-            check(result[number], exact, 1e-5, f"vmap, shared weights, {what}")
-
-    def loss(x, w):
-        return jnp.sum(convolve(x, w, structure, case, backend) * dy)
-
-    again = quick_jit(jax.grad(jax.checkpoint(loss), (0, 1)))(xs[0], ws[0])
-    for what, result, exact in zip(("dx", "dw"), again, every[0][1:]):
-        check(result, exact, 1e-5, f"checkpoint {what}")
-
-    def total(xs, ws):
-        return jax.lax.scan(lambda carry, both: (carry + loss(*both), None), 0.0, (xs, ws))[0]
-
-    dxs, dws = quick_jit(jax.grad(total, (0, 1)))(xs, ws)
-    for number in range(3):
-        check(dxs[number], every[number][1], 1e-5, "scan dx")
-        check(dws[number], every[number][2], 1e-5, "scan dw")
+    check_transformations(backend)
 
 
 @pytest.mark.parametrize("name", ["per-kernel-removed", "short-last-tiles-hwnc", "all-removed"])

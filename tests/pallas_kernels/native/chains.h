@@ -26,8 +26,9 @@ class ChainCheck {
   explicit ChainCheck(uint64_t seed) : random_(seed) {
     batch_ = random_.one_in(3) ? random_.of(1, 40) : random_.of(1, 5);
     whole_ = random_.one_in(2);
-    // Small: steps whose threads would wait for weights are mixed with others.
-    cache_ = random_.one_in(2) ? 64 : 1 << 20;
+    // Small: steps whose threads would wait for weights are mixed with others, and groups are of one image; in between,
+    // groups of few images, and steps whose groups differ.
+    cache_ = random_.one_in(3) ? 64 : random_.one_in(2) ? random_.of(500, 8000) : 1 << 20;
     for (int64_t inputs = random_.of(1, 2); inputs > 0; --inputs) {
       Value x{random_.of(1, 9), random_.of(1, 9), random_.of(1, 6), {}, {}};
       if (!values_.empty() && random_.one_in(2)) x.height = values_[0].height, x.width = values_[0].width, x.channels = values_[0].channels;
