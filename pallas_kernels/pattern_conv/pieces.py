@@ -131,19 +131,29 @@ def make_pieces(codes: np.ndarray, shape: tuple[int, ...], tile: tuple[int, int]
     lacking = -codes.shape[1] % merged
     wide = np.pad(np.repeat(codes, channels, axis=0)[:cin].T, ((0, lacking), (0, 0))).reshape(-1, merged, cin)
     union = np.bitwise_or.reduce(wide, axis=1)
-    covers = {int(code): cover(taps_of(int(code)), (kh, kw), filters * merged)[1] for code in np.unique(union)}
-    windows = sorted({piece[0][2:] for pieces in covers.values() for piece in pieces})
+    distinct = np.unique(union)
+    covers = [cover(taps_of(int(code)), (kh, kw), filters * merged)[1] for code in distinct]
+    which = np.searchsorted(distinct, union)
     made = []
-    for window in windows:
-        found = [
+    for window in sorted({piece[0][2:] for pieces in covers for piece in pieces}):
+        # (row, column, code of the taps read) of each distinct code's pieces, one after the other.
+        own = [
             [
-                (int(channel), row, column, sum(1 << tap for tap in taps))
-                for channel in np.flatnonzero(line)
-                for (row, column, *size), taps in covers[int(line[channel])]
+                (row, column, sum(1 << tap for tap in taps))
+                for (row, column, *size), taps in pieces
                 if tuple(size) == window
             ]
-            for line in union
+            for pieces in covers
         ]
+        each = np.array([piece for pieces in own for piece in pieces], np.int64)
+        counts = np.array([len(pieces) for pieces in own])
+        begins = np.cumsum(counts) - counts
+        found = []
+        for line in which:
+            times = counts[line]
+            channel = np.repeat(np.arange(cin), times)
+            nth = np.arange(len(channel)) - np.repeat(np.cumsum(times) - times, times)
+            found.append((channel, nth, *each[begins[line[channel]] + nth].T))
         made.append(_fill(found, window, wide, kw))
     return tuple(made)
 
@@ -219,32 +229,28 @@ def _best_merge(codes: np.ndarray, size: tuple[int, int], tile: tuple[int, int],
     return best[1]
 
 
-def _fill(found: list[list[tuple[int, int, int, int]]], window: tuple[int, int], wide: np.ndarray, kw: int) -> Pieces:
-    """Arrays from lists of (channel, row, column, code of the taps read); ``wide``: codes (T, merged, cin)."""
-    rooms = room_for([len(entries) for entries in found])
+def _fill(found: list[tuple[np.ndarray, ...]], window: tuple[int, int], wide: np.ndarray, kw: int) -> Pieces:
+    """Arrays from each tile's entries; ``wide``: codes (T, merged, cin).
+
+    An entry is (channel, which of the channel's pieces of this window it is, row, column, code of the taps read).
+    """
+    rooms = room_for([len(channel) for channel, *_ in found])
     tiles, merged, cin = wide.shape
     shape = (tiles, max(rooms))
     channels, rows, columns = (np.zeros(shape, np.int32) for _ in range(3))
     valid = np.zeros((tiles, window[0] * window[1], shape[1], merged), bool)
-    most = max((int(np.bincount([entry[0] for entry in entries]).max()) for entries in found if entries), default=1)
+    most = max((int(np.bincount(channel).max()) for channel, *_ in found if len(channel)), default=1)
     entry_of = np.full((most, tiles, cin), -1, np.int32)
     row_of, column_of = np.zeros_like(entry_of), np.zeros_like(entry_of)
-    for index, entries in enumerate(found):
-        if not entries:
+    for index, (channel, nth, row, column, code) in enumerate(found):
+        count = len(channel)
+        if not count:
             continue
-        channel, row, column, code = (np.asarray(values) for values in zip(*entries))
-        count = len(entries)
         channels[index, :count], rows[index, :count], columns[index, :count] = channel, row, column
         for place in range(window[0] * window[1]):
             tap = (row + place // window[1]) * kw + column + place % window[1]
             retained = wide[index][:, channel] & code  # (merged, entries)
             valid[index, place, :count] = (retained >> tap & 1).T.astype(bool)
-        # A channel's first, second, ... piece of this window.
-        order = np.zeros(count, int)
-        seen = np.zeros(cin, int)
-        for entry, name in enumerate(channel):
-            order[entry] = seen[name]
-            seen[name] += 1
-        entry_of[order, index, channel] = np.arange(count)
-        row_of[order, index, channel], column_of[order, index, channel] = row, column
+        entry_of[nth, index, channel] = np.arange(count)
+        row_of[nth, index, channel], column_of[nth, index, channel] = row, column
     return Pieces(window, rooms, merged, channels, rows, columns, valid, entry_of, row_of, column_of)

@@ -101,9 +101,10 @@ def make_structure(mask: np.ndarray, *, tile: tuple[int | None, int | None] | No
     blocks = mask[:, :, ::channels, ::filters].reshape(kh * kw, -(-cin // channels), -(-cout // filters))
     # Each block's taps as one number, tap 0 in the lowest bit.
     codes = np.tensordot(1 << np.arange(kh * kw, dtype=np.int64), blocks, axes=1)
-    present = sorted(taps_of(int(code)) for code in np.unique(codes) if code)
-    by_code = {sum(1 << tap for tap in taps): index + 1 for index, taps in enumerate(present)}
-    pattern_ids = np.vectorize(lambda code: by_code.get(int(code), 0), otypes=[np.int32])(codes)
+    distinct = np.unique(codes)
+    present = sorted(taps_of(int(code)) for code in distinct if code)
+    numbers_of = np.array([present.index(taps_of(int(code))) + 1 if code else 0 for code in distinct], np.int32)
+    pattern_ids = numbers_of[np.searchsorted(distinct, codes)]
     pairs, pair_counts = _pair_lists(blocks.transpose(2, 1, 0))
     pairs_by_channel, pair_counts_by_channel = _pair_lists(blocks.transpose(1, 2, 0))
     return Structure(
@@ -170,7 +171,6 @@ def _pair_lists(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows = blocks.reshape(len(blocks), -1)
     counts = rows.sum(axis=1, dtype=np.int32)
     lists = np.zeros((len(rows), min(round_up(max(int(counts.max()), 1)), rows.shape[1])), np.int32)
-    for line, row in zip(lists, rows):
-        found = np.flatnonzero(row)
-        line[: len(found)] = found
+    row, entry = np.nonzero(rows)
+    lists[row, np.arange(len(row)) - (np.cumsum(counts) - counts)[row]] = entry
     return lists, counts
