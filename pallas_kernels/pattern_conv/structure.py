@@ -102,9 +102,10 @@ def make_structure(mask: np.ndarray, *, tile: tuple[int | None, int | None] | No
     # Each block's taps as one number, tap 0 in the lowest bit.
     codes = np.tensordot(1 << np.arange(kh * kw, dtype=np.int64), blocks, axes=1)
     distinct = np.unique(codes)
-    present = sorted(taps_of(int(code)) for code in distinct if code)
-    numbers_of = np.array([present.index(taps_of(int(code))) + 1 if code else 0 for code in distinct], np.int32)
-    pattern_ids = numbers_of[np.searchsorted(distinct, codes)]
+    taps = [taps_of(int(code)) for code in distinct]
+    present = sorted(filter(None, taps))
+    id_of = {(): 0} | {pattern: index + 1 for index, pattern in enumerate(present)}
+    pattern_ids = np.array([id_of[pattern] for pattern in taps], np.int32)[np.searchsorted(distinct, codes)]
     pairs, pair_counts = _pair_lists(blocks.transpose(2, 1, 0))
     pairs_by_channel, pair_counts_by_channel = _pair_lists(blocks.transpose(1, 2, 0))
     return Structure(
