@@ -6,7 +6,6 @@ Weights that are not retained are NaN or infinite here: none of them may reach a
 import dataclasses
 import functools
 
-import convolved as common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +16,7 @@ import pallas_kernels as pk
 from pallas_kernels import native
 from pallas_kernels.pattern_conv import api, cases, cpu, dense
 from pallas_kernels.pattern_conv.cases import Case
+from tests.pallas_kernels import convolved as common
 
 NHWC = [case for case in common.ALL.values() if case.layout == "NHWC"]
 

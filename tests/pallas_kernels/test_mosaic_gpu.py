@@ -7,7 +7,6 @@ weights that are not retained: none of them may reach a result.
 import itertools
 import re
 
-import convolved as common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +18,7 @@ from pallas_kernels.pattern_conv.cases import CORNERS
 from pallas_kernels.pattern_conv.geometry import make_geometry
 from pallas_kernels.pattern_conv.structure import make_structure
 from pallas_kernels.pattern_conv.vjp import differentiable
+from tests.pallas_kernels import convolved as common
 
 needs_mosaic = pytest.mark.skipif(not compat.HAS_MOSAIC_GPU, reason=f"{compat.MOSAIC_GPU_NEEDS}, for its interpreter")
 BOUND = 1e-2

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import convolved as common
 import ml_dtypes
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.native import build
 from pallas_kernels.pattern_conv.cases import CORNERS, Case
+from tests.pallas_kernels import convolved as common
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 NHWC = [case for case in common.ALL.values() if case.layout == "NHWC"]

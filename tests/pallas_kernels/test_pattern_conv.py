@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from convolved import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+import pallas_kernels as pk
+from pallas_kernels.pattern_conv import api, cases, dense, pieces, xla
+from pallas_kernels.pattern_conv.cases import Case
+from pallas_kernels.pattern_conv.vjp import epilogue
+from tests.pallas_kernels.convolved import (
     ALL,
     GEOMETRIES,
     check,
@@ -25,14 +33,6 @@ from convolved import (
     quick_jit,
     value_and_gradients,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jax.test_util import check_grads
-
-import pallas_kernels as pk
-from pallas_kernels.pattern_conv import api, cases, dense, pieces, xla
-from pallas_kernels.pattern_conv.cases import Case
-from pallas_kernels.pattern_conv.vjp import epilogue
 
 # One of each kind: the default layer's choice where all would take long.
 SOME = ("per-channel-hwnc", "per-kernel-removed", "short-last-tiles", "stride-2", "wide-padding", "free-patterns")

@@ -21,7 +21,7 @@ def masks_for(params, removed, seed=0):
 
 
 def close(got, wanted, tolerance=1e-5):
-    """Largest difference against the largest value, leaf by leaf; neither may be all zeros."""
+    """Largest difference against the largest value, leaf by leaf."""
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
         scale = np.abs(other).max()

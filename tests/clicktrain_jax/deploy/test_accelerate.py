@@ -13,10 +13,10 @@ import pytest
 from drawn import drawn, masked
 from flax import nnx
 from jax import lax
-from own_nets import X, close, jit, masks_for
 
 import clicktrain_jax as ct
 from clicktrain_jax.trees import map_named, named_leaves
+from tests.clicktrain_jax.deploy.own_nets import X, close, jit, masks_for
 
 
 class Net(nn.Module):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from drawn import drawn_like, masked
 from flax import nnx
-from own_nets import X, close, jit, masks_for
 
 import clicktrain_jax as ct
 from clicktrain_jax.trees import map_named, named_leaves
+from tests.clicktrain_jax.deploy.own_nets import X, close, jit, masks_for
 
 
 class Block(nnx.Module):
